@@ -1,0 +1,106 @@
+"""The registry of precisions: one module each, imported when first asked for.
+
+A new precision is one module with ``availability(device)`` and ``load(spec, progress)`` and one line here.
+"""
+
+import time
+from importlib import import_module
+from typing import Any, Literal, Protocol, cast
+
+from loaders.base import (
+    Availability,
+    Checkpoint,
+    LoadedModel,
+    LoaderError,
+    ModelSpec,
+    PrecisionUnavailable,
+    Progress,
+    UnknownPrecision,
+    ignore_progress,
+)
+
+__all__ = [
+    "ALIASES",
+    "PRECISIONS",
+    "Availability",
+    "Checkpoint",
+    "LoadedModel",
+    "LoaderError",
+    "ModelSpec",
+    "availability",
+    "canonical",
+    "load",
+]
+
+PRECISIONS: dict[str, str] = {
+    "fp32": "loaders.full",
+    "bf16": "loaders.full",
+    "fp16": "loaders.full",
+    "int8": "loaders.bnb",
+    "nf4": "loaders.bnb",
+    "fp4": "loaders.bnb",
+    "dynamic-int8": "loaders.dynamic_int8",
+}
+ALIASES: dict[str, str] = {
+    "8bit": "int8",
+    "8-bit": "int8",
+    "bnb-8bit": "int8",
+    "bitsandbytes": "int8",
+    "4bit": "nf4",
+    "4-bit": "nf4",
+    "bnb-4bit": "nf4",
+    "bitsandbytes-nf4": "nf4",
+    "bitsandbytes-fp4": "fp4",
+}
+
+
+class Loader(Protocol):
+    """What each module of the registry offers."""
+
+    def availability(self, precision: str, device: Literal["cpu", "cuda"]) -> Availability: ...
+
+    def load(self, precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel: ...
+
+    def estimate_bytes(self, precision: str, spec: ModelSpec) -> int:
+        """Weight bytes it will need, before anything is loaded; used only to decide what fits."""
+        ...
+
+
+def canonical(name: object) -> str:
+    """The registry's name for a precision or alias.
+
+    Raises:
+        UnknownPrecision: it is neither; the error lists the choices.
+    """
+    if isinstance(name, str) and (known := ALIASES.get(name, name)) in PRECISIONS:
+        return known
+    raise UnknownPrecision(name, list(PRECISIONS))
+
+
+def aliases(precision: str) -> list[str]:
+    return [alias for alias, name in ALIASES.items() if name == precision]
+
+
+def loader(precision: str) -> Loader:
+    return cast(Loader, cast(Any, import_module(PRECISIONS[canonical(precision)])))
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    """Whether this host can run ``precision`` on ``device``."""
+    return loader(precision).availability(canonical(precision), device)
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
+    """Loads one precision of ``spec.checkpoint``.
+
+    Raises:
+        UnknownPrecision, PrecisionUnavailable, CheckpointError, OutOfMemory
+    """
+    name = canonical(precision)
+    able = availability(name, spec.device)
+    if not able.ok:
+        raise PrecisionUnavailable(name, able)
+    started = time.perf_counter()
+    model = loader(name).load(name, spec, progress)
+    model.load_seconds = time.perf_counter() - started
+    return model

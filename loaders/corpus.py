@@ -1,0 +1,124 @@
+"""The text every CPython carries, split into training and held-out documents.
+
+The bundled model is trained on it (``scripts/train_bundled.py``), and quality is measured on its
+held-out part, so no text needs to be committed or downloaded. A document is held out by its *name*
+(a topic of ``pydoc_data.topics`` or a standard-library file), never by position: the split survives
+a new Python version, where texts grow and shift but keep their names.
+"""
+
+import ast
+import hashlib
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["topic", "docstrings", "source"]
+
+HELD_OUT_ONE_IN = 16
+_SKIPPED_DIRECTORIES = {
+    "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data",
+    "encodings", "ensurepip", "turtledemo", "lib2to3",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    """One named text: a help topic, the docstrings of one file, or one file's source."""
+
+    name: str
+    kind: Kind
+    text: str
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document of this name is kept from training; about one in sixteen is."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return digest[0] % HELD_OUT_ONE_IN == 0
+
+
+def topics() -> Iterator[Document]:
+    """Python's reference manual, one document per help topic."""
+    from pydoc_data.topics import topics as texts
+
+    for name, text in sorted(texts.items()):
+        yield Document(f"topic:{name}", "topic", text.strip() + "\n")
+
+
+def library() -> Iterator[Document]:
+    """For each standard-library file its docstrings and its source, under the same name.
+
+    One name for both, because the docstrings stand in the source too: held out together or not at all.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_DIRECTORIES & set(relative.parts[:-1]):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        name = f"library:{relative.as_posix()}"
+        docstrings = _docstrings(tree, relative.with_suffix("").as_posix().replace("/", "."))
+        if docstrings:
+            yield Document(name, "docstrings", docstrings)
+        yield Document(name, "source", source.strip() + "\n")
+
+
+def _docstrings(tree: ast.Module, module: str) -> str:
+    """Every docstring below its signature, as ``help()`` would lay them out."""
+    parts: list[str] = []
+    if text := ast.get_docstring(tree):
+        parts.append(f"{module}\n\n{text}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and (text := ast.get_docstring(node)):
+            parts.append(f"class {node.name}\n\n{text}")
+        elif isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+            parts.append(f"{node.name}({ast.unparse(node.args)})\n\n{text}")
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def held_out_text() -> str:
+    """The held-out prose (topics and docstrings): the default text quality is measured on."""
+    documents = [*topics(), *(d for d in library() if d.kind == "docstrings")]
+    return "\n\n".join(d.text for d in documents if is_held_out(d.name))
+
+
+def training_documents() -> list[Document]:
+    """Every document that is not held out, without the paragraphs that held-out ones contain too.
+
+    Help topics quote each other (``for`` is a section of ``compound``); a paragraph seen in training
+    would make the held-out perplexity look better than it is.
+    """
+    everything = [*topics(), *library()]
+    reserved = {
+        paragraph
+        for document in everything
+        if is_held_out(document.name)
+        for paragraph in _paragraphs(document.text)
+    }
+    kept: list[Document] = []
+    for document in everything:
+        if is_held_out(document.name):
+            continue
+        pieces = re.split(r"(\n\s*\n)", document.text)
+        text = "".join(piece for piece in pieces if _normal(piece) not in reserved)
+        kept.append(Document(document.name, document.kind, text))
+    return kept
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    for piece in re.split(r"\n\s*\n", text):
+        if len(normal := _normal(piece)) >= 30:  # shorter ones ("Examples:") are common property
+            yield normal
+
+
+def _normal(paragraph: str) -> str:
+    return " ".join(paragraph.split())

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Trains the bundled model: a small GPT-2 on the text that every CPython carries.
+
+    .venv/bin/python scripts/train_bundled.py [--steps N] [--work DIR] [--out loaders/bundled]
+
+Seeded and resumable: every batch is drawn from (seed, step), and the state is saved to ``--work`` as it
+goes, so an interrupted run continues where it stopped. The learning rate is warm-up, plateau, decay
+(the last quarter of ``--steps``): before the decay begins, ``--steps`` may still be changed on resuming.
+Writes config, tokenizer, safetensors and a model card with the figures measured on held-out text.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from loaders import corpus  # noqa: E402  (a script, run from anywhere)
+
+END = "<|endoftext|>"
+CONFIG: dict[str, Any] = {
+    "vocab_size": 2048, "n_positions": 512, "n_embd": 192, "n_layer": 5, "n_head": 3,
+    "bos_token_id": 0, "eos_token_id": 0,
+    "activation_function": "gelu_pytorch_tanh",  # the same function as gelu_new, in one kernel
+    "resid_pdrop": 0.05, "embd_pdrop": 0.05, "attn_pdrop": 0.0,
+}  # fmt: skip
+BATCH, LENGTH = 8, 512
+PROSE_SHARE = 0.8  # of each batch: help topics and docstrings; the rest is library source
+PEAK_LR, WARMUP, DECAY_SHARE = 3e-3, 150, 0.25
+
+
+def train_tokenizer(documents: list[corpus.Document]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    prose = (d.text for d in documents if d.kind != "source")
+    tokenizer.train_from_iterator(prose, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token=END,
+        unk_token=END,
+        model_max_length=LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray[Any, Any]:
+    """All texts as one array of token ids, each ended by the end token."""
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], 0]]
+    return np.array(ids, dtype=np.int64)
+
+
+def batch_for(step: int, prose: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The (BATCH, LENGTH + 1) token ids of one step, a function of the step alone."""
+    draw = np.random.default_rng((20261123, step))
+    rows = []
+    for _ in range(BATCH):
+        ids = prose if draw.random() < PROSE_SHARE else source
+        start = int(draw.integers(0, len(ids) - LENGTH - 1))
+        rows.append(ids[start : start + LENGTH + 1])
+    return torch.from_numpy(np.stack(rows))
+
+
+def learning_rate(step: int, steps: int) -> float:
+    decay_from = steps * (1 - DECAY_SHARE)
+    if step < WARMUP:
+        return PEAK_LR * (step + 1) / WARMUP
+    if step < decay_from:
+        return PEAK_LR
+    return PEAK_LR * max(0.02, (steps - step) / (steps - decay_from))
+
+
+def make_optimizer(model: GPT2LMHeadModel) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+
+
+@torch.no_grad()
+def held_out_nats(model: GPT2LMHeadModel, ids: np.ndarray[Any, Any]) -> float:
+    """Total negative log-likelihood (nats), windows of LENGTH at stride LENGTH / 2, first token free."""
+    model.eval()
+    total, done, stride = 0.0, 1, LENGTH // 2
+    for start in range(0, len(ids) - 1, stride):
+        window = torch.from_numpy(ids[start : start + LENGTH])[None]
+        end = start + window.shape[1]
+        logits = model(window).logits[0, :-1].float()
+        losses = F.cross_entropy(logits, window[0, 1:], reduction="none")
+        total += float(losses[-(end - done) :].sum()) if end > done else 0.0
+        done = max(done, end)
+        if end == len(ids):
+            break
+    model.train()
+    return total
+
+
+class KneserNey:
+    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1999, eq. 4.2), the baseline."""
+
+    def __init__(self, ids: list[int], order: int, vocabulary: int, discount: float = 0.75) -> None:
+        self.order, self.vocabulary, self.discount = order, vocabulary, discount
+        # counts[n][context of n tokens][token]; below the highest order, counts of distinct left contexts
+        self.counts: list[dict[tuple[int, ...], Counter[int]]] = []
+        for n in range(order):
+            table: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+            if n == order - 1:
+                for gram in zip(*(ids[i:] for i in range(order)), strict=False):
+                    table[gram[:-1]][gram[-1]] += 1
+            else:
+                for gram in set(zip(*(ids[i:] for i in range(n + 2)), strict=False)):
+                    table[gram[1:-1]][gram[-1]] += 1
+            self.counts.append(table)
+        self.totals = [{c: sum(t.values()) for c, t in table.items()} for table in self.counts]
+
+    def probability(self, context: tuple[int, ...], token: int) -> float:
+        p = 1.0 / self.vocabulary
+        for n in range(self.order):
+            key = context[len(context) - n :]
+            if (seen := self.counts[n].get(key)) is None:
+                continue
+            total = self.totals[n][key]
+            p = (max(seen[token] - self.discount, 0.0) + self.discount * len(seen) * p) / total
+        return p
+
+    def nats(self, ids: list[int]) -> float:
+        width = self.order - 1
+        return -sum(
+            math.log(self.probability(tuple(ids[max(0, i - width) : i]), ids[i])) for i in range(1, len(ids))
+        )
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(20261123)
+    args.work.mkdir(parents=True, exist_ok=True)
+    documents = corpus.training_documents()
+    tokenizer_path = args.work / "tokenizer"
+    if not tokenizer_path.exists():
+        train_tokenizer(documents).save_pretrained(tokenizer_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
+    prose = encode(tokenizer, [d.text for d in documents if d.kind != "source"])
+    source = encode(tokenizer, [d.text for d in documents if d.kind == "source"])
+    held_out = encode(tokenizer, [corpus.held_out_text()])
+
+    model = GPT2LMHeadModel(GPT2Config(**CONFIG))
+    optimizer = make_optimizer(model)
+    state_path, first = args.work / "state.pt", 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters; tokens: prose {len(prose):,}, source {len(source):,}, "
+          f"held out {len(held_out):,}; steps {first}…{args.steps}")  # fmt: skip
+
+    model.train()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps)
+        ids = batch_for(step, prose, source)
+        logits = model(ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+            }
+            torch.save(state, state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").replace(state_path)
+            nats = held_out_nats(model, held_out) / (len(held_out) - 1)
+            tqdm.write(f"{time.strftime('%H:%M:%S')} step {step + 1}: held-out perplexity {math.exp(nats):.3f}")
+    export(args.out, model, tokenizer, prose, source, held_out, args.steps)
+
+
+def export(
+    out: Path,
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prose: np.ndarray[Any, Any],
+    source: np.ndarray[Any, Any],
+    held_out: np.ndarray[Any, Any],
+    steps: int,
+) -> None:
+    """Writes the checkpoint and its card; every figure on the card is measured here."""
+    model.config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "activation_function": "gelu_new"})
+    model.generation_config.update(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    size = len(corpus.held_out_text().encode())
+    predicted = len(held_out) - 1
+    figures = {"this model": held_out_nats(model, held_out)}
+    for order in (3, 5):
+        baseline = KneserNey(list(itertools.chain(source, prose)), order, CONFIG["vocab_size"])
+        figures[f"Kneser-Ney {order}-gram"] = baseline.nats(held_out.tolist())
+    rows = "\n".join(
+        f"| {name} | {nats / math.log(2) / size:.3f} | {math.exp(nats / predicted):.2f} |"
+        for name, nats in figures.items()
+    )
+    template = (Path(__file__).parent / "bundled_card.md").read_text()
+    card = template.format(
+        rows=rows,
+        parameters=sum(p.numel() for p in model.parameters()),
+        steps=steps,
+        tokens=steps * BATCH * LENGTH,
+        prose=len(prose),
+        source=len(source),
+        held_out=len(held_out),
+        held_out_bytes=size,
+        python=platform.python_version(),
+        **{k: CONFIG[k] for k in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")},
+    )
+    (out / "README.md").write_text(card)
+    print(json.dumps({name: math.exp(nats / predicted) for name, nats in figures.items()}))
+
+
+def main() -> None:
+    root = Path(__file__).resolve().parent.parent
+    parser = argparse.ArgumentParser(description="Train the bundled model.")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--work", type=Path, default=root / ".train")
+    parser.add_argument("--out", type=Path, default=root / "loaders" / "bundled")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Every error a client can be told of; each knows its HTTP status and its name in both dialects.
+
+    ServiceError
+    ├── BadRequest            400  the body is not JSON, not UTF-8 or not an object
+    ├── Invalid               422  an empty input; a bad or unknown parameter      (/v1: 400)
+    │   ├── PromptTooLong     422  more tokens than the context holds              (/v1: 400)
+    │   └── BadPrecision      422  no such precision                               (/v1: 400)
+    ├── Unauthorized          401
+    ├── NotFound              404  unknown route
+    │   └── ModelUnknown      404
+    ├── MethodNotAllowed      405
+    ├── RequestTimeout        408  the request took too long to arrive
+    ├── Unavailable           409  this host can't run the asked precision
+    ├── PayloadTooLarge       413
+    ├── UnsupportedMedia      415
+    ├── GenerationFailed      424  out of memory, NaN logits, a fault in the model (/v1: 500)
+    ├── Overloaded            429  the queue is full
+    ├── NotReady              503  loading, draining, worker dead, no room to load
+    └── DeadlinePassed        504
+"""
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """Base of all; the message is shown to the client as it is: no path, no prompt text, no traceback."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "generation"
+    """``error_type`` of the native routes."""
+    openai_status: ClassVar[int | None] = None
+    """The status on ``/v1``, where it differs."""
+    openai_type: ClassVar[str] = "api_error"
+    openai_code: ClassVar[str | None] = None
+    retry_after: float | None = None
+    """Seconds after which trying again makes sense, if ever."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param = message, param
+        if retry_after is not None:
+            self.retry_after = retry_after
+
+
+class BadRequest(ServiceError):
+    status, error_type = 400, "validation"
+    openai_type = "invalid_request_error"
+
+
+class Invalid(ServiceError):
+    status, error_type = 422, "validation"
+    openai_status, openai_type = 400, "invalid_request_error"
+
+
+class PromptTooLong(Invalid):
+    openai_code = "context_length_exceeded"
+
+
+class BadPrecision(Invalid):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="precision")
+
+
+class Unauthorized(ServiceError):
+    status, error_type = 401, "unauthorized"
+    openai_type, openai_code = "invalid_request_error", "invalid_api_key"
+
+
+class NotFound(ServiceError):
+    status, error_type = 404, "not_found"
+    openai_type = "invalid_request_error"
+
+
+class ModelUnknown(NotFound):
+    openai_code = "model_not_found"
+
+
+class MethodNotAllowed(ServiceError):
+    status, error_type = 405, "validation"
+    openai_type = "invalid_request_error"
+
+
+class RequestTimeout(ServiceError):
+    status, error_type = 408, "timeout"
+    openai_type = "invalid_request_error"
+
+
+class Unavailable(ServiceError):
+    status, error_type = 409, "unavailable"
+    openai_type, openai_code = "invalid_request_error", "precision_unavailable"
+
+
+class PayloadTooLarge(ServiceError):
+    status, error_type = 413, "validation"
+    openai_type = "invalid_request_error"
+
+
+class UnsupportedMedia(ServiceError):
+    status, error_type = 415, "validation"
+    openai_type = "invalid_request_error"
+
+
+class GenerationFailed(ServiceError):
+    status, error_type = 424, "generation"
+    openai_status = 500
+
+
+class Overloaded(ServiceError):
+    status, error_type, retry_after = 429, "overloaded", 1.0
+    openai_type, openai_code = "rate_limit_error", "overloaded"
+
+
+class NotReady(ServiceError):
+    status, error_type, retry_after = 503, "unavailable", 2.0
+    openai_type = "server_error"
+
+
+class DeadlinePassed(ServiceError):
+    status, error_type = 504, "timeout"
+    openai_type = "server_error"

@@ -1,0 +1,130 @@
+"""The plain data that scheduler, sampler and engine pass between them. Token ids only; no text, no torch."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is continued. The routes have validated every range."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+    logprobs: bool = False
+    """Report each generated token's log-probability under the model's own distribution."""
+    top_n: int = 0
+    """Report the n most probable tokens beside each generated (and, with ``prompt_logprobs``, prompt) token."""
+    prompt_logprobs: bool = False
+    """Report the prompt's own log-probabilities."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability; None for the first of a prompt, which nothing predicts."""
+
+    id: int
+    logprob: float | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    """Set on a sequence's last token. ``stop_sequence`` is found by the text layer, never here."""
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """One prompt token, its log-probability given those before it, and the alternatives at its place."""
+
+    id: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class Timeline:
+    """When things happened to a sequence: ``time.perf_counter()`` seconds; None: not yet."""
+
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    tokens: int = 0
+
+    @property
+    def queue_seconds(self) -> float:
+        return (self.admitted or time.perf_counter()) - self.arrived
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From admission to the first token."""
+        if self.admitted is None:
+            return 0.0
+        return (self.first_token or time.perf_counter()) - self.admitted
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first token to the last."""
+        if self.first_token is None or self.last_token is None:
+            return 0.0
+        return self.last_token - self.first_token
+
+    @property
+    def total_seconds(self) -> float:
+        return (self.last_token or time.perf_counter()) - self.arrived
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and its continuation on their way through one engine. Owned by the worker thread."""
+
+    prompt: list[int]
+    params: SamplingParams
+    deadline: float | None = None
+    """``time.perf_counter()`` seconds after which it is given up."""
+    slot: int | None = None
+    prefilled: int = 0
+    """Prompt tokens already in the KV slot."""
+    generated: list[int] = field(default_factory=list)
+    prompt_tokens: list[PromptToken] = field(default_factory=list)
+    cancelled: bool = False
+    timeline: Timeline = field(default_factory=Timeline)
+
+    @property
+    def remaining_prompt(self) -> int:
+        return len(self.prompt) - self.prefilled
+
+    def expired(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step of an engine did."""
+
+    batch: int
+    """Rows decoded together."""
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+    gaps: tuple[float, ...] = ()
+    """Seconds between each decoded row's token and the row's token before."""

@@ -1,0 +1,64 @@
+"""Small real checkpoints, made on the spot: a GPT-2, a Llama with grouped-query attention."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+END = "<|endoftext|>"
+VOCABULARY = 320  # 256 bytes, the end token, some merges; the rest of the rows are never produced by text
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, with a few merges so that tokens span characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("Ġ", "a"), ("e", "r")]
+    tokens = [END, *alphabet, *("".join(merge) for merge in merges)]
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        unk_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def gpt2(context: int = 256, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_positions=context, n_embd=64, n_layer=2, n_head=2,
+            initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def llama(context: int = 256, seed: int = 0) -> LlamaForCausalLM:
+    """Two key-value heads for four query heads; head untied."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context,
+            initializer_range=0.2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+        )
+    ).eval()  # fmt: skip
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """Writes a checkpoint as the hub has them: config, tokenizer, safetensors."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
