@@ -1,0 +1,122 @@
+"""The KV cache of continuous batching: one slot per sequence, rows at their own positions.
+
+``transformers``' own forward passes drive it unchanged: each layer hands its new keys and values to
+``update``, which writes them into the slots in play and returns what those slots hold. No left padding, no
+copying when a sequence joins or leaves.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
+    """Keys and values of ``slots`` sequences of up to ``context`` tokens.
+
+    Per layer two tensors (slots, kv heads, context, head dim), made when the layer first speaks, in the dtype
+    it speaks in. The host commits their pages only as they are written.
+    """
+
+    def __init__(self, slots: int, context: int) -> None:
+        super().__init__(layers=[])
+        self.slots, self.context = slots, context
+        self.lengths = [0] * slots
+        """Tokens held by each slot."""
+        self._keys: list[Tensor | None] = []
+        self._values: list[Tensor | None] = []
+        self._rows: slice | Tensor = slice(0, 0)
+        self._index: tuple[Tensor, Tensor] | None = None
+        self._start = self._end = 0
+
+    def enter(self, slots: Sequence[int], tokens: int, device: torch.device) -> None:
+        """Announces that the next forward pass appends ``tokens`` tokens to each of ``slots``."""
+        starts = [self.lengths[slot] for slot in slots]
+        self._end = max(starts) + tokens
+        if self._end > self.context:
+            raise ValueError(f"{self._end} tokens do not fit a slot of {self.context}")
+        self._rows = _as_slice(slots) or torch.tensor(slots, device=device)
+        if len(slots) == 1:
+            self._index, self._start = None, starts[0]
+        else:
+            if tokens != 1:
+                raise ValueError("several rows advance by one token at a time")
+            self._index = torch.tensor(slots, device=device), torch.tensor(starts, device=device)
+
+    def commit(self, slots: Sequence[int], tokens: int) -> None:
+        """The forward pass succeeded: the slots are that much longer. A failed one is simply overwritten."""
+        for slot in slots:
+            self.lengths[slot] += tokens
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot. Zeroed, because a masked key weighs 0 and 0 × NaN is NaN: what a broken sequence
+        left behind would reach the next one through the padding."""
+        for tensor in (*self._keys, *self._values):
+            if tensor is not None:
+                tensor[slot, :, : self.lengths[slot]] = 0
+        self.lengths[slot] = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the new (rows, heads, tokens, dim) states; returns all that the rows hold, padded to the longest."""
+        while len(self._keys) <= layer_idx:
+            self._keys.append(None)
+            self._values.append(None)
+        keys = self._keys[layer_idx]
+        values = self._values[layer_idx]
+        if keys is None or values is None:
+            keys = self._keys[layer_idx] = self._allocate(key_states)
+            values = self._values[layer_idx] = self._allocate(value_states)
+        return self._write(keys, key_states), self._write(values, value_states)
+
+    def _allocate(self, states: Tensor) -> Tensor:
+        shape = (self.slots, states.shape[1], self.context, states.shape[3])
+        if states.is_cuda:
+            return states.new_zeros(shape)
+        # calloc: zero pages that take no memory until they are written, which torch.zeros would do at once
+        count = math.prod(shape) * states.element_size()
+        return torch.from_numpy(np.zeros(count, np.uint8)).view(states.dtype).view(shape)
+
+    def _write(self, cache: Tensor, states: Tensor) -> Tensor:
+        if self._index is None:
+            cache[self._rows, :, self._start : self._end] = states
+        else:
+            slots, positions = self._index
+            cache[slots, :, positions] = states[:, :, 0]
+        return cache[self._rows, :, : self._end]
+
+    @property
+    def end(self) -> int:
+        """Keys visible to the longest row of the pass announced last."""
+        return self._end
+
+    def nbytes(self) -> int:
+        tensors = (t for t in (*self._keys, *self._values) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def drop(self) -> None:
+        self._keys, self._values = [], []
+
+    # What forward passes may ask of a cache; with explicit positions and masks the answers are not used.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._start
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._end, 0
+
+
+def _as_slice(slots: Sequence[int]) -> slice | None:
+    """The slots as a slice where they are consecutive: a view then replaces a copy of the cache."""
+    first = slots[0]
+    if all(slot == first + i for i, slot in enumerate(slots)):
+        return slice(first, first + len(slots))
+    return None

@@ -1,0 +1,162 @@
+"""Logits → tokens. Every row by its own parameters and random stream, untouched by its batch-mates.
+
+Order of the steps, as ``transformers`` and TGI have it: penalties and bias, temperature, top-k, top-p,
+typical-p, min-p, then one draw by inversion of the cumulative distribution.
+"""
+
+from collections import Counter
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from server.sequence import FinishReason, PromptToken, SamplingParams, Sequence, Token, TokenLogprob
+
+_COLDEST = 1e-6  # below it, float32 quotients overflow; the distribution is a single token long before
+
+
+class BadLogits(ArithmeticError):
+    """The model gave no usable distribution for this row (NaN, or nothing finite)."""
+
+
+class Sampler:
+    """Picks the next token of each row.
+
+    Args:
+        eos_ids: tokens that end a sequence (unless it ignores them).
+    """
+
+    def __init__(self, eos_ids: frozenset[int]) -> None:
+        self._eos_ids = eos_ids
+
+    def pick(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token | Exception]:
+        """One token a row from (rows, vocabulary) float32 logits; an error in one row stays in its place."""
+        finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+        greedy = logits.argmax(dim=-1).tolist()
+        if logits.is_cuda and not all(_is_plain(s.params) for s in sequences):
+            logits = logits.cpu()
+        picked: list[Token | Exception] = []
+        for row, sequence in enumerate(sequences):
+            try:
+                if not finite[row]:
+                    raise BadLogits("the model returned logits that are not numbers")
+                plain = _is_plain(sequence.params)
+                chosen = greedy[row] if plain else _choose(logits[row], sequence)
+                picked.append(self._token(chosen, logits[row], sequence))
+            except Exception as error:
+                picked.append(error)
+        return picked
+
+    def _token(self, chosen: int, logits: Tensor, sequence: Sequence) -> Token:
+        params, logprob, top = sequence.params, None, ()
+        if params.logprobs or params.top_n:
+            logprob, top = _logprobs(logits, chosen, params.top_n)
+        return Token(chosen, logprob, top, self._finish(chosen, sequence))
+
+    def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
+        if chosen in self._eos_ids and not sequence.params.ignore_eos:
+            return "eos_token"
+        return "length" if len(sequence.generated) + 1 >= sequence.params.max_new_tokens else None
+
+
+def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
+    """What the model gave each of ``following`` (n ids) by the (n, vocabulary) logits before it."""
+    tokens = []
+    for row, id_ in zip(logits, following, strict=True):
+        logprob, top = _logprobs(row, id_, top_n)
+        tokens.append(PromptToken(id_, logprob, top))
+    return tokens
+
+
+def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
+    """The (vocabulary,) probabilities that a sampling row draws from, float64, summing to 1."""
+    params = sequence.params
+    scores = _adjust(logits, sequence)
+    scores = (scores - scores.max()) / max(params.temperature, _COLDEST)
+    if params.top_k is not None and params.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
+    weights = scores.exp()
+    if params.top_p is not None:
+        weights = _top_p(weights, params.top_p)
+    if params.typical_p is not None:
+        weights = _typical_p(weights, params.typical_p)
+    if params.min_p:
+        weights = weights.masked_fill(weights < params.min_p * weights.max(), 0.0)
+    probabilities = weights.double()
+    return probabilities / probabilities.sum()
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    """Whether the row takes the largest logit as it is."""
+    penalized = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+    return not (params.do_sample or penalized or params.logit_bias)
+
+
+def _choose(logits: Tensor, sequence: Sequence) -> int:
+    if not sequence.params.do_sample:
+        return int(_adjust(logits, sequence).argmax())
+    cumulative = distribution(logits, sequence).cumsum(0)
+    point = sequence.random.random() * float(cumulative[-1])
+    # right=True: the first token whose cumulative mass exceeds the point, never one of zero mass
+    index = int(torch.searchsorted(cumulative, torch.tensor(point, dtype=cumulative.dtype), right=True))
+    return min(index, int(cumulative.argmax()))  # a point rounded up to the total takes the last real token
+
+
+def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
+    """The row with penalties and bias applied; a copy where there are any.
+
+    The repetition penalty (Keskar et al. 2019) looks at prompt and continuation, the frequency and presence
+    penalties (OpenAI's definition) at the continuation alone.
+    """
+    params = sequence.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*sequence.prompt, *sequence.generated}))
+        values = logits[seen]
+        factor = params.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(values > 0, values / factor, values * factor))
+    if (params.frequency_penalty or params.presence_penalty) and sequence.generated:
+        counts = Counter(sequence.generated)
+        ids = torch.tensor(list(counts))
+        weights = torch.tensor(list(counts.values()), dtype=logits.dtype)
+        penalty = params.frequency_penalty * weights + params.presence_penalty
+        logits = logits.index_add(0, ids, -penalty)
+    if params.logit_bias:
+        ids = torch.tensor([id_ for id_, _ in params.logit_bias])
+        logits = logits.index_add(0, ids, torch.tensor([bias for _, bias in params.logit_bias]))
+    return logits
+
+
+def _top_p(weights: Tensor, top_p: float) -> Tensor:
+    """Nucleus (Holtzman et al. 2020): the fewest tokens whose mass reaches ``top_p``; at least one."""
+    wanted = top_p * float(weights.sum(dtype=torch.float64))
+    count = min(64, len(weights))
+    while True:  # the nucleus is small as a rule: sorting the whole vocabulary would cost more than the model
+        values, ids = weights.topk(count)
+        mass = values.double().cumsum(0)
+        if float(mass[-1]) >= wanted or count == len(weights):
+            break
+        count = min(count * 8, len(weights))
+    kept = int((mass < wanted).sum()) + 1
+    return torch.zeros_like(weights).index_copy(0, ids[:kept], values[:kept])
+
+
+def _typical_p(weights: Tensor, typical_p: float) -> Tensor:
+    """Locally typical sampling (Meister et al. 2023): surprisals nearest to the entropy first."""
+    probabilities = weights / weights.sum()
+    surprisal = -probabilities.log()
+    entropy = (probabilities * surprisal).nan_to_num(0.0).sum()
+    order = (surprisal - entropy).abs().argsort(stable=True)
+    mass = probabilities[order].double().cumsum(0)
+    kept = order[: int((mass < typical_p).sum()) + 1]
+    return torch.zeros_like(weights).index_copy(0, kept, weights[kept])
+
+
+def _logprobs(logits: Tensor, chosen: int, top_n: int) -> tuple[float, tuple[TokenLogprob, ...]]:
+    """Natural log-probabilities under the model's own distribution."""
+    total = float(logits.logsumexp(dim=-1))
+    top: tuple[TokenLogprob, ...] = ()
+    if top_n:
+        values, ids = logits.topk(min(top_n, len(logits)))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        top = tuple(TokenLogprob(id_, min(value - total, 0.0)) for id_, value in pairs)
+    return min(float(logits[chosen]) - total, 0.0), top

@@ -1,0 +1,88 @@
+"""Who runs next. Pure Python on sequences: no tensors, no clock of its own, no threads."""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from server.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of a sequence's prompt to prefill in this step."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.count == self.sequence.remaining_prompt
+
+
+class Scheduler:
+    """First come, first served into ``slots`` KV slots; everything admitted advances in every step.
+
+    A step prefills at most ``prefill_chunk`` prompt tokens, so that a long prompt delays the running rows'
+    next token by no more than that, and then decodes all rows whose prompt is done.
+    """
+
+    def __init__(self, slots: int, prefill_chunk: int) -> None:
+        self._prefill_chunk = prefill_chunk
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}
+        self._free = list(range(slots))  # a heap: low slots first keep the rows in play consecutive
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def admit(self, now: float) -> list[Sequence]:
+        """Moves waiting sequences into free slots; returns those that just got one."""
+        admitted = []
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            sequence.slot = heapq.heappop(self._free)
+            sequence.timeline.admitted = now
+            self._running[sequence.slot] = sequence
+            admitted.append(sequence)
+        return admitted
+
+    def chunks(self) -> list[Chunk]:
+        """The prompt stretches of this step, oldest sequence first, ``prefill_chunk`` tokens in all."""
+        budget, chunks = self._prefill_chunk, []
+        for sequence in self._running.values():
+            if budget and sequence.remaining_prompt:
+                chunk = Chunk(sequence, min(budget, sequence.remaining_prompt))
+                chunks.append(chunk)
+                budget -= chunk.count
+        return chunks
+
+    def decodable(self) -> list[Sequence]:
+        """The sequences whose prompt is done and which have a token to go on from, by slot."""
+        ready = (s for s in self._running.values() if not s.remaining_prompt and s.generated)
+        return sorted(ready, key=lambda sequence: sequence.slot or 0)
+
+    def remove(self, sequence: Sequence) -> int | None:
+        """Forgets a sequence wherever it is; returns the slot that it held, now free for another."""
+        if sequence.slot is None:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            return None
+        slot, sequence.slot = sequence.slot, None
+        del self._running[slot]
+        heapq.heappush(self._free, slot)
+        return slot
+
+    def everyone(self) -> list[Sequence]:
+        return [*self._running.values(), *self._waiting]
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
