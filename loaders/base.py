@@ -1,11 +1,11 @@
 """What a loader is given, what it returns, and how it fails.
 
-    LoaderError
-    ├── ModelNotFound         no such folder or hub id, or the hub can't be reached
-    ├── CheckpointError       found, but unusable: truncated, pickle-only, not a causal LM
-    ├── UnknownPrecision      not in the registry
-    ├── PrecisionUnavailable  in the registry, but this host can't run it
-    └── OutOfMemory           the device has no room for it
+LoaderError
+├── ModelNotFound         no such folder or hub id, or the hub can't be reached
+├── CheckpointError       found, but unusable: truncated, pickle-only, not a causal LM
+├── UnknownPrecision      not in the registry
+├── PrecisionUnavailable  in the registry, but this host can't run it
+└── OutOfMemory           the device has no room for it
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 
-class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
+class SlotCache(Cache):
     """Keys and values of ``slots`` sequences of up to ``context`` tokens.
 
     Per layer two tensors (slots, kv heads, context, head dim), made when the layer first speaks, in the dtype
@@ -63,7 +63,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores the new (rows, heads, tokens, dim) states; returns all that the rows hold, padded to the longest."""
+        """Stores the new (rows, heads, tokens, dim) states; returns all that the rows hold."""
         while len(self._keys) <= layer_idx:
             self._keys.append(None)
             self._values.append(None)

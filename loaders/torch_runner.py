@@ -58,7 +58,9 @@ class TorchRunner:
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._live(input_ids=torch.tensor([ids], device=self._device), use_cache=False).logits
+        logits: Tensor = self._live(
+            input_ids=torch.tensor([ids], device=self._device), use_cache=False
+        ).logits
         return logits[0].float()
 
     @torch.inference_mode()

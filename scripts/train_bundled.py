@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loaders import corpus  # noqa: E402  (a script, run from anywhere)
+from loaders import corpus
 
 END = "<|endoftext|>"
 CONFIG: dict[str, Any] = {
@@ -107,7 +107,7 @@ def held_out_nats(model: GPT2LMHeadModel, ids: np.ndarray[Any, Any]) -> float:
         window = torch.from_numpy(ids[start : start + LENGTH])[None]
         end = start + window.shape[1]
         logits = model(window).logits[0, :-1].float()
-        losses = F.cross_entropy(logits, window[0, 1:], reduction="none")
+        losses = functional.cross_entropy(logits, window[0, 1:], reduction="none")
         total += float(losses[-(end - done) :].sum()) if end > done else 0.0
         done = max(done, end)
         if end == len(ids):
@@ -182,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate(step, args.steps)
         ids = batch_for(step, prose, source)
         logits = model(ids[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,7 +197,9 @@ def train(args: argparse.Namespace) -> None:
             torch.save(state, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").replace(state_path)
             nats = held_out_nats(model, held_out) / (len(held_out) - 1)
-            tqdm.write(f"{time.strftime('%H:%M:%S')} step {step + 1}: held-out perplexity {math.exp(nats):.3f}")
+            tqdm.write(
+                f"{time.strftime('%H:%M:%S')} step {step + 1}: held-out perplexity {math.exp(nats):.3f}"
+            )
     export(args.out, model, tokenizer, prose, source, held_out, args.steps)
 
 

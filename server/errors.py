@@ -1,22 +1,22 @@
 """Every error a client can be told of; each knows its HTTP status and its name in both dialects.
 
-    ServiceError
-    ├── BadRequest            400  the body is not JSON, not UTF-8 or not an object
-    ├── Invalid               422  an empty input; a bad or unknown parameter      (/v1: 400)
-    │   ├── PromptTooLong     422  more tokens than the context holds              (/v1: 400)
-    │   └── BadPrecision      422  no such precision                               (/v1: 400)
-    ├── Unauthorized          401
-    ├── NotFound              404  unknown route
-    │   └── ModelUnknown      404
-    ├── MethodNotAllowed      405
-    ├── RequestTimeout        408  the request took too long to arrive
-    ├── Unavailable           409  this host can't run the asked precision
-    ├── PayloadTooLarge       413
-    ├── UnsupportedMedia      415
-    ├── GenerationFailed      424  out of memory, NaN logits, a fault in the model (/v1: 500)
-    ├── Overloaded            429  the queue is full
-    ├── NotReady              503  loading, draining, worker dead, no room to load
-    └── DeadlinePassed        504
+ServiceError
+├── BadRequest            400  the body is not JSON, not UTF-8 or not an object
+├── Invalid               422  an empty input; a bad or unknown parameter      (/v1: 400)
+│   ├── PromptTooLong     422  more tokens than the context holds              (/v1: 400)
+│   └── BadPrecision      422  no such precision                               (/v1: 400)
+├── Unauthorized          401
+├── NotFound              404  unknown route
+│   └── ModelUnknown      404
+├── MethodNotAllowed      405
+├── RequestTimeout        408  the request took too long to arrive
+├── Unavailable           409  this host can't run the asked precision
+├── PayloadTooLarge       413
+├── UnsupportedMedia      415
+├── GenerationFailed      424  out of memory, NaN logits, a fault in the model (/v1: 500)
+├── Overloaded            429  the queue is full
+├── NotReady              503  loading, draining, worker dead, no room to load
+└── DeadlinePassed        504
 """
 
 from typing import ClassVar

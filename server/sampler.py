@@ -48,7 +48,8 @@ class Sampler:
         return picked
 
     def _token(self, chosen: int, logits: Tensor, sequence: Sequence) -> Token:
-        params, logprob, top = sequence.params, None, ()
+        params, logprob = sequence.params, None
+        top: tuple[TokenLogprob, ...] = ()
         if params.logprobs or params.top_n:
             logprob, top = _logprobs(logits, chosen, params.top_n)
         return Token(chosen, logprob, top, self._finish(chosen, sequence))

@@ -28,7 +28,7 @@ class SamplingParams:
     logprobs: bool = False
     """Report each generated token's log-probability under the model's own distribution."""
     top_n: int = 0
-    """Report the n most probable tokens beside each generated (and, with ``prompt_logprobs``, prompt) token."""
+    """Report the n most probable tokens beside each generated token, and beside the prompt's if asked for."""
     prompt_logprobs: bool = False
     """Report the prompt's own log-probabilities."""
 

@@ -83,6 +83,8 @@ class Settings(BaseSettings):
         (), description="origins a browser may call from, by comma"
     )
     json_output: bool = Field(False, description="log one JSON object a line")
-    graceful_termination_timeout: float = Field(90, ge=0, description="seconds running requests get at SIGTERM")
+    graceful_termination_timeout: float = Field(
+        90, ge=0, description="seconds running requests get at SIGTERM"
+    )
     hang_timeout: float = Field(60, gt=0, description="seconds without progress before a worker is given up")
     otlp_endpoint: str | None = Field(None, description="send OpenTelemetry traces there")

@@ -1,4 +1,4 @@
-"""Engines of one CPU take turns: a forward pass uses every core, and two at once only get in each other's way."""
+"""Engines of one CPU take turns: a forward pass uses every core; two at once get in each other's way."""
 
 import threading
 from collections import deque

@@ -1,0 +1,234 @@
+"""One loaded model at work: a thread that owns scheduler, runner and cache, and its door to the event loop.
+
+Events come in through an inbox, tokens go out with one ``call_soon_threadsafe`` per step. Only the worker
+thread touches sequences, slots and tensors, so there are no locks.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import torch
+
+from loaders.base import LoadedModel
+from server.errors import GenerationFailed, NotReady, ServiceError
+from server.sampler import Sampler
+from server.scheduler import Scheduler
+from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
+from server.turn import Turn
+from server.worker import Event, Step, Worker
+
+_SLOWEST_GRACE = 2.0  # seconds that any step may take before the engine counts as stalled
+
+
+class Generation(AsyncIterator[Token]):
+    """The tokens of one sequence as they come. Closing it is cancelling: the slot is free within a step."""
+
+    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
+        self._engine, self._sequence = engine, sequence
+        self._events: asyncio.Queue[Token | ServiceError | None] = asyncio.Queue()
+        self._closed = False
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._sequence.timeline
+
+    @property
+    def prompt_tokens(self) -> list[PromptToken]:
+        """The prompt's log-probabilities, if asked for; complete when the first token comes."""
+        return self._sequence.prompt_tokens
+
+    def put(self, event: Token | ServiceError | None) -> None:
+        self._events.put_nowait(event)
+
+    async def __anext__(self) -> Token:
+        if self._closed:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, Token):
+            self._closed = event.finish is not None
+            return event
+        self._closed = True
+        if event is None:
+            raise StopAsyncIteration
+        raise event
+
+    async def aclose(self) -> None:
+        """Cancels what has not been generated yet. Harmless when all has been."""
+        self._closed = True
+        self._engine.cancel(self._sequence)
+
+
+@dataclass(frozen=True)
+class _Dead:
+    """Why the worker is no more."""
+
+    reason: str
+
+
+class Engine:
+    """Continuous batching over one ``LoadedModel``. Made and called on the event loop."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        eos_ids: frozenset[int],
+        prefill_chunk: int = 128,
+        threads: int | None = None,
+        on_step: Callable[[StepStats], None] | None = None,
+        on_death: Callable[[str], None] | None = None,
+        turn: Turn | None = None,
+    ) -> None:
+        self.model, self.precision = model, model.precision
+        self.last_used = time.perf_counter()
+        self._on_step, self._on_death = on_step, on_death
+        self._threads = threads
+        self._scheduler = Scheduler(model.runner.slots, prefill_chunk)
+        self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
+        self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
+        self._live: dict[Sequence, Generation] = {}
+        self._dead: _Dead | None = None
+        self._thread: threading.Thread | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Spawns the worker and computes one token, so that the first request pays for no first time."""
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name=f"engine-{self.precision}", daemon=True
+        )
+        self._thread.start()
+        await ready
+
+    def generate(self, ids: list[int], params: SamplingParams, deadline: float | None = None) -> Generation:
+        """Queues a sequence; its tokens come by iterating over what is returned.
+
+        Args:
+            ids: the prompt; it and ``max_new_tokens`` together fit the context.
+            deadline: ``time.perf_counter()`` seconds after which it is given up, queued or running.
+
+        Raises:
+            NotReady: the worker is dead or stopping.
+        """
+        if self._dead is not None:
+            raise NotReady(f"{self.precision} is not running: {self._dead.reason}")
+        sequence = Sequence(list(ids), params, deadline)
+        generation = self._live[sequence] = Generation(self, sequence)
+        self.last_used = time.perf_counter()
+        self._inbox.put(("add", sequence))
+        return generation
+
+    def cancel(self, sequence: Sequence) -> None:
+        if sequence in self._live:
+            self._inbox.put(("cancel", sequence))
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return min(self._scheduler.running, len(self._live))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._live) - self.running
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the current step has been computing; 0 between steps."""
+        since = self._worker.busy_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def health(self) -> str | None:
+        """Why the engine is unwell, or None: a dead worker, or a step far longer than any before."""
+        if self._dead is not None:
+            return self._dead.reason
+        allowed = max(_SLOWEST_GRACE, 5 * self._worker.longest_step)
+        if (stalled := self.stalled_seconds) > allowed:
+            return f"no progress for {stalled:.0f} s"
+        return None
+
+    def fail(self, reason: str) -> None:
+        """Ends every sequence with an error; nothing is accepted any more."""
+        if self._dead is None:
+            self._dead = _Dead(reason)
+            for generation in self._live.values():
+                generation.put(GenerationFailed(f"the {self.precision} worker failed: {reason}"))
+            self._live.clear()
+            self._inbox.put(None)
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """Ends what is in flight with an error, waits for the thread, drops the model."""
+        self.fail("it is being unloaded")
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, patience)
+
+    # the worker thread
+
+    def _run(self, ready: "asyncio.Future[None]") -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)  # OpenMP keeps this per thread: set it where it computes
+        try:
+            self._worker.warm_up()
+        except Exception as error:
+            self._tell(lambda error=error: ready.cancelled() or ready.set_exception(error))
+            return
+        self._tell(lambda: ready.cancelled() or ready.set_result(None))
+        try:
+            while self._receive():
+                self._publish(self._worker.step(time.perf_counter()))
+            self._worker.close()
+        except BaseException as error:  # also SystemExit: a dead worker must never go unheard
+            reason = f"{type(error).__name__} in the worker thread"
+            self._tell(lambda: self._died(reason))
+
+    def _receive(self) -> bool:
+        """Takes all that waits in the inbox, waiting for something if there is no work; False: stop."""
+        block = not self._scheduler.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            kind, sequence = message
+            if kind == "add":
+                self._scheduler.add(sequence)
+            else:
+                sequence.cancelled = True
+            block = False
+
+    def _publish(self, step: Step) -> None:
+        self._tell(lambda: self._deliver(step))
+
+    def _tell(self, callback: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(callback)
+
+    # back on the event loop
+
+    def _deliver(self, step: Step) -> None:
+        for event in step.events:
+            self._hand_over(event)
+        if step.events:
+            self.last_used = time.perf_counter()
+        if self._on_step is not None and step.stats is not None:
+            self._on_step(step.stats)
+
+    def _hand_over(self, event: Event) -> None:
+        generation = self._live.get(event.sequence)
+        if generation is None:
+            return
+        generation.put(event.item)
+        if not isinstance(event.item, Token) or event.item.finish is not None:
+            del self._live[event.sequence]
+
+    def _died(self, reason: str) -> None:
+        if self._dead is None:
+            self.fail(reason)
+            if self._on_death is not None:
+                self._on_death(f"{self.precision}: {reason}")

@@ -1,0 +1,203 @@
+"""What the engine's thread does in one step: admit, prefill, decode, sample; faults stay with their row."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from loaders.base import Runner
+from server.errors import DeadlinePassed, GenerationFailed, ServiceError
+from server.sampler import BadLogits, Sampler, prompt_logprobs
+from server.scheduler import Chunk, Scheduler
+from server.sequence import PromptToken, Sequence, StepStats, Token
+from server.turn import Turn
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a sequence's reader is to be told: a token, an error, or (None) the end without one."""
+
+    sequence: Sequence
+    item: Token | ServiceError | None
+
+
+@dataclass
+class Step:
+    """What one step brought about."""
+
+    events: list[Event] = field(default_factory=list)
+    stats: StepStats | None = None
+    gaps: list[float] = field(default_factory=list)
+
+
+class Worker:
+    """Runs on one thread; the engine calls it there."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, turn: Turn | None = None
+    ) -> None:
+        self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
+        self._turn = turn or nullcontext()
+        self.busy_since: float | None = None
+        """When the step under way began to compute; None between steps."""
+        self.longest_step = 0.0
+
+    def warm_up(self) -> None:
+        """One prefill and one decode: kernels are chosen and memory is taken now, not by a request."""
+        with self._turn:
+            self._runner.prefill(0, [0, 0])
+            self._runner.decode([0], [0])
+            self._runner.free(0)
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def step(self, now: float) -> Step:
+        """Advances every admitted sequence by a prompt chunk or a token."""
+        step = Step()
+        self._drop_unwanted(step, now)
+        self._scheduler.admit(now)
+        if not self._scheduler.running:
+            return step
+        with self._turn:
+            self.busy_since = started = time.perf_counter()
+            prompt_tokens = self._prefill(step)
+            batch = self._decode(step)
+            seconds = time.perf_counter() - started
+            self.busy_since = None
+        self.longest_step = max(self.longest_step, seconds)
+        generated = sum(isinstance(event.item, Token) for event in step.events)
+        step.stats = StepStats(batch, prompt_tokens, generated, seconds, tuple(step.gaps))
+        return step
+
+    def _drop_unwanted(self, step: Step, now: float) -> None:
+        for sequence in self._scheduler.everyone():
+            if sequence.cancelled:
+                self._end(step, sequence, None)
+            elif sequence.expired(now):
+                self._end(step, sequence, DeadlinePassed("the request's time was up"))
+
+    def _prefill(self, step: Step) -> int:
+        done = 0
+        for chunk in self._scheduler.chunks():
+            is_last = chunk.is_last
+            logits, fault = _attempt(lambda chunk=chunk: self._prefill_chunk(chunk))
+            if fault is not None:
+                self._end(step, chunk.sequence, fault)
+                continue
+            done += chunk.count
+            if is_last:
+                self._prompt_done(step, chunk.sequence, logits)
+        return done
+
+    def _prefill_chunk(self, chunk: Chunk) -> Tensor | None:
+        """The logits after the prompt's last token, once it is reached."""
+        sequence, start = chunk.sequence, chunk.sequence.prefilled
+        ids = sequence.prompt[start : start + chunk.count]
+        assert sequence.slot is not None
+        wants_all = sequence.params.prompt_logprobs
+        wanted = "all" if wants_all else "last" if chunk.is_last else "none"
+        logits = self._runner.prefill(sequence.slot, ids, wanted)  # type: ignore[arg-type]
+        if wants_all and logits is not None:
+            if not start:
+                sequence.prompt_tokens.append(PromptToken(ids[0], None))
+            following = sequence.prompt[start + 1 : start + chunk.count + 1]
+            found = prompt_logprobs(logits[: len(following)], following, sequence.params.top_n)
+            sequence.prompt_tokens.extend(found)
+        sequence.prefilled += chunk.count
+        return logits[-1:] if logits is not None else None
+
+    def _prompt_done(self, step: Step, sequence: Sequence, logits: Tensor | None) -> None:
+        if sequence.params.max_new_tokens == 0:
+            sequence.timeline.first_token = sequence.timeline.last_token = time.perf_counter()
+            self._end(step, sequence, None)
+        else:
+            assert logits is not None
+            self._sample(step, [sequence], logits)
+
+    def _decode(self, step: Step) -> int:
+        fresh = {event.sequence for event in step.events}  # got their first token in this very step
+        rows = [sequence for sequence in self._scheduler.decodable() if sequence not in fresh]
+        if rows:
+            logits, fault = _attempt(lambda: self._forward(rows))
+            if logits is not None:
+                self._sample(step, rows, logits)
+            elif len(rows) == 1:
+                self._end(step, rows[0], fault)
+            else:
+                self._decode_one_by_one(step, rows)
+        return len(rows)
+
+    def _decode_one_by_one(self, step: Step, rows: list[Sequence]) -> None:
+        """The batch failed: each row alone, so that only those at fault are lost."""
+        for row in rows:
+            logits, fault = _attempt(lambda row=row: self._forward([row]))
+            if logits is not None:
+                self._sample(step, [row], logits)
+            else:
+                self._end(step, row, fault)
+
+    def _forward(self, rows: list[Sequence]) -> Tensor:
+        slots = [row.slot for row in rows if row.slot is not None]
+        return self._runner.decode(slots, [row.generated[-1] for row in rows])
+
+    def _sample(self, step: Step, rows: list[Sequence], logits: Tensor) -> None:
+        picked = self._sampler.pick(logits, rows)
+        now = time.perf_counter()
+        for row, item in zip(rows, picked, strict=True):
+            if isinstance(item, Exception):
+                self._end(step, row, _as_service_error(item))
+                continue
+            row.generated.append(item.id)
+            if row.timeline.last_token is not None:
+                step.gaps.append(now - row.timeline.last_token)
+            row.timeline.first_token = row.timeline.first_token or now
+            row.timeline.last_token = now
+            row.timeline.tokens += 1
+            if item.finish is not None:
+                self._release(row)
+            step.events.append(Event(row, item))
+
+    def _end(self, step: Step, sequence: Sequence, item: ServiceError | None) -> None:
+        self._release(sequence)
+        step.events.append(Event(sequence, item))
+
+    def _release(self, sequence: Sequence) -> None:
+        slot = self._scheduler.remove(sequence)
+        if slot is not None:
+            self._runner.free(slot)
+
+
+def _attempt(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:
+    """The result or the fault. The exception is gone on return, and the tensors its traceback held with it."""
+    try:
+        return call(), None
+    except Exception as error:
+        fault = _as_service_error(error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, fault
+
+
+def _as_service_error(error: Exception) -> ServiceError:
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, BadLogits):
+        return GenerationFailed(str(error))
+    if _is_out_of_memory(error):
+        return GenerationFailed("out of memory while generating; ask for fewer tokens or try again")
+    return GenerationFailed(f"the model failed on this request ({type(error).__name__})")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
+    )
