@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -174,9 +175,9 @@ class Engine:
         try:
             self._worker.warm_up()
         except Exception as error:
-            self._tell(lambda error=error: ready.cancelled() or ready.set_exception(error))
+            self._tell(partial(_settle, ready, error))
             return
-        self._tell(lambda: ready.cancelled() or ready.set_result(None))
+        self._tell(partial(_settle, ready, None))
         try:
             while self._receive():
                 self._publish(self._worker.step(time.perf_counter()))
@@ -232,3 +233,12 @@ class Engine:
             self.fail(reason)
             if self._on_death is not None:
                 self._on_death(f"{self.precision}: {reason}")
+
+
+def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

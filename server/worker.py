@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,6 @@ from server.sampler import BadLogits, Sampler, prompt_logprobs
 from server.scheduler import Chunk, Scheduler
 from server.sequence import PromptToken, Sequence, StepStats, Token
 from server.turn import Turn
-
 
 _T = TypeVar("_T")
 
@@ -88,7 +88,7 @@ class Worker:
         done = 0
         for chunk in self._scheduler.chunks():
             is_last = chunk.is_last
-            logits, fault = _attempt(lambda chunk=chunk: self._prefill_chunk(chunk))
+            logits, fault = _attempt(partial(self._prefill_chunk, chunk))
             if fault is not None:
                 self._end(step, chunk.sequence, fault)
                 continue
@@ -126,7 +126,7 @@ class Worker:
         fresh = {event.sequence for event in step.events}  # got their first token in this very step
         rows = [sequence for sequence in self._scheduler.decodable() if sequence not in fresh]
         if rows:
-            logits, fault = _attempt(lambda: self._forward(rows))
+            logits, fault = _attempt(partial(self._forward, rows))
             if logits is not None:
                 self._sample(step, rows, logits)
             elif len(rows) == 1:
@@ -138,7 +138,7 @@ class Worker:
     def _decode_one_by_one(self, step: Step, rows: list[Sequence]) -> None:
         """The batch failed: each row alone, so that only those at fault are lost."""
         for row in rows:
-            logits, fault = _attempt(lambda row=row: self._forward([row]))
+            logits, fault = _attempt(partial(self._forward, [row]))
             if logits is not None:
                 self._sample(step, [row], logits)
             else:
@@ -176,7 +176,7 @@ class Worker:
 
 
 def _attempt(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:
-    """The result or the fault. The exception is gone on return, and the tensors its traceback held with it."""
+    """The result or the fault. The exception and the tensors its traceback held are gone on return."""
     try:
         return call(), None
     except Exception as error:

@@ -1,0 +1,290 @@
+"""A request from validated parameters to text: what both dialects share.
+
+Lengths are checked, a place is taken, the prompt encoded, the engine found; then text comes piece by piece.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import loaders
+from loaders.base import Checkpoint, LoaderError
+from server.engine import Engine, Generation
+from server.errors import (
+    BadPrecision,
+    DeadlinePassed,
+    Invalid,
+    NotReady,
+    Overloaded,
+    PromptTooLong,
+    ServiceError,
+    Unavailable,
+)
+from server.lifecycle import Lifecycle
+from server.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
+from server.settings import Settings
+from server.text import TextCodec
+
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a client asked for, each value within its range."""
+
+    prompt: str | list[int]
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=DEFAULT_NEW_TOKENS))
+    """``max_new_tokens`` and ``seed`` in it are overridden by the two below."""
+    precision: str | None = None
+    """Name or alias; the server's default if None."""
+    fallback: bool = False
+    """Serve with the default precision, saying so, where the asked one can't be had."""
+    stop: tuple[str, ...] = ()
+    truncate: int | None = None
+    """Keep the prompt's last n tokens."""
+    max_new_tokens: int | None = None
+    """64, or the context left if that is less, if None."""
+    seed: int | None = None
+    """Drawn if None."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token and the text that it released; the texts joined are the generated text."""
+
+    index: int
+    """From 1."""
+    token: Token
+    text: str
+    special: bool
+    finish: FinishReason | None
+
+
+class PoolLike(Protocol):
+    """What is needed of ``server.pool.Pool``."""
+
+    default: str
+
+    def use(self, precision: str) -> AbstractAsyncContextManager[Engine]: ...
+
+
+class MetricsLike(Protocol):
+    """What is needed of ``server.metrics.Metrics``."""
+
+    def observe_request(
+        self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int
+    ) -> None: ...
+
+
+class Continuation:
+    """A running request. Iterate for its pieces; close it in a ``finally``, whatever happens."""
+
+    def __init__(
+        self,
+        service: "Service",
+        request: GenerationRequest,
+        engine: Engine,
+        lease: AbstractAsyncContextManager[Engine],
+        generation: Generation,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        fallback_reason: str | None,
+    ) -> None:
+        self._service, self._lease, self._generation = service, lease, generation
+        self.precision = engine.precision
+        self.precision_requested = request.precision
+        self.fallback_reason = fallback_reason
+        self.seed = params.seed
+        self.prompt_ids = prompt_ids
+        self.pieces: list[Piece] = []
+        self.finish_reason: FinishReason | None = None
+        self._decoder = service.codec.incremental(prompt_ids, request.stop)
+        self._closed = False
+        self._error: ServiceError | None = None
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._generation.timeline
+
+    @property
+    def prompt_tokens(self) -> list[PromptToken]:
+        return self._generation.prompt_tokens
+
+    @property
+    def text(self) -> str:
+        """The generated text so far."""
+        return "".join(piece.text for piece in self.pieces)
+
+    async def run(self) -> "Continuation":
+        """To the end; for answers that come in one piece."""
+        async for _ in self:
+            pass
+        return self
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        try:
+            async for token in self._generation:
+                piece = self._piece(token)
+                self.pieces.append(piece)
+                self.finish_reason = piece.finish
+                if piece.finish is not None:
+                    await self.aclose()
+                yield piece
+                if piece.finish is not None:
+                    return
+            self.finish_reason = "length"  # no token was asked for
+        except ServiceError as error:
+            self._error = error
+            raise
+
+    def _piece(self, token: Token) -> Piece:
+        special = self._service.codec.is_special(token.id)
+        text = self._decoder.push(token.id)
+        finish: FinishReason | None = "stop_sequence" if self._decoder.stopped else token.finish
+        if finish in ("length", "eos_token"):
+            text += self._decoder.finish()
+            finish = "stop_sequence" if self._decoder.stopped else finish
+        return Piece(len(self.pieces) + 1, token, text, special, finish)
+
+    async def aclose(self) -> None:
+        """Cancels what is still running, gives the place and the engine back. Any number of times."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._generation.aclose()
+        await self._lease.__aexit__(None, None, None)
+        self._service.closed(self, self._outcome())
+
+    def _outcome(self) -> str:
+        if self._error is not None:
+            return self._error.error_type
+        return "success" if self.finish_reason is not None else "cancelled"
+
+
+class Service:
+    """Opens continuations. Places are counted here, before anything is computed for a request."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        codec: TextCodec,
+        pool: PoolLike,
+        metrics: MetricsLike,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self.codec = codec
+        self._settings, self._checkpoint = settings, checkpoint
+        self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
+        self.in_flight = 0
+        """Places taken: continuations open or opening."""
+        total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
+        self.max_total_tokens = total
+        self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
+
+    async def open(self, request: GenerationRequest) -> Continuation:
+        """Raises a ``ServiceError`` and holds nothing, or returns what must be closed."""
+        return (await self.open_all([request]))[0]
+
+    async def open_all(self, requests: Sequence[GenerationRequest]) -> list[Continuation]:
+        """All of them or, with an error, none."""
+        self._reserve(len(requests))
+        opened: list[Continuation] = []
+        deadline = time.perf_counter() + self._settings.request_timeout
+        try:
+            for request in requests:
+                opened.append(await self._open(request, deadline))
+        except BaseException:
+            self.in_flight -= len(requests) - len(opened)
+            for continuation in opened:
+                await continuation.aclose()
+            raise
+        return opened
+
+    def closed(self, continuation: Continuation, outcome: str) -> None:
+        self.in_flight -= 1
+        self._metrics.observe_request(
+            continuation.precision, outcome, continuation.timeline, len(continuation.prompt_ids)
+        )
+
+    def _reserve(self, places: int) -> None:
+        if self._lifecycle.fatal is not None:
+            raise NotReady("the server has failed and is about to restart")
+        if self._lifecycle.draining:
+            raise NotReady("the server is shutting down")
+        if self.in_flight + places > self._settings.max_concurrent_requests:
+            raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
+        self.in_flight += places
+
+    async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
+        prompt = await self._encode(request)
+        params = self._resolve(request, len(prompt))
+        lease, engine, reason = await self._find_engine(request, deadline)
+        try:
+            generation = engine.generate(prompt, params, deadline)
+        except BaseException:
+            await lease.__aexit__(None, None, None)
+            raise
+        return Continuation(self, request, engine, lease, generation, prompt, params, reason)
+
+    async def _encode(self, request: GenerationRequest) -> list[int]:
+        ids = request.prompt
+        if isinstance(ids, str):
+            if not ids:
+                raise Invalid("the input is empty", param="inputs")
+            long = len(ids) > 20_000  # some ten milliseconds: too long to keep the event loop
+            ids = await asyncio.to_thread(self.codec.encode, ids) if long else self.codec.encode(ids)
+        if not ids:
+            raise Invalid("the input has no tokens", param="inputs")
+        if min(ids) < 0 or max(ids) >= self._checkpoint.vocabulary:
+            raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="prompt")
+        return ids[-request.truncate :] if request.truncate else ids
+
+    def _resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
+        """The parameters with length and seed settled."""
+        limit = self.max_total_tokens
+        wanted = request.max_new_tokens
+        needed = prompt + (1 if wanted is None else wanted)
+        if prompt > self.max_input_tokens and not (wanted == 0 and prompt <= limit):
+            raise PromptTooLong(
+                f"the prompt has {prompt} tokens; at most {self.max_input_tokens} are accepted",
+                param="inputs",
+            )
+        if needed > limit:
+            raise PromptTooLong(
+                f"{prompt} prompt tokens and max_new_tokens {wanted or 1} exceed the context of {limit}",
+                param="max_new_tokens",
+            )
+        count = min(DEFAULT_NEW_TOKENS, limit - prompt) if wanted is None else wanted
+        seed = secrets.randbits(64) if request.seed is None else request.seed
+        return replace(request.params, max_new_tokens=count, seed=seed)
+
+    async def _find_engine(
+        self, request: GenerationRequest, deadline: float
+    ) -> tuple[AbstractAsyncContextManager[Engine], Engine, str | None]:
+        name = request.precision or self._pool.default
+        try:
+            name = loaders.canonical(name)
+        except LoaderError as error:
+            raise BadPrecision(str(error)) from None
+        try:
+            return *await self._lease(name, deadline), None
+        except (Unavailable, NotReady) as error:
+            if not request.fallback or name == self._pool.default:
+                raise
+            reason = error.message
+        return *await self._lease(self._pool.default, deadline), reason
+
+    async def _lease(
+        self, precision: str, deadline: float
+    ) -> tuple[AbstractAsyncContextManager[Engine], Engine]:
+        lease = self._pool.use(precision)
+        try:
+            async with asyncio.timeout(deadline - time.perf_counter()):
+                return lease, await lease.__aenter__()
+        except TimeoutError:
+            raise DeadlinePassed(f"{precision} was not loaded in time") from None

@@ -1,0 +1,120 @@
+"""Text ↔ token ids: encoding, decoding token by token, stop strings. All on the event loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+_LONGEST_CHARACTER = 4  # bytes, so at most as many tokens may wait for a character's end
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """A token of a text and the characters start … stop − 1 that it stands for."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class TextCodec:
+    """A tokenizer as the service needs it.
+
+    Args:
+        tokenizer: a ``transformers`` tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, id_: int) -> str:
+        """One token by itself, special ones by name."""
+        text: str = self._tokenizer.decode([id_], skip_special_tokens=False)
+        return text
+
+    def is_special(self, id_: int) -> bool:
+        return id_ in self._special
+
+    def tokenize(self, text: str) -> list[TokenSpan]:
+        encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
+        pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        return [TokenSpan(id_, text[start:stop], start, stop) for id_, (start, stop) in pairs]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of a conversation, ready for the assistant's turn."""
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
+        return IncrementalDecoder(self, prompt, stop)
+
+
+class IncrementalDecoder:
+    """Turns tokens into text as they come; what it has given out is never taken back.
+
+    Held back until more is known: bytes of an unfinished character, and the beginning of what may become a
+    stop string. A token's text depends on its neighbours (spaces), so some before it are decoded along.
+    """
+
+    def __init__(self, codec: TextCodec, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._codec, self._stop = codec, tuple(stop)
+        self._ids = list(prompt[-_LONGEST_CHARACTER:])
+        self._context = 0  # first id decoded along, for its neighbours' sake
+        self._read = len(self._ids)  # ids before this one have been turned into text
+        self._held = ""  # text that may yet turn out to begin a stop string
+        self.stopped = False
+        """Whether a stop string has come."""
+
+    def push(self, id_: int) -> str:
+        """The text that this token releases, up to a stop string if that completes one."""
+        self._ids.append(id_)
+        return self._release(self._decode(final=False), final=False)
+
+    def finish(self) -> str:
+        """Whatever was held back, now that nothing more will come."""
+        return self._release(self._decode(final=True), final=True)
+
+    def _decode(self, final: bool) -> str:
+        before = self._codec.decode(self._ids[self._context : self._read])
+        text = self._codec.decode(self._ids[self._context :])
+        pending = len(self._ids) - self._read
+        if text.endswith(_REPLACEMENT) and not final and pending < _LONGEST_CHARACTER:
+            return ""
+        self._context, self._read = self._read, len(self._ids)
+        return text[len(before) :]
+
+    def _release(self, text: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
