@@ -1,8 +1,8 @@
 """The plain data that scheduler, sampler and engine pass between them. Token ids only; no text, no torch."""
 
-import random
 import time
 from dataclasses import dataclass, field
+from random import Random
 from typing import Literal
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -109,11 +109,11 @@ class Sequence:
     prompt_tokens: list[PromptToken] = field(default_factory=list)
     cancelled: bool = False
     timeline: Timeline = field(default_factory=Timeline)
-    random: random.Random = field(init=False, repr=False)
+    random: Random = field(init=False, repr=False)
     """Its own random stream: what it draws depends on its seed and on nothing else that runs."""
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.params.seed)
+        self.random = Random(self.params.seed)
 
     @property
     def remaining_prompt(self) -> int:

@@ -1,0 +1,52 @@
+from server.scheduler import Scheduler
+from server.sequence import SamplingParams, Sequence
+
+
+def sequence(prompt: int = 3) -> Sequence:
+    return Sequence(list(range(prompt)), SamplingParams(max_new_tokens=4))
+
+
+def test_first_come_first_served_into_the_lowest_free_slots() -> None:
+    scheduler = Scheduler(slots=2, prefill_chunk=8)
+    first, second, third = sequence(), sequence(), sequence()
+    for one in (first, second, third):
+        scheduler.add(one)
+    assert scheduler.admit(1.0) == [first, second]
+    assert (first.slot, second.slot, third.slot) == (0, 1, None)
+    assert (scheduler.running, scheduler.waiting) == (2, 1)
+    assert scheduler.remove(first) == 0
+    assert scheduler.admit(2.0) == [third]
+    assert third.slot == 0
+    assert third.timeline.admitted == 2.0
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_within_one_budget() -> None:
+    scheduler = Scheduler(slots=3, prefill_chunk=8)
+    long, short = sequence(13), sequence(2)
+    scheduler.add(long)
+    scheduler.add(short)
+    scheduler.admit(0.0)
+    assert [(c.sequence, c.count, c.is_last) for c in scheduler.chunks()] == [(long, 8, False)]
+    long.prefilled = 8
+    assert [(c.sequence, c.count, c.is_last) for c in scheduler.chunks()] == [
+        (long, 5, True),
+        (short, 2, True),
+    ]
+
+
+def test_only_rows_with_a_token_to_go_on_from_are_decoded() -> None:
+    scheduler = Scheduler(slots=3, prefill_chunk=8)
+    done, pending = sequence(2), sequence(2)
+    scheduler.add(done)
+    scheduler.add(pending)
+    scheduler.admit(0.0)
+    done.prefilled, done.generated = 2, [5]
+    assert scheduler.decodable() == [done]
+
+
+def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
+    scheduler = Scheduler(slots=1, prefill_chunk=8)
+    waiting = sequence()
+    scheduler.add(waiting)
+    assert scheduler.remove(waiting) is None
+    assert not scheduler.has_work

@@ -1,0 +1,68 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.text import TextCodec
+from tests.checkpoints import byte_tokenizer
+
+CODEC = TextCodec(byte_tokenizer())
+
+
+def stream(text: str, stop: tuple[str, ...] = (), prompt: str = "x") -> tuple[list[str], bool]:
+    decoder = CODEC.incremental(CODEC.encode(prompt), stop)
+    pieces = []
+    for id_ in CODEC.encode(text):
+        pieces.append(decoder.push(id_))
+        if decoder.stopped:
+            return pieces, True
+    pieces.append(decoder.finish())
+    return pieces, decoder.stopped
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_the_pieces_join_to_the_text(text: str) -> None:
+    pieces, _ = stream(text)
+    assert "".join(pieces) == text
+
+
+@given(
+    st.text(st.sampled_from("ab é😀"), max_size=30),
+    st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_stop_string_never_leaks_however_it_is_split(text: str, stops: list[str]) -> None:
+    pieces, stopped = stream(text, tuple(stops))
+    released = "".join(pieces)
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    assert stopped == bool(ends)
+    assert text.startswith(released)
+    assert not any(stop in released for stop in stops)
+    if not stopped:
+        assert released == text
+
+
+def test_an_unfinished_character_is_held_back() -> None:
+    decoder = CODEC.incremental(CODEC.encode("x"))
+    pieces = [decoder.push(id_) for id_ in CODEC.encode("😀")]
+    assert pieces == ["", "", "", "😀"]
+
+
+def test_a_character_that_never_ends_comes_out_as_replacements_at_the_end() -> None:
+    decoder = CODEC.incremental(CODEC.encode("x"))
+    assert decoder.push(CODEC.encode("😀")[0]) == ""
+    assert set(decoder.finish()) == {"\ufffd"}
+
+
+def test_special_tokens_leave_no_text() -> None:
+    decoder = CODEC.incremental(CODEC.encode("x"))
+    assert CODEC.is_special(0)
+    assert decoder.push(0) == ""
+    assert CODEC.token_text(0) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("text", ["the theatre", "é😀 a"])
+def test_tokenize_gives_each_token_its_place(text: str) -> None:
+    spans = CODEC.tokenize(text)
+    assert [span.id for span in spans] == CODEC.encode(text)
+    assert all(text[span.start : span.stop] == span.text for span in spans)
