@@ -1,0 +1,120 @@
+"""The application: what it holds, what it answers, and in what order a request passes through."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+import loaders
+import loaders.checkpoint
+from loaders.base import Checkpoint, LoadedModel
+from server.auth import Auth
+from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from server.generation import Service
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.middleware import BodyLimits, Envelope
+from server.pool import Pool
+from server.replies import error_response
+from server.routes import generate, health, openai, precisions, stats, tokenize
+from server.settings import Settings
+from server.text import TextCodec
+
+
+def create_app(
+    settings: Settings,
+    *,
+    open_checkpoint: Callable[..., Checkpoint] = loaders.checkpoint.open_checkpoint,
+    load: Callable[..., LoadedModel] = loaders.load,
+) -> FastAPI:
+    """The service for one model. Nothing is read or loaded before its lifespan begins.
+
+    Args:
+        settings: how to serve.
+        open_checkpoint: finds the model: (model id, revision) → ``Checkpoint``.
+        load: loads one precision of it; as ``loaders.load``.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await _furnish(app, settings, open_checkpoint, load)
+        app.state.pool.start()
+        try:
+            yield
+        finally:
+            await app.state.pool.stop()
+
+    app = FastAPI(
+        title="bitdial",
+        version="0.1.0",
+        description="One causal language model in every precision, chosen per request.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    for module in (generate, openai, tokenize, stats, precisions, health):
+        app.include_router(module.router)
+    app.include_router(generate.root_router)
+    _surround(app, settings)
+    return app
+
+
+async def _furnish(
+    app: FastAPI,
+    settings: Settings,
+    open_checkpoint: Callable[..., Checkpoint],
+    load: Callable[..., LoadedModel],
+) -> None:
+    state = app.state
+    state.settings, state.started = settings, time.time()
+    state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
+    tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
+    state.codec = TextCodec(tokenizer)
+    state.lifecycle, state.metrics = Lifecycle(), Metrics()
+    state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
+    state.service = Service(
+        settings, state.checkpoint, state.codec, state.pool, state.metrics, state.lifecycle
+    )
+
+
+def _surround(app: FastAPI, settings: Settings) -> None:
+    """Middleware, the innermost first."""
+    app.add_middleware(BodyLimits, settings=settings)
+    app.add_middleware(Auth, settings=settings)
+    if settings.cors_allow_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_allow_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Precision", "X-Request-ID"],
+            expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
+        )
+    app.add_middleware(Envelope)
+
+
+async def _on_service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return error_response(error, request.scope)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """The framework's own refusals, in the dialect of the path."""
+    assert isinstance(error, HTTPException)
+    headers: Mapping[str, Any] = error.headers or {}
+    return error_response(_translated(error.status_code), request.scope, headers)
+
+
+def _translated(status: int) -> ServiceError:
+    if status == 404:
+        return NotFound("no such route")
+    if status == 405:
+        return MethodNotAllowed("this route does not take that method")
+    return BadRequest("the request can't be understood")

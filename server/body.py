@@ -1,0 +1,47 @@
+"""A request's body as a JSON object, or the error that says what is wrong with it."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from server.errors import BadRequest, UnsupportedMedia
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """Reads and parses the body, strictly.
+
+    Raises:
+        UnsupportedMedia: a content type other than JSON.
+        BadRequest: not UTF-8, not JSON (NaN and Infinity are not JSON), or not an object.
+    """
+    media = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+        raise UnsupportedMedia("the body must be application/json")
+    return parse_object(await request.body())
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode(), parse_constant=_refuse, parse_float=_finite)
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not UTF-8") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError:
+        raise BadRequest("the body is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object")
+    return value
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("out of range")
+    return number

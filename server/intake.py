@@ -1,0 +1,126 @@
+"""From a validated body to what the service is asked: one way for both dialects."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+import loaders
+from loaders.base import LoaderError
+from server.errors import BadPrecision, Invalid, ModelUnknown
+from server.generation import GenerationRequest
+from server.schemas import Parameters, printable
+from server.sequence import SamplingParams
+
+_ANY_MODEL = ("tgi", "dummy")
+"""What Hugging Face's client and its documentation call the served model when only an address is known."""
+
+
+def model_names(model_id: str) -> tuple[str, ...]:
+    """Names the served model answers to: as configured, and without its owner."""
+    return model_id, model_id.rsplit("/", 1)[-1]
+
+
+def precision_of_model(name: str | None, model_id: str) -> str | None:
+    """The precision a model name asks for: ``gpt2:int8`` → ``int8``, ``gpt2`` → None.
+
+    Raises:
+        ModelUnknown: not the served model.
+    """
+    if name is None or name in _ANY_MODEL or name in model_names(model_id):
+        return None
+    base, colon, precision = name.rpartition(":")
+    if not colon or base not in (*model_names(model_id), *_ANY_MODEL):
+        raise ModelUnknown(f"no such model here; this server has {model_id}", param="model")
+    return precision
+
+
+def choose_precision(request: Request, body: Mapping[str, Any], model: str | None = None) -> str | None:
+    """The precision asked for, None where nothing asks for one.
+
+    It may stand in the body, the header, the query and the model's name (in the path or ``model``).
+
+    Raises:
+        BadPrecision: no such precision, or two places disagree.
+        ModelUnknown: the name is not the served model's.
+    """
+    model_id = request.app.state.checkpoint.model_id
+    names = [name for name in (request.path_params.get("model"), model) if name is not None]
+    asked: list[object] = [body["precision"]] if "precision" in body else []
+    asked += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
+    asked += [found for name in names if (found := precision_of_model(name, model_id)) is not None]
+    chosen = {known_precision(name): None for name in asked}
+    if len(chosen) > 1:
+        raise BadPrecision(f"the request names different precisions: {', '.join(chosen)}")
+    return next(iter(chosen), None)
+
+
+def known_precision(name: object) -> str:
+    if name == "auto":
+        raise BadPrecision("precision 'auto' is not offered here; name one")
+    try:
+        return loaders.canonical(name)
+    except LoaderError as error:
+        raise BadPrecision(str(error).encode("ascii", "backslashreplace").decode()) from None
+
+
+def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The native body with ``parameters`` spread out and ``prompt`` renamed to ``inputs``."""
+    flat = dict(values)
+    parameters = flat.pop("parameters", None) or {}
+    if not isinstance(parameters, dict):
+        raise Invalid("parameters must be an object", param="parameters")
+    for name, value in parameters.items():
+        if name in ("inputs", "prompt", "stream", "parameters"):
+            raise Invalid(f"{name} does not belong in parameters", param="parameters")
+        if name in flat:
+            shown = printable(name)
+            raise Invalid(f"{shown} is given twice: at the top level and in parameters", param=shown)
+        flat[name] = value
+    if "prompt" in flat:
+        if "inputs" in flat:
+            raise Invalid("give either inputs or prompt, not both", param="prompt")
+        flat["inputs"] = flat.pop("prompt")
+    return flat
+
+
+def make_request(
+    prompt: str | Sequence[int],
+    wishes: Parameters,
+    *,
+    precision: str | None,
+    fallback: bool | None,
+    seed: int | None,
+    logprobs: bool = False,
+    top_n: int = 0,
+    prompt_logprobs: bool = False,
+    logit_bias: tuple[tuple[int, float], ...] = (),
+) -> GenerationRequest:
+    """One sequence's request."""
+    params = SamplingParams(
+        max_new_tokens=1,  # settled by the service, as the seed is
+        do_sample=wishes.samples,
+        temperature=wishes.temperature or 1.0,
+        top_k=wishes.top_k,
+        top_p=wishes.top_p,
+        typical_p=wishes.typical_p,
+        min_p=wishes.min_p,
+        repetition_penalty=wishes.repetition_penalty or 1.0,
+        frequency_penalty=wishes.frequency_penalty or 0.0,
+        presence_penalty=wishes.presence_penalty or 0.0,
+        logit_bias=logit_bias,
+        ignore_eos=bool(wishes.ignore_eos),
+        logprobs=logprobs,
+        top_n=top_n,
+        prompt_logprobs=prompt_logprobs,
+    )
+    return GenerationRequest(
+        prompt if isinstance(prompt, str) else list(prompt),
+        params,
+        precision,
+        bool(fallback),
+        tuple(wishes.stop or ()),
+        wishes.truncate,
+        wishes.max_new_tokens,
+        seed,
+    )

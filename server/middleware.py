@@ -1,0 +1,125 @@
+"""Around every request: an id, an access log, an answer to any fault, limits on the body. Pure ASGI."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
+from server.replies import ClientGone, error_response
+from server.settings import Settings
+
+_access = logging.getLogger("server.access")
+_log = logging.getLogger("server")
+_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class Envelope:
+    """Outermost: gives the request its id, logs it without its query, and answers what nobody else did."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        id_ = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        started, status = time.perf_counter(), 0
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id_
+            await send(message)
+
+        try:
+            await self.app(scope, receive, labelled)
+        except (ClientDisconnect, ClientGone):
+            status = status or 499
+            await _answer_nobody(send)
+        except Exception as error:
+            if status:
+                raise
+            _log_fault(error, id_)
+            await error_response(_told(error), scope)(scope, receive, labelled)
+        finally:
+            took = (time.perf_counter() - started) * 1000
+            path = json.dumps(scope["path"][:200])
+            _access.info("%s %s %s %d %.1f ms", id_, scope["method"], path, status, took)
+
+
+def _told(error: Exception) -> ServiceError:
+    return error if isinstance(error, ServiceError) else ServiceError("internal error")
+
+
+def _log_fault(error: Exception, id_: str) -> None:
+    if not isinstance(error, ServiceError):
+        _log.error("request %s: an unforeseen fault", id_, exc_info=error)
+
+
+async def _answer_nobody(send: Send) -> None:
+    """Ends the exchange formally; the client has gone."""
+    await send({"type": "http.response.start", "status": 499, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id if it is short and plain, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex
+
+
+class BodyLimits:
+    """A body may be so large, and may take so long to come. A declared length is judged before reading."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._limit, self._seconds = settings.payload_limit, settings.receive_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif _declared_length(scope) > self._limit:
+            await error_response(self._too_large(), scope)(scope, receive, send)
+        else:
+            await self.app(scope, self._limited(receive), send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        deadline, received, complete = time.perf_counter() + self._seconds, 0, False
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(deadline - time.perf_counter()):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout("the body took too long to arrive") from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > self._limit:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body may have {self._limit} bytes")
+
+
+def _declared_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:18])
+    return 0

@@ -1,0 +1,139 @@
+"""How answers leave: errors in both dialects, event streams, and work that ends when its client goes."""
+
+import asyncio
+import json
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import GenerationFailed, ServiceError
+
+T = TypeVar("T")
+_log = logging.getLogger("server")
+
+
+class ClientGone(Exception):
+    """Nobody is there any more to answer."""
+
+
+def is_openai(path: str) -> bool:
+    return path == "/v1" or path.startswith("/v1/") or (path.startswith("/models/") and "/v1/" in path)
+
+
+def error_body(error: ServiceError, path: str, request_id: str) -> dict[str, Any]:
+    """The body that tells of ``error`` in the dialect of ``path``."""
+    if is_openai(path):
+        kind, code = error.openai_type, error.openai_code
+        return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+    return {"error": error.message, "error_type": error.error_type, "request_id": request_id}
+
+
+def error_response(
+    error: ServiceError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    path = scope["path"]
+    status = (error.openai_status if is_openai(path) else None) or error.status
+    out = dict(headers or {})
+    if error.status == 401:
+        out["WWW-Authenticate"] = "Bearer"
+    if error.retry_after is not None:
+        out["Retry-After"] = str(math.ceil(error.retry_after))
+    if isinstance(error, GenerationFailed):
+        out["x-should-retry"] = "false"
+    return JSONResponse(error_body(error, path, request_id(scope)), status, out)
+
+
+def request_id(scope: Scope) -> str:
+    return str(scope.get("state", {}).get("request_id", ""))
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled if the client goes first.
+
+    Raises:
+        ClientGone
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _cancelled(task, gone)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def event(data: Mapping[str, Any] | str) -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
+    return b"data: " + text.encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events. Whatever happens, even before the first one, ``close`` is awaited.
+
+    Args:
+        events: each already encoded; a ``ServiceError`` raised by it becomes the last event.
+        close: frees what the events come from.
+        send_timeout: seconds a reader may leave one event unread.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        headers: Mapping[str, str],
+        send_timeout: float = 30.0,
+    ) -> None:
+        super().__init__(headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache", **headers})
+        del self.headers["content-length"]
+        self._events, self._close, self._send_timeout = events, close, send_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            sending = asyncio.ensure_future(self._send_all(scope, send))
+            gone = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    with suppress(TimeoutError, OSError):  # the reader stopped reading, or left
+                        sending.result()
+            finally:
+                await _cancelled(sending, gone)
+        finally:
+            await self._close()
+
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for chunk in self._guarded(scope):
+            async with asyncio.timeout(self._send_timeout):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _guarded(self, scope: Scope) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._events:
+                yield chunk
+        except ServiceError as error:
+            yield event(error_body(error, scope["path"], request_id(scope)))
+        except Exception:
+            _log.exception("request %s: a fault while streaming", request_id(scope))
+            yield event(error_body(ServiceError("internal error"), scope["path"], request_id(scope)))

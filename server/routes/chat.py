@@ -1,0 +1,124 @@
+"""``POST /v1/chat/completions``: a conversation's next turn."""
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.errors import Invalid
+from server.generation import Continuation, GenerationRequest
+from server.intake import make_request
+from server.openai_format import chat_logprobs, finish, usage
+from server.replies import EventStream, event
+from server.routes.merge import merged
+from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all
+from server.schemas import ChatBody
+from server.text import TextCodec
+
+
+@dataclass
+class Chat:
+    """One request on its way from body to answer."""
+
+    request: Request
+    body: ChatBody
+    precision: str | None
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        state = self.request.app.state
+        self.codec: TextCodec = state.codec
+        self.model: str = self.body.model or state.checkpoint.model_id
+
+    async def answer(self) -> Response:
+        return await (self._stream() if self.body.stream else self._whole())
+
+    def _wanted(self) -> list[GenerationRequest]:
+        prompt, body = self._prompt(), self.body
+        first = secrets.randbits(64) if body.seed is None else body.seed
+        wishes = body.parameters(body.max_completion_tokens or body.max_tokens)
+        return [
+            make_request(
+                prompt,
+                wishes,
+                precision=self.precision,
+                fallback=body.fallback,
+                seed=(first + i) % SEEDS,
+                logprobs=bool(body.logprobs),
+                top_n=(body.top_logprobs or 0) if body.logprobs else 0,
+                logit_bias=body.bias,
+            )
+            for i in range(body.n or 1)
+        ]
+
+    def _prompt(self) -> list[int]:
+        try:
+            return self.codec.encode_chat([message.model_dump() for message in self.body.messages])
+        except Exception:  # a template is a program of the model's author, and refuses in its own ways
+            raise Invalid("the model's chat template refuses these messages", param="messages") from None
+
+    async def _whole(self) -> Response:
+        done = await run_all(self.request, self._wanted())
+        reply = self._frame("chat.completion", [self._choice(i, one) for i, one in enumerate(done)], done[0])
+        reply["usage"] = usage(done[:1], done)
+        return JSONResponse(reply, headers=headers(done[0]))
+
+    def _choice(self, index: int, done: Continuation) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "logprobs": chat_logprobs(done.pieces, self.codec) if self.body.logprobs else None,
+            "finish_reason": finish(done.finish_reason),
+        }
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]], one: Continuation) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "precision": one.precision,
+            "precision_requested": one.precision_requested,
+            "fallback_reason": one.fallback_reason,
+        }
+
+    async def _stream(self) -> Response:
+        opened = await open_all(self.request, self._wanted())
+        timeout = self.request.app.state.settings.receive_timeout
+        return EventStream(
+            self._events(opened), partial(close_all, opened), opening_headers(opened[0]), timeout
+        )
+
+    async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
+        for index, one in enumerate(opened):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, one)
+        async for index, piece in merged(opened):
+            one = opened[index]
+            if piece is not None:
+                logprobs = chat_logprobs([piece], self.codec) if self.body.logprobs else None
+                yield self._chunk(index, {"content": piece.text}, one, logprobs)
+                if piece.finish:
+                    yield self._chunk(index, {}, one, reason=finish(piece.finish))
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            frame = self._frame("chat.completion.chunk", [], opened[0])
+            yield event({**frame, "usage": usage(opened[:1], opened)})
+        yield event("[DONE]")
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        one: Continuation,
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return event(self._frame("chat.completion.chunk", [choice], one))

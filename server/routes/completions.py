@@ -1,0 +1,171 @@
+"""``POST /v1/completions``: the prompts, the choices, the stream."""
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.errors import Invalid
+from server.generation import Continuation, GenerationRequest, Piece
+from server.intake import make_request
+from server.openai_format import CompletionLogprobs, finish, joined, usage
+from server.replies import EventStream, event
+from server.routes.merge import merged
+from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all
+from server.schemas import CompletionBody
+from server.settings import Settings
+from server.text import TextCodec
+
+_DEFAULT_TOKENS = 16
+Prompt = str | list[int]
+
+
+def prompts_of(value: Any, settings: Settings) -> list[Prompt]:
+    """The prompts of a request: a string, strings, token ids, or lists of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _are_ids(value[:1]):
+            if _are_ids(value):
+                return [value]
+        elif len(value) > settings.max_concurrent_requests:
+            raise Invalid(f"at most {settings.max_concurrent_requests} prompts", param="prompt")
+        elif all(_is_prompt(prompt) for prompt in value):
+            if len({type(prompt) for prompt in value}) == 1:
+                return value
+    raise Invalid("prompt must be a string, strings, token ids or lists of token ids", param="prompt")
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and _are_ids(value))
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(id_) is int for id_ in value)
+
+
+@dataclass
+class Completion:
+    """One request on its way from body to answer."""
+
+    request: Request
+    body: CompletionBody
+    precision: str | None
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        state = self.request.app.state
+        self.codec: TextCodec = state.codec
+        self.settings: Settings = state.settings
+        self.model: str = self.body.model or state.checkpoint.model_id
+        self.prompts = prompts_of(self.body.prompt, state.settings)
+        self.n = self.body.n or 1
+        self.each = max(self.body.best_of or 1, self.n)
+        """Continuations computed for each prompt, of which n are shown."""
+        if len(self.prompts) * self.each > self.settings.max_concurrent_requests:
+            most = self.settings.max_concurrent_requests
+            raise Invalid(f"prompts and n together ask for more than {most} continuations", param="prompt")
+
+    async def answer(self) -> Response:
+        return await (self._stream() if self.body.stream else self._whole())
+
+    def _wanted(self) -> list[GenerationRequest]:
+        first = secrets.randbits(64) if self.body.seed is None else self.body.seed
+        most = _DEFAULT_TOKENS if self.body.max_tokens is None else self.body.max_tokens
+        wishes = self.body.parameters(most)
+        return [
+            make_request(
+                prompt,
+                wishes,
+                precision=self.precision,
+                fallback=self.body.fallback,
+                seed=(first + i) % SEEDS,
+                logprobs=self.body.logprobs is not None or self.each > self.n,
+                top_n=self.body.logprobs or 0,
+                prompt_logprobs=bool(self.body.echo) and self.body.logprobs is not None,
+                logit_bias=self.body.bias,
+            )
+            for prompt in self.prompts
+            for i in range(self.each)
+        ]
+
+    async def _whole(self) -> Response:
+        done = await run_all(self.request, self._wanted())
+        shown = [
+            best
+            for at in range(0, len(done), self.each)
+            for best in sorted(done[at : at + self.each], key=_mean_logprob, reverse=True)[: self.n]
+        ]
+        reply = self._frame([self._choice(i, one) for i, one in enumerate(shown)], done[0])
+        reply["usage"] = usage(done[:: self.each], done)
+        return JSONResponse(reply, headers=headers(done[0]))
+
+    def _frame(self, choices: list[dict[str, Any]], one: Continuation) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "precision": one.precision,
+            "precision_requested": one.precision_requested,
+            "fallback_reason": one.fallback_reason,
+        }
+
+    def _choice(self, index: int, done: Continuation) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            builder = CompletionLogprobs(self.codec, self.body.logprobs)
+            prompt = builder.of_prompt(done.prompt_tokens if self.body.echo else [])
+            logprobs = joined(prompt, builder.of_pieces(done.pieces))
+        return _choice(index, self._echo(index) + done.text, logprobs, finish(done.finish_reason))
+
+    def _echo(self, index: int) -> str:
+        if not self.body.echo:
+            return ""
+        prompt = self.prompts[index // self.n]
+        return prompt if isinstance(prompt, str) else self.codec.decode(prompt)
+
+    async def _stream(self) -> Response:
+        opened = await open_all(self.request, self._wanted())
+        close, told = partial(close_all, opened), opening_headers(opened[0])
+        return EventStream(self._events(opened), close, told, self.settings.receive_timeout)
+
+    async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
+        top = self.body.logprobs or 0
+        builders = [CompletionLogprobs(self.codec, top) for _ in opened]
+        begun: set[int] = set()
+        async for index, piece in merged(opened):
+            choice = self._delta(index, piece, opened[index], builders[index], first=index not in begun)
+            begun.add(index)
+            yield event(self._frame([choice], opened[index]))
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
+        yield event("[DONE]")
+
+    def _delta(
+        self, index: int, piece: Piece | None, one: Continuation, builder: CompletionLogprobs, first: bool
+    ) -> dict[str, Any]:
+        """The choice of one chunk; ``piece`` is None where no token was asked for."""
+        pieces, logprobs = [piece] if piece else [], None
+        if self.body.logprobs is not None:
+            prompt = builder.of_prompt(one.prompt_tokens if first and self.body.echo else [])
+            logprobs = joined(prompt, builder.of_pieces(pieces))
+        text = (self._echo(index) if first else "") + (piece.text if piece else "")
+        reason = piece.finish if piece else one.finish_reason
+        return _choice(index, text, logprobs, finish(reason))
+
+
+def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _mean_logprob(done: Continuation) -> float:
+    return sum(piece.token.logprob or 0.0 for piece in done.pieces) / max(len(done.pieces), 1)

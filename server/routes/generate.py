@@ -1,0 +1,194 @@
+"""The dialect of Text Generation Inference: ``/generate``, ``/generate_stream``, ``/``."""
+
+import secrets
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.body import read_object
+from server.generation import Continuation, GenerationRequest, Piece
+from server.intake import choose_precision, make_request, merge_parameters
+from server.replies import EventStream, event
+from server.routes.shared import (
+    SEEDS,
+    body_of,
+    close_all,
+    headers,
+    open_all,
+    opening_headers,
+    run_all,
+    timings,
+)
+from server.schemas import GenerateBody, Parameters, validate
+from server.sequence import PromptToken, Token
+from server.text import TextCodec
+
+router = APIRouter(tags=["generate"])
+_parameters = Parameters.model_json_schema()
+_BODY = body_of(GenerateBody, parameters=_parameters)
+
+
+@router.post("/generate", openapi_extra=_BODY)
+@router.post("/models/{model:path}/generate", openapi_extra=_BODY)
+async def generate(request: Request) -> Response:
+    """Continues a prompt, in one piece or, with ``stream``, token by token."""
+    return await _answer(request)
+
+
+@router.post("/generate_stream", openapi_extra=_BODY)
+@router.post("/models/{model:path}/generate_stream", openapi_extra=_BODY)
+async def generate_stream(request: Request) -> Response:
+    """Continues a prompt token by token, as server-sent events."""
+    return await _answer(request, stream=True)
+
+
+root_router = APIRouter(tags=["generate"])
+"""To be included last: its path with a model's name matches anything under ``/models``."""
+
+
+@root_router.post("/", openapi_extra=_BODY)
+@root_router.post("/models/{model:path}", openapi_extra=_BODY)
+async def compatible(request: Request) -> Response:
+    """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
+    return await _answer(request, listed=True)
+
+
+async def _answer(request: Request, stream: bool = False, listed: bool = False) -> Response:
+    values = merge_parameters(await read_object(request))
+    state = request.app.state
+    precision = choose_precision(request, values)
+    body = validate(GenerateBody, values, state.settings)
+    if stream or body.stream:
+        body.check_stream()
+        return await _stream(request, body, precision)
+    done = await run_all(request, _wanted(body, precision))
+    done.sort(key=_mean_logprob, reverse=True)
+    reply = _reply(body, done, state.codec)
+    return JSONResponse([reply] if listed else reply, headers=headers(done[0]))
+
+
+def _wanted(body: GenerateBody, precision: str | None) -> list[GenerationRequest]:
+    count = body.best_of or 1
+    first = secrets.randbits(64) if body.seed is None else body.seed
+    detailed = bool(body.details or body.decoder_input_details)
+    return [
+        make_request(
+            body.inputs,
+            body,
+            precision=precision,
+            fallback=body.fallback,
+            seed=(first + i) % SEEDS,
+            logprobs=detailed or count > 1 or bool(body.stream),
+            top_n=body.top_n_tokens or 0,
+            prompt_logprobs=bool(body.decoder_input_details),
+        )
+        for i in range(count)
+    ]
+
+
+def _mean_logprob(done: Continuation) -> float:
+    return sum(piece.token.logprob or 0.0 for piece in done.pieces) / max(len(done.pieces), 1)
+
+
+def _reply(body: GenerateBody, done: list[Continuation], codec: TextCodec) -> dict[str, Any]:
+    best, details = done[0], None
+    if body.details or body.decoder_input_details:
+        details = _sequence(body, best, codec)
+        others = [{"generated_text": _text(body, d), **_sequence(body, d, codec)} for d in done[1:]]
+        details["best_of_sequences"] = others or None
+    return {
+        "generated_text": _text(body, best),
+        "precision": best.precision,
+        "details": details,
+        "usage": {"prompt_tokens": len(best.prompt_ids), "generated_tokens": len(best.pieces)},
+        "timings": timings(best),
+        "precision_requested": best.precision_requested,
+        "fallback_reason": best.fallback_reason,
+    }
+
+
+def _text(body: GenerateBody, done: Continuation) -> str:
+    return body.inputs + done.text if body.return_full_text else done.text
+
+
+def _sequence(body: GenerateBody, done: Continuation, codec: TextCodec) -> dict[str, Any]:
+    prefill = done.prompt_tokens if body.decoder_input_details else []
+    shown: dict[str, Any] = {
+        **_summary(done),
+        "prefill": [_prompt_token(token, codec) for token in prefill],
+        "tokens": [_token(piece, codec) for piece in done.pieces],
+    }
+    if body.top_n_tokens:
+        shown["top_tokens"] = [_top(piece.token, codec) for piece in done.pieces]
+    return shown
+
+
+def _summary(done: Continuation) -> dict[str, Any]:
+    return {
+        "finish_reason": done.finish_reason,
+        "generated_tokens": len(done.pieces),
+        "seed": done.seed,
+    }
+
+
+def _prompt_token(token: PromptToken, codec: TextCodec) -> dict[str, Any]:
+    return {"id": token.id, "text": codec.token_text(token.id), "logprob": token.logprob}
+
+
+def _token(piece: Piece, codec: TextCodec, text: str | None = None) -> dict[str, Any]:
+    shown = codec.token_text(piece.token.id) if text is None else text
+    return {
+        "id": piece.token.id,
+        "text": shown,
+        "logprob": piece.token.logprob,
+        "special": piece.special,
+    }
+
+
+def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": top.id,
+            "text": codec.token_text(top.id),
+            "logprob": top.logprob,
+            "special": codec.is_special(top.id),
+        }
+        for top in token.top
+    ]
+
+
+async def _stream(request: Request, body: GenerateBody, precision: str | None) -> Response:
+    state = request.app.state
+    body.stream = True
+    opened = await open_all(request, _wanted(body, precision))
+    return EventStream(
+        _events(body, opened[0], state.codec),
+        partial(close_all, opened),
+        opening_headers(opened[0]),
+        state.settings.receive_timeout,
+    )
+
+
+async def _events(body: GenerateBody, opened: Continuation, codec: TextCodec) -> AsyncIterator[bytes]:
+    async for piece in opened:
+        # the released text, not the bare token's: joined, the events are the text, without any stop string
+        data: dict[str, Any] = {"index": piece.index, "token": _token(piece, codec, piece.text)}
+        if body.top_n_tokens:
+            data["top_tokens"] = _top(piece.token, codec)
+        last = _ending(body, opened) if piece.finish else {"generated_text": None, "details": None}
+        yield event(data | last)
+
+
+def _ending(body: GenerateBody, done: Continuation) -> dict[str, Any]:
+    return {
+        "generated_text": _text(body, done),
+        "details": {**_summary(done), "input_length": len(done.prompt_ids)},
+        "precision": done.precision,
+        "precision_requested": done.precision_requested,
+        "fallback_reason": done.fallback_reason,
+        "timings": timings(done),
+    }

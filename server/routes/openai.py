@@ -1,0 +1,73 @@
+"""The OpenAI dialect: models, completions, chat."""
+
+from typing import Any, TypeVar
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.body import read_object
+from server.errors import BadRequest, ModelUnknown
+from server.intake import choose_precision
+from server.routes.chat import Chat
+from server.routes.completions import Completion
+from server.routes.shared import body_of
+from server.schemas import ChatBody, CompletionBody, OpenAIBody, validate
+
+router = APIRouter(tags=["openai"])
+Body = TypeVar("Body", bound=OpenAIBody)
+_COMPLETION, _CHAT = body_of(CompletionBody), body_of(ChatBody)
+
+
+@router.get("/v1/models")
+@router.get("/models/{model:path}/v1/models")
+async def models(request: Request) -> Response:
+    """The served model, and once more for each precision that this host can run."""
+    choose_precision(request, {})
+    return JSONResponse({"object": "list", "data": list(_models(request).values())})
+
+
+@router.get("/v1/models/{id_:path}")
+async def model(request: Request, id_: str) -> Response:
+    """One of them."""
+    found = _models(request).get(id_)
+    if found is None:
+        raise ModelUnknown("no such model here", param="model")
+    return JSONResponse(found)
+
+
+def _models(request: Request) -> dict[str, dict[str, Any]]:
+    state = request.app.state
+    name = state.checkpoint.model_id
+    able = [known.name for known in state.pool.states() if known.state != "unavailable"]
+    ids = {name: state.pool.default, **{f"{name}:{precision}": precision for precision in able}}
+    created = int(state.started)
+    return {
+        id_: {"id": id_, "object": "model", "created": created, "owned_by": "bitdial", "precision": precision}
+        for id_, precision in ids.items()
+    }
+
+
+@router.post("/v1/completions", openapi_extra=_COMPLETION)
+@router.post("/models/{model:path}/v1/completions", openapi_extra=_COMPLETION)
+async def completions(request: Request) -> Response:
+    """Continues one or several prompts."""
+    values = await read_object(request)
+    body = _validated(request, CompletionBody, values)
+    return await Completion(request, body, choose_precision(request, values, body.model)).answer()
+
+
+@router.post("/v1/chat/completions", openapi_extra=_CHAT)
+@router.post("/models/{model:path}/v1/chat/completions", openapi_extra=_CHAT)
+async def chat(request: Request) -> Response:
+    """Continues a conversation, where the model has a chat template."""
+    values = await read_object(request)
+    if not request.app.state.codec.has_chat_template:
+        raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
+    body = _validated(request, ChatBody, values)
+    return await Chat(request, body, choose_precision(request, values, body.model)).answer()
+
+
+def _validated(request: Request, model: type[Body], values: dict[str, Any]) -> Body:
+    state = request.app.state
+    return validate(model, values, state.settings, state.checkpoint.vocabulary)

@@ -1,0 +1,91 @@
+"""What the generating routes have in common: running, timing, describing bodies in the API document."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from server.generation import Continuation, GenerationRequest
+from server.replies import until_disconnect
+
+SEEDS = 2**64
+
+
+async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
+    """Runs them together to their end and closes them; stops when the client goes."""
+
+    async def work() -> list[Continuation]:
+        continuations = await request.app.state.service.open_all(wanted)
+        try:
+            return [await continuation.run() for continuation in continuations]
+        finally:
+            await close_all(continuations)
+
+    return await until_disconnect(request, work())
+
+
+async def open_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
+    """Opens them for streaming; the caller closes them."""
+    opened: list[Continuation] = await until_disconnect(request, request.app.state.service.open_all(wanted))
+    return opened
+
+
+async def close_all(continuations: Sequence[Continuation]) -> None:
+    for continuation in continuations:
+        await continuation.aclose()
+
+
+def timings(done: Continuation) -> dict[str, float]:
+    """Milliseconds, and generated tokens per second from admission on."""
+    timeline = done.timeline
+    active = timeline.prefill_seconds + timeline.decode_seconds
+    return {
+        "queue_ms": round(timeline.queue_seconds * 1000, 3),
+        "prefill_ms": round(timeline.prefill_seconds * 1000, 3),
+        "decode_ms": round(timeline.decode_seconds * 1000, 3),
+        "total_ms": round(timeline.total_seconds * 1000, 3),
+        "tokens_per_second": round(len(done.pieces) / active, 3) if active > 0 else 0.0,
+    }
+
+
+def headers(done: Continuation) -> dict[str, str]:
+    """The figures of a finished request, in milliseconds."""
+    timeline, count = done.timeline, len(done.pieces)
+    inference = timeline.prefill_seconds + timeline.decode_seconds
+    return {
+        **opening_headers(done),
+        "x-generated-tokens": str(count),
+        "x-total-time": _ms(timeline.total_seconds),
+        "x-queue-time": _ms(timeline.queue_seconds),
+        "x-inference-time": _ms(inference),
+        "x-time-per-token": _ms(inference / count if count else 0.0),
+    }
+
+
+def opening_headers(opened: Continuation) -> dict[str, str]:
+    """What is known before the first token."""
+    return {"X-Precision": opened.precision, "x-prompt-tokens": str(len(opened.prompt_ids))}
+
+
+def _ms(seconds: float) -> str:
+    return str(round(seconds * 1000))
+
+
+def body_of(model: type[BaseModel], **extra: Any) -> dict[str, Any]:
+    """The ``openapi_extra`` of a route that takes a ``model``; ``extra`` are further properties."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    schema["properties"].update(extra)
+    content = {"application/json": {"schema": _inlined(schema, definitions)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+    return {key: _inlined(value, definitions) for key, value in node.items()}

@@ -1,0 +1,246 @@
+"""What clients may send: every field and every limit, once. Limits that are settings come as the context."""
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from server.errors import Invalid
+from server.settings import Settings
+
+MAX_STOP_LENGTH = 256
+_UNSUPPORTED = ("watermark", "grammar", "adapter_id", "tools")
+
+
+def _settings(info: ValidationInfo) -> Settings:
+    settings: Settings = (info.context or {})["settings"]
+    return settings
+
+
+def _stop_list(value: Any, info: ValidationInfo) -> Any:
+    """One string or a list of them; a long list is refused before its items are looked at."""
+    if isinstance(value, str):
+        return [value]
+    most = _settings(info).max_stop_sequences
+    if isinstance(value, list) and len(value) > most:
+        raise ValueError(f"at most {most} stop strings")
+    return value
+
+
+def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:
+    most = _settings(info).max_best_of
+    if value is not None and value > most:
+        raise ValueError(f"at most {most}")
+    return value
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+OpenUnit = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], BeforeValidator(_stop_list)
+]
+
+
+class Strict(BaseModel):
+    """No conversions, no unknown fields, no infinities."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Parameters(Strict):
+    """How to continue a prompt."""
+
+    max_new_tokens: int | None = Field(None, ge=1, examples=[20])
+    temperature: float | None = Field(None, gt=0, le=100)
+    top_k: int | None = Field(None, ge=1)
+    top_p: OpenUnit | None = None
+    typical_p: OpenUnit | None = None
+    min_p: float | None = Field(None, ge=0, lt=1)
+    do_sample: bool | None = None
+    repetition_penalty: float | None = Field(None, gt=0)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    truncate: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1)
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    top_n_tokens: int | None = Field(None, ge=0, le=5)
+    ignore_eos: bool | None = None
+    watermark: Any = None
+    grammar: Any = None
+    adapter_id: Any = None
+    tools: Any = None
+
+    _best_of = field_validator("best_of")(_within_best_of)
+
+    @field_validator(*_UNSUPPORTED)
+    @classmethod
+    def _not_supported(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("not supported")
+        return value
+
+    @property
+    def samples(self) -> bool:
+        """Asked for, or implied by a parameter that only sampling uses."""
+        given = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
+        return bool(self.do_sample) or any(value is not None for value in given)
+
+
+class GenerateBody(Parameters):
+    """``POST /generate``; the parameters may also stand inside ``parameters``."""
+
+    inputs: str = Field(min_length=1, examples=["Once upon a time"])
+    precision: Any = Field(None, examples=["int8"])
+    stream: bool | None = None
+    fallback: bool | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.best_of or 1) > 1 and not self.samples:
+            raise ValueError("best_of above 1 needs sampling")
+        return self
+
+    def check_stream(self) -> None:
+        """What a stream can't do."""
+        if (self.best_of or 1) > 1:
+            raise Invalid("best_of above 1 can't be streamed", param="best_of")
+        if self.decoder_input_details:
+            raise Invalid("decoder_input_details can't be streamed", param="decoder_input_details")
+
+
+class TokenizeBody(Strict):
+    """``POST /tokenize``."""
+
+    inputs: str = Field(min_length=1, examples=["Once upon a time"])
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class OpenAIBody(Strict):
+    """What completions and chat have in common."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: Stop | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    user: str | None = None
+    precision: Any = None
+    fallback: bool | None = None
+    ignore_eos: bool | None = None
+
+    _n = field_validator("n")(_within_best_of)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
+        last = info.context["vocabulary"] - 1 if info.context else 0
+        for key in value or {}:
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) <= last):
+                raise ValueError(f"token ids go from 0 to {last}")
+        return value
+
+    def parameters(self, max_tokens: int | None) -> Parameters:
+        """The same wishes in the native dialect. Sampling is the default here, temperature 0 is greedy."""
+        greedy = self.temperature == 0
+        return Parameters.model_construct(
+            max_new_tokens=max_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else self.temperature,
+            top_p=None if greedy or self.top_p == 1 else self.top_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+        )
+
+    @property
+    def bias(self) -> tuple[tuple[int, float], ...]:
+        return tuple((int(key), value) for key, value in (self.logit_bias or {}).items())
+
+
+class CompletionBody(OpenAIBody):
+    """``POST /v1/completions``."""
+
+    prompt: Any = Field(examples=["Once upon a time"])
+    best_of: int | None = Field(None, ge=1)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=5)
+    max_tokens: int | None = Field(None, ge=0)
+    suffix: None = None
+
+    _best_of = field_validator("best_of")(_within_best_of)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 needs echo")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of must not be less than n")
+        if self.stream and (self.best_of or 1) > (self.n or 1):
+            raise ValueError("best_of above n can't be streamed")
+        return self
+
+
+class Message(BaseModel):
+    """One turn; what else a client sends with it reaches the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+class ChatBody(OpenAIBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=5)
+
+
+Body = TypeVar("Body", bound=Strict)
+
+
+def validate(model: type[Body], values: dict[str, Any], settings: Settings, vocabulary: int = 0) -> Body:
+    """``values`` as a ``model``.
+
+    Raises:
+        Invalid: names the field and the rule, never the value.
+    """
+    try:
+        return model.model_validate(values, context={"settings": settings, "vocabulary": vocabulary})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = ".".join(printable(str(part)) for part in first["loc"]) or None
+    if first["type"] == "extra_forbidden":
+        raise Invalid(f"unknown field {field!r}", param=field)
+    message = first["msg"].removeprefix("Value error, ")
+    raise Invalid(f"{field}: {message}" if field else message, param=field)
+
+
+def printable(name: str) -> str:
+    """A client's field name, fit for an error message."""
+    return name[:40].encode("ascii", "backslashreplace").decode()

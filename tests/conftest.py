@@ -1,0 +1,103 @@
+"""The service on a model that needs no weights: in process, and behind a real socket."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
+from server.settings import Settings
+from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+
+
+class Loads:
+    """In place of ``loaders.load``: remembers the runners that it made, by precision."""
+
+    def __init__(self) -> None:
+        self.runners: dict[str, FakeRunner] = {}
+        self.prepare: Callable[[FakeRunner], None] = lambda runner: None
+
+    def __call__(self, precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
+        progress("loading", 1, 1)
+        runner = self.runners[precision] = FakeRunner(spec.slots, spec.max_tokens)
+        self.prepare(runner)
+        return fake_model(precision, runner)
+
+
+@pytest.fixture
+def loads() -> Loads:
+    return Loads()
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, loads: Loads) -> Callable[..., FastAPI]:
+    """An application by settings; ``fp32`` and ``bf16`` are loaded at its start."""
+
+    def make(**values: Any) -> FastAPI:
+        from server.app import create_app  # here: tests of other parts need not import it all
+
+        settings = Settings(**{"precisions": "fp32,bf16", "device": "cpu", **values})
+        return create_app(settings, open_checkpoint=lambda *_: fake_checkpoint(tmp_path), load=loads)
+
+    return make
+
+
+@pytest.fixture
+def make_client(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., TestClient]]:
+    """Clients whose application is ready."""
+    entered: list[TestClient] = []
+
+    def make(**values: Any) -> TestClient:
+        client = TestClient(make_app(**values), raise_server_exceptions=False)
+        client.__enter__()
+        entered.append(client)
+        wait_until(lambda: client.get("/health").status_code == 200)
+        return client
+
+    yield make
+    for client in entered:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(make_client: Callable[..., TestClient]) -> TestClient:
+    return make_client()
+
+
+@pytest.fixture
+def live(make_app: Callable[..., FastAPI]) -> Iterator[str]:
+    """The address of a server behind a real socket."""
+    with serving(make_app()) as address:
+        yield address
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            pool = app.state.pool
+            wait_until(lambda: pool.state("fp32").state == "loaded")
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the awaited did not happen"
+        time.sleep(0.01)
