@@ -248,10 +248,3 @@ def test_capacity_is_answered_with_429(make_client: Callable[..., TestClient]) -
     assert reply.status_code == 429
     assert int(reply.headers["retry-after"]) >= 1
     assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
-
-
-def test_tokenize(client: TestClient) -> None:
-    told = client.post("/tokenize", json={"inputs": PROMPT}).json()
-    assert "".join(token["text"] for token in told) == PROMPT
-    assert [token["start"] for token in told[1:]] == [token["stop"] for token in told[:-1]]
-    assert client.post("/tokenize", json={"inputs": ""}).status_code == 422

@@ -28,7 +28,7 @@ Prompt = str | list[int]
 
 def prompts_of(value: Any, settings: Settings) -> list[Prompt]:
     """The prompts of a request: a string, strings, token ids, or lists of token ids."""
-    if isinstance(value, str):
+    if _is_text(value):
         return [value]
     if isinstance(value, list) and value:
         if _are_ids(value[:1]):
@@ -36,14 +36,18 @@ def prompts_of(value: Any, settings: Settings) -> list[Prompt]:
                 return [value]
         elif len(value) > settings.max_concurrent_requests:
             raise Invalid(f"at most {settings.max_concurrent_requests} prompts", param="prompt")
-        elif all(_is_prompt(prompt) for prompt in value):
-            if len({type(prompt) for prompt in value}) == 1:
-                return value
+        elif all(_is_prompt(prompt) for prompt in value) and len({type(prompt) for prompt in value}) == 1:
+            return value
     raise Invalid("prompt must be a string, strings, token ids or lists of token ids", param="prompt")
 
 
 def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and _are_ids(value))
+    return _is_text(value) or (isinstance(value, list) and bool(value) and _are_ids(value))
+
+
+def _is_text(value: Any) -> bool:
+    """A string without lone surrogates, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _are_ids(value: list[Any]) -> bool:
