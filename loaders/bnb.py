@@ -1,0 +1,136 @@
+"""int8 (LLM.int8), nf4 and fp4 by bitsandbytes, through ``BitsAndBytesConfig``.
+
+``transformers`` transposes GPT-2's Conv1D layers for it. The head stays as it is: it is tied to the
+embedding, and ``llm_int8_skip_modules`` replaces the default list, so it is always named.
+"""
+
+import logging
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
+from loaders.checkpoint import load_pretrained, meta_model
+from loaders.footprint import count_parameters, measure
+from loaders.torch_runner import TorchRunner
+
+BLOCK = 64  # weights that share one absmax
+_CPU_CAST = "MatMul8bitLt: inputs will be cast"
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    if find_spec("bitsandbytes") is None:
+        return Availability("bitsandbytes is not installed", "pip install 'bitsandbytes>=0.50'")
+    if device == "cuda" and not torch.cuda.is_available():
+        return Availability("there is no CUDA device")
+    return Availability()
+
+
+def estimate_bytes(precision: str, spec: ModelSpec) -> int:
+    model = meta_model(spec)
+    inner: int = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and _is_body(name))
+    rest: int = (count_parameters(model) - inner) * _rest_dtype(precision, spec).itemsize
+    return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    _quieten()
+    rest = _rest_dtype(precision, spec)
+    model = load_pretrained(
+        spec,
+        progress,
+        dtype=rest,
+        device_map=spec.device,
+        quantization_config=_config(precision, spec),
+    )
+    quantized = _quantized_class(precision)
+    parameters = count_parameters(meta_model(spec))
+    footprint = measure(
+        model,
+        parameters,
+        lambda module: isinstance(module, quantized),
+        _state,
+        lambda name: (
+            "the embedding is looked up, not multiplied"
+            if "emb" in name or name.rsplit(".", 1)[-1] in ("wte", "wpe")
+            else "the head is kept in full precision"
+        ),
+    )
+    if not footprint.quantized:
+        raise CheckpointError(f"{spec.checkpoint.model_id} has no layer that {precision} can quantize")
+    details = {"rest": str(rest), "compute_dtype": str(_compute_dtype(spec))}
+    return LoadedModel(precision, TorchRunner(model, spec), footprint, details=details)
+
+
+def _config(precision: str, spec: ModelSpec) -> Any:
+    skip = ["lm_head"]
+    if precision == "int8":
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=spec.int8_threshold, llm_int8_skip_modules=skip
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=precision,
+        bnb_4bit_compute_dtype=_compute_dtype(spec),
+        bnb_4bit_use_double_quant=spec.double_quantization,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
+    """What stays unquantized: fp32 on a CPU; on a card what the kernels take without casting."""
+    if spec.device == "cpu":
+        return torch.float32
+    return torch.float16 if precision == "int8" else torch.bfloat16
+
+
+def _compute_dtype(spec: ModelSpec) -> torch.dtype:
+    """bf16 where there are instructions for it: with fp32, the fused kernels serve few rows only."""
+    if spec.device == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _quantized_class(precision: str) -> type[nn.Module]:
+    import bitsandbytes
+
+    layer: type[nn.Module] = (
+        bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
+    )
+    return layer
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Row scales of int8; absmax, tables and, with double quantization, the absmax of the absmax of 4-bit."""
+    weight = getattr(module, "weight", None)
+    if isinstance(scales := getattr(weight, "SCB", None), Tensor):
+        yield "scales", scales
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield "absmax", state.absmax
+        yield "tables", state.code
+        if state.nested:
+            yield "absmax", state.state2.absmax
+            yield "tables", state.state2.code
+            yield "absmax", state.offset
+
+
+def _is_body(name: str) -> bool:
+    return not any(part in name for part in ("wte", "wpe", "embed", "lm_head"))
+
+
+class _Quiet(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return _CPU_CAST not in record.getMessage()
+
+
+def _quieten() -> None:
+    """bitsandbytes logs a warning on every int8 layer call on a CPU."""
+    import warnings
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=_CPU_CAST)

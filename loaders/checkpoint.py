@@ -1,0 +1,236 @@
+"""Finding a model and checking its files before loading. Safetensors only; no code of theirs is run."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from loaders.base import (
+    Checkpoint,
+    CheckpointError,
+    ModelNotFound,
+    ModelSpec,
+    OutOfMemory,
+    Progress,
+    ignore_progress,
+)
+
+BUNDLED = "bundled"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def open_checkpoint(
+    model_id: str, revision: str | None = None, progress: Progress = ignore_progress
+) -> Checkpoint:
+    """Finds ``bundled``, a local folder or a hub id, and checks that its weights are whole.
+
+    Raises:
+        ModelNotFound: no such model, or the hub can't be reached.
+        CheckpointError: its files are unusable: not safetensors, truncated, not a causal LM.
+    """
+    folder, name, commit = _locate(model_id, revision, progress)
+    config = _read_config(folder, name)
+    files = _weight_files(folder, name)
+    for file in files:
+        _check_whole(file)
+    text = config.get_text_config()
+    return Checkpoint(
+        model_id=name,
+        revision=commit,
+        folder=folder,
+        config=config,
+        architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
+        context_length=int(text.max_position_embeddings),
+        vocabulary=int(text.vocab_size),
+        eos_ids=_eos_ids(folder, text),
+        file_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it is broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises whatever its parsers do
+        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
+
+
+def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreTrainedModel:
+    """The model in evaluation mode; ``options`` (``dtype`` …) go to ``from_pretrained``.
+
+    Raises:
+        CheckpointError, OutOfMemory
+    """
+    try:
+        with _bars_to(progress):
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.checkpoint.folder,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                **options,
+            )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{spec.checkpoint.model_id} could not be loaded ({type(error).__name__})"
+        ) from error
+    model.eval()
+    return model
+
+
+def meta_model(spec: ModelSpec) -> PreTrainedModel:
+    """The model's shapes without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(spec.checkpoint.config)
+
+
+def _locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Path, str, str | None]:
+    """Its folder, the name to show and the hub commit."""
+    if model_id == BUNDLED:
+        return Path(__file__).parent / "bundled", BUNDLED, None
+    with contextlib.suppress(
+        OSError, ValueError, RuntimeError
+    ):  # no path at all: too long, NUL, no such home
+        if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
+            return folder, folder.name, None
+    if not _HUB_ID.fullmatch(model_id) or ".." in model_id:
+        raise ModelNotFound(
+            "the model is neither 'bundled', nor an existing folder, nor a hub id (owner/name)"
+        )
+    progress("downloading", 0, 0)
+    folder = _download(model_id, revision)
+    return folder, model_id, folder.name
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise ModelNotFound(f"{model_id} is gated: accept its terms on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFound(f"{model_id} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFound(f"the hub has no model {model_id}; a private one needs HF_TOKEN") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ModelNotFound(
+            f"{model_id} is not in the local cache and the hub can't be reached; "
+            "name a local folder, or MODEL_ID=bundled"
+        ) from error
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} has no config.json: it is not a transformers checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"config.json of {name} is not readable JSON") from error
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = "it needs code of its own, which is never run" if "auto_map" in raw else "no known causal LM"
+        raise CheckpointError(f"{name} can't be served: {own} (model_type {str(kind)[:40]!r})")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration class makes of wrong values
+        raise CheckpointError(f"config.json of {name} is not a valid {kind} configuration") from error
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    if (folder / _INDEX).exists():
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{_INDEX} of {name} is not readable") from error
+        if missing := [file for file in names if not (folder / file).is_file()]:
+            raise CheckpointError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} in all)")
+        return [folder / file for file in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise CheckpointError(
+            f"{name} has its weights in pickle files, which can run code and are never opened; convert them: "
+            "model.save_pretrained(folder, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{name} has no {_SINGLE}")
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file.name} is truncated or corrupt; fetch it again") from error
+
+
+def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
+    found: list[Any] = [getattr(config, "eos_token_id", None)]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+    flat = (item for ids in found for item in (ids if isinstance(ids, list) else [ids]))
+    return frozenset(id_ for id_ in flat if isinstance(id_, int))
+
+
+@contextlib.contextmanager
+def _bars_to(progress: Progress) -> Iterator[None]:
+    """While in it, transformers' loading bar is told to ``progress`` instead of being drawn."""
+
+    class Bar:
+        def __init__(self, iterable: Any = None, total: int | None = None, **_: Any) -> None:
+            self.iterable, self.total, self.n = iterable, total or 0, 0
+            if iterable is not None and not self.total:
+                self.total = len(iterable) if hasattr(iterable, "__len__") else 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.iterable or ():
+                yield item
+                self.update()
+
+        def update(self, count: int = 1) -> None:
+            self.n += count
+            progress("loading", self.n, self.total)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, _: str) -> Any:
+            return lambda *_, **__: None
+
+    before = transformers_logging.get_verbosity()
+    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: Bar(*args, **kwargs))
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,72 @@
+"""A loaded model's bytes, counted from the tensors that exist, and which of its matrices are quantized."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loaders.base import Footprint, KeptLayer
+
+StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
+"""A layer's quantization state that is no parameter or buffer: (role, tensor) pairs."""
+
+
+def nothing(_: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return iter(())
+
+
+def measure(
+    model: PreTrainedModel,
+    parameters: int,
+    is_quantized: Callable[[nn.Module], bool] = lambda _: False,
+    state_of: StateOf = nothing,
+    reason: Callable[[str], str] = lambda name: "this precision quantizes nothing",
+) -> Footprint:
+    """Counts each storage once, tied weights and shared tables included.
+
+    Args:
+        parameters: of the checkpoint, a tied head counted once.
+        is_quantized: whether a module's weight is quantized.
+        state_of: scales, absmax, tables of a module.
+        reason: why the matrix of this name was kept.
+    """
+    seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is given out twice
+    by_dtype: dict[str, int] = defaultdict(int)
+    state: dict[str, int] = defaultdict(int)
+
+    def count(tensor: Tensor) -> int:
+        key = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        if not tensor.numel() or key in seen:
+            return 0
+        seen[key] = tensor
+        by_dtype[str(tensor.dtype).removeprefix("torch.")] += key[1]
+        return key[1]
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        count(tensor)
+    quantized, kept = [], []
+    for name, module in model.named_modules():
+        for role, tensor in state_of(module):
+            state[role] += count(tensor)
+        if is_quantized(module):
+            quantized.append(name)
+        elif isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            kept.append(KeptLayer(name, reason(name)))
+    total = sum(by_dtype.values())
+    return Footprint(
+        weights_bytes=total,
+        by_dtype=dict(by_dtype),
+        quantization_state={role: size for role, size in state.items() if role != "weights"},
+        transformers_footprint_bytes=int(model.get_memory_footprint()),
+        bits_per_weight=8 * total / parameters,
+        parameters=parameters,
+        quantized=quantized,
+        kept=kept,
+    )
+
+
+def count_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,33 @@
+"""fp32, bf16, fp16: the weights as they are, in that type."""
+
+from typing import Literal
+
+import torch
+
+from loaders.base import Availability, LoadedModel, ModelSpec, Progress
+from loaders.checkpoint import load_pretrained, meta_model
+from loaders.footprint import count_parameters, measure
+from loaders.torch_runner import TorchRunner
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    if device == "cuda" and not torch.cuda.is_available():
+        return Availability("there is no CUDA device")
+    if device == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+        return Availability("this card has no bfloat16")
+    return Availability()
+
+
+def estimate_bytes(precision: str, spec: ModelSpec) -> int:
+    return count_parameters(meta_model(spec)) * DTYPES[precision].itemsize
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    if precision == "fp32":  # TensorFloat-32 keeps 10 bits of mantissa: not what was asked for
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    model = load_pretrained(spec, progress, dtype=DTYPES[precision], device_map=spec.device)
+    footprint = measure(model, count_parameters(model))
+    return LoadedModel(precision, TorchRunner(model, spec), footprint, details={"dtype": str(model.dtype)})
