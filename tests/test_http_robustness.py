@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -106,6 +107,14 @@ def all_routes(client: TestClient) -> list[tuple[str, str]]:
     paths: dict[str, dict[str, Any]] = app.openapi()["paths"]
     found = [(method.upper(), path) for path, methods in paths.items() for method in methods]
     return [*found, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing"), ("POST", "/health")]
+
+
+def test_the_document_describes_every_path_parameter(client: TestClient) -> None:
+    app: Any = client.app
+    for path, methods in app.openapi()["paths"].items():
+        for operation in methods.values():
+            told = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
+            assert told == set(re.findall(r"{(\w+)", path)), path
 
 
 def test_every_route_but_health_needs_the_key(make_client: Callable[..., TestClient]) -> None:

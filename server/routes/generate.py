@@ -20,6 +20,7 @@ from server.routes.shared import (
     headers,
     open_all,
     opening_headers,
+    precision_parameters,
     run_all,
     timings,
 )
@@ -30,17 +31,18 @@ from server.text import TextCodec
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
 _BODY = body_of(GenerateBody, parameters=_parameters)
+_PLAIN, _NAMED = precision_parameters(_BODY), precision_parameters(_BODY, named=True)
 
 
-@router.post("/generate", openapi_extra=_BODY)
-@router.post("/models/{model:path}/generate", openapi_extra=_BODY)
+@router.post("/generate", openapi_extra=_PLAIN)
+@router.post("/models/{model:path}/generate", openapi_extra=_NAMED)
 async def generate(request: Request) -> Response:
     """Continues a prompt, in one piece or, with ``stream``, token by token."""
     return await _answer(request)
 
 
-@router.post("/generate_stream", openapi_extra=_BODY)
-@router.post("/models/{model:path}/generate_stream", openapi_extra=_BODY)
+@router.post("/generate_stream", openapi_extra=_PLAIN)
+@router.post("/models/{model:path}/generate_stream", openapi_extra=_NAMED)
 async def generate_stream(request: Request) -> Response:
     """Continues a prompt token by token, as server-sent events."""
     return await _answer(request, stream=True)
@@ -50,8 +52,8 @@ root_router = APIRouter(tags=["generate"])
 """To be included last: its path with a model's name matches anything under ``/models``."""
 
 
-@root_router.post("/", openapi_extra=_BODY)
-@root_router.post("/models/{model:path}", openapi_extra=_BODY)
+@root_router.post("/", openapi_extra=_PLAIN)
+@root_router.post("/models/{model:path}", openapi_extra=_NAMED)
 async def compatible(request: Request) -> Response:
     """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
     return await _answer(request, listed=True)

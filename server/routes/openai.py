@@ -11,7 +11,7 @@ from server.errors import BadRequest, ModelUnknown
 from server.intake import choose_precision
 from server.routes.chat import Chat
 from server.routes.completions import Completion
-from server.routes.shared import body_of
+from server.routes.shared import body_of, precision_parameters
 from server.schemas import ChatBody, CompletionBody, OpenAIBody, validate
 
 router = APIRouter(tags=["openai"])
@@ -20,7 +20,7 @@ _COMPLETION, _CHAT = body_of(CompletionBody), body_of(ChatBody)
 
 
 @router.get("/v1/models")
-@router.get("/models/{model:path}/v1/models")
+@router.get("/models/{model:path}/v1/models", openapi_extra=precision_parameters({}, named=True))
 async def models(request: Request) -> Response:
     """The served model, and once more for each precision that this host can run."""
     choose_precision(request, {})
@@ -48,8 +48,10 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
     }
 
 
-@router.post("/v1/completions", openapi_extra=_COMPLETION)
-@router.post("/models/{model:path}/v1/completions", openapi_extra=_COMPLETION)
+@router.post("/v1/completions", openapi_extra=precision_parameters(_COMPLETION))
+@router.post(
+    "/models/{model:path}/v1/completions", openapi_extra=precision_parameters(_COMPLETION, named=True)
+)
 async def completions(request: Request) -> Response:
     """Continues one or several prompts."""
     values = await read_object(request)
@@ -57,8 +59,10 @@ async def completions(request: Request) -> Response:
     return await Completion(request, body, choose_precision(request, values, body.model)).answer()
 
 
-@router.post("/v1/chat/completions", openapi_extra=_CHAT)
-@router.post("/models/{model:path}/v1/chat/completions", openapi_extra=_CHAT)
+@router.post("/v1/chat/completions", openapi_extra=precision_parameters(_CHAT))
+@router.post(
+    "/models/{model:path}/v1/chat/completions", openapi_extra=precision_parameters(_CHAT, named=True)
+)
 async def chat(request: Request) -> Response:
     """Continues a conversation, where the model has a chat template."""
     values = await read_object(request)

@@ -81,6 +81,16 @@ def body_of(model: type[BaseModel], **extra: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[str, Any]:
+    """``extra`` with the other places of a precision; ``named``: the path has a model's name."""
+    parameters = [_parameter("query", "precision"), _parameter("header", "X-Precision")]
+    return {**extra, "parameters": parameters + ([_parameter("path", "model")] if named else [])}
+
+
+def _parameter(place: str, name: str) -> dict[str, Any]:
+    return {"in": place, "name": name, "required": place == "path", "schema": {"type": "string"}}
+
+
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
