@@ -26,6 +26,8 @@ from server.replies import error_response
 from server.routes import generate, health, openai, precisions, stats, tokenize
 from server.settings import Settings
 from server.text import TextCodec
+from server.version import VERSION
+from server.watchdog import watch
 
 
 def create_app(
@@ -46,14 +48,16 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await _furnish(app, settings, open_checkpoint, load)
         app.state.pool.start()
+        watchdog = asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))
         try:
             yield
         finally:
+            watchdog.cancel()
             await app.state.pool.stop()
 
     app = FastAPI(
         title="bitdial",
-        version="0.1.0",
+        version=VERSION,
         description="One causal language model in every precision, chosen per request.",
         lifespan=lifespan,
         redirect_slashes=False,

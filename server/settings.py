@@ -87,4 +87,3 @@ class Settings(BaseSettings):
         90, ge=0, description="seconds running requests get at SIGTERM"
     )
     hang_timeout: float = Field(60, gt=0, description="seconds without progress before a worker is given up")
-    otlp_endpoint: str | None = Field(None, description="send OpenTelemetry traces there")

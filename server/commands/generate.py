@@ -1,0 +1,102 @@
+"""``bitdial generate``: a continuation in the terminal, without a server."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+import loaders
+from loaders.base import LoaderError, ModelSpec, default_device
+from loaders.checkpoint import load_tokenizer, open_checkpoint
+from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
+from server.engine import Engine
+from server.sequence import SamplingParams
+from server.settings import Settings
+from server.text import TextCodec
+
+
+class Options(Settings):
+    """Continue PROMPT with the model, in one precision, and show the text as it comes.
+
+    Any sampling option turns sampling on; without one the continuation is greedy.
+    """
+
+    prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
+    max_new_tokens: int = Field(64, ge=1, description="most tokens to generate")
+    temperature: float | None = Field(None, gt=0, le=100, description="sample; higher is more random")
+    top_k: int | None = Field(None, ge=1, description="sample among the k most probable tokens")
+    top_p: float | None = Field(None, gt=0, lt=1, description="sample within this probability mass")
+    seed: int = Field(0, ge=0, lt=2**64, description="of the random stream")
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        return asyncio.run(_generate(parse(Options, "generate", arguments)))
+    except UsageError as error:
+        complain("generate", error)
+        return USAGE
+    except LoaderError as error:
+        complain("generate", error)
+        return FAILED
+
+
+async def _generate(options: Options) -> int:
+    bars = ProgressBars(options.precision)
+    checkpoint = open_checkpoint(options.model_id, options.revision, bars)
+    device = default_device() if options.device == "auto" else options.device
+    spec = ModelSpec(
+        checkpoint,
+        device,
+        slots=1,
+        context=options.max_total_tokens,
+        threads=options.threads,
+        quantize_lm_head=options.quantize_lm_head,
+        int8_threshold=options.int8_threshold,
+        double_quantization=options.double_quantization,
+    )
+    codec = TextCodec(load_tokenizer(checkpoint))
+    ids = codec.encode(options.prompt)
+    if len(ids) + options.max_new_tokens > spec.max_tokens:
+        raise UsageError(
+            f"{len(ids)} prompt tokens and --max-new-tokens {options.max_new_tokens} exceed the "
+            f"model's context of {spec.max_tokens}"
+        )
+    model = loaders.load(options.precision, spec, bars)
+    bars.close()
+    engine = Engine(model, eos_ids=checkpoint.eos_ids, threads=options.threads)
+    await engine.start()
+    try:
+        return await _show(engine, codec, ids, options)
+    finally:
+        await engine.stop()
+
+
+async def _show(engine: Engine, codec: TextCodec, ids: list[int], options: Options) -> int:
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in ("top_k", "top_p")}
+    sample = options.temperature is not None or any(value is not None for value in chosen.values())
+    generation = engine.generate(
+        ids,
+        SamplingParams(
+            options.max_new_tokens,
+            do_sample=sample,
+            temperature=options.temperature or 1.0,
+            seed=options.seed,
+            **chosen,
+        ),
+    )
+    decoder = codec.incremental(ids)
+    sys.stdout.write(options.prompt)
+    async for token in generation:
+        sys.stdout.write(decoder.push(token.id))
+        sys.stdout.flush()
+    print(decoder.finish())
+    line = generation.timeline
+    rate = f", {(line.tokens - 1) / line.decode_seconds:.1f} tokens/s" if line.decode_seconds else ""
+    print(
+        f"[{engine.precision}: {line.tokens} tokens, first after {line.prefill_seconds * 1000:.0f} ms{rate}]",
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,59 @@
+"""``bitdial serve``: the HTTP server."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from loaders.base import LoaderError
+from loaders.checkpoint import open_checkpoint
+from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
+from server.logs import set_up_logging
+from server.settings import Settings
+
+
+class Options(Settings):
+    """Serve a model over HTTP; each request picks its precision.
+
+    Every option is also an environment variable of the same name in capitals (--max-batch-size:
+    MAX_BATCH_SIZE). The model comes from MODEL_ID or --model.
+    """
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        options = parse(Options, "serve", arguments)
+        set_up_logging(options.json_output)
+        # opened here, before any server: a model that can't be had is one line and an exit
+        checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+    except UsageError as error:
+        complain("serve", error)
+        return USAGE
+    except LoaderError as error:
+        complain("serve", error)
+        return FAILED
+    from server.app import create_app
+    from server.process import Process
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        return checkpoint
+
+    app = create_app(options, open_checkpoint=opened)
+    process = Process(app, options, on_listening=lambda port: _announce(options, port))
+    code = process.serve_forever()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a model may be loading in a thread that nothing can interrupt
+
+
+def _announce(options: Settings, port: int) -> None:
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    address = f"http://{host}:{port}"
+    body = json.dumps({"inputs": "The with statement", "precision": options.precision})
+    print(
+        f"\nbitdial is listening on {address} (interface description: {address}/docs)\n"
+        f"  model {options.model_id}, default precision {options.precision}; try:\n\n"
+        f"  curl {address}/generate -H 'Content-Type: application/json' -d '{body}'\n",
+        flush=True,
+    )

@@ -1,0 +1,52 @@
+"""What memory there is, and what a precision will take of it. Bytes everywhere."""
+
+from typing import Literal
+
+import psutil
+import torch
+
+import loaders
+from loaders.base import LoadedModel, ModelSpec
+
+_MARGIN = 0.9  # of what is free; the rest is for activations and for others
+
+
+def process_memory() -> dict[str, int | None]:
+    """The process's and the host's memory, and the card's where there is one (else None)."""
+    host = psutil.virtual_memory()
+    figures: dict[str, int | None] = {
+        "process_rss_bytes": psutil.Process().memory_info().rss,
+        "total_bytes": host.total,
+        "available_bytes": host.available,
+        "gpu_allocated_bytes": None,
+        "gpu_reserved_bytes": None,
+        "gpu_peak_bytes": None,
+        "gpu_total_bytes": None,
+    }
+    if torch.cuda.is_available():
+        figures |= {
+            "gpu_allocated_bytes": torch.cuda.memory_allocated(),
+            "gpu_reserved_bytes": torch.cuda.memory_reserved(),
+            "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
+            "gpu_total_bytes": torch.cuda.mem_get_info()[1],
+        }
+    return figures
+
+
+def free_bytes(device: Literal["cpu", "cuda"]) -> int:
+    """What may still be taken on the device, with a margin."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return int(free * _MARGIN)
+
+
+def needed_bytes(precision: str, spec: ModelSpec) -> int:
+    """An estimate of the weights of a precision, from the model's shapes, before it is loaded.
+
+    The KV cache's pages are taken as they are written, on a CPU, and are not counted in.
+    """
+    return loaders.loader(precision).estimate_bytes(precision, spec)
+
+
+def used_bytes(model: LoadedModel) -> int:
+    """Weights and KV cache of a loaded model, counted."""
+    return model.footprint.weights_bytes + model.runner.kv_cache_bytes

@@ -1,0 +1,140 @@
+"""What happened, counted as it happens: for Prometheus, and in windows of the latest for ``/stats``."""
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server.sequence import StepStats, Timeline
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_WINDOW = 1024  # latest events that percentiles are taken over
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def _window() -> deque[float]:
+    return deque(maxlen=_WINDOW)
+
+
+@dataclass
+class _Record:
+    """One precision's latest events; seconds."""
+
+    queue: deque[float] = field(default_factory=_window)
+    first_token: deque[float] = field(default_factory=_window)
+    gaps: deque[float] = field(default_factory=_window)
+    single_row_gaps: deque[float] = field(default_factory=_window)
+    total: deque[float] = field(default_factory=_window)
+    requests: int = 0
+    tokens: int = 0
+    busy: float = 0.0
+
+
+class Metrics:
+    """One per app, with a registry of its own. Event loop only."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._records: dict[str, _Record] = defaultdict(_Record)
+        label = ["precision"]
+
+        def counter(name: str, text: str, labels: Sequence[str] = label) -> Counter:
+            return Counter(f"bitdial_{name}", text, labels, registry=self._registry)
+
+        def gauge(name: str, text: str, labels: Sequence[str] = label) -> Gauge:
+            return Gauge(f"bitdial_{name}", text, labels, registry=self._registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"bitdial_{name}", text, label, buckets=_SECONDS, registry=self._registry)
+
+        self._requests = counter("requests", "Requests ended, by outcome", ["precision", "outcome"])
+        self._generated = counter("generated_tokens", "Tokens generated")
+        self._prompt = counter("prompt_tokens", "Prompt tokens computed")
+        self._duration = seconds("request_duration_seconds", "Arrival to last token")
+        self._queue = seconds("queue_duration_seconds", "Arrival to a slot")
+        self._first = seconds("time_to_first_token_seconds", "Arrival to first token")
+        self._gap = seconds("inter_token_latency_seconds", "Between a row's tokens")
+        self._running = gauge("requests_running", "Sequences that hold a slot")
+        self._waiting = gauge("requests_waiting", "Sequences that wait for a slot")
+        self._memory = gauge("memory_bytes", "Bytes counted from live tensors", ["precision", "kind"])
+        self._load = gauge("load_seconds", "Seconds that loading took")
+        self._batch = Histogram(
+            "bitdial_batch_size", "Rows decoded together", label, buckets=_BATCHES, registry=self._registry
+        )
+
+    def observe_step(self, precision: str, step: StepStats) -> None:
+        record = self._records[precision]
+        record.busy += step.seconds
+        record.tokens += step.generated_tokens
+        record.gaps.extend(step.gaps)
+        if step.batch == 1 and not step.prompt_tokens:
+            record.single_row_gaps.extend(step.gaps)
+        self._generated.labels(precision).inc(step.generated_tokens)
+        self._prompt.labels(precision).inc(step.prompt_tokens)
+        for gap in step.gaps:
+            self._gap.labels(precision).observe(gap)
+        if step.batch:
+            self._batch.labels(precision).observe(step.batch)
+
+    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
+        self._requests.labels(precision, outcome).inc()
+        if outcome != "success" or timeline.first_token is None:
+            return
+        record = self._records[precision]
+        record.requests += 1
+        first = timeline.first_token - timeline.arrived
+        record.queue.append(timeline.queue_seconds)
+        record.first_token.append(first)
+        record.total.append(timeline.total_seconds)
+        self._queue.labels(precision).observe(timeline.queue_seconds)
+        self._first.labels(precision).observe(first)
+        self._duration.labels(precision).observe(timeline.total_seconds)
+
+    def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
+        """``memory``: bytes by kind; zeros when it was unloaded."""
+        for kind, size in memory.items():
+            self._memory.labels(precision, kind).set(size)
+        self._load.labels(precision).set(load_seconds)
+
+    def set_load(self, precision: str, running: int, waiting: int) -> None:
+        self._running.labels(precision).set(running)
+        self._waiting.labels(precision).set(waiting)
+
+    def latency(self, precision: str) -> dict[str, object]:
+        """Requests that succeeded, and percentiles (ms) over the latest of them."""
+        record = self._records[precision]
+        return {
+            "requests": record.requests,
+            "queue_ms": _percentiles(record.queue),
+            "ttft_ms": _percentiles(record.first_token),
+            "inter_token_ms": _percentiles(record.gaps),
+            "total_ms": _percentiles(record.total),
+        }
+
+    def throughput(self, precision: str) -> dict[str, object]:
+        """Tokens generated, and per second in which the engine was computing (None before the first)."""
+        record = self._records[precision]
+        rate = record.tokens / record.busy if record.busy and record.tokens else None
+        return {"generated_tokens": record.tokens, "tokens_per_second": rate}
+
+    def single_row_median(self, precision: str) -> float | None:
+        """Median seconds between tokens of steps that decoded one row alone; None before eight of them."""
+        gaps = self._records[precision].single_row_gaps
+        return statistics.median(gaps) if len(gaps) >= 8 else None
+
+    def render(self) -> bytes:
+        """Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Nearest-rank p50, p90, p99 and the mean, in milliseconds."""
+    if not values:
+        return dict.fromkeys(("p50", "p90", "p99", "mean"))
+    ordered = sorted(values)
+    ranks = {f"p{q}": ordered[max(0, -(-len(ordered) * q // 100) - 1)] for q in (50, 90, 99)}
+    found = {**ranks, "mean": statistics.fmean(ordered)}
+    return {name: round(value * 1000, 3) for name, value in found.items()}

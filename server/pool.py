@@ -1,0 +1,287 @@
+"""Precision → engine: each loaded once, in a thread of its own, within the memory budget."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import loaders
+from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec, default_device
+from server import memory
+from server.engine import Engine
+from server.errors import NotReady, ServiceError, Unavailable
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.settings import Settings
+from server.turn import Turn
+
+State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
+Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
+_RETRY_SECONDS = 5.0  # a load that failed is not tried again sooner
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far a load has come; total 0 where it isn't known."""
+
+    stage: str
+    current: int
+    total: int
+
+
+@dataclass
+class PrecisionState:
+    """One precision of the registry as it stands now."""
+
+    name: str
+    state: State = "unloaded"
+    reason: str | None = None
+    install: str | None = None
+    engine: Engine | None = None
+    load_seconds: float | None = None
+    progress: LoadProgress = field(default_factory=lambda: LoadProgress("waiting", 0, 0))
+    users: int = 0
+    failed_at: float = 0.0
+
+
+class Pool:
+    """All precisions of one checkpoint. Event loop only."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        *,
+        load: Load = loaders.load,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self.device: Literal["cpu", "cuda"] = (
+            default_device() if settings.device == "auto" else settings.device
+        )
+        self.default = settings.precision
+        self.spec = ModelSpec(
+            checkpoint,
+            self.device,
+            settings.max_batch_size,
+            settings.max_total_tokens,
+            settings.threads,
+            settings.quantize_lm_head,
+            settings.int8_threshold,
+            settings.double_quantization,
+        )
+        self._settings, self._load_model = settings, load
+        self._metrics, self._lifecycle = metrics, lifecycle
+        self._turn = Turn() if self.device == "cpu" else None
+        self._states = {name: self._first_state(name) for name in loaders.PRECISIONS}
+        self._loads: dict[str, asyncio.Task[Engine]] = {}
+        self._background: list[asyncio.Task[None]] = []
+
+    def _first_state(self, name: str) -> PrecisionState:
+        able: Availability = loaders.availability(name, self.device)
+        if able.ok:
+            return PrecisionState(name)
+        return PrecisionState(name, "unavailable", able.reason, able.install)
+
+    # looking
+
+    def state(self, precision: str) -> PrecisionState:
+        return self._states[loaders.canonical(precision)]
+
+    def states(self) -> list[PrecisionState]:
+        return list(self._states.values())
+
+    @property
+    def engines(self) -> list[Engine]:
+        return [state.engine for state in self._states.values() if state.engine is not None]
+
+    def used_bytes(self) -> int:
+        return sum(memory.used_bytes(engine.model) for engine in self.engines)
+
+    # using
+
+    @asynccontextmanager
+    async def use(self, precision: str) -> AsyncIterator[Engine]:
+        """The engine, loaded if it must be; it is not unloaded while in use.
+
+        Raises:
+            Unavailable: this host can't run it.
+            NotReady: it could not be loaded, or there is no room.
+        """
+        state = self.state(precision)
+        state.users += 1
+        try:
+            yield state.engine or await self._loaded(state)
+        finally:
+            state.users -= 1
+
+    async def _loaded(self, state: PrecisionState) -> Engine:
+        if state.state == "unavailable":
+            mend = f" (mend it with: {state.install})" if state.install else ""
+            raise Unavailable(f"{state.name} can't run on this host: {state.reason}{mend}")
+        if state.state == "failed" and time.monotonic() - state.failed_at < _RETRY_SECONDS:
+            raise NotReady(f"{state.name} could not be loaded: {state.reason}", retry_after=_RETRY_SECONDS)
+        if state.name not in self._loads:
+            self._loads[state.name] = asyncio.create_task(self._load(state))
+        # shielded: one waiting request that goes away doesn't take the load from the others
+        return await asyncio.shield(self._loads[state.name])
+
+    async def _load(self, state: PrecisionState) -> Engine:
+        state.state, state.reason = "loading", None
+        state.progress = LoadProgress("waiting", 0, 0)
+        try:
+            await self._make_room(state)
+            model = await self._in_thread(state)
+            engine = Engine(
+                model,
+                eos_ids=self.spec.checkpoint.eos_ids,
+                prefill_chunk=self._settings.prefill_chunk,
+                threads=self._settings.threads,
+                on_step=partial(self._metrics.observe_step, state.name),
+                on_death=self._lifecycle.fail,
+                turn=self._turn,
+            )
+            await engine.start()
+        except Exception as error:
+            state.state, state.failed_at = "failed", time.monotonic()
+            state.reason = (
+                str(error) if isinstance(error, LoaderError | ServiceError) else type(error).__name__
+            )
+            _log.warning("%s could not be loaded: %s", state.name, state.reason)
+            if isinstance(error, ServiceError):
+                state.state = "unloaded"  # no room now; there may be some later
+                raise
+            raise NotReady(f"{state.name} could not be loaded: {state.reason}") from error
+        finally:
+            self._loads.pop(state.name, None)
+        state.engine, state.state, state.load_seconds = engine, "loaded", model.load_seconds
+        self._metrics.set_loaded(state.name, _memory(model), model.load_seconds)
+        _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
+        return engine
+
+    async def _in_thread(self, state: PrecisionState) -> LoadedModel:
+        """Loads in a daemon thread: nothing can interrupt a load, and it must not keep the process alive."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[LoadedModel] = loop.create_future()
+
+        def tell(stage: str, current: int, total: int) -> None:
+            state.progress = LoadProgress(stage, current, total)
+
+        def run() -> None:
+            try:
+                result = self._load_model(state.name, self.spec, tell)
+            except Exception as error:
+                settle: Callable[[], None] = partial(_settle, future, None, error)
+            else:
+                settle = partial(_settle, future, result, None)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+                loop.call_soon_threadsafe(settle)
+
+        threading.Thread(target=run, name=f"load-{state.name}", daemon=True).start()
+        return await future
+
+    async def _make_room(self, state: PrecisionState) -> None:
+        """Unloads idle precisions, least recently used first, until the new one fits."""
+        needed = memory.needed_bytes(state.name, self.spec)
+        while needed > (free := self._free_bytes()):
+            idle = [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
+            if not idle:
+                raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
+            await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
+
+    def _free_bytes(self) -> int:
+        free = memory.free_bytes(self.device)
+        budget = self._settings.memory_budget
+        return free if budget is None else min(free, budget - self.used_bytes())
+
+    async def load(self, precision: str) -> AsyncIterator[LoadProgress]:
+        """Loads it, reporting progress; ends when it is ready.
+
+        Raises:
+            Unavailable, NotReady: as ``use``.
+        """
+        state = self.state(precision)
+        if state.engine is not None:
+            return
+        task = asyncio.ensure_future(self._loaded(state))
+        seen: LoadProgress | None = None
+        while not task.done():
+            if state.progress != seen:
+                seen = state.progress
+                yield seen
+            await asyncio.wait([task], timeout=0.1)
+        task.result()
+
+    async def unload(self, precision: str) -> None:
+        """Drops it; what it is generating ends with an error. Unloading what isn't loaded does nothing."""
+        state = self.state(precision)
+        engine, state.engine = state.engine, None
+        if engine is None:
+            return
+        state.state = "unloaded"
+        await engine.stop()
+        self._metrics.set_loaded(state.name, dict.fromkeys(_memory(engine.model), 0), 0.0)
+        _log.info("%s unloaded", state.name)
+
+    # life
+
+    def start(self) -> None:
+        """Begins loading the start-up precisions, the default first, one after another."""
+        self._background.append(asyncio.create_task(self._load_first()))
+        if self._settings.idle_unload_seconds is not None:
+            self._background.append(
+                asyncio.create_task(self._unload_idle(self._settings.idle_unload_seconds))
+            )
+
+    async def _load_first(self) -> None:
+        for name in self._first_precisions():
+            state = self._states[name]
+            if state.state == "unavailable":
+                _log.warning("%s can't run on this host: %s", name, state.reason)
+                continue
+            with contextlib.suppress(ServiceError):  # told in the state, and logged
+                async with self.use(name):
+                    pass
+
+    def _first_precisions(self) -> list[str]:
+        chosen = self._settings.precisions
+        if chosen is None:
+            chosen = ("fp32", "int8", "nf4", *(("dynamic-int8",) if self.device == "cpu" else ()))
+        return list(dict.fromkeys([self.default, *chosen]))
+
+    async def _unload_idle(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(min(seconds / 4, 10))
+            for state in self._states.values():
+                idle = state.engine is not None and not state.users
+                if idle and state.engine and time.perf_counter() - state.engine.last_used > seconds:
+                    await self.unload(state.name)
+
+    async def stop(self) -> None:
+        """Stops the engines. A load under way is left to its daemon thread."""
+        for task in (*self._background, *self._loads.values()):
+            task.cancel()
+        for engine in self.engines:
+            await engine.stop()
+
+
+def _memory(model: LoadedModel) -> dict[str, int]:
+    return {"weights": model.footprint.weights_bytes, "kv_cache": model.runner.kv_cache_bytes}
+
+
+def _settle(
+    future: "asyncio.Future[LoadedModel]", model: LoadedModel | None, error: Exception | None
+) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    elif model is not None:
+        future.set_result(model)

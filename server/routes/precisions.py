@@ -1,0 +1,77 @@
+"""GET /precisions; POST /precisions/{name}/load and /unload for the admin."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+
+import loaders
+from loaders.base import LoaderError
+from server.errors import BadPrecision, ServiceError, Unavailable
+from server.pool import Pool, PrecisionState
+
+router = APIRouter(prefix="/precisions", tags=["precisions"])
+
+
+def known(name: str) -> str:
+    """The registry's name.
+
+    Raises:
+        BadPrecision
+    """
+    try:
+        return loaders.canonical(name)
+    except LoaderError as error:
+        raise BadPrecision(str(error)) from None
+
+
+@router.get("")
+async def list_precisions(request: Request) -> list[dict[str, Any]]:
+    """Every precision of the registry and its state on this host."""
+    return [_describe(state) for state in request.app.state.pool.states()]
+
+
+@router.post("/{name}/load")
+async def load(request: Request, name: str) -> StreamingResponse:
+    """Loads a precision; server-sent events tell the progress."""
+    pool: Pool = request.app.state.pool
+    state = pool.state(known(name))
+    if state.state == "unavailable":
+        raise Unavailable(f"{state.name} can't run on this host: {state.reason}")
+    return StreamingResponse(
+        _progress(pool, state.name), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+    )
+
+
+@router.post("/{name}/unload")
+async def unload(request: Request, name: str) -> dict[str, Any]:
+    """Drops a precision's weights; what it is generating ends with an error."""
+    pool: Pool = request.app.state.pool
+    await pool.unload(known(name))
+    return _describe(pool.state(known(name)))
+
+
+async def _progress(pool: Pool, name: str) -> AsyncIterator[str]:
+    try:
+        async for step in pool.load(name):
+            progress = {"current": step.current, "total": step.total}
+            yield _event({"status": "loading", "stage": step.stage, "progress": progress})
+        yield _event({"status": "ready"})
+    except ServiceError as error:
+        yield _event({"status": "failed", "error": error.message, "error_type": error.error_type})
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def _describe(state: PrecisionState) -> dict[str, Any]:
+    return {
+        "name": state.name,
+        "aliases": loaders.aliases(state.name),
+        "state": state.state,
+        "reason": state.reason,
+        "install": state.install,
+    }

@@ -1,0 +1,136 @@
+"""GET /stats, /metrics, /info: what is loaded, what it takes, how fast it ran."""
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Request, Response
+
+import loaders
+from server import memory
+from server.metrics import CONTENT_TYPE, Metrics
+from server.pool import Pool, PrecisionState
+from server.routes.precisions import known
+from server.version import VERSION
+
+router = APIRouter(tags=["looking"])
+_STARTED = time.monotonic()
+
+
+@router.get("/stats")
+async def stats(request: Request, precision: str | None = None) -> dict[str, Any]:
+    """Memory counted from live tensors; latencies of requests that ran. ``?precision=`` narrows it."""
+    state = request.app.state
+    pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint
+    names = loaders.PRECISIONS if precision is None else [known(precision)]
+    full = pool.state("fp32").engine
+    parameters = next((e.model.footprint.parameters for e in pool.engines), None)
+    reference = full.model.footprint.weights_bytes if full else parameters and 4 * parameters
+    return {
+        "model": {
+            "id": checkpoint.model_id,
+            "revision": checkpoint.revision,
+            "architecture": checkpoint.architecture,
+            "parameters": parameters,
+            "context_length": checkpoint.context_length,
+        },
+        "host": {
+            "device": pool.device,
+            "device_name": _device_name(pool.device),
+            "cpu_threads": pool.spec.threads or torch.get_num_threads(),
+            "memory": memory.process_memory(),
+        },
+        "uptime_seconds": round(time.monotonic() - _STARTED, 3),
+        "queue": {
+            "running": sum(engine.running for engine in pool.engines),
+            "waiting": sum(engine.waiting for engine in pool.engines),
+            "in_flight": state.service.in_flight,
+            "capacity": state.settings.max_concurrent_requests,
+        },
+        "precisions": {name: _precision(pool, pool.state(name), metrics, reference) for name in names},
+    }
+
+
+@router.get("/metrics")
+async def prometheus(request: Request) -> Response:
+    """Prometheus's text format."""
+    metrics: Metrics = request.app.state.metrics
+    for engine in request.app.state.pool.engines:
+        metrics.set_load(engine.precision, engine.running, engine.waiting)
+    return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+@router.get("/info")
+async def info(request: Request) -> dict[str, Any]:
+    """What Text Generation Inference's ``/info`` tells, and the precisions."""
+    state = request.app.state
+    settings, service, pool = state.settings, state.service, state.pool
+    return {
+        "model_id": state.checkpoint.model_id,
+        "model_sha": state.checkpoint.revision,
+        "model_pipeline_tag": "text-generation",
+        "max_input_tokens": service.max_input_tokens,
+        "max_total_tokens": service.max_total_tokens,
+        "max_best_of": settings.max_best_of,
+        "max_stop_sequences": settings.max_stop_sequences,
+        "max_concurrent_requests": settings.max_concurrent_requests,
+        "max_client_batch_size": settings.max_best_of,
+        "version": VERSION,
+        "router": "bitdial",
+        "precision": pool.default,
+        "precisions": [known.name for known in pool.states() if known.state != "unavailable"],
+    }
+
+
+def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: int | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"state": state.state, "reason": state.reason}
+    if state.engine is None:
+        return told
+    footprint, runner = state.engine.model.footprint, state.engine.model.runner
+    ratio, note = _speed(metrics, state.name)
+    return told | {
+        "memory": {
+            "weights_bytes": footprint.weights_bytes,
+            "by_dtype": dict(footprint.by_dtype),
+            "quantization_state_bytes": footprint.quantization_state_bytes,
+            "quantization_state": dict(footprint.quantization_state),
+            "kv_cache_bytes": runner.kv_cache_bytes,
+            "total_bytes": footprint.weights_bytes + runner.kv_cache_bytes,
+            "transformers_footprint_bytes": footprint.transformers_footprint_bytes,
+            "bits_per_weight": round(footprint.bits_per_weight, 3),
+            "ratio_to_fp32": reference and round(footprint.weights_bytes / reference, 4),
+        },
+        "layers": {
+            "quantized": len(footprint.quantized),
+            "quantized_names": list(footprint.quantized),
+            "kept": [{"name": layer.name, "reason": layer.reason} for layer in footprint.kept],
+        },
+        "details": dict(state.engine.model.details),
+        "load_seconds": state.load_seconds,
+        "latency": metrics.latency(state.name),
+        "throughput": metrics.throughput(state.name),
+        "speed_ratio_to_fp32": ratio,
+        "note": note,
+    }
+
+
+def _speed(metrics: Metrics, precision: str) -> tuple[float | None, str | None]:
+    """Speed against fp32 over steps that decoded one row alone, which are comparable; and what to say."""
+    own, full = metrics.single_row_median(precision), metrics.single_row_median("fp32")
+    if own is None or full is None:
+        return None, None
+    ratio = round(full / own, 3)
+    slower = precision != "fp32" and ratio < 1
+    return ratio, f"{precision} is slower than fp32 on this host: {ratio} × its speed" if slower else None
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
