@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 import loaders
-from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec, default_device
+from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec
 from server import memory
 from server.engine import Engine
 from server.errors import NotReady, ServiceError, Unavailable
@@ -63,20 +63,9 @@ class Pool:
         metrics: Metrics,
         lifecycle: Lifecycle,
     ) -> None:
-        self.device: Literal["cpu", "cuda"] = (
-            default_device() if settings.device == "auto" else settings.device
-        )
+        self.spec = settings.spec(checkpoint, settings.max_batch_size)
+        self.device = self.spec.device
         self.default = settings.precision
-        self.spec = ModelSpec(
-            checkpoint,
-            self.device,
-            settings.max_batch_size,
-            settings.max_total_tokens,
-            settings.threads,
-            settings.quantize_lm_head,
-            settings.int8_threshold,
-            settings.double_quantization,
-        )
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
         self._turn = Turn() if self.device == "cpu" else None

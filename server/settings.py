@@ -7,6 +7,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import loaders
+from loaders.base import Checkpoint, ModelSpec, default_device
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -41,11 +42,17 @@ Precision = Annotated[str, BeforeValidator(known_precision)]
 Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names)]
 
 
-class Settings(BaseSettings):
-    """How to serve one model. Each setting is an environment variable of the same name, in capitals."""
+class ModelSettings(BaseSettings):
+    """Which model, and how it is loaded; each is an environment variable of the same name, in capitals."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True, cli_kebab_case=True
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        env_ignore_empty=True,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
     )
 
     model_id: str = Field(
@@ -55,6 +62,33 @@ class Settings(BaseSettings):
     )
     revision: str | None = Field(None, description="commit, branch or tag of a hub model")
     precision: Precision = Field("fp32", description="served where a request names none")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where to run")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass [all cores]")
+    max_total_tokens: int | None = Field(None, ge=2, description="prompt and continuation [context]")
+    quantize_lm_head: bool = Field(True, description="dynamic-int8: quantize the output head too")
+    int8_threshold: float = Field(0.0, ge=0, description="int8: outlier threshold; > 0 is batch-dependent")
+    double_quantization: bool = Field(False, description="nf4, fp4: quantize the block scales too")
+
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        return default_device() if self.device == "auto" else self.device
+
+    def spec(self, checkpoint: Checkpoint, slots: int) -> ModelSpec:
+        """What the loaders are told."""
+        return ModelSpec(
+            checkpoint,
+            self.resolved_device(),
+            slots,
+            self.max_total_tokens,
+            self.threads,
+            self.quantize_lm_head,
+            self.int8_threshold,
+            self.double_quantization,
+        )
+
+
+class Settings(ModelSettings):
+    """How to serve one model."""
+
     precisions: Precisions | None = Field(
         None, description="loaded at start, by comma [fp32,int8,nf4, and dynamic-int8 on a CPU host]"
     )
@@ -65,7 +99,6 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(16, ge=1, le=1024, description="sequences decoded together per precision")
     max_concurrent_requests: int = Field(128, ge=1, description="running and waiting; more get a 429")
     max_input_tokens: int | None = Field(None, ge=1, description="longest prompt [context - 1]")
-    max_total_tokens: int | None = Field(None, ge=2, description="prompt and continuation [context]")
     max_best_of: int = Field(4, ge=1, le=64, description="largest best_of and n")
     max_stop_sequences: int = Field(4, ge=0, le=64, description="most stop strings of a request")
     payload_limit: Bytes = Field(2_000_000, ge=1, description="largest request body, bytes or '2MB'")
@@ -73,12 +106,7 @@ class Settings(BaseSettings):
     receive_timeout: float = Field(30, gt=0, description="seconds a request may take to arrive")
     memory_budget: Bytes | None = Field(None, ge=1, description="bytes ('12GiB') for all loaded precisions")
     idle_unload_seconds: float | None = Field(None, gt=0, description="unload a precision idle that long")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass [all cores]")
     prefill_chunk: int = Field(128, ge=1, description="prompt tokens computed between two decode steps")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where to run")
-    quantize_lm_head: bool = Field(True, description="dynamic-int8: quantize the output head too")
-    int8_threshold: float = Field(0.0, ge=0, description="int8: outlier threshold; > 0 is batch-dependent")
-    double_quantization: bool = Field(False, description="nf4, fp4: quantize the block scales too")
     cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = Field(
         (), description="origins a browser may call from, by comma"
     )

@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from inspect import cleandoc
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp
@@ -18,10 +19,10 @@ class UsageError(Exception):
 
 def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _Options:
     """Flags before environment before defaults. Ends the process on ``--help`` and on unknown flags."""
+    cast(dict[str, Any], options.model_config)["cli_prog_name"] = f"bitdial {command}"
+    options.__doc__ = cleandoc(options.__doc__ or "")
     try:
-        return CliApp.run(
-            options, cli_args=list(arguments), cli_settings_source=None, cli_prog_name=f"bitdial {command}"
-        )
+        return CliApp.run(options, cli_args=list(arguments))
     except ValidationError as error:
         raise UsageError("; ".join(_readable(dict(one)) for one in error.errors())) from None
 

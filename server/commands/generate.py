@@ -9,16 +9,16 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
-from loaders.base import LoaderError, ModelSpec, default_device
+from loaders.base import LoaderError
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
 from server.engine import Engine
 from server.sequence import SamplingParams
-from server.settings import Settings
+from server.settings import ModelSettings
 from server.text import TextCodec
 
 
-class Options(Settings):
+class Options(ModelSettings):
     """Continue PROMPT with the model, in one precision, and show the text as it comes.
 
     Any sampling option turns sampling on; without one the continuation is greedy.
@@ -46,17 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 async def _generate(options: Options) -> int:
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
-    device = default_device() if options.device == "auto" else options.device
-    spec = ModelSpec(
-        checkpoint,
-        device,
-        slots=1,
-        context=options.max_total_tokens,
-        threads=options.threads,
-        quantize_lm_head=options.quantize_lm_head,
-        int8_threshold=options.int8_threshold,
-        double_quantization=options.double_quantization,
-    )
+    spec = options.spec(checkpoint, slots=1)
     codec = TextCodec(load_tokenizer(checkpoint))
     ids = codec.encode(options.prompt)
     if len(ids) + options.max_new_tokens > spec.max_tokens:

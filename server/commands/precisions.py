@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import loaders
-from loaders.base import LoaderError, ModelSpec, default_device
+from loaders.base import LoaderError
 from loaders.checkpoint import open_checkpoint
 from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
-from server.settings import Settings
+from server.settings import ModelSettings
 
 
-class Options(Settings):
+class Options(ModelSettings):
     """List every precision: whether this host can run it, why not, and the bytes the weights take."""
 
 
@@ -23,13 +23,8 @@ def main(arguments: Sequence[str]) -> int:
     except LoaderError as error:
         complain("precisions", error)
         return FAILED
-    device = default_device() if options.device == "auto" else options.device
-    spec = ModelSpec(
-        checkpoint,
-        device,
-        quantize_lm_head=options.quantize_lm_head,
-        double_quantization=options.double_quantization,
-    )
+    spec = options.spec(checkpoint, slots=1)
+    device = spec.device
     print(
         f"{checkpoint.model_id} ({checkpoint.architecture}) on {device}; weights before loading, estimated\n"
     )
