@@ -62,6 +62,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.state.settings = settings
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     for module in (generate, openai, tokenize, stats, precisions, health):
@@ -78,7 +79,7 @@ async def _furnish(
     load: Callable[..., LoadedModel],
 ) -> None:
     state = app.state
-    state.settings, state.started = settings, time.time()
+    state.started = time.time()
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
     state.codec = TextCodec(tokenizer)

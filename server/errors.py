@@ -13,6 +13,7 @@ ServiceError
 ├── Unavailable           409  this host can't run the asked precision
 ├── PayloadTooLarge       413
 ├── UnsupportedMedia      415
+├── HeadersTooLarge       431
 ├── GenerationFailed      424  out of memory, NaN logits, a fault in the model (/v1: 500)
 ├── Overloaded            429  the queue is full
 ├── NotReady              503  loading, draining, worker dead, no room to load
@@ -97,6 +98,11 @@ class PayloadTooLarge(ServiceError):
 
 class UnsupportedMedia(ServiceError):
     status, error_type = 415, "validation"
+    openai_type = "invalid_request_error"
+
+
+class HeadersTooLarge(ServiceError):
+    status, error_type = 431, "validation"
     openai_type = "invalid_request_error"
 
 

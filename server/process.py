@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from server.connection import ServerConfig
 from server.lifecycle import Lifecycle
 from server.settings import Settings
 
@@ -30,18 +31,7 @@ class Process(uvicorn.Server):
     def __init__(
         self, app: FastAPI, settings: Settings, on_listening: Callable[[int], None] = lambda port: None
     ) -> None:
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=1,
-            lifespan="on",
-        )
-        super().__init__(config)
+        super().__init__(ServerConfig(app, settings))
         self._app, self._settings, self._on_listening = app, settings, on_listening
         self._signals = 0
 

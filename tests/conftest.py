@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
+from server.connection import ServerConfig
 from server.settings import Settings
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
@@ -80,10 +81,13 @@ def live(make_app: Callable[..., FastAPI]) -> Iterator[str]:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Iterator[str]:
+    """Behind a socket, as the process has it; ``send_buffer``: the kernel's bytes; ``options``: uvicorn's."""
     with socket.socket() as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(ServerConfig(app, app.state.settings, **options))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
