@@ -1,13 +1,15 @@
 """The service on a model that needs no weights: in process, and behind a real socket."""
 
+import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -98,6 +100,38 @@ def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Ite
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+@asynccontextmanager
+async def entered(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application in this very event loop, for many requests at once; bodies come whole."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=None) as client,
+    ):
+        states = [app.state.pool.state(name) for name in app.state.settings.precisions]
+        await until(lambda: all(state.state == "loaded" for state in states))
+        yield client
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """As ``wait_until``, for coroutines."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def at_rest(app: FastAPI, client: httpx.AsyncClient, precision: str = "fp32") -> None:
+    """Nothing runs, waits or holds a slot any more, and a plain request is served."""
+    state = app.state
+    await until(lambda: not state.service.in_flight)
+    await until(lambda: not any(engine.running + engine.waiting for engine in state.pool.engines))
+    await until(lambda: not any(engine.model.runner.held for engine in state.pool.engines))
+    reply = await client.post(
+        "/generate", json={"inputs": "abc", "max_new_tokens": 2, "precision": precision}
+    )
+    assert reply.json()["usage"] == {"prompt_tokens": 3, "generated_tokens": 2}, reply.text
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
