@@ -83,7 +83,7 @@ async def _furnish(
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
     state.codec = TextCodec(tokenizer)
-    state.lifecycle, state.metrics = Lifecycle(), Metrics()
+    state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
     state.service = Service(
         settings, state.checkpoint, state.codec, state.pool, state.metrics, state.lifecycle

@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -192,18 +192,31 @@ class Service:
 
     async def open_all(self, requests: Sequence[GenerationRequest]) -> list[Continuation]:
         """All of them or, with an error, none."""
-        self._reserve(len(requests))
         opened: list[Continuation] = []
+        try:
+            self._reserve(len(requests))
+        except ServiceError as error:
+            self._count(requests, error)
+            raise
         deadline = time.perf_counter() + self._settings.request_timeout
         try:
             for request in requests:
                 opened.append(await self._open(request, deadline))
-        except BaseException:
+        except BaseException as error:
             self.in_flight -= len(requests) - len(opened)
+            if isinstance(error, ServiceError):
+                self._count(requests[len(opened) :], error)
             for continuation in opened:
                 await continuation.aclose()
             raise
         return opened
+
+    def _count(self, refused: Sequence[GenerationRequest], error: ServiceError) -> None:
+        """Of a precision that is none, nothing is counted: a label must not be the client's own words."""
+        for request in refused:
+            with suppress(LoaderError):
+                name = loaders.canonical(request.precision or self._pool.default)
+                self._metrics.observe_request(name, error.error_type, Timeline(), 0)
 
     def closed(self, continuation: Continuation, outcome: str) -> None:
         self.in_flight -= 1

@@ -5,7 +5,14 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from server.sequence import StepStats, Timeline
 
@@ -13,6 +20,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _WINDOW = 1024  # latest events that percentiles are taken over
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+# a time of creation beside every series would double them and tell nothing here
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def _window() -> deque[float]:
@@ -34,12 +43,17 @@ class _Record:
 
 
 class Metrics:
-    """One per app, with a registry of its own. Event loop only."""
+    """One per app, with a registry of its own. Event loop only.
 
-    def __init__(self) -> None:
+    Args:
+        model: the label of every series, beside the precision.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._registry = CollectorRegistry()
         self._records: dict[str, _Record] = defaultdict(_Record)
-        label = ["precision"]
+        label = ["model", "precision"]
 
         def counter(name: str, text: str, labels: Sequence[str] = label) -> Counter:
             return Counter(f"bitdial_{name}", text, labels, registry=self._registry)
@@ -50,7 +64,7 @@ class Metrics:
         def seconds(name: str, text: str) -> Histogram:
             return Histogram(f"bitdial_{name}", text, label, buckets=_SECONDS, registry=self._registry)
 
-        self._requests = counter("requests", "Requests ended, by outcome", ["precision", "outcome"])
+        self._requests = counter("requests", "Requests ended, by outcome", ["model", "precision", "outcome"])
         self._generated = counter("generated_tokens", "Tokens generated")
         self._prompt = counter("prompt_tokens", "Prompt tokens computed")
         self._duration = seconds("request_duration_seconds", "Arrival to last token")
@@ -59,7 +73,9 @@ class Metrics:
         self._gap = seconds("inter_token_latency_seconds", "Between a row's tokens")
         self._running = gauge("requests_running", "Sequences that hold a slot")
         self._waiting = gauge("requests_waiting", "Sequences that wait for a slot")
-        self._memory = gauge("memory_bytes", "Bytes counted from live tensors", ["precision", "kind"])
+        self._memory = gauge(
+            "memory_bytes", "Bytes counted from live tensors", ["model", "precision", "kind"]
+        )
         self._load = gauge("load_seconds", "Seconds that loading took")
         self._batch = Histogram(
             "bitdial_batch_size", "Rows decoded together", label, buckets=_BATCHES, registry=self._registry
@@ -72,15 +88,15 @@ class Metrics:
         record.gaps.extend(step.gaps)
         if step.batch == 1 and not step.prompt_tokens:
             record.single_row_gaps.extend(step.gaps)
-        self._generated.labels(precision).inc(step.generated_tokens)
-        self._prompt.labels(precision).inc(step.prompt_tokens)
+        self._generated.labels(self._model, precision).inc(step.generated_tokens)
+        self._prompt.labels(self._model, precision).inc(step.prompt_tokens)
         for gap in step.gaps:
-            self._gap.labels(precision).observe(gap)
+            self._gap.labels(self._model, precision).observe(gap)
         if step.batch:
-            self._batch.labels(precision).observe(step.batch)
+            self._batch.labels(self._model, precision).observe(step.batch)
 
     def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        self._requests.labels(precision, outcome).inc()
+        self._requests.labels(self._model, precision, outcome).inc()
         if outcome != "success" or timeline.first_token is None:
             return
         record = self._records[precision]
@@ -89,19 +105,19 @@ class Metrics:
         record.queue.append(timeline.queue_seconds)
         record.first_token.append(first)
         record.total.append(timeline.total_seconds)
-        self._queue.labels(precision).observe(timeline.queue_seconds)
-        self._first.labels(precision).observe(first)
-        self._duration.labels(precision).observe(timeline.total_seconds)
+        self._queue.labels(self._model, precision).observe(timeline.queue_seconds)
+        self._first.labels(self._model, precision).observe(first)
+        self._duration.labels(self._model, precision).observe(timeline.total_seconds)
 
     def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
         """``memory``: bytes by kind; zeros when it was unloaded."""
         for kind, size in memory.items():
-            self._memory.labels(precision, kind).set(size)
-        self._load.labels(precision).set(load_seconds)
+            self._memory.labels(self._model, precision, kind).set(size)
+        self._load.labels(self._model, precision).set(load_seconds)
 
     def set_load(self, precision: str, running: int, waiting: int) -> None:
-        self._running.labels(precision).set(running)
-        self._waiting.labels(precision).set(waiting)
+        self._running.labels(self._model, precision).set(running)
+        self._waiting.labels(self._model, precision).set(waiting)
 
     def latency(self, precision: str) -> dict[str, object]:
         """Requests that succeeded, and percentiles (ms) over the latest of them."""

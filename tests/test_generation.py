@@ -166,7 +166,7 @@ def test_places_are_counted_and_given_back(tmp_path: Path) -> None:
         for continuation in (*opened, third):
             await continuation.aclose()
         await third.aclose()
-        assert [outcome for _, outcome, _ in house.outcomes.seen] == ["cancelled"] * 3
+        assert [outcome for _, outcome, _ in house.outcomes.seen] == ["overloaded"] * 2 + ["cancelled"] * 3
 
     with_service(tmp_path, check, max_concurrent_requests=2)
 

@@ -42,7 +42,8 @@ def with_pool(folder: Path, test: Callable[[Pool, Loads], Awaitable[None]], **op
     async def main() -> None:
         loads = Loads()
         settings = Settings(device="cpu", **options)
-        pool = Pool(fake_checkpoint(folder), settings, load=loads, metrics=Metrics(), lifecycle=Lifecycle())
+        metrics, lifecycle = Metrics("fake"), Lifecycle()
+        pool = Pool(fake_checkpoint(folder), settings, load=loads, metrics=metrics, lifecycle=lifecycle)
         try:
             await test(pool, loads)
         finally:

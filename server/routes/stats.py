@@ -9,6 +9,7 @@ import torch
 from fastapi import APIRouter, Request, Response
 
 import loaders
+from loaders.base import LoadedModel
 from server import memory
 from server.metrics import CONTENT_TYPE, Metrics
 from server.pool import Pool, PrecisionState
@@ -57,8 +58,9 @@ async def stats(request: Request, precision: str | None = None) -> dict[str, Any
 async def prometheus(request: Request) -> Response:
     """Prometheus's text format."""
     metrics: Metrics = request.app.state.metrics
-    for engine in request.app.state.pool.engines:
-        metrics.set_load(engine.precision, engine.running, engine.waiting)
+    for state in request.app.state.pool.states():
+        engine = state.engine
+        metrics.set_load(state.name, engine.running if engine else 0, engine.waiting if engine else 0)
     return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
@@ -85,34 +87,44 @@ async def info(request: Request) -> dict[str, Any]:
 
 
 def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: int | None) -> dict[str, Any]:
-    told: dict[str, Any] = {"state": state.state, "reason": state.reason}
-    if state.engine is None:
-        return told
-    footprint, runner = state.engine.model.footprint, state.engine.model.runner
+    """The same keys whatever the state; what only a loaded one has is null for the others."""
     ratio, note = _speed(metrics, state.name)
-    return told | {
-        "memory": {
-            "weights_bytes": footprint.weights_bytes,
-            "by_dtype": dict(footprint.by_dtype),
-            "quantization_state_bytes": footprint.quantization_state_bytes,
-            "quantization_state": dict(footprint.quantization_state),
-            "kv_cache_bytes": runner.kv_cache_bytes,
-            "total_bytes": footprint.weights_bytes + runner.kv_cache_bytes,
-            "transformers_footprint_bytes": footprint.transformers_footprint_bytes,
-            "bits_per_weight": round(footprint.bits_per_weight, 3),
-            "ratio_to_fp32": reference and round(footprint.weights_bytes / reference, 4),
-        },
-        "layers": {
-            "quantized": len(footprint.quantized),
-            "quantized_names": list(footprint.quantized),
-            "kept": [{"name": layer.name, "reason": layer.reason} for layer in footprint.kept],
-        },
-        "details": dict(state.engine.model.details),
-        "load_seconds": state.load_seconds,
+    model = state.engine.model if state.engine else None
+    return {
+        "state": state.state,
+        "reason": state.reason,
+        "memory": _memory(model, reference) if model else None,
+        "layers": _layers(model) if model else None,
+        "details": dict(model.details) if model else None,
+        "load_seconds": state.load_seconds if model else None,
         "latency": metrics.latency(state.name),
         "throughput": metrics.throughput(state.name),
         "speed_ratio_to_fp32": ratio,
         "note": note,
+    }
+
+
+def _memory(model: LoadedModel, reference: int | None) -> dict[str, Any]:
+    footprint, cache = model.footprint, model.runner.kv_cache_bytes
+    return {
+        "weights_bytes": footprint.weights_bytes,
+        "by_dtype": dict(footprint.by_dtype),
+        "quantization_state_bytes": footprint.quantization_state_bytes,
+        "quantization_state": dict(footprint.quantization_state),
+        "kv_cache_bytes": cache,
+        "total_bytes": footprint.weights_bytes + cache,
+        "transformers_footprint_bytes": footprint.transformers_footprint_bytes,
+        "bits_per_weight": round(footprint.bits_per_weight, 3),
+        "ratio_to_fp32": reference and round(footprint.weights_bytes / reference, 4),
+    }
+
+
+def _layers(model: LoadedModel) -> dict[str, Any]:
+    footprint = model.footprint
+    return {
+        "quantized": len(footprint.quantized),
+        "quantized_names": list(footprint.quantized),
+        "kept": [{"name": layer.name, "reason": layer.reason} for layer in footprint.kept],
     }
 
 
