@@ -50,6 +50,11 @@ class PrecisionState:
     users: int = 0
     failed_at: float = 0.0
 
+    def refusal(self) -> Unavailable:
+        """What to raise where the precision can't run here."""
+        mend = f" (mend it with: {self.install})" if self.install else ""
+        return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
+
 
 class Pool:
     """All precisions of one checkpoint. Event loop only."""
@@ -113,8 +118,7 @@ class Pool:
 
     async def _loaded(self, state: PrecisionState) -> Engine:
         if state.state == "unavailable":
-            mend = f" (mend it with: {state.install})" if state.install else ""
-            raise Unavailable(f"{state.name} can't run on this host: {state.reason}{mend}")
+            raise state.refusal()
         if state.state == "failed" and time.monotonic() - state.failed_at < _RETRY_SECONDS:
             raise NotReady(f"{state.name} could not be loaded: {state.reason}", retry_after=_RETRY_SECONDS)
         if state.name not in self._loads:

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 
 import loaders
 from loaders.base import LoaderError
-from server.errors import BadPrecision, ServiceError, Unavailable
+from server.errors import BadPrecision, ServiceError
 from server.pool import Pool, PrecisionState
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
@@ -39,7 +39,7 @@ async def load(request: Request, name: str) -> StreamingResponse:
     pool: Pool = request.app.state.pool
     state = pool.state(known(name))
     if state.state == "unavailable":
-        raise Unavailable(f"{state.name} can't run on this host: {state.reason}")
+        raise state.refusal()
     return StreamingResponse(
         _progress(pool, state.name), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )
