@@ -16,7 +16,7 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     return (
         "usage: bitdial COMMAND [OPTIONS]\n\n"
-        "Load one causal language model in FP32, 8-bit and 4-bit; choose the precision per request.\n\n"
+        "One causal language model in FP32, 8-bit and 4-bit, chosen per request.\n\n"
         f"commands:\n{commands}\n\n"
         "  bitdial COMMAND --help     the command's options\n"
         "  bitdial --version\n"

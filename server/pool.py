@@ -234,7 +234,7 @@ class Pool:
             )
 
     async def _load_first(self) -> None:
-        for name in self._first_precisions():
+        for name in self._settings.first_precisions():
             state = self._states[name]
             if state.state == "unavailable":
                 _log.warning("%s can't run on this host: %s", name, state.reason)
@@ -242,12 +242,6 @@ class Pool:
             with contextlib.suppress(ServiceError):  # told in the state, and logged
                 async with self.use(name):
                     pass
-
-    def _first_precisions(self) -> list[str]:
-        chosen = self._settings.precisions
-        if chosen is None:
-            chosen = ("fp32", "int8", "nf4", *(("dynamic-int8",) if self.device == "cpu" else ()))
-        return list(dict.fromkeys([self.default, *chosen]))
 
     async def _unload_idle(self, seconds: float) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -10,6 +11,7 @@ import loaders
 from loaders.base import Checkpoint, ModelSpec, default_device
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32", "int8", "nf4")
 
 
 def parse_bytes(value: Any) -> Any:
@@ -37,9 +39,41 @@ def known_precision(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def parse_endpoint(value: Any) -> Any:
+    """A collector's address; without a path it gets the one that OTLP prescribes for traces."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except (TypeError, ValueError, AttributeError):
+        usable = False
+    if not usable:
+        raise ValueError("it must be an address such as http://collector:4318")
+    return value if parts.path.strip("/") else parts._replace(path="/v1/traces").geturl()
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Precision = Annotated[str, BeforeValidator(known_precision)]
 Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names)]
+Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
+
+
+def option(
+    default: Any, group: str, metavar: str | None, text: str, *, unset: str | None = None, **rules: Any
+) -> Any:
+    """A setting and what ``--help`` shows of it.
+
+    Args:
+        group: the heading it stands under.
+        metavar: what its value is called; None for a switch.
+        unset: what is done where the default is None.
+        rules: further arguments of ``pydantic.Field``.
+    """
+    shown: dict[str, Any] = {"group": group, "metavar": metavar, "unset": unset}
+    return Field(default, description=text, json_schema_extra=shown, **rules)
+
+
+_MODEL, _QUANTIZATION, _LOADING = "model", "quantization", "loading"
+_NETWORK, _REQUESTS, _OPERATION = "network", "requests", "operation"
 
 
 class ModelSettings(BaseSettings):
@@ -55,19 +89,31 @@ class ModelSettings(BaseSettings):
         cli_implicit_flags=True,
     )
 
-    model_id: str = Field(
+    model_id: str = option(
         "bundled",
+        _MODEL,
+        "NAME",
+        "a hub id (openai-community/gpt2), a local folder, or the bundled model",
         validation_alias=AliasChoices("model_id", "model"),
-        description="a hub id (openai-community/gpt2), a local folder, or 'bundled'",
     )
-    revision: str | None = Field(None, description="commit, branch or tag of a hub model")
-    precision: Precision = Field("fp32", description="served where a request names none")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where to run")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass [all cores]")
-    max_total_tokens: int | None = Field(None, ge=2, description="prompt and continuation [context]")
-    quantize_lm_head: bool = Field(True, description="dynamic-int8: quantize the output head too")
-    int8_threshold: float = Field(0.0, ge=0, description="int8: outlier threshold; > 0 is batch-dependent")
-    double_quantization: bool = Field(False, description="nf4, fp4: quantize the block scales too")
+    revision: str | None = option(
+        None, _MODEL, "NAME", "commit, branch or tag of a hub model", unset="the newest"
+    )
+    precision: Precision = option("fp32", _MODEL, "NAME", "the precision used where none is asked for")
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto", _MODEL, "auto|cuda|cpu", "where to run; auto takes the GPU if there is one"
+    )
+    threads: int | None = option(None, _MODEL, "N", "CPU threads of a forward pass", unset="all cores", ge=1)
+    max_total_tokens: int | None = option(
+        None, _MODEL, "N", "most tokens of prompt and continuation", unset="the model's context", ge=2
+    )
+    quantize_lm_head: bool = option(True, _QUANTIZATION, None, "dynamic-int8: quantize the output head too")
+    int8_threshold: float = option(
+        0.0, _QUANTIZATION, "X", "int8: outlier threshold; above 0, batch-mates affect each other", ge=0
+    )
+    double_quantization: bool = option(
+        False, _QUANTIZATION, None, "nf4, fp4: quantize the scales of the blocks too"
+    )
 
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
@@ -89,29 +135,80 @@ class ModelSettings(BaseSettings):
 class Settings(ModelSettings):
     """How to serve one model."""
 
-    precisions: Precisions | None = Field(
-        None, description="loaded at start, by comma [fp32,int8,nf4, and dynamic-int8 on a CPU host]"
+    precisions: Precisions | None = option(
+        None,
+        _LOADING,
+        "NAMES",
+        "loaded at start, by comma; the others at their first request",
+        unset=f"{','.join(_FIRST_ON_CUDA)} and, on a CPU, dynamic-int8",
     )
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8080, ge=0, le=65535, description="port to listen on")
-    api_key: SecretStr | None = Field(None, description="clients must send it as a Bearer token")
-    admin_api_key: SecretStr | None = Field(None, description="needed to load and unload precisions")
-    max_batch_size: int = Field(16, ge=1, le=1024, description="sequences decoded together per precision")
-    max_concurrent_requests: int = Field(128, ge=1, description="running and waiting; more get a 429")
-    max_input_tokens: int | None = Field(None, ge=1, description="longest prompt [context - 1]")
-    max_best_of: int = Field(4, ge=1, le=64, description="largest best_of and n")
-    max_stop_sequences: int = Field(4, ge=0, le=64, description="most stop strings of a request")
-    payload_limit: Bytes = Field(2_000_000, ge=1, description="largest request body, bytes or '2MB'")
-    request_timeout: float = Field(300, gt=0, description="seconds a request may take, waiting included")
-    receive_timeout: float = Field(30, gt=0, description="seconds a request may take to arrive")
-    memory_budget: Bytes | None = Field(None, ge=1, description="bytes ('12GiB') for all loaded precisions")
-    idle_unload_seconds: float | None = Field(None, gt=0, description="unload a precision idle that long")
-    prefill_chunk: int = Field(128, ge=1, description="prompt tokens computed between two decode steps")
-    cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = Field(
-        (), description="origins a browser may call from, by comma"
+    memory_budget: Bytes | None = option(
+        None, _LOADING, "BYTES", "for all loaded precisions, such as 12GiB", unset="what is free", ge=1
     )
-    json_output: bool = Field(False, description="log one JSON object a line")
-    graceful_termination_timeout: float = Field(
-        90, ge=0, description="seconds running requests get at SIGTERM"
+    idle_unload_seconds: float | None = option(
+        None, _LOADING, "SECONDS", "unload a precision that was idle so long", unset="never", gt=0
     )
-    hang_timeout: float = Field(60, gt=0, description="seconds without progress before a worker is given up")
+
+    host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")
+    port: int = option(8080, _NETWORK, "N", "port to listen on; 0 takes a free one", ge=0, le=65535)
+    api_key: SecretStr | None = option(
+        None, _NETWORK, "KEY", "clients must send it as a Bearer token", unset="open to all"
+    )
+    admin_api_key: SecretStr | None = option(
+        None,
+        _NETWORK,
+        "KEY",
+        "the Bearer token that may load and unload precisions",
+        unset="open to all, or to nobody with --api-key",
+    )
+    cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = option(
+        (), _NETWORK, "ORIGINS", "origins that a browser may call from, by comma", unset="none"
+    )
+    payload_limit: Bytes = option(2_000_000, _NETWORK, "BYTES", "largest request body, such as 2MB", ge=1)
+    receive_timeout: float = option(
+        30, _NETWORK, "SECONDS", "what a request may take to arrive, and a reader to read", gt=0
+    )
+
+    max_batch_size: int = option(
+        16, _REQUESTS, "N", "sequences decoded together, in each precision", ge=1, le=1024
+    )
+    max_concurrent_requests: int = option(
+        128, _REQUESTS, "N", "requests running and waiting; more get a 429", ge=1
+    )
+    max_input_tokens: int | None = option(
+        None, _REQUESTS, "N", "longest prompt", unset="one less than prompt and continuation", ge=1
+    )
+    max_best_of: int = option(4, _REQUESTS, "N", "largest best_of and n of a request", ge=1, le=64)
+    max_stop_sequences: int = option(4, _REQUESTS, "N", "most stop strings of a request", ge=0, le=64)
+    request_timeout: float = option(
+        300, _REQUESTS, "SECONDS", "what a request may take, waiting included", gt=0
+    )
+    prefill_chunk: int = option(
+        128, _REQUESTS, "N", "prompt tokens computed between two decoding steps", ge=1
+    )
+
+    json_output: bool = option(False, _OPERATION, None, "log one JSON object a line")
+    otlp_endpoint: Endpoint | None = option(
+        None,
+        _OPERATION,
+        "URL",
+        "OpenTelemetry collector, OTLP over HTTP, that gets traces",
+        unset="no traces",
+    )
+    graceful_termination_timeout: float = option(
+        90, _OPERATION, "SECONDS", "what running requests get at SIGTERM", ge=0
+    )
+    hang_timeout: float = option(
+        60, _OPERATION, "SECONDS", "without progress, after which a worker is given up", gt=0
+    )
+
+    def first_precisions(self) -> tuple[str, ...]:
+        """Loaded at start, the default first."""
+        usual = _FIRST_ON_CPU if self.resolved_device() == "cpu" else _FIRST_ON_CUDA
+        return tuple(
+            dict.fromkeys((self.precision, *(usual if self.precisions is None else self.precisions)))
+        )
+
+    def required_precisions(self) -> tuple[str, ...]:
+        """Those that must be there: the default, and what was asked for by name."""
+        return tuple(dict.fromkeys((self.precision, *(self.precisions or ()))))

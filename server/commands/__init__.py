@@ -1,16 +1,19 @@
-"""What the subcommands share: settings from a command line, progress on a terminal, errors as one line."""
+"""What the subcommands share: settings from a command line, errors as one line."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import cleandoc
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_settings import CliApp
-from tqdm import tqdm
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
+
+import loaders
+from loaders.base import PrecisionUnavailable
+from server.commands.help import Arguments, Formatter
 
 USAGE, FAILED = 2, 1
-_Options = TypeVar("_Options", bound=BaseModel)
+_Options = TypeVar("_Options", bound=BaseSettings)
 
 
 class UsageError(Exception):
@@ -18,13 +21,33 @@ class UsageError(Exception):
 
 
 def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _Options:
-    """Flags before environment before defaults. Ends the process on ``--help`` and on unknown flags."""
-    cast(dict[str, Any], options.model_config)["cli_prog_name"] = f"bitdial {command}"
-    options.__doc__ = cleandoc(options.__doc__ or "")
+    """Flags before environment before defaults. Ends the process on ``--help`` and on unknown flags.
+
+    Raises:
+        UsageError: a value that doesn't fit.
+    """
     try:
-        return CliApp.run(options, cli_args=list(arguments))
+        return CliApp.run(
+            options, cli_args=list(arguments), cli_settings_source=command_line(options, command)
+        )
     except ValidationError as error:
-        raise UsageError("; ".join(_readable(dict(one)) for one in error.errors())) from None
+        first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
+        raise UsageError("; ".join(_readable(one) for one in reversed(first.values()))) from None
+
+
+def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource[Any]:
+    """The parser of a command's options."""
+    shown = Arguments(options.model_fields)
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        options,
+        cli_prog_name=f"bitdial {command}",
+        add_argument_method=shown.add,
+        formatter_class=Formatter,
+    )
+    parser = source.root_parser
+    parser.usage = " ".join([f"bitdial {command} [OPTIONS]", *shown.positional])
+    parser.description = cleandoc(options.__doc__ or "")
+    return source
 
 
 def _readable(error: dict[str, Any]) -> str:
@@ -33,32 +56,17 @@ def _readable(error: dict[str, Any]) -> str:
     return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
 
 
+def require(precisions: Iterable[str], device: Literal["cpu", "cuda"]) -> None:
+    """Makes sure, before anything is loaded, that this host can run what was asked for by name.
+
+    Raises:
+        UsageError: the reason, and the command that mends it if there is one.
+    """
+    for name in precisions:
+        able = loaders.availability(name, device)
+        if not able.ok:
+            raise UsageError(str(PrecisionUnavailable(name, able)))
+
+
 def complain(command: str, error: Exception) -> None:
     print(f"bitdial {command}: {error}", file=sys.stderr)
-
-
-class ProgressBars:
-    """A ``loaders`` progress callback: one bar a stage on a terminal, one line a stage elsewhere."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._stage: str | None = None
-        self._bar: Any = None
-
-    def __call__(self, stage: str, current: int, total: int) -> None:
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=total or None, desc=f"{self._title}: {stage}", leave=False)
-            else:
-                print(f"{self._title}: {stage} …", file=sys.stderr, flush=True)
-        if self._bar is not None:
-            self._bar.total = total or None
-            self._bar.n = current
-            self._bar.refresh()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

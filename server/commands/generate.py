@@ -11,11 +11,14 @@ from pydantic_settings import CliPositionalArg
 import loaders
 from loaders.base import LoaderError
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.progress import ProgressBars
 from server.engine import Engine
 from server.sequence import SamplingParams
-from server.settings import ModelSettings
+from server.settings import ModelSettings, option
 from server.text import TextCodec
+
+_GENERATION = "generation"
 
 
 class Options(ModelSettings):
@@ -25,11 +28,17 @@ class Options(ModelSettings):
     """
 
     prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
-    max_new_tokens: int = Field(64, ge=1, description="most tokens to generate")
-    temperature: float | None = Field(None, gt=0, le=100, description="sample; higher is more random")
-    top_k: int | None = Field(None, ge=1, description="sample among the k most probable tokens")
-    top_p: float | None = Field(None, gt=0, lt=1, description="sample within this probability mass")
-    seed: int = Field(0, ge=0, lt=2**64, description="of the random stream")
+    max_new_tokens: int = option(64, _GENERATION, "N", "most tokens to generate", ge=1)
+    temperature: float | None = option(
+        None, _GENERATION, "X", "sample; higher is more random", unset="1 if sampling", gt=0, le=100
+    )
+    top_k: int | None = option(
+        None, _GENERATION, "N", "sample among the N most probable tokens", unset="all", ge=1
+    )
+    top_p: float | None = option(
+        None, _GENERATION, "X", "sample within this probability mass", unset="all", gt=0, lt=1
+    )
+    seed: int = option(0, _GENERATION, "N", "of the random stream", ge=0, lt=2**64)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def _generate(options: Options) -> int:
+    require([options.precision], options.resolved_device())
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
     spec = options.spec(checkpoint, slots=1)

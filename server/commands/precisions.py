@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import loaders
 from loaders.base import LoaderError
 from loaders.checkpoint import open_checkpoint
-from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
+from server.commands import FAILED, USAGE, UsageError, complain, parse
+from server.commands.progress import ProgressBars
 from server.settings import ModelSettings
 
 
 class Options(ModelSettings):
-    """List every precision: whether this host can run it, why not, and the bytes the weights take."""
+    """List every precision: can this host run it, why not, and what its weights take."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,11 +29,16 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"{checkpoint.model_id} ({checkpoint.architecture}) on {device}; weights before loading, estimated\n"
     )
-    print(f"{'precision':<14}{'weights':>12}  {'aliases':<38} here")
+    wide = max(len(_aliases(name)) for name in loaders.PRECISIONS)
+    print(f"{'precision':<14}{'weights':>12}  {'aliases':<{wide}}  here")
     for name in loaders.PRECISIONS:
         able = loaders.availability(name, device)
         size = f"{loaders.loader(name).estimate_bytes(name, spec) / 1e6:,.1f} MB" if able.ok else "–"
         mend = f"; mend it with: {able.install}" if able.install else ""
         here = "yes" if able.ok else f"no: {able.reason}{mend}"
-        print(f"{name:<14}{size:>12}  {', '.join(loaders.aliases(name)):<38} {here}")
+        print(f"{name:<14}{size:>12}  {_aliases(name):<{wide}}  {here}")
     return 0
+
+
+def _aliases(name: str) -> str:
+    return ", ".join(loaders.aliases(name))

@@ -1,5 +1,6 @@
 """``bitdial serve``: the HTTP server."""
 
+import asyncio
 import json
 import os
 import sys
@@ -8,7 +9,8 @@ from typing import Any
 
 from loaders.base import LoaderError
 from loaders.checkpoint import open_checkpoint
-from server.commands import FAILED, USAGE, ProgressBars, UsageError, complain, parse
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.progress import ProgressBars, show_loading
 from server.logs import set_up_logging
 from server.settings import Settings
 
@@ -16,14 +18,15 @@ from server.settings import Settings
 class Options(Settings):
     """Serve a model over HTTP; each request picks its precision.
 
-    Every option is also an environment variable of the same name in capitals (--max-batch-size:
-    MAX_BATCH_SIZE). The model comes from MODEL_ID or --model.
+    Every option is also an environment variable of the same name in capitals:
+    MAX_BATCH_SIZE=8 is --max-batch-size 8. The option goes before the variable.
     """
 
 
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "serve", arguments)
+        require(options.required_precisions(), options.resolved_device())
         set_up_logging(options.json_output)
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
@@ -39,8 +42,13 @@ def main(arguments: Sequence[str]) -> int:
     def opened(*arguments: Any, **options: Any) -> Any:
         return checkpoint
 
+    def listening(port: int) -> None:
+        _announce(options, port)
+        if sys.stderr.isatty():
+            app.state.bars = asyncio.create_task(show_loading(app.state.pool.states))
+
     app = create_app(options, open_checkpoint=opened)
-    process = Process(app, options, on_listening=lambda port: _announce(options, port))
+    process = Process(app, options, on_listening=listening)
     code = process.serve_forever()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,59 @@
+"""Progress on a terminal: a bar for every stage of every load."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from server.pool import PrecisionState
+
+_COUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+_UNCOUNTED = "{desc} … [{elapsed}]"
+_OWN_BARS = "downloading"  # the hub's library draws a bar for every file itself
+_INTERVAL = 0.1
+
+
+class ProgressBars:
+    """A ``loaders`` progress callback: one bar a stage on a terminal, one line a stage elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._stage: str | None = None
+        self._bar: Any = None
+
+    def __call__(self, stage: str, current: int, total: int) -> None:
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            if sys.stderr.isatty() and stage != _OWN_BARS:
+                self._bar = tqdm(
+                    desc=f"{self._title}: {stage}", leave=False, miniters=1, bar_format=_UNCOUNTED
+                )
+            else:
+                print(f"{self._title}: {stage} …", file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.total, self._bar.n = total or None, current
+            self._bar.bar_format = _COUNTED if total else _UNCOUNTED
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+async def show_loading(states: Callable[[], Iterable[PrecisionState]]) -> None:
+    """Draws a bar for each precision while it is loading, above which the log goes on; until cancelled."""
+    bars: dict[str, ProgressBars] = {}
+    with logging_redirect_tqdm():
+        while True:
+            loading = {state.name: state.progress for state in states() if state.state == "loading"}
+            for name in bars.keys() - loading.keys():
+                bars.pop(name).close()
+            for name, progress in loading.items():
+                bar = bars.setdefault(name, ProgressBars(name))
+                bar(progress.stage, progress.current, progress.total)
+            await asyncio.sleep(_INTERVAL)

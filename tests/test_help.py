@@ -1,0 +1,128 @@
+"""What a person reads who asks the command for help, or asks it for what this host can't do."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import pytest
+from pydantic_settings import BaseSettings
+
+import loaders
+from loaders.base import Availability, ModelNotFound
+from server.__main__ import COMMANDS, main
+from server.commands import generate, precisions, serve
+
+OPTIONS: dict[str, type[BaseSettings]] = {
+    "serve": serve.Options,
+    "generate": generate.Options,
+    "precisions": precisions.Options,
+}
+
+
+def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    ended = 0
+    try:
+        ended = main([*arguments, "--help"])
+    except SystemExit as end:
+        ended = int(end.code or 0)
+    assert ended == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_written_for_people(
+    command: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_of([command] if command else [], capsys)
+    assert not re.search(r"SecretStr|\btuple|\bNone\b|\bnull\b|\{.*\}|\b(str|int|float|bool)\b|\(\)", text)
+    if columns >= 80:
+        assert max(map(len, text.splitlines())) <= min(columns, 100)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_has_its_option_and_its_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(help_of([command], capsys).split())
+    for name, field in OPTIONS[command].model_fields.items():
+        if name == "prompt":
+            continue
+        dashed = name.replace("_", "-")
+        assert re.search(rf"--(\[no-\])?{dashed}[, ]", text), name
+        assert (field.description or "?") in re.sub(r"(?<=\w)- (?=\w)", "-", text), name
+
+
+def test_defaults_are_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = " ".join(help_of(["serve"], capsys).split())
+    for shown in ("[default: 8080]", "[default: all cores]", "[default: 300]", "[default: no]"):
+        assert shown in text
+
+
+def test_the_summary_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of([], capsys)
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", text, re.M)
+
+
+@pytest.fixture
+def no_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without the library for nf4, and without any model."""
+    real = loaders.availability
+
+    def availability(precision: str, device: Any) -> Availability:
+        if precision == "nf4":
+            return Availability("its library is missing", "pip install it")
+        return real(precision, device)
+
+    def nothing(*_: object) -> NoReturn:
+        raise ModelNotFound("the model was looked for")
+
+    monkeypatch.setattr(loaders, "availability", availability)
+    for command in (serve, generate):
+        monkeypatch.setattr(command, "open_checkpoint", nothing)
+
+
+@pytest.mark.usefixtures("no_nf4")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--precision", "nf4"],
+        ["serve", "--precisions", "fp32,4bit"],
+        ["generate", "abc", "--precision", "nf4"],
+    ],
+)
+def test_a_named_precision_that_cannot_run_ends_the_start(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"bitdial {arguments[0]}: nf4 can't run on this host: its library is missing "
+        "(mend it with: pip install it)"
+    ]
+
+
+@pytest.mark.usefixtures("no_nf4")
+def test_so_it_does_when_the_environment_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRECISIONS", "nf4")
+    assert main(["serve", "--device", "cpu"]) == 2
+    assert "pip install it" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_nf4")
+def test_the_usual_precisions_need_not_all_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "bitdial serve: the model was looked for\n"
+
+
+@pytest.mark.parametrize("address", ["collector:4318", "ftp://collector", "http://", "http://[", "4318"])
+def test_a_collector_has_an_http_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--otlp-endpoint", address]) == 2
+    assert "--otlp-endpoint (or OTLP_ENDPOINT): it must be an address" in capsys.readouterr().err
+
+
+def test_each_wrong_value_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--precisions", "int3,int2", "--port", "x"]) == 2
+    assert capsys.readouterr().err.count("--") == 2
