@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from loaders import kernels
 from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.footprint import count_parameters, measure
-from loaders.torch_runner import TorchRunner
+from loaders.native_linear import adopt
+from loaders.runners import runner_for
 
 BLOCK = 64  # weights that share one absmax
 _CPU_CAST = "MatMul8bitLt: inputs will be cast"
@@ -47,6 +49,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         device_map=spec.device,
         quantization_config=_config(precision, spec),
     )
+    native = spec.device == "cpu" and adopt(model, progress)
     quantized = _quantized_class(precision)
     parameters = count_parameters(meta_model(spec))
     footprint = measure(
@@ -62,8 +65,12 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     )
     if not footprint.quantized:
         raise CheckpointError(f"{spec.checkpoint.model_id} has no layer that {precision} can quantize")
-    details = {"rest": str(rest), "compute_dtype": str(_compute_dtype(spec))}
-    return LoadedModel(precision, TorchRunner(model, spec), footprint, details=details)
+    details = {
+        "rest": str(rest),
+        "compute_dtype": str(torch.float32 if native else _compute_dtype(spec)),
+        "kernels": kernels.describe() if spec.device == "cpu" else "bitsandbytes",
+    }
+    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
 
 
 def _config(precision: str, spec: ModelSpec) -> Any:

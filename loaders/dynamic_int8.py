@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.conv1d import to_linear
 from loaders.footprint import count_parameters, measure
-from loaders.torch_runner import TorchRunner
+from loaders.native_linear import NativeLinear
+from loaders.runners import runner_for
 
 _WEIGHT_LEVELS = 127
 
@@ -30,6 +32,24 @@ def activation_levels() -> int:
     activations; 7 bits never do (127 × 127 × 2 < 2¹⁵).
     """
     return 127 if torch.cpu._is_vnni_supported() else 63
+
+
+def quantize_weight(weight: Tensor) -> Tensor:
+    """(outputs, inputs) float32 → torch's qint8 with one scale an output: its largest magnitude / 127."""
+    scales = (weight.abs().amax(dim=1) / _WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+
+
+def int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The layer in int8: on the compiled kernels, or on FBGEMM where there are none."""
+    if kernels.get() is None or not kernels.supports("int8", weight.shape[1]):
+        return DynamicInt8Linear(weight, bias)
+    quantized = quantize_weight(weight)
+    scales = quantized.q_per_channel_scales().float()
+    return NativeLinear("int8", quantized.int_repr(), bias, scales=scales)
 
 
 class DynamicInt8Linear(nn.Module):
@@ -45,12 +65,9 @@ class DynamicInt8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self._levels = activation_levels()
-        scales = (weight.abs().amax(dim=1) / _WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces torchao as its successor
-            quantized = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
-            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+            self._packed = torch.ops.quantized.linear_prepack(quantize_weight(weight), None)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -101,7 +118,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     ]
     for done, (name, module) in enumerate(targets, 1):
         linear = to_linear(module) if isinstance(module, Conv1D) else module
-        model.set_submodule(name, DynamicInt8Linear(linear.weight.detach(), linear.bias))
+        model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias))
         progress("quantizing", done, len(targets))
     del targets, head, module, linear
     gc.collect()
@@ -116,8 +133,13 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             else "the embedding is looked up, not multiplied"
         ),
     )
-    details = {"activation_bits": 8 if activation_levels() == 127 else 7, "per_row_ranges": True}
-    return LoadedModel(precision, TorchRunner(model, spec), footprint, details=details)
+    native = kernels.get() is not None
+    details = {
+        "activation_bits": 8 if native or activation_levels() == 127 else 7,
+        "per_row_ranges": True,
+        "kernels": kernels.describe(),
+    }
+    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
 
 
 def _is_linear(name: str) -> bool:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.base import Footprint, KeptLayer
+from loaders.native_linear import NativeLinear
 
 StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
 """A layer's quantization state that is no parameter or buffer: (role, tensor) pairs."""
@@ -45,16 +46,17 @@ def measure(
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += key[1]
         return key[1]
 
-    for tensor in (*model.parameters(), *model.buffers()):
-        count(tensor)
     quantized, kept = [], []
     for name, module in model.named_modules():
-        for role, tensor in state_of(module):
+        native = isinstance(module, NativeLinear)
+        for role, tensor in module.state() if native else state_of(module):
             state[role] += count(tensor)
-        if is_quantized(module):
+        if module.is_quantized if native else is_quantized(module):
             quantized.append(name)
-        elif isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        elif native or isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             kept.append(KeptLayer(name, reason(name)))
+    for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
+        count(tensor)
     total = sum(by_dtype.values())
     return Footprint(
         weights_bytes=total,

@@ -4,10 +4,12 @@ from typing import Literal
 
 import torch
 
+from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.footprint import count_parameters, measure
-from loaders.torch_runner import TorchRunner
+from loaders.native_linear import adopt
+from loaders.runners import runner_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,5 +31,10 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     model = load_pretrained(spec, progress, dtype=DTYPES[precision], device_map=spec.device)
-    footprint = measure(model, count_parameters(model))
-    return LoadedModel(precision, TorchRunner(model, spec), footprint, details={"dtype": str(model.dtype)})
+    parameters = count_parameters(model)
+    native = spec.device == "cpu" and adopt(model, progress)
+    footprint = measure(model, parameters)
+    details = {"dtype": str(model.dtype), "kernels": kernels.describe() if spec.device == "cpu" else "torch"}
+    if native:
+        details["compute_dtype"] = "torch.float32"
+    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)

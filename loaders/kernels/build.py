@@ -1,0 +1,93 @@
+"""Compiles the CPU kernels beside their source: ``python -m loaders.kernels.build``.
+
+Run once when installing, where there is a C compiler; nothing is compiled while serving. Without the
+libraries, or on another kind of CPU, torch's own kernels serve.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.c")
+TARGETS = {
+    "avx2": ["-march=x86-64-v3"],
+    "vnni": ["-march=x86-64-v3", "-mavx512f", "-mavx512vl", "-mavx512vnni"],
+}
+
+
+class BuildError(Exception):
+    """The kernels can't be compiled here; the message says why."""
+
+
+def library(target: str) -> Path:
+    """Where the compiled library for ``target`` is kept; the name tells the source it was made from."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr(TARGETS[target]).encode()).hexdigest()
+    return SOURCE.with_name(f"kernels-{target}-{digest[:12]}.so")
+
+
+def build() -> list[Path]:
+    """Compiles what isn't there yet, and removes what older sources left; returns what is new.
+
+    Raises:
+        BuildError: no compiler, or it refused.
+    """
+    wanted = {target: library(target) for target in TARGETS}
+    for old in set(SOURCE.parent.glob("kernels-*.so")) - set(wanted.values()):
+        old.unlink()
+    missing = {target: path for target, path in wanted.items() if not path.exists()}
+    for target, path in missing.items():
+        _compile(TARGETS[target], path)
+    return list(missing.values())
+
+
+def _compile(flags: list[str], path: Path) -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise BuildError("there is no C compiler (install gcc, or name one: CC=…)")
+    with tempfile.TemporaryDirectory() as folder:
+        object_file, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
+        # compiled with OpenMP but linked without: the runtime that torch brought along serves
+        _run(
+            [
+                compiler,
+                "-O3",
+                *flags,
+                "-fopenmp",
+                "-fPIC",
+                "-Wall",
+                "-Wextra",
+                "-c",
+                "-o",
+                object_file,
+                str(SOURCE),
+            ]
+        )
+        _run([compiler, "-shared", "-o", linked, object_file, "-lm"])
+        shutil.copyfile(linked, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
+
+
+def main() -> int:
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return 0
+    try:
+        for path in build():
+            print(f"CPU kernels: {path.name}")
+    except BuildError as error:
+        print(f"CPU kernels: not compiled: {error}; torch's own will serve, slower", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":  # as a script, too: nothing here needs torch
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The compiled CPU kernels against the same products in float64; every row by itself, bit for bit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loaders import kernels
+from loaders.kernels import FourBit, PackedMatrix
+
+pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
+
+KINDS: list[kernels.Format] = ["float32", "bfloat16", "float16", "int8", "four-bit"]
+BLOCK = 64
+
+
+def packed(
+    kind: kernels.Format, outputs: int, inputs: int, bias: Tensor | None = None
+) -> tuple[PackedMatrix, Tensor]:
+    """A random matrix in that format, and the float32 weights that it stands for."""
+    weight = torch.randn(outputs, inputs) * 0.1
+    if kind == "int8":
+        scales = torch.rand(outputs) + 0.01
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        return PackedMatrix(kind, codes, scales, bias), codes * scales[:, None]
+    if kind == "four-bit":
+        codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
+        table, scales = torch.randn(16), torch.rand(outputs * inputs // BLOCK)
+        pairs = torch.stack([codes >> 4, codes & 15], dim=-1).reshape(outputs, inputs)
+        widened = table[pairs.long()] * scales.reshape(outputs, -1).repeat_interleave(BLOCK, dim=1)
+        return PackedMatrix(kind, codes, bias=bias, four_bit=FourBit(table, BLOCK, scales)), widened
+    held = weight.to({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[kind])
+    return PackedMatrix(kind, held, bias=bias), held.float()
+
+
+def as_quantized(x: Tensor) -> Tensor:
+    """Each row rounded to 255 levels of its own range, which is what an int8 product sees of it."""
+    ranges = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    return (x * (127 / ranges)).round() * (ranges / 127)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    outputs=st.integers(1, 70),
+    blocks=st.integers(1, 4),
+    extras=st.tuples(st.booleans(), st.booleans()),
+)
+def test_products(
+    kind: kernels.Format, rows: int, outputs: int, blocks: int, extras: tuple[bool, bool]
+) -> None:
+    bias = torch.randn(outputs) if extras[0] else None
+    matrix, weight = packed(kind, outputs, blocks * BLOCK, bias)
+    x = torch.randn(rows, blocks * BLOCK)
+    residual = torch.randn(rows, outputs) if extras[1] else None
+    expected = (as_quantized(x) if kind == "int8" else x).double() @ weight.double().T
+    for extra in (bias, residual):
+        expected = expected if extra is None else expected + extra
+    torch.testing.assert_close(matrix(x, residual), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_in_any_batch(kind: kernels.Format) -> None:
+    matrix, _ = packed(kind, 133, 256)
+    x = torch.randn(23, 256)
+    x[7] *= 1e4  # an outlier among batch-mates
+    together = matrix(x)
+    for row in range(23):
+        assert torch.equal(matrix(x[row : row + 1].clone())[0], together[row])
+
+
+def test_a_row_of_zeros_gives_the_bias() -> None:
+    bias = torch.randn(5)
+    matrix, _ = packed("int8", 5, 64, bias)
+    assert torch.equal(matrix(torch.zeros(2, 64)), bias.expand(2, 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_a_number_stays_alone(kind: kernels.Format) -> None:
+    matrix, _ = packed(kind, 9, 64)
+    x = torch.randn(4, 64)
+    alone = matrix(x[:1].clone())
+    x[2, 5] = math.nan
+    found = matrix(x)
+    assert torch.equal(found[:1], alone)
+    if kind != "int8":
+        assert found[2].isnan().all()
+
+
+def test_nested_scales() -> None:
+    """Scales that are codes themselves: table[code] × scale of 256 + offset."""
+    outputs, inputs = 40, 512
+    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
+    count = outputs * inputs // BLOCK
+    table, nested = torch.randn(16), torch.rand(256)
+    scale_codes, scale_scales = (
+        torch.randint(0, 256, (count,), dtype=torch.uint8),
+        torch.rand(-(-count // 256)),
+    )
+    scales = nested[scale_codes.long()] * scale_scales.repeat_interleave(256)[:count] + 0.25
+    x = torch.randn(3, inputs)
+    plain = PackedMatrix("four-bit", codes, four_bit=FourBit(table, BLOCK, scales))(x)
+    state = FourBit(table, BLOCK, scale_codes, nested, scale_scales, 0.25)
+    torch.testing.assert_close(
+        PackedMatrix("four-bit", codes, four_bit=state)(x), plain, rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 96])
+def test_attention(dim: int) -> None:
+    """Rows of several slots, at their own positions, two of them of one slot; against torch's own."""
+    library = kernels.get()
+    assert library is not None
+    slots, heads, context = 3, 2, 32
+    keys, values = torch.randn(2, slots, heads, context, dim)
+    where, when = torch.tensor([1, 1, 0, 2]), torch.tensor([9, 10, 0, 31])
+    qkv = torch.randn(4, 3 * heads * dim)
+    out = kernels.attend(qkv, keys, values, where, when, library)
+    for row, (slot, position) in enumerate(zip(where.tolist(), when.tolist(), strict=True)):
+        query, key, value = qkv[row].view(3, heads, 1, dim)
+        assert torch.equal(keys[slot, :, position], key[:, 0])
+        assert torch.equal(values[slot, :, position], value[:, 0])
+        past = slice(0, position + 1)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, keys[slot, :, past], values[slot, :, past]
+        )
+        torch.testing.assert_close(out[row].view(heads, 1, dim), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_of_large_scores_does_not_overflow() -> None:
+    library = kernels.get()
+    assert library is not None
+    keys, values = torch.randn(2, 1, 1, 8, 8)
+    qkv = torch.randn(1, 24) * 1e4
+    out = kernels.attend(qkv, keys, values, torch.tensor([0]), torch.tensor([7]), library)
+    assert out.isfinite().all()
