@@ -13,12 +13,14 @@ async def read_object(request: Request) -> dict[str, Any]:
     """Reads and parses the body, strictly.
 
     Raises:
-        UnsupportedMedia: a content type other than JSON.
+        UnsupportedMedia: a content type other than JSON, or compressed.
         BadRequest: not UTF-8, not JSON (NaN and Infinity are not JSON), or not an object.
     """
     media = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
         raise UnsupportedMedia("the body must be application/json")
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnsupportedMedia("the body must not be compressed")
     return parse_object(await request.body())
 
 

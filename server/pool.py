@@ -24,6 +24,7 @@ from server.turn import Turn
 State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
 Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
 _RETRY_SECONDS = 5.0  # a load that failed is not tried again sooner
+_STOP_SECONDS = 5.0  # an engine gets to finish its step
 _log = logging.getLogger(__name__)
 
 
@@ -122,7 +123,8 @@ class Pool:
         if state.state == "failed" and time.monotonic() - state.failed_at < _RETRY_SECONDS:
             raise NotReady(f"{state.name} could not be loaded: {state.reason}", retry_after=_RETRY_SECONDS)
         if state.name not in self._loads:
-            self._loads[state.name] = asyncio.create_task(self._load(state))
+            task = self._loads[state.name] = asyncio.create_task(self._load(state))
+            task.add_done_callback(_heard)
         # shielded: one waiting request that goes away doesn't take the load from the others
         return await asyncio.shield(self._loads[state.name])
 
@@ -205,12 +207,15 @@ class Pool:
             return
         task = asyncio.ensure_future(self._loaded(state))
         seen: LoadProgress | None = None
-        while not task.done():
-            if state.progress != seen:
-                seen = state.progress
-                yield seen
-            await asyncio.wait([task], timeout=0.1)
-        task.result()
+        try:
+            while not task.done():
+                if state.progress != seen:
+                    seen = state.progress
+                    yield seen
+                await asyncio.wait([task], timeout=0.1)
+            task.result()
+        finally:
+            task.cancel()  # if who watched has gone; the load itself goes on
 
     async def unload(self, precision: str) -> None:
         """Drops it; what it is generating ends with an error. Unloading what isn't loaded does nothing."""
@@ -256,7 +261,14 @@ class Pool:
         for task in (*self._background, *self._loads.values()):
             task.cancel()
         for engine in self.engines:
-            await engine.stop()
+            # a thread that hangs is not waited for: the process is to end and be started again
+            await engine.stop(0.0 if self._lifecycle.fatal else _STOP_SECONDS)
+
+
+def _heard(load: "asyncio.Task[Engine]") -> None:
+    """Its fault is in the log and in the state, even where all who waited have gone."""
+    if not load.cancelled():
+        load.exception()
 
 
 def _memory(model: LoadedModel) -> dict[str, int]:

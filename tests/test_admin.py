@@ -1,8 +1,10 @@
 """Loading and unloading by request: progress, refusals, repeats, and who may."""
 
 import asyncio
+import gc
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -246,14 +248,27 @@ def test_fifty_first_requests_and_an_admin_are_one_load(make_app: MakeApp, loads
     asyncio.run(main())
 
 
-def test_an_admin_who_leaves_does_not_stop_the_load(make_app: MakeApp, loads: Held) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_admin_who_leaves_does_not_stop_the_load(
+    make_app: MakeApp, loads: Held, caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
     app = make_app()
     with serving(app) as address:
+        if fails:
+            loads.prepare = out_of_room
         leaving = send(address, "/precisions/int8/load", b"")
         wait_until(lambda: "int8" in loads.names)
+        assert leaving.recv(4096).startswith(b"HTTP/1.1 200")
         leaving.close()
+        time.sleep(0.3)
         loads.go.set()
-        wait_until(lambda: app.state.pool.state("int8").state == "loaded")
+        wait_until(lambda: app.state.pool.state("int8").state == ("failed" if fails else "loaded"))
+        gc.collect()
+    assert not [record.message for record in caplog.records if record.levelname == "ERROR"]
+
+
+def out_of_room(runner: object) -> None:
+    raise OutOfMemory("no room here")
 
 
 @pytest.mark.parametrize(

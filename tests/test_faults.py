@@ -1,17 +1,22 @@
 """A fault in the model costs the request it befell, is told in its dialect, and stays there."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from fastapi import FastAPI
 
-from tests.conftest import Loads, at_rest, entered, until
+from tests.checkpoints import byte_tokenizer
+from tests.conftest import Loads, at_rest, entered, until, wait_until
 from tests.fakes import FakeRunner
 from tests.test_generate import PROMPT, events, greedy
+from tests.test_process import ROOT, environment
 
 MakeApp = Callable[..., FastAPI]
 BAD = "@"  # the prompt that the fault befalls
@@ -111,3 +116,55 @@ def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
 
     app = make_app()
     asyncio.run(main())
+
+
+SERVER = """
+import os, pathlib, sys, time
+from server.app import create_app
+from server.process import Process
+from server.settings import Settings
+from tests.fakes import fake_checkpoint, fake_load
+
+def load(*arguments):
+    model = fake_load(*arguments)
+    runner = model.runner
+    runner.delay = 0.01
+    def step(slots):
+        if any(runner.held[slot][0] == runner.next_id([]) for slot in slots):
+            {fault}
+    runner.on_decode = step
+    return model
+
+settings = Settings(port=0, precisions="fp32", device="cpu", hang_timeout=0.5)
+folder = pathlib.Path(sys.argv[1])
+app = create_app(settings, open_checkpoint=lambda *_: fake_checkpoint(folder), load=load)
+process = Process(app, settings, on_listening=lambda port: print("port", port, flush=True))
+os._exit(process.serve_forever())
+"""
+
+
+@pytest.mark.parametrize("fault", ["raise SystemExit", "time.sleep(60)"], ids=["killed", "hung"])
+def test_a_process_whose_worker_is_no_more_tells_everybody_and_exits_70(tmp_path: Path, fault: str) -> None:
+    """So that a supervisor starts it again."""
+    first = byte_tokenizer().decode([FakeRunner().next_id([])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER.format(fault=fault), str(tmp_path)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().split()[1])
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+        body = {"inputs": PROMPT, "max_new_tokens": 250 - len(PROMPT)}
+        with httpx.stream("POST", f"{address}/generate_stream", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            bad = httpx.post(f"{address}/generate", json={"inputs": first})
+            told = [line for line in lines if line]
+        assert (bad.status_code, bad.json()["error_type"]) == (424, "generation")
+        assert '"error_type": "generation"' in told[-1]
+        assert process.wait(timeout=10) == 70
+    finally:
+        process.kill()
+        process.wait()
