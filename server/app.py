@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -28,6 +28,9 @@ from server.settings import Settings
 from server.text import TextCodec
 from server.version import VERSION
 from server.watchdog import watch
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 
 def create_app(
@@ -54,6 +57,8 @@ def create_app(
         finally:
             watchdog.cancel()
             await app.state.pool.stop()
+            if app.state.tracing is not None:
+                await app.state.tracing.close()
 
     app = FastAPI(
         title="bitdial",
@@ -85,13 +90,25 @@ async def _furnish(
     state.codec = TextCodec(tokenizer)
     state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
-    state.service = Service(
-        settings, state.checkpoint, state.codec, state.pool, state.metrics, state.lifecycle
-    )
+    state.tracing = _trace(settings, state.metrics, state.checkpoint)
+    observer = state.tracing or state.metrics
+    state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
+
+
+def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":
+    if settings.otlp_endpoint is None:
+        return None
+    from server.tracing import Tracing  # needs an extra
+
+    return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
 
 
 def _surround(app: FastAPI, settings: Settings) -> None:
     """Middleware, the innermost first."""
+    if settings.otlp_endpoint is not None:
+        from server.tracing import TraceContext  # needs an extra
+
+        app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Auth, settings=settings)
     if settings.cors_allow_origin:

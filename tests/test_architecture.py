@@ -37,6 +37,10 @@ def test_only_metrics_knows_prometheus() -> None:
     assert importers("prometheus_client") == {"server/metrics.py"}
 
 
+def test_only_tracing_knows_opentelemetry() -> None:
+    assert importers("opentelemetry") == {"server/tracing.py"}
+
+
 @pytest.mark.parametrize("name", ["scheduler.py", "sequence.py", "text.py", "schemas.py"])
 def test_no_tensors_where_none_belong(name: str) -> None:
     assert f"server/{name}" not in importers("torch")

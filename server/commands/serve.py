@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from loaders.base import LoaderError
@@ -13,6 +14,8 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.logs import set_up_logging
 from server.settings import Settings
+
+_INSTALL_OTLP = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
 
 class Options(Settings):
@@ -27,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
+        _require_tracing(options)
         set_up_logging(options.json_output)
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
@@ -53,6 +57,15 @@ def main(arguments: Sequence[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a model may be loading in a thread that nothing can interrupt
+
+
+def _require_tracing(options: Settings) -> None:
+    if options.otlp_endpoint is None:
+        return
+    try:
+        import_module("server.tracing")
+    except ImportError:
+        raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
 
 
 def _announce(options: Settings, port: int) -> None:
