@@ -193,17 +193,14 @@ class Service:
     async def open_all(self, requests: Sequence[GenerationRequest]) -> list[Continuation]:
         """All of them or, with an error, none."""
         opened: list[Continuation] = []
+        places = 0
         try:
-            self._reserve(len(requests))
-        except ServiceError as error:
-            self._count(requests, error)
-            raise
-        deadline = time.perf_counter() + self._settings.request_timeout
-        try:
+            places = self._reserve(len(requests))
+            deadline = time.perf_counter() + self._settings.request_timeout
             for request in requests:
                 opened.append(await self._open(request, deadline))
         except BaseException as error:
-            self.in_flight -= len(requests) - len(opened)
+            self.in_flight -= places - len(opened)
             if isinstance(error, ServiceError):
                 self._count(requests[len(opened) :], error)
             for continuation in opened:
@@ -212,19 +209,17 @@ class Service:
         return opened
 
     def _count(self, refused: Sequence[GenerationRequest], error: ServiceError) -> None:
-        """Of a precision that is none, nothing is counted: a label must not be the client's own words."""
         for request in refused:
-            with suppress(LoaderError):
-                name = loaders.canonical(request.precision or self._pool.default)
-                self._metrics.observe_request(name, error.error_type, Timeline(), 0)
+            with suppress(LoaderError):  # a label must not be the client's own words
+                precision = loaders.canonical(request.precision or self._pool.default)
+                self._metrics.observe_request(precision, error.error_type, Timeline(), 0)
 
     def closed(self, continuation: Continuation, outcome: str) -> None:
         self.in_flight -= 1
-        self._metrics.observe_request(
-            continuation.precision, outcome, continuation.timeline, len(continuation.prompt_ids)
-        )
+        prompt = len(continuation.prompt_ids)
+        self._metrics.observe_request(continuation.precision, outcome, continuation.timeline, prompt)
 
-    def _reserve(self, places: int) -> None:
+    def _reserve(self, places: int) -> int:
         if self._lifecycle.fatal is not None:
             raise NotReady("the server has failed and is about to restart")
         if self._lifecycle.draining:
@@ -232,6 +227,7 @@ class Service:
         if self.in_flight + places > self._settings.max_concurrent_requests:
             raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
         self.in_flight += places
+        return places
 
     async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
         prompt = await self._encode(request)
