@@ -22,13 +22,15 @@ from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 
 class Loads:
-    """In place of ``loaders.load``: remembers the runners that it made, by precision."""
+    """In place of ``loaders.load``: remembers what it loaded, and the runners by precision."""
 
     def __init__(self) -> None:
         self.runners: dict[str, FakeRunner] = {}
+        self.names: list[str] = []
         self.prepare: Callable[[FakeRunner], None] = lambda runner: None
 
     def __call__(self, precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
+        self.names.append(precision)
         progress("loading", 1, 1)
         runner = self.runners[precision] = FakeRunner(spec.slots, spec.max_tokens)
         self.prepare(runner)

@@ -33,15 +33,15 @@ STATES = {"unloaded", "loading", "loaded", "failed", "unavailable"}
 
 
 class Held(Loads):
-    """Loads of int8 wait until they are let go; counts them."""
+    """Loads of int8 wait until they are let go."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.go, self.names = threading.Event(), list[str]()
+        self.begun, self.go = threading.Event(), threading.Event()
 
     def __call__(self, precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> Any:
-        self.names.append(precision)
         if precision == "int8":
+            self.begun.set()
             for step in range(3):
                 progress("quantizing", step + 1, 3)
             assert self.go.wait(10)
@@ -184,57 +184,13 @@ def test_unknown_precisions_and_wrong_methods(client: TestClient, action: str) -
     assert client.get(f"/precisions/int8/{action}").status_code == 405
 
 
-def test_unloading_and_again(client: TestClient, loads: Held) -> None:
-    runner = loads.runners["bf16"]
-    for _ in range(2):
-        reply = client.post("/precisions/bf16/unload")
-        assert (reply.status_code, reply.json()["state"]) == (200, "unloaded")
-    wait_until(lambda: runner.closed)
-    assert states(client)["bf16"] == "unloaded"
-    assert ask(client, max_new_tokens=2, precision="bf16")["generated_text"] == greedy(2)
-    assert loads.names.count("bf16") == 2
-
-
-def test_without_its_default_the_server_is_not_ready(client: TestClient) -> None:
-    client.post("/precisions/fp32/unload")
-    reply = client.get("/health")
-    assert reply.status_code == 503
-    assert "fp32 is unloaded" in reply.json()["error"]
-    assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
-    assert client.get("/health").status_code == 200
-
-
-def test_unloading_ends_what_is_generated_with_an_error(make_app: MakeApp, loads: Held) -> None:
-    async def main() -> None:
-        async with entered(app) as client:
-            loads.runners["bf16"].delay = 0.01
-            slow = {"inputs": PROMPT, "max_new_tokens": 200}
-            header = {"X-Precision": "bf16"}
-            stream = asyncio.create_task(client.post("/generate_stream", json=slow, headers=header))
-            whole = asyncio.create_task(client.post("/generate", json=slow, headers=header))
-            mate = asyncio.create_task(client.post("/generate", json=slow))
-            await until(lambda: 2 in loads.runners["bf16"].batches)
-            assert (await client.post("/precisions/bf16/unload")).json()["state"] == "unloaded"
-            told = events((await stream).text)
-            assert [one.get("error_type") for one in told] == [None] * (len(told) - 1) + ["generation"]
-            assert "unloaded" in told[-1]["error"]
-            assert (await whole).status_code == 424
-            assert (await mate).json()["generated_text"] == greedy(200)
-            assert loads.runners["bf16"].closed
-            assert (await client.get("/health")).status_code == 200
-            await at_rest(app, client)
-
-    app = make_app()
-    asyncio.run(main())
-
-
 def test_fifty_first_requests_and_an_admin_are_one_load(make_app: MakeApp, loads: Held) -> None:
     async def main() -> None:
         async with entered(app) as client:
             body = {"inputs": PROMPT, "max_new_tokens": 3, "precision": "8bit"}
             tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(50)]
             admin = asyncio.create_task(client.post("/precisions/int8/load"))
-            await until(lambda: app.state.service.in_flight == 50 and "int8" in loads.names)
+            await until(lambda: app.state.service.in_flight == 50 and loads.begun.is_set())
             loads.go.set()
             replies = [(await task).json() for task in tasks]
             assert [(one["precision"], one["generated_text"]) for one in replies] == [
@@ -257,7 +213,7 @@ def test_an_admin_who_leaves_does_not_stop_the_load(
         if fails:
             loads.prepare = out_of_room
         leaving = send(address, "/precisions/int8/load", b"")
-        wait_until(lambda: "int8" in loads.names)
+        wait_until(loads.begun.is_set)
         assert leaving.recv(4096).startswith(b"HTTP/1.1 200")
         leaving.close()
         time.sleep(0.3)
