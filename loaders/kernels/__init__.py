@@ -20,7 +20,7 @@ _P, _I64 = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Matrix(ctypes.Structure):
-    """``matrix`` of kernels.c."""
+    """``matrix`` of matrix.h."""
 
     _fields_ = [
         *((name, _I64) for name in ("format", "outputs", "inputs")),

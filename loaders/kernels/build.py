@@ -13,7 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).parent
+SOURCES = ["linear.c", "attention.c"]
+HEADERS = ["matrix.h", "vector.h"]
 TARGETS = {
     "avx2": ["-march=x86-64-v3"],
     "vnni": ["-march=x86-64-v3", "-mavx512f", "-mavx512vl", "-mavx512vnni"],
@@ -26,8 +28,10 @@ class BuildError(Exception):
 
 def library(target: str) -> Path:
     """Where the compiled library for ``target`` is kept; the name tells the source it was made from."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr(TARGETS[target]).encode()).hexdigest()
-    return SOURCE.with_name(f"kernels-{target}-{digest[:12]}.so")
+    digest = hashlib.sha256(repr(TARGETS[target]).encode())
+    for name in SOURCES + HEADERS:
+        digest.update((FOLDER / name).read_bytes())
+    return FOLDER / f"kernels-{target}-{digest.hexdigest()[:12]}.so"
 
 
 def build() -> list[Path]:
@@ -37,7 +41,7 @@ def build() -> list[Path]:
         BuildError: no compiler, or it refused.
     """
     wanted = {target: library(target) for target in TARGETS}
-    for old in set(SOURCE.parent.glob("kernels-*.so")) - set(wanted.values()):
+    for old in set(FOLDER.glob("kernels-*.so")) - set(wanted.values()):
         old.unlink()
     missing = {target: path for target, path in wanted.items() if not path.exists()}
     for target, path in missing.items():
@@ -50,24 +54,14 @@ def _compile(flags: list[str], path: Path) -> None:
     if compiler is None:
         raise BuildError("there is no C compiler (install gcc, or name one: CC=…)")
     with tempfile.TemporaryDirectory() as folder:
-        object_file, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
         # compiled with OpenMP but linked without: the runtime that torch brought along serves
-        _run(
-            [
-                compiler,
-                "-O3",
-                *flags,
-                "-fopenmp",
-                "-fPIC",
-                "-Wall",
-                "-Wextra",
-                "-c",
-                "-o",
-                object_file,
-                str(SOURCE),
-            ]
-        )
-        _run([compiler, "-shared", "-o", linked, object_file, "-lm"])
+        options = ["-O3", *flags, "-fopenmp", "-fPIC", "-Wall", "-Wextra"]
+        objects = [f"{folder}/{name}.o" for name in SOURCES]
+        for name, compiled in zip(SOURCES, objects, strict=True):
+            _run([compiler, *options, "-c", "-o", compiled, str(FOLDER / name)])
+        linked = f"{folder}/kernels.so"
+        _run([compiler, "-shared", "-o", linked, *objects, "-lm"])
+        # renamed into place: nobody ever loads half a file
         shutil.copyfile(linked, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
