@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -90,32 +91,44 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
         elif _declared_length(scope) > self._limit:
-            await error_response(self._too_large(), scope)(scope, receive, send)
+            await error_response(_too_large(self._limit), scope)(scope, receive, send)
         else:
-            await self.app(scope, self._limited(receive), send)
+            body = _Body(receive, send, self._limit, self._seconds)
+            await self.app(scope, body.receive, body.send)
 
-    def _limited(self, receive: Receive) -> Receive:
-        deadline, received, complete = time.perf_counter() + self._seconds, 0, False
 
-        async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout(deadline - time.perf_counter()):
-                    message = await receive()
-            except TimeoutError:
-                raise RequestTimeout("the body took too long to arrive") from None
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > self._limit:
-                raise self._too_large()
-            return message
+class _Body:
+    """One request's body under its limits. Once the answer has begun, nobody waits for the rest of it."""
 
-        return limited
+    def __init__(self, receive: Receive, send: Send, limit: int, seconds: float) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._deadline = time.perf_counter() + seconds
+        self._received, self._free = 0, False
 
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body may have {self._limit} bytes")
+    async def send(self, message: Message) -> None:
+        self._free = True
+        await self._send(message)
+
+    async def receive(self) -> Message:
+        message = await self._in_time()
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit and not self._free:
+            raise _too_large(self._limit)
+        self._free = self._free or not message.get("more_body", False)
+        return message
+
+    async def _in_time(self) -> Message:
+        if not self._free:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._deadline - time.perf_counter()):
+                    return await self._receive()
+        if not self._free:  # it may have become so meanwhile
+            raise RequestTimeout("the body took too long to arrive")
+        return await self._receive()
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body may have {limit} bytes")
 
 
 def _declared_length(scope: Scope) -> int:

@@ -251,3 +251,22 @@ def test_looking_needs_no_administrator(make_client: Callable[..., TestClient]) 
     client = make_client(admin_api_key="a")
     assert client.get("/precisions").status_code == 200
     assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
+
+
+def test_a_body_that_never_comes_does_not_spoil_an_answer_under_way(
+    make_app: MakeApp, loads: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(receive_timeout=0.2)
+    with serving(app) as address:
+        slow = send(address, "/precisions/int8/load", b"", declared=10)
+        slow.settimeout(10)
+        wait_until(loads.begun.is_set)
+        time.sleep(0.5)
+        loads.go.set()
+        said = b""
+        while b'"ready"' not in said:
+            part = slow.recv(4096)
+            assert part, said
+            said += part
+        slow.close()
+    assert not [record.message for record in caplog.records if record.levelname == "ERROR"]
