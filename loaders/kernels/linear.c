@@ -31,11 +31,28 @@ static inline void finish(const matrix *m, const float *residual, float *y, int6
     }
 }
 
-/* `rows` × CHANNELS dot products; rows is a constant where it is inlined, so that the sums stay in registers. */
+/* The weights of the next CHANNELS outputs, brought closer in equal shares, one a tile: memory is read while the
+ * tiles compute, and never more at once than the core can wait for. */
+typedef struct {
+    const char *at;
+    int64_t share;
+} ahead;
+
+static inline ahead weights_ahead(const matrix *m, int64_t output, int64_t rows) {
+    int64_t bytes = CHANNELS * row_bytes(m), tiles = rows == 1 ? 1 : (rows + ROWS - 1) / ROWS;
+    return (ahead){(const char *)m->data + (output + CHANNELS) * row_bytes(m), (bytes / tiles + 63) & ~(int64_t)63};
+}
+
+static inline void fetch(ahead *next) {
+    for (int64_t i = 0; i < next->share; i += 64) _mm_prefetch(next->at + i, _MM_HINT_T0);
+    next->at += next->share;
+}
+
+/* `rows` × CHANNELS dot products; rows is a constant where it is inlined, so that the sums stay in registers.
+ * `stream`: fetches the next outputs' weights as it goes. */
 static inline __attribute__((always_inline)) void float_tile(const matrix *m, const float *x, const float *const *w,
                                                              const float *residual, float *y, int64_t row,
-                                                             int64_t output, int rows, int channels,
-                                                             int prefetch) {
+                                                             int64_t output, int rows, int channels, int stream) {
     __m256 sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[r][c] = _mm256_setzero_ps();
@@ -44,7 +61,7 @@ static inline __attribute__((always_inline)) void float_tile(const matrix *m, co
         for (int r = 0; r < rows; r++) values[r] = _mm256_loadu_ps(x + r * m->inputs + k);
         for (int c = 0; c < CHANNELS; c++) {
             __m256 weights = _mm256_loadu_ps(w[c] + k);
-            if (prefetch) _mm_prefetch((const char *)(w[c] + CHANNELS * m->inputs + k), _MM_HINT_T0);
+            if (stream) _mm_prefetch((const char *)(w[c] + CHANNELS * m->inputs + k), _MM_HINT_T0);
             for (int r = 0; r < rows; r++) sums[r][c] = _mm256_fmadd_ps(values[r], weights, sums[r][c]);
         }
     }
@@ -52,22 +69,32 @@ static inline __attribute__((always_inline)) void float_tile(const matrix *m, co
 }
 
 /* All rows with CHANNELS outputs. Where fewer are left, the first stands in for the missing. */
-static inline __attribute__((always_inline)) void float_channels(const matrix *m, const float *x, int64_t rows,
-                                                                 const float *residual, float *y, int64_t output,
-                                                                 int channels, float *scratch, int prefetch) {
+static void float_channels(const matrix *m, const float *x, int64_t rows, const float *residual, float *y,
+                           int64_t output, int channels, float *scratch) {
     const float *w[CHANNELS];
     w[0] = widened(m, output, scratch);
     for (int c = 1; c < CHANNELS; c++)
         w[c] = c < channels ? widened(m, output + c, scratch + c * m->inputs) : w[0];
-    /* only the first tile brings the next outputs' weights closer */
-    if (rows == 1) float_tile(m, x, w, residual, y, 0, output, 1, channels, prefetch);
-    else if (rows == 2 || rows == 4) float_tile(m, x, w, residual, y, 0, output, 2, channels, prefetch);
-    else float_tile(m, x, w, residual, y, 0, output, 3, channels, prefetch);
-    int64_t row = rows == 2 || rows == 4 ? 2 : 3;
-    for (; rows - row >= 5 || rows - row == 3; row += 3)
+    if (rows <= ROWS && m->format == FLOAT32) { /* a single tile fetches ahead step by step, not in one burst */
+        if (rows == 1) float_tile(m, x, w, residual, y, 0, output, 1, channels, 1);
+        else if (rows == 2) float_tile(m, x, w, residual, y, 0, output, 2, channels, 1);
+        else float_tile(m, x, w, residual, y, 0, output, 3, channels, 1);
+        return;
+    }
+    ahead next = weights_ahead(m, output, rows);
+    int64_t row = 0;
+    for (; rows - row >= 5 || rows - row == 3; row += 3) {
+        fetch(&next);
         float_tile(m, x + row * m->inputs, w, residual, y, row, output, 3, channels, 0);
-    for (; rows - row >= 2; row += 2)
+    }
+    for (; rows - row >= 2; row += 2) {
+        fetch(&next);
         float_tile(m, x + row * m->inputs, w, residual, y, row, output, 2, channels, 0);
+    }
+    if (row < rows) {
+        fetch(&next);
+        float_tile(m, x + row * m->inputs, w, residual, y, row, output, 1, channels, 0);
+    }
 }
 
 static int linear_float(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {
@@ -81,9 +108,7 @@ static int linear_float(const matrix *m, const float *x, int64_t rows, const flo
         for (int64_t group = 0; group < groups; group++) {
             int64_t output = group * CHANNELS, left = m->outputs - output;
             int channels = left < CHANNELS ? (int)left : CHANNELS;
-            if (failed) continue;
-            if (m->format == FLOAT32) float_channels(m, x, rows, residual, y, output, channels, scratch, 1);
-            else float_channels(m, x, rows, residual, y, output, channels, scratch, 0);
+            if (!failed) float_channels(m, x, rows, residual, y, output, channels, scratch);
         }
         free(scratch);
     }
@@ -93,9 +118,12 @@ static int linear_float(const matrix *m, const float *x, int64_t rows, const flo
 /* One row of x → int8 by its own largest magnitude; returns the scale. */
 static float quantize_row(const float *x, int64_t count, int8_t *out) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 largest = _mm256_setzero_ps();
-    for (int64_t k = 0; k < count; k += LANES)
-        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + k)));
+    __m256 largest = _mm256_setzero_ps(), poison = _mm256_setzero_ps();
+    for (int64_t k = 0; k < count; k += LANES) {
+        __m256 values = _mm256_loadu_ps(x + k);
+        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, values));
+        poison = _mm256_fmadd_ps(values, _mm256_setzero_ps(), poison); /* not a number if one of them isn't finite */
+    }
     float lanes[LANES], range = 0;
     _mm256_storeu_ps(lanes, largest);
     for (int i = 0; i < LANES; i++) range = lanes[i] > range ? lanes[i] : range;
@@ -105,7 +133,7 @@ static float quantize_row(const float *x, int64_t count, int8_t *out) {
         __m128i q16 = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
         _mm_storel_epi64((__m128i *)(out + k), _mm_packs_epi16(q16, q16));
     }
-    return range / 127.0f;
+    return range / 127.0f + sum8(poison);
 }
 
 /* sums += x · w over groups of four int8. AVX2: |w| · (x with w's sign), in pairs that can't overflow 16 bits
@@ -123,14 +151,14 @@ static inline __m256i dot_int8(__m256i sums, __m256i x, __m256i w) {
 static inline __attribute__((always_inline)) void int8_tile(const matrix *m, const int8_t *x, const int8_t *const *w,
                                                             const float *ranges, const float *residual, float *y,
                                                             int64_t row, int64_t output, int rows, int channels,
-                                                            int prefetch) {
+                                                            int stream) {
     __m256i sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[r][c] = _mm256_setzero_si256();
     for (int64_t k = 0; k < m->inputs; k += 32) {
         for (int c = 0; c < CHANNELS; c++) {
             __m256i weights = _mm256_loadu_si256((const __m256i *)(w[c] + k));
-            if (prefetch) _mm_prefetch((const char *)(w[c] + CHANNELS * m->inputs + k), _MM_HINT_T0);
+            if (stream) _mm_prefetch((const char *)(w[c] + CHANNELS * m->inputs + k), _MM_HINT_T0);
             for (int r = 0; r < rows; r++) {
                 __m256i values = _mm256_loadu_si256((const __m256i *)(x + r * m->inputs + k));
                 sums[r][c] = dot_int8(sums[r][c], values, weights);
@@ -151,15 +179,26 @@ static void int8_channels(const matrix *m, const int8_t *x, const float *ranges,
     const int8_t *w[CHANNELS];
     for (int c = 0; c < CHANNELS; c++)
         w[c] = (const int8_t *)m->data + (output + (c < channels ? c : 0)) * m->inputs;
-    /* only the first tile brings the next outputs' weights closer */
-    if (rows == 1) int8_tile(m, x, w, ranges, residual, y, 0, output, 1, channels, 1);
-    else if (rows == 2 || rows == 4) int8_tile(m, x, w, ranges, residual, y, 0, output, 2, channels, 1);
-    else int8_tile(m, x, w, ranges, residual, y, 0, output, 3, channels, 1);
-    int64_t row = rows == 2 || rows == 4 ? 2 : 3;
-    for (; rows - row >= 5 || rows - row == 3; row += 3)
+    if (rows <= ROWS) { /* a single tile fetches ahead step by step, not in one burst */
+        if (rows == 1) int8_tile(m, x, w, ranges, residual, y, 0, output, 1, channels, 1);
+        else if (rows == 2) int8_tile(m, x, w, ranges, residual, y, 0, output, 2, channels, 1);
+        else int8_tile(m, x, w, ranges, residual, y, 0, output, 3, channels, 1);
+        return;
+    }
+    ahead next = weights_ahead(m, output, rows);
+    int64_t row = 0;
+    for (; rows - row >= 5 || rows - row == 3; row += 3) {
+        fetch(&next);
         int8_tile(m, x + row * m->inputs, w, ranges, residual, y, row, output, 3, channels, 0);
-    for (; rows - row >= 2; row += 2)
+    }
+    for (; rows - row >= 2; row += 2) {
+        fetch(&next);
         int8_tile(m, x + row * m->inputs, w, ranges, residual, y, row, output, 2, channels, 0);
+    }
+    if (row < rows) {
+        fetch(&next);
+        int8_tile(m, x + row * m->inputs, w, ranges, residual, y, row, output, 1, channels, 0);
+    }
 }
 
 static int linear_int8(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {

@@ -23,7 +23,6 @@ typedef struct {
 
 static void widen_bfloat16(const uint16_t *w, int64_t count, float *out) {
     for (int64_t k = 0; k < count; k += LANES) {
-        if (k % 32 == 0) _mm_prefetch((const char *)(w + CHANNELS * count + k), _MM_HINT_T0);
         __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(w + k)));
         _mm256_storeu_ps(out + k, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
     }
@@ -31,7 +30,6 @@ static void widen_bfloat16(const uint16_t *w, int64_t count, float *out) {
 
 static void widen_float16(const uint16_t *w, int64_t count, float *out) {
     for (int64_t k = 0; k < count; k += LANES) {
-        if (k % 32 == 0) _mm_prefetch((const char *)(w + CHANNELS * count + k), _MM_HINT_T0);
         _mm256_storeu_ps(out + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + k))));
     }
 }
@@ -82,13 +80,17 @@ static void widen_four_bit(const matrix *m, int64_t output, float *out) {
     byte_planes(m->table, planes);
     for (int64_t start = 0; start < m->inputs; start += m->block, block++) {
         __m256 scale = _mm256_set1_ps(block_scale(m, block));
-        _mm_prefetch((const char *)(w + (CHANNELS * m->inputs + start) / 2), _MM_HINT_T0);
         for (int64_t k = start; k < start + m->block; k += 32) {
             look_up(w + k / 2, planes, values);
             for (int i = 0; i < 4; i++)
                 _mm256_storeu_ps(out + k + i * LANES, _mm256_mul_ps(_mm256_castsi256_ps(values[i]), scale));
         }
     }
+}
+
+static inline int64_t row_bytes(const matrix *m) {
+    static const int64_t eighths[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [FOUR_BIT] = 4, [INT8] = 8};
+    return m->inputs * eighths[m->format] / 8;
 }
 
 /* Row `output` in float32: where it lies, or widened into `scratch`. */
