@@ -139,14 +139,19 @@ class Settings(ModelSettings):
         None,
         _LOADING,
         "NAMES",
-        "loaded at start, by comma; the others at their first request",
+        "loaded at start, separated by commas, beside the default one; others at their first request",
         unset=f"{','.join(_FIRST_ON_CUDA)} and, on a CPU, dynamic-int8",
     )
     memory_budget: Bytes | None = option(
-        None, _LOADING, "BYTES", "for all loaded precisions, such as 12GiB", unset="what is free", ge=1
+        None,
+        _LOADING,
+        "BYTES",
+        "for all loaded precisions together, such as 12GiB",
+        unset="what is free",
+        ge=1,
     )
     idle_unload_seconds: float | None = option(
-        None, _LOADING, "SECONDS", "unload a precision that was idle so long", unset="never", gt=0
+        None, _LOADING, "SECONDS", "unload a precision that nobody used for so long", unset="never", gt=0
     )
 
     host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")
@@ -162,11 +167,15 @@ class Settings(ModelSettings):
         unset="open to all, or to nobody with --api-key",
     )
     cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = option(
-        (), _NETWORK, "ORIGINS", "origins that a browser may call from, by comma", unset="none"
+        (), _NETWORK, "ORIGINS", "origins whose pages may call, separated by commas", unset="none"
     )
     payload_limit: Bytes = option(2_000_000, _NETWORK, "BYTES", "largest request body, such as 2MB", ge=1)
     receive_timeout: float = option(
-        30, _NETWORK, "SECONDS", "what a request may take to arrive, and a reader to read", gt=0
+        30,
+        _NETWORK,
+        "SECONDS",
+        "how long a request may take to arrive, and a reader may leave its answer unread",
+        gt=0,
     )
 
     max_batch_size: int = option(
@@ -181,7 +190,7 @@ class Settings(ModelSettings):
     max_best_of: int = option(4, _REQUESTS, "N", "largest best_of and n of a request", ge=1, le=64)
     max_stop_sequences: int = option(4, _REQUESTS, "N", "most stop strings of a request", ge=0, le=64)
     request_timeout: float = option(
-        300, _REQUESTS, "SECONDS", "what a request may take, waiting included", gt=0
+        300, _REQUESTS, "SECONDS", "how long a request may take, waiting included", gt=0
     )
     prefill_chunk: int = option(
         128, _REQUESTS, "N", "prompt tokens computed between two decoding steps", ge=1
@@ -196,10 +205,10 @@ class Settings(ModelSettings):
         unset="no traces",
     )
     graceful_termination_timeout: float = option(
-        90, _OPERATION, "SECONDS", "what running requests get at SIGTERM", ge=0
+        90, _OPERATION, "SECONDS", "how long running requests may go on after SIGTERM or Ctrl-C", ge=0
     )
     hang_timeout: float = option(
-        60, _OPERATION, "SECONDS", "without progress, after which a worker is given up", gt=0
+        60, _OPERATION, "SECONDS", "a worker without progress for so long ends the process with code 70", gt=0
     )
 
     def first_precisions(self) -> tuple[str, ...]:

@@ -55,9 +55,7 @@ class Arguments:
         shown = field.json_schema_extra or {}
         if "metavar" in arguments:
             arguments["metavar"] = shown.get("metavar")
-        arguments["help"] = f"{field.description} [default: {_default(field.default, shown)}]".replace(
-            "%", "%%"
-        )
+        arguments["help"] = f"{field.description} [default: {default_of(field)}]".replace("%", "%%")
         action: argparse.Action = self._group(parser, shown["group"]).add_argument(*names, **arguments)
         return action
 
@@ -67,9 +65,11 @@ class Arguments:
         return self._groups[title]
 
 
-def _default(value: Any, shown: Mapping[str, Any]) -> str:
+def default_of(field: Field) -> str:
+    """The default in plain words: a value, or what is done where none is given."""
+    value = field.default
     if value is None or value == ():
-        return shown.get("unset") or "none"
+        return (field.json_schema_extra or {}).get("unset") or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,110 @@
+"""The documents against the code: settings, routes, precisions, modules and links that they name."""
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+import loaders
+from server.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README, API, SETTINGS, STRUCTURE = (
+    ROOT / name for name in ("README.md", "docs/api.md", "docs/settings.md", "docs/structure.md")
+)
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+VARIABLES = {name.upper() for name in Settings.model_fields} | {"MODEL"}
+NOT_OURS = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON"}
+"""Hugging Face's and the installer's."""
+
+
+def test_the_table_of_settings_is_the_one_the_code_declares() -> None:
+    written = runpy.run_path(str(ROOT / "scripts" / "document_settings.py"))["document"]()
+    assert SETTINGS.read_text() == written, "run scripts/document_settings.py"
+
+
+def test_every_setting_is_named_with_its_default_and_no_other() -> None:
+    rows = re.findall(r"^\| `([A-Z0-9_]+)`[^|]*\| [^|]*\| [`*](.*?)[`*] \|", SETTINGS.read_text(), re.M)
+    assert [name.lower() for name, _ in rows] == list(Settings.model_fields)
+    for name, default in rows:
+        value = Settings.model_fields[name.lower()].default
+        if isinstance(value, bool):
+            assert default == ("yes" if value else "no")
+        elif value not in (None, ()):
+            assert type(value)(default) == value
+
+
+@pytest.mark.parametrize("document", [README, API, SETTINGS, STRUCTURE], ids=lambda path: path.name)
+def test_the_settings_that_are_named_exist(document: Path) -> None:
+    text = document.read_text()
+    named = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", text)) | set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", text))
+    assert named - NOT_OURS <= VARIABLES
+
+
+def spoken_routes() -> set[tuple[str | None, str]]:
+    """(method or None, path) of all that docs/api.md names, in words and in its examples."""
+    text = API.read_text()
+    found: set[tuple[str | None, str]] = set()
+    for span in re.findall(r"`([^`\n]+)`", text):
+        if match := re.fullmatch(r"(?:(GET|POST) )?(/(?!v1$)[\w/{}:.-]*)(?:\?\S*)?", span):
+            found.add((match[1], match[2]))
+    for line in re.findall(r"^\$ curl (?:.*\\\n)*.*", text, re.M):
+        path = re.search(r"http://127\.0\.0\.1:\d+(/[\w/:.-]*)", line)
+        assert path is not None, line
+        found.add(("POST" if "-d " in line or "-X POST" in line else "GET", path[1]))
+    return found
+
+
+def test_the_routes_of_the_document_and_of_the_app_are_the_same(make_app: Callable[..., FastAPI]) -> None:
+    paths = {"/docs": {"get": {}}, "/openapi.json": {"get": {}}, **make_app().openapi()["paths"]}
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    spoken = spoken_routes()
+
+    def fits(said: tuple[str | None, str], route: tuple[str, str]) -> bool:
+        pattern = re.sub(r"\\{(\w+)\\}", "[^/]+", re.escape(route[1]))
+        return said[0] in (None, route[0]) and re.fullmatch(pattern, said[1]) is not None
+
+    assert not [said for said in spoken if not any(fits(said, route) for route in routes)]
+    for method, path in routes:
+        bare = path.removeprefix("/models/{model}") or "/"  # said of all of them at once
+        assert any(fits(said, (method, bare)) for said in spoken), (method, path)
+
+
+def test_the_table_of_precisions_is_the_registry() -> None:
+    table = README.read_text().split("## Precisions")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \| [^|]* \| ([^|]*) \|", table, re.M)
+    places = {name: where for names, where in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert list(places) == list(loaders.PRECISIONS)
+    for name, where in places.items():
+        assert "CPU" in where
+        reason = loaders.availability(name, "cuda").reason or ""
+        assert ("CUDA" in where) == ("CPU" not in reason), (name, reason)
+
+
+def test_the_structure_names_every_module_and_no_other() -> None:
+    text = STRUCTURE.read_text()
+    for room in ("loaders", "server"):
+        part = text.split(f"\n{room}/ ")[1].split("\n```")[0].split("\nserver/ ")[0]
+        named = set(re.findall(r"^  ((?:\w+\.py ?)+|\w+/)", part, re.M))
+        names = {name for names in named for name in names.split()}
+        folder = ROOT / room
+        there = {path.name for path in folder.glob("*.py")} | {
+            f"{path.parent.name}/" for path in folder.glob("*/*.py")
+        }
+        assert names == there - {"__init__.py"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", file.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
