@@ -176,6 +176,8 @@ class Footprint:
     """Bits per parameter of the whole model, quantization state included."""
     parameters: int
     """Parameters of the checkpoint (a tied head counts once)."""
+    lookup_bytes: int = 0
+    """Of ``weights_bytes``, embeddings of which a step looks up a row: those that no output head shares."""
     quantized: Sequence[str] = ()
     """Names of the quantized weight matrices."""
     kept: Sequence[KeptLayer] = ()

@@ -57,6 +57,8 @@ def measure(
             kept.append(KeptLayer(name, reason(name)))
     for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
         count(tensor)
+    multiplied = {t.data_ptr() for m in model.modules() if not _looks_up(m) for t in m.parameters(False)}
+    looked_up = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if _looks_up(m)}
     total = sum(by_dtype.values())
     return Footprint(
         weights_bytes=total,
@@ -65,9 +67,14 @@ def measure(
         transformers_footprint_bytes=int(model.get_memory_footprint()),
         bits_per_weight=8 * total / parameters,
         parameters=parameters,
+        lookup_bytes=sum(size for where, size in looked_up.items() if where not in multiplied),
         quantized=quantized,
         kept=kept,
     )
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
 
 
 def count_parameters(model: Any) -> int:

@@ -99,7 +99,6 @@ class ModelSettings(BaseSettings):
     revision: str | None = option(
         None, _MODEL, "NAME", "commit, branch or tag of a hub model", unset="the newest"
     )
-    precision: Precision = option("fp32", _MODEL, "NAME", "the precision used where none is asked for")
     device: Literal["auto", "cuda", "cpu"] = option(
         "auto", _MODEL, "auto|cuda|cpu", "where to run; auto takes the GPU if there is one"
     )
@@ -132,7 +131,13 @@ class ModelSettings(BaseSettings):
         )
 
 
-class Settings(ModelSettings):
+class PrecisionSettings(ModelSettings):
+    """A model in one precision, or in that one first."""
+
+    precision: Precision = option("fp32", _MODEL, "NAME", "the precision used where none is asked for")
+
+
+class Settings(PrecisionSettings):
     """How to serve one model."""
 
     precisions: Precisions | None = option(

@@ -15,13 +15,13 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.engine import Engine
 from server.sequence import SamplingParams
-from server.settings import ModelSettings, option
+from server.settings import PrecisionSettings, option
 from server.text import TextCodec
 
 _GENERATION = "generation"
 
 
-class Options(ModelSettings):
+class Options(PrecisionSettings):
     """Continue PROMPT with the model, in one precision, and show the text as it comes.
 
     Any sampling option turns sampling on; without one the continuation is greedy.
