@@ -1,0 +1,232 @@
+"""Quality of loaded models against a reference, on the same text, from their logits.
+
+One teacher-forced pass of every model, window by window. A window holds the reference's and one candidate's
+logits at a time, so memory depends on the window and the vocabulary, not on the text. All models given are
+resident together; at least the reference and one candidate must be, since a divergence needs both
+distributions: measure one candidate after the other where memory is short.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loaders.base import LoadedModel, Progress, ignore_progress
+from loaders.quality import greedy
+from loaders.quality.divergence import Mean, Quantiles, TokenFigures, compare
+from loaders.quality.greedy import GreedyDivergence
+from loaders.quality.text import QualityError, Text, TokenStream, Window, held_out, text_file, windows
+
+__all__ = [
+    "GreedyDivergence",
+    "Passes",
+    "Quality",
+    "QualityError",
+    "Text",
+    "held_out",
+    "measure",
+    "text_file",
+]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a text is cut: windows of ``window`` tokens, each ``stride`` further on than the one before."""
+
+    window: int
+    stride: int
+
+    @classmethod
+    def of(cls, models: Sequence[LoadedModel], window: int | None, stride: int | None) -> "Passes":
+        """What fits all the models: by default their context, and half of that.
+
+        Raises:
+            QualityError: it does not fit.
+        """
+        context = min(model.runner.context for model in models)
+        window = context if window is None else window
+        stride = max(1, window // 2) if stride is None else stride
+        if not 2 <= window <= context:
+            raise QualityError(f"a window has from 2 to {context} tokens, the models' context; not {window}")
+        if not 1 <= stride <= window:
+            raise QualityError(f"the stride goes from 1 to the window's {window} tokens; not {stride}")
+        return cls(window, stride)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model against the reference.
+
+    Args:
+        precision, reference: which models.
+        text: its name.
+        tokens: of the text.
+        scored: tokens that count, all but those at the beginning of a window with no context.
+        window, stride: in tokens.
+        perplexity, reference_perplexity: per token: exp of the mean −ln p.
+        bits_per_byte: mean −log₂ p a token × tokens ÷ bytes of the text.
+        perplexity_ratio: perplexity ÷ the reference's.
+        perplexity_ratio_error: its standard error: ratio × standard error of the mean of the tokens' paired
+            differences −ln q + ln p (delta method), by blocks of 64 tokens; None for a text of one block.
+        mean_kl, median_kl, p99_kl, max_kl: KL divergence from the reference, nats a token.
+        mean_kl_error: standard error of the mean, by the same blocks.
+        top1_agreement: share of the tokens at which both find the same one the most probable.
+        rms_delta_p: root mean square difference of the true token's probability.
+        greedy: how long greedy continuations agree; None if not measured.
+        seconds, reference_seconds: forward passes over the text.
+    """
+
+    precision: str
+    reference: str
+    text: str
+    tokens: int
+    scored: int
+    window: int
+    stride: int
+    perplexity: float
+    reference_perplexity: float
+    bits_per_byte: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float | None
+    mean_kl: float
+    mean_kl_error: float | None
+    median_kl: float
+    p99_kl: float
+    max_kl: float
+    top1_agreement: float
+    rms_delta_p: float
+    greedy: GreedyDivergence | None
+    seconds: float
+    reference_seconds: float
+
+
+class _Tally:
+    """What is known of one candidate so far."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.seconds = 0.0
+        self.nll, self.reference_nll, self.excess = Mean(), Mean(), Mean()
+        self.kl, self.agrees, self.squared_delta_p = Mean(), Mean(), Mean()
+        self.kl_quantiles = Quantiles()
+
+    def add(self, figures: TokenFigures) -> None:
+        if not torch.isfinite(figures.nll + figures.reference_nll + figures.kl).all():
+            raise QualityError(f"{self.model.precision} gives logits that are not numbers, or infinite")
+        self.nll.add(figures.nll)
+        self.reference_nll.add(figures.reference_nll)
+        self.excess.add(figures.nll - figures.reference_nll)
+        self.kl.add(figures.kl)
+        self.kl_quantiles.add(figures.kl)
+        self.agrees.add(figures.agrees)
+        self.squared_delta_p.add(figures.delta_p.square())
+
+    def figures(self, stream: TokenStream) -> dict[str, Any]:
+        ratio, error = math.exp(self.excess.mean), self.excess.standard_error
+        return {
+            "tokens": stream.tokens,
+            "scored": self.nll.count,
+            "perplexity": math.exp(self.nll.mean),
+            "reference_perplexity": math.exp(self.reference_nll.mean),
+            "bits_per_byte": self.nll.mean / math.log(2) * stream.tokens / stream.bytes,
+            "perplexity_ratio": ratio,
+            "perplexity_ratio_error": None if error is None else ratio * error,
+            "mean_kl": self.kl.mean,
+            "mean_kl_error": self.kl.standard_error,
+            "median_kl": self.kl_quantiles.at(0.5),
+            "p99_kl": self.kl_quantiles.at(0.99),
+            "max_kl": self.kl_quantiles.largest,
+            "top1_agreement": self.agrees.mean,
+            "rms_delta_p": math.sqrt(self.squared_delta_p.mean),
+        }
+
+
+def measure(
+    reference: LoadedModel,
+    candidates: Sequence[LoadedModel],
+    text: Text,
+    tokenizer: Any,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    prompts: int = greedy.PROMPTS,
+    progress: Progress = ignore_progress,
+) -> list[Quality]:
+    """Each candidate against the reference on ``text``.
+
+    Args:
+        tokenizer: of the checkpoint that all of them come from.
+        window: tokens of a pass; the models' context if None.
+        stride: tokens between passes; half the window if None.
+        prompts: taken from the text at even distances and continued greedily; 0: none.
+        progress: told ("scoring", tokens, tokens of the text as estimated), then ("continuing", …).
+
+    Raises:
+        QualityError: the text is empty, too short or not UTF-8; window or stride don't fit; logits are NaN.
+    """
+    passes = Passes.of([reference, *candidates], window, stride)
+    stream = TokenStream(text, tokenizer)
+    tallies = [_Tally(model) for model in candidates]
+    chosen = greedy.Prompts(prompts, passes.window)
+    reference_seconds, done = 0.0, 1
+    for one in windows(stream, passes.window, passes.stride):
+        expected, seconds = _score(reference, one)
+        reference_seconds += seconds
+        targets = torch.tensor(one.scored)
+        for tally in tallies:
+            found, seconds = _score(tally.model, one)
+            tally.seconds += seconds
+            tally.add(compare(expected, found, targets))
+            del found  # not beside the next candidate's
+        chosen.offer(one)
+        done += len(one.scored)
+        progress("scoring", done, stream.expected_tokens())
+    if done == 1:
+        raise QualityError(f"{text.name} has {stream.tokens} tokens; at least two are needed")
+    continued = _continue(reference, tallies, chosen, progress) if prompts else [None] * len(tallies)
+    shared: dict[str, Any] = {
+        "reference": reference.precision,
+        "text": text.name,
+        "reference_seconds": reference_seconds,
+    }
+    return [
+        Quality(
+            **shared,
+            precision=tally.model.precision,
+            window=passes.window,
+            stride=passes.stride,
+            **tally.figures(stream),
+            greedy=length,
+            seconds=tally.seconds,
+        )
+        for tally, length in zip(tallies, continued, strict=True)
+    ]
+
+
+def _score(model: LoadedModel, window: Window) -> tuple[Tensor, float]:
+    """The logits that predict the window's scored tokens, and the seconds the pass took."""
+    started = time.perf_counter()
+    logits = model.runner.score(window.ids)[window.first - 1 : -1]
+    if logits.is_cuda:
+        torch.cuda.synchronize()
+    return logits, time.perf_counter() - started
+
+
+def _continue(
+    reference: LoadedModel, tallies: Sequence[_Tally], prompts: greedy.Prompts, progress: Progress
+) -> list[GreedyDivergence | None]:
+    chosen, total = prompts.chosen(), len(tallies) + 1
+    # the same rows together in every model: a batch may matter to the rounding of some kernels
+    rows = min(model.runner.slots for model in (reference, *(tally.model for tally in tallies)))
+    progress("continuing", 0, total)
+    expected = greedy.continuations(reference.runner, chosen, prompts.tokens, rows)
+    found: list[GreedyDivergence | None] = []
+    for tally in tallies:
+        progress("continuing", len(found) + 1, total)
+        found.append(greedy.divergence(tally.model.runner, chosen, expected, rows))
+    progress("continuing", total, total)
+    return found
