@@ -35,19 +35,19 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
     inner: int = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and _is_body(name))
-    rest: int = (count_parameters(model) - inner) * _rest_dtype(precision, spec).itemsize
+    rest: int = (count_parameters(model) - inner) * rest_dtype(precision, spec).itemsize
     return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     _quieten()
-    rest = _rest_dtype(precision, spec)
+    rest = rest_dtype(precision, spec)
     model = load_pretrained(
         spec,
         progress,
         dtype=rest,
         device_map=spec.device,
-        quantization_config=_config(precision, spec),
+        quantization_config=quantization_config(precision, spec),
     )
     native = spec.device == "cpu" and adopt(model, progress)
     quantized = _quantized_class(precision)
@@ -73,7 +73,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
 
 
-def _config(precision: str, spec: ModelSpec) -> Any:
+def quantization_config(precision: str, spec: ModelSpec) -> Any:
+    """What ``from_pretrained`` is told for the precision."""
     skip = ["lm_head"]
     if precision == "int8":
         return BitsAndBytesConfig(
@@ -88,7 +89,7 @@ def _config(precision: str, spec: ModelSpec) -> Any:
     )
 
 
-def _rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
+def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
     """What stays unquantized: fp32 on a CPU; on a card what the kernels take without casting."""
     if spec.device == "cpu":
         return torch.float32

@@ -10,12 +10,13 @@ from pydantic_settings import BaseSettings
 import loaders
 from loaders.base import Availability, ModelNotFound
 from server.__main__ import COMMANDS, main
-from server.commands import generate, precisions, serve
+from server.commands import bench, generate, precisions, serve
 
 OPTIONS: dict[str, type[BaseSettings]] = {
     "serve": serve.Options,
     "generate": generate.Options,
     "precisions": precisions.Options,
+    "bench": bench.Options,
 }
 
 

@@ -1,0 +1,123 @@
+"""From the times at which tokens came to the figures that are shown; docs/benchmarks.md has the formulas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil
+from statistics import median
+
+MILLISECONDS = 1000.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a batch: all rows start at once, each generates as many tokens."""
+
+    arrivals: Sequence[Sequence[float]]
+    """Per row, seconds from the start to each token."""
+    prefill_seconds: float
+    """Until every row has its first token, where no row goes on before."""
+    tokens: Sequence[Sequence[int]] = ()
+    """Per row, the token ids."""
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """From when the last row had its first token to when the first row ended: all rows are decoding."""
+        return max(row[0] for row in self.arrivals), min(row[-1] for row in self.arrivals)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second within the window."""
+        begin, end = self.window
+        counted = sum(begin < time <= end for row in self.arrivals for time in row)
+        return counted / (end - begin) if end > begin else 0.0
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between a row's tokens, within the window."""
+        begin, end = self.window
+        return [
+            later - earlier
+            for row in self.arrivals
+            for earlier, later in pairwise(row)
+            if begin <= earlier and later <= end
+        ]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What several runs of one batch come to: medians over the runs, percentiles over all their tokens."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    spread: float
+    """Of the decode rates: (largest − smallest) ÷ median."""
+    ttft_ms: float
+    """Median over rows and runs of the time to a row's first token."""
+    inter_token_p50_ms: float
+    inter_token_p99_ms: float
+    decode_rates: list[float] = field(default_factory=list)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least that share of them don't exceed (nearest rank); NaN of none."""
+    if not values:
+        return float("nan")
+    return sorted(values)[max(ceil(share * len(values)) - 1, 0)]
+
+
+def spread(values: Sequence[float]) -> float:
+    """(largest − smallest) ÷ median."""
+    middle = median(values)
+    return (max(values) - min(values)) / middle if middle else 0.0
+
+
+def summarize(runs: Sequence[Run], prompt: int) -> Figures:
+    """
+    Args:
+        runs: of the same batch.
+        prompt: tokens of each row's prompt.
+    """
+    rates = [run.decode_rate for run in runs]
+    gaps = [gap for run in runs for gap in run.gaps]
+    return Figures(
+        prefill_tokens_per_second=median(len(run.arrivals) * prompt / run.prefill_seconds for run in runs),
+        decode_tokens_per_second=median(rates),
+        spread=spread(rates),
+        ttft_ms=MILLISECONDS * median(row[0] for run in runs for row in run.arrivals),
+        inter_token_p50_ms=MILLISECONDS * percentile(gaps, 0.5),
+        inter_token_p99_ms=MILLISECONDS * percentile(gaps, 0.99),
+        decode_rates=rates,
+    )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time a decode step can take if memory is the limit: its bytes ÷ the bandwidth."""
+
+    weights_bytes: int
+    """Read by every step, whatever the batch."""
+    kv_bytes: float
+    """Read by a step of the whole batch at its mean context."""
+    bandwidth: float
+    rows: int
+
+    @property
+    def step_seconds(self) -> float:
+        return (self.weights_bytes + self.kv_bytes) / self.bandwidth
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.rows / self.step_seconds
+
+    def share(self, tokens_per_second: float) -> float:
+        """How near a measured rate comes to it: 1 is the limit."""
+        return tokens_per_second / self.tokens_per_second
+
+
+def mean_context(prompt: int, tokens: int) -> float:
+    """Keys that a decode step attends to, averaged over the steps of a run.
+
+    Step k of 1 … tokens − 1 appends the k-th generated token and attends to prompt + k keys.
+    """
+    return prompt + tokens / 2

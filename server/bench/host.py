@@ -1,0 +1,116 @@
+"""The host as a measurement meets it: pinned threads, and how fast its memory is."""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+_CPUS = Path("/sys/devices/system/cpu")
+_SMALLEST_BUFFER, _TIMES_L3 = 256 * 2**20, 8
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes a second of the memory, on the threads that compute."""
+
+    copy: float
+    """Of a copy: bytes read and bytes written, both counted."""
+    read: float
+    """Of a sum over a buffer: bytes read."""
+
+
+def pin(threads: int | None) -> list[int] | None:
+    """Binds this process to as many physical cores as there are threads, and torch to that many threads.
+
+    Args:
+        threads: one for every physical core this process may use if None.
+
+    Returns: the CPUs, or None where the system can't bind a process.
+    """
+    cores = _physical_cores()
+    count = threads or len(cores)
+    torch.set_num_threads(count)
+    if not hasattr(os, "sched_setaffinity") or count > len(cores):
+        return None
+    chosen = cores[:count]
+    for task in os.listdir("/proc/self/task"):  # threads that libraries have started already
+        os.sched_setaffinity(int(task), chosen)
+    return chosen
+
+
+def _physical_cores() -> list[int]:
+    """One CPU of every physical core that this process may run on."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    first: dict[tuple[str, str], int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        first.setdefault((_topology(cpu, "physical_package_id"), _topology(cpu, "core_id")), cpu)
+    return sorted(first.values())
+
+
+def _topology(cpu: int, what: str) -> str:
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology" / what).read_text().strip()
+    except OSError:
+        return f"of cpu {cpu}"  # unknown: taken for a core of its own
+
+
+def cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def last_cache_bytes() -> int | None:
+    """Size of the largest cache of the first CPU, or None where the system doesn't tell."""
+    sizes = []
+    for file in _CPUS.glob("cpu0/cache/index*/size"):
+        if match := re.fullmatch(r"(\d+)([KM])", file.read_text().strip()):
+            sizes.append(int(match[1]) * {"K": 2**10, "M": 2**20}[match[2]])
+    return max(sizes, default=None)
+
+
+class MemorySpeed:
+    """Measures the bandwidth of the device's memory with buffers much larger than the caches."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.buffer_bytes = max(_SMALLEST_BUFFER, _TIMES_L3 * (last_cache_bytes() or 0))
+        self._device = device
+
+    def measure(self) -> Bandwidth:
+        """The best of a few tries each: what the memory can do, not what it does while others use it."""
+        source = torch.ones(self.buffer_bytes // 4, device=self._device)
+        target = torch.zeros_like(source)
+        return Bandwidth(
+            copy=2 * self.buffer_bytes / self._best(lambda: target.copy_(source)),
+            read=self.buffer_bytes / self._best(lambda: source.sum()),
+        )
+
+    def _best(self, work: Callable[[], object]) -> float:
+        work()
+        return min(self._seconds(work) for _ in range(_TRIES))
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        self._wait()
+        started = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+
+def middle(bandwidths: list[Bandwidth]) -> Bandwidth:
+    """The median of each figure."""
+    return Bandwidth(median(b.copy for b in bandwidths), median(b.read for b in bandwidths))

@@ -1,0 +1,46 @@
+"""Memory of this process: what is resident, and the most that was since a moment. Only Linux tells."""
+
+import ctypes
+import gc
+import re
+from contextlib import suppress
+from pathlib import Path
+
+_SELF = Path("/proc/self")
+_RESET_PEAK = "5"  # proc(5), clear_refs
+
+
+class PeakMemory:
+    """Growth of the resident set since it was made, at its highest (VmHWM − VmRSS at the beginning)."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory; it would hide a growth
+        self._known = reset_peak()
+        self._before = status_bytes("VmRSS")
+
+    def growth(self) -> int | None:
+        """Bytes; None where the system doesn't tell, or can't forget an older peak."""
+        peak = status_bytes("VmHWM")
+        if not self._known or peak is None or self._before is None:
+            return None
+        return peak - self._before
+
+
+def reset_peak() -> bool:
+    """Makes the peak of this process what is resident now; whether it could be done."""
+    try:
+        (_SELF / "clear_refs").write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def status_bytes(field: str) -> int | None:
+    """A size out of /proc/self/status, such as ``VmRSS`` or ``VmHWM``."""
+    try:
+        found = re.search(rf"^{field}:\s*(\d+) kB", (_SELF / "status").read_text(), re.M)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

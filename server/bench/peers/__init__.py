@@ -1,0 +1,1 @@
+"""Other engines, measured on the same weights, from an environment of their own."""

@@ -1,0 +1,89 @@
+"""``transformers``' own ``generate``, as one of its users would load and call it: the reference of speed."""
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loaders.base import ModelSpec, ignore_progress
+from loaders.bnb import quantization_config, rest_dtype
+from loaders.checkpoint import load_pretrained
+from loaders.conv1d import to_linear
+from loaders.full import DTYPES
+from server.bench.contenders import Prompts
+from server.bench.figures import Run
+
+
+class GenerateContender:
+    """A plain ``transformers`` model in one precision; none of its layers is this project's."""
+
+    name = "transformers"
+
+    def __init__(self, precision: str, spec: ModelSpec) -> None:
+        self._model: Any = load_reference(precision, spec)
+        self._model.generation_config.eos_token_id = None  # every row goes on to the asked length
+
+    async def run(self, prompts: Prompts, tokens: int) -> Run:
+        ids = torch.tensor(prompts, device=self._model.device)
+        clock = _Clock()
+        with torch.inference_mode():
+            output = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=clock,
+            )
+        return Run([clock.times] * len(prompts), clock.times[0], output[:, ids.shape[1] :].tolist())
+
+    async def close(self) -> None:
+        self._model = None
+
+
+class _Clock:
+    """A streamer that keeps the time of each step; the first that ``generate`` gives it is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._begun = time.perf_counter()
+        self._has_prompt = False
+
+    def put(self, _: Any) -> None:
+        if self._has_prompt:
+            self.times.append(time.perf_counter() - self._begun)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+def load_reference(precision: str, spec: ModelSpec) -> Any:
+    """The model in that precision by what ``transformers`` and torch offer.
+
+    fp32, bf16, fp16: ``from_pretrained``. int8, nf4, fp4: ``BitsAndBytesConfig``, set as ``spec`` has it.
+    dynamic-int8: ``quantize_dynamic``, GPT-2's Conv1D made nn.Linear first, which it would skip.
+    """
+    if precision in DTYPES:
+        return load_pretrained(spec, ignore_progress, dtype=DTYPES[precision], device_map=spec.device)
+    if precision == "dynamic-int8":
+        return _quantize_dynamic(load_pretrained(spec, ignore_progress, dtype=torch.float32))
+    return load_pretrained(
+        spec,
+        ignore_progress,
+        dtype=rest_dtype(precision, spec),
+        device_map=spec.device,
+        quantization_config=quantization_config(precision, spec),
+    )
+
+
+def _quantize_dynamic(model: Any) -> Any:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            model.set_submodule(name, to_linear(module))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces torchao as its successor
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)

@@ -1,0 +1,1 @@
+"""Measuring over HTTP: a light client, and the loads that it makes."""

@@ -1,0 +1,166 @@
+"""A precision's measurement: all is loaded side by side and runs in turn, so that noise is unfair to none."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from loaders.base import LoadedModel
+from server.bench.contenders import Contender, EngineContender, Prompts
+from server.bench.figures import Figures, Floor, Run, mean_context, summarize
+from server.bench.host import Bandwidth, MemorySpeed, middle
+from server.bench.memory import PeakMemory
+
+_WARM_UP_TOKENS = 8
+_PAUSE = 0.05  # seconds after which the idle threads of the one before have stopped spinning
+MakeContender = Callable[[], Awaitable[Contender]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, whatever the precision."""
+
+    batches: tuple[int, ...]
+    prompt: int
+    tokens: int
+    repeat: int
+    vocabulary: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class OwnMemory:
+    """Bytes of a loaded precision; the peak is None where the system doesn't tell."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    peak_growth_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one batch size, in one precision."""
+
+    precision: str
+    batch: int
+    engine: str
+    figures: Figures
+    ratio: float | None = None
+    """bitdial's decode rate ÷ this engine's; None for bitdial itself."""
+    same_tokens: float | None = None
+    """Share of the tokens that equal bitdial's, each row counted up to the first that differs."""
+    memory: OwnMemory | None = None
+    floor: Floor | None = None
+    bandwidth: Bandwidth | None = None
+
+
+@dataclass
+class Session:
+    """Measures one loaded precision beside others.
+
+    Args:
+        load: loads it; called by ``measure``, so that its memory is seen to grow.
+        others: what it is measured beside, made once it has been loaded and its memory was measured.
+    """
+
+    plan: Plan
+    load: Callable[[], LoadedModel]
+    others: Sequence[MakeContender]
+    speed: MemorySpeed
+    progress: Progress
+    show: Callable[[Row], None]
+    rows: list[Row] = field(default_factory=list)
+
+    async def measure(self) -> list[Row]:
+        peak = PeakMemory()
+        loaded = self.load()
+        ours = await EngineContender(loaded, self.plan.threads).start()
+        contenders: list[Contender] = [ours]
+        try:
+            peaks = {size: await self._peak(ours, size, peak) for size in self.plan.batches}
+            for make in self.others:
+                contenders.append(await make())
+            for size in self.plan.batches:
+                runs, bandwidth = await self._in_turn(contenders, size)
+                memory = OwnMemory(loaded.footprint.weights_bytes, loaded.runner.kv_cache_bytes, peaks[size])
+                floor = floor_of(loaded, size, self.plan, bandwidth)
+                self._add(
+                    loaded.precision,
+                    size,
+                    runs,
+                    partial(Row, memory=memory, floor=floor, bandwidth=bandwidth),
+                )
+        finally:
+            for contender in contenders:
+                await contender.close()
+        return self.rows
+
+    async def _peak(self, ours: Contender, size: int, peak: PeakMemory) -> int | None:
+        await ours.run(self._prompts(size), self.plan.tokens)
+        return peak.growth()
+
+    async def _in_turn(
+        self, contenders: Sequence[Contender], size: int
+    ) -> tuple[dict[str, list[Run]], Bandwidth]:
+        prompts = self._prompts(size)
+        for contender in contenders:
+            await contender.run(prompts, min(_WARM_UP_TOKENS, self.plan.tokens))
+        runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+        bandwidths = []
+        for done in range(self.plan.repeat):
+            self.progress(f"measuring, {size} rows", done, self.plan.repeat)
+            for contender in contenders if done % 2 == 0 else reversed(contenders):
+                await asyncio.sleep(_PAUSE)
+                runs[contender.name].append(await contender.run(prompts, self.plan.tokens))
+            bandwidths.append(self.speed.measure())
+        return runs, middle(bandwidths)
+
+    def _add(self, precision: str, size: int, runs: dict[str, list[Run]], own: Callable[..., Row]) -> None:
+        first: Figures | None = None
+        for name, several in runs.items():
+            figures = summarize(several, self.plan.prompt)
+            if first is None:
+                first, row = figures, own(precision, size, name, figures)
+            else:
+                ratio = first.decode_tokens_per_second / figures.decode_tokens_per_second
+                same = same_tokens(next(iter(runs.values()))[0], several[0])
+                row = Row(precision, size, name, figures, ratio, same)
+            self.rows.append(row)
+            self.show(row)
+
+    def _prompts(self, rows: int) -> Prompts:
+        return prompts_of(rows, self.plan.prompt, self.plan.vocabulary)
+
+
+def prompts_of(rows: int, length: int, vocabulary: int) -> Prompts:
+    """Random token ids; the same for the same arguments."""
+    generator = torch.Generator().manual_seed(7)
+    found: Prompts = torch.randint(1, vocabulary, (rows, length), generator=generator).tolist()
+    return found
+
+
+def same_tokens(one: Run, other: Run) -> float | None:
+    """Share of ``one``'s tokens that ``other`` has too, each row counted up to the first difference."""
+    if not other.tokens:
+        return None
+    same = total = 0
+    for ours, theirs in zip(one.tokens, other.tokens, strict=True):
+        differs = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        same += next(differs, min(len(ours), len(theirs)))
+        total += len(ours)
+    return same / total
+
+
+def floor_of(loaded: LoadedModel, rows: int, plan: Plan, bandwidth: Bandwidth) -> Floor:
+    """Weights that a step multiplies with, and the keys and values of the rows' mean context."""
+    runner = loaded.runner
+    kv_per_token = runner.kv_cache_bytes / (runner.slots * runner.context)
+    return Floor(
+        weights_bytes=loaded.footprint.weights_bytes - loaded.footprint.lookup_bytes,
+        kv_bytes=rows * mean_context(plan.prompt, plan.tokens) * kv_per_token,
+        bandwidth=bandwidth.copy,
+        rows=rows,
+    )

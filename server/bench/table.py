@@ -1,0 +1,74 @@
+"""The measurement on a terminal: a header that names the host, a table, a legend of formulas."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.bench.session import Row
+
+_MEGA = 1e6
+_UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, its unit beneath, and what a row shows there (None: nothing is known)."""
+
+    name: str
+    unit: str
+    width: int
+    value: Callable[[Row], str | None]
+    left: bool = False
+
+    def place(self, text: str) -> str:
+        return text.ljust(self.width) if self.left else text.rjust(self.width)
+
+
+def _peak(row: Row) -> str | None:
+    peak = row.memory.peak_growth_bytes if row.memory else None
+    return None if peak is None else f"{peak / _MEGA:.0f}"
+
+
+COLUMNS = [
+    Column("precision", "", 13, lambda row: row.precision, left=True),
+    Column("rows", "", 4, lambda row: str(row.batch)),
+    Column("engine", "", 20, lambda row: row.engine, left=True),
+    Column("prefill", "tok/s", 8, lambda row: f"{row.figures.prefill_tokens_per_second:.0f}"),
+    Column("decode", "tok/s", 8, lambda row: f"{row.figures.decode_tokens_per_second:.1f}"),
+    Column("spread", "%", 6, lambda row: f"{row.figures.spread:.0%}".rstrip("%")),
+    Column("TTFT", "ms", 7, lambda row: f"{row.figures.ttft_ms:.1f}"),
+    Column("ITL p50", "ms", 7, lambda row: f"{row.figures.inter_token_p50_ms:.2f}"),
+    Column("ITL p99", "ms", 7, lambda row: f"{row.figures.inter_token_p99_ms:.2f}"),
+    Column("weights", "MB", 7, lambda row: f"{row.memory.weights_bytes / _MEGA:.1f}" if row.memory else None),
+    Column("KV", "MB", 6, lambda row: f"{row.memory.kv_cache_bytes / _MEGA:.0f}" if row.memory else None),
+    Column("peak", "+MB", 5, _peak),
+    Column("floor", "tok/s", 7, lambda row: f"{row.floor.tokens_per_second:.0f}" if row.floor else None),
+    Column("of it", "%", 5, lambda row: f"{_share(row):.0%}".rstrip("%") if row.floor else None),
+    Column("ratio", "×", 6, lambda row: None if row.ratio is None else f"{row.ratio:.2f}"),
+]
+
+LEGEND = """\
+prefill   rows × prompt tokens ÷ time until every row has its first token, where none goes on before
+decode    tokens ÷ time, while all rows decode: from the last row's first token to the first row's end
+spread    of the decode rates: (largest − smallest) ÷ median; every rate is the median over the repeats
+TTFT      time to first token: median over rows, all submitted at once;  ITL: time between a row's tokens
+weights   bytes of the live tensors;  KV: of the cache for all slots, pages of it taken as they are written
+peak      largest resident set after loading and running (VmHWM) − the one before loading
+floor     rows ÷ ((weight bytes a step reads + KV bytes it reads at the mean context) ÷ copy bandwidth)
+of it     decode ÷ floor; above 100 where weights fit the caches or memory reads faster than it copies
+ratio     bitdial's decode ÷ this engine's"""
+
+
+def _share(row: Row) -> float:
+    assert row.floor is not None
+    return row.floor.share(row.figures.decode_tokens_per_second)
+
+
+def heading() -> str:
+    """The two lines above the rows."""
+    names = "  ".join(column.place(column.name) for column in COLUMNS).rstrip()
+    units = "  ".join(column.place(column.unit) for column in COLUMNS).rstrip()
+    return f"{names}\n{units}\n{'─' * max(len(names), len(units))}"
+
+
+def line(row: Row) -> str:
+    return "  ".join(column.place(column.value(row) or _UNKNOWN) for column in COLUMNS).rstrip()
