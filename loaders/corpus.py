@@ -11,7 +11,7 @@ import hashlib
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,15 +48,19 @@ def topics() -> Iterator[Document]:
         yield Document(f"topic:{name}", "topic", text.strip() + "\n")
 
 
-def library() -> Iterator[Document]:
+def library(wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Document]:
     """For each standard-library file its docstrings and its source, under the same name.
 
     One name for both, because the docstrings stand in the source too: held out together or not at all.
+
+    Args:
+        wanted: which documents, by name; files that are not wanted are not even read.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _SKIPPED_DIRECTORIES & set(relative.parts[:-1]):
+        name = f"library:{relative.as_posix()}"
+        if _SKIPPED_DIRECTORIES & set(relative.parts[:-1]) or not wanted(name):
             continue
         try:
             source = path.read_text(encoding="utf-8")
@@ -65,7 +69,6 @@ def library() -> Iterator[Document]:
                 tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
-        name = f"library:{relative.as_posix()}"
         docstrings = _docstrings(tree, relative.with_suffix("").as_posix().replace("/", "."))
         if docstrings:
             yield Document(name, "docstrings", docstrings)
@@ -87,8 +90,11 @@ def _docstrings(tree: ast.Module, module: str) -> str:
 
 def held_out_text() -> str:
     """The held-out prose (topics and docstrings): the default text quality is measured on."""
-    documents = [*topics(), *(d for d in library() if d.kind == "docstrings")]
-    return "\n\n".join(d.text for d in documents if is_held_out(d.name))
+    documents = [
+        *(document for document in topics() if is_held_out(document.name)),
+        *(document for document in library(is_held_out) if document.kind == "docstrings"),
+    ]
+    return "\n\n".join(document.text for document in documents)
 
 
 def training_documents() -> list[Document]:

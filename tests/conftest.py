@@ -1,6 +1,7 @@
 """The service on a model that needs no weights: in process, and behind a real socket."""
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -19,6 +20,17 @@ from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from server.connection import ServerConfig
 from server.settings import Settings
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+
+
+@pytest.fixture(autouse=True)
+def process_logging() -> Iterator[None]:
+    """Gives the process's logging back: a command run here writes to the stderr of its test, closed later."""
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("server", "loaders")]
+    handlers, levels = root.handlers[:], [(logger, logger.level) for logger in (root, *ours)]
+    yield
+    root.handlers[:] = handlers
+    for logger, level in levels:
+        logger.setLevel(level)
 
 
 class Loads:
