@@ -8,6 +8,7 @@ import pytest
 from pydantic_settings import BaseSettings
 
 import loaders
+from loaders import checkpoint
 from loaders.base import Availability, ModelNotFound
 from server.__main__ import COMMANDS, main
 from server.commands import bench, generate, precisions, serve
@@ -80,8 +81,7 @@ def no_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModelNotFound("the model was looked for")
 
     monkeypatch.setattr(loaders, "availability", availability)
-    for command in (serve, generate):
-        monkeypatch.setattr(command, "open_checkpoint", nothing)
+    monkeypatch.setattr(checkpoint, "open_checkpoint", nothing)
 
 
 @pytest.mark.usefixtures("no_nf4")

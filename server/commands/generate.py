@@ -10,7 +10,6 @@ from pydantic_settings import CliPositionalArg
 
 import loaders
 from loaders.base import LoaderError
-from loaders.checkpoint import load_tokenizer, open_checkpoint
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.engine import Engine
@@ -54,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 
 async def _generate(options: Options) -> int:
     require([options.precision], options.resolved_device())
+    from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
+
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
     spec = options.spec(checkpoint, slots=1)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import loaders
 from loaders.base import LoaderError
-from loaders.checkpoint import open_checkpoint
 from server.commands import FAILED, USAGE, UsageError, complain, parse
 from server.commands.progress import ProgressBars
 from server.settings import ModelSettings
@@ -17,6 +16,8 @@ class Options(ModelSettings):
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "precisions", arguments)
+        from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     except UsageError as error:
         complain("precisions", error)

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import Any
 
 from loaders.base import LoaderError
-from loaders.checkpoint import open_checkpoint
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.logs import set_up_logging
@@ -32,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
         set_up_logging(options.json_output)
+        from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     except UsageError as error:
