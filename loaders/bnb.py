@@ -5,6 +5,7 @@ embedding, and ``llm_int8_skip_modules`` replaces the default list, so it is alw
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -131,14 +132,8 @@ def _is_body(name: str) -> bool:
     return not any(part in name for part in ("wte", "wpe", "embed", "lm_head"))
 
 
-class _Quiet(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return _CPU_CAST not in record.getMessage()
-
-
 def _quieten() -> None:
-    """bitsandbytes logs a warning on every int8 layer call on a CPU."""
-    import warnings
-
+    """On a CPU bitsandbytes warns at every int8 layer call, and advises a package that downloads native code."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_CPU_CAST)
