@@ -133,7 +133,7 @@ def _is_body(name: str) -> bool:
 
 
 def _quieten() -> None:
-    """On a CPU bitsandbytes warns at every int8 layer call, and advises a package that downloads native code."""
+    """On a CPU bitsandbytes warns at each int8 call, and advises a package that downloads native code."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_CPU_CAST)
