@@ -49,7 +49,7 @@ def open_checkpoint(
     """
     folder, name, commit = _locate(model_id, revision, progress)
     config = _read_config(folder, name)
-    files = _weight_files(folder, name)
+    files = weight_files(folder, name)
     for file in files:
         _check_whole(file)
     text = config.get_text_config()
@@ -163,7 +163,12 @@ def _read_config(folder: Path, name: str) -> Any:
         raise CheckpointError(f"config.json of {name} is not a valid {kind} configuration") from error
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        CheckpointError: there are none, or some are missing.
+    """
     if (folder / _INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))

@@ -104,6 +104,12 @@ class GPT2Runner:
         return 0 if self._cache is None else self._cache.nbytes()
 
     @property
+    def module(self) -> PreTrainedModel:
+        """The model below, for who looks at its weights."""
+        model: PreTrainedModel = self._live
+        return model
+
+    @property
     def _live(self) -> Any:
         if self._model is None:
             raise RuntimeError("the runner is closed")

@@ -78,6 +78,11 @@ class TorchRunner:
         return self._cache.nbytes()
 
     @property
+    def module(self) -> PreTrainedModel:
+        """The model below, for who looks at its weights."""
+        return self._live
+
+    @property
     def _live(self) -> PreTrainedModel:
         if self._model is None:
             raise RuntimeError("the runner is closed")

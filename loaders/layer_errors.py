@@ -1,0 +1,206 @@
+"""Proof of quantization, layer by layer: what each matrix was, what it is, and how far that is off."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders.checkpoint import meta_model, weight_files
+from loaders.full import DTYPES
+from loaders.stored import StoredMatrix, stored
+
+_LITTLE = 0.5  # a share of the linear weights below which "quantized" is hardly the word
+_ROWS = 2**22  # weights compared at a time
+_LOOKED_UP = "Embedding"
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One matrix of a loaded model against the checkpoint's own.
+
+    Args:
+        name: of the layer.
+        kind_before, kind_after: its class in the model's own code and as loaded.
+        shape: (outputs, inputs); of an embedding (rows, width).
+        format: how its weights are kept: ``float32``, ``int8``, ``4-bit`` …
+        quantized: whether they are codes with scales.
+        reason: why not, for a layer that was kept.
+        nbytes: of its weights, scales and tables included, bias left out.
+        bits_per_weight: the same per weight, in bits.
+        shared_with: the layer whose bytes these are (a tied head's embedding), None as a rule.
+        relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None where the checkpoint has no tensor of this name.
+        max_error: largest |W′ − W|.
+        sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None where nothing is off.
+    """
+
+    name: str
+    kind_before: str
+    kind_after: str
+    shape: tuple[int, int]
+    format: str
+    quantized: bool
+    reason: str | None
+    nbytes: int
+    bits_per_weight: float
+    shared_with: str | None
+    relative_error: float | None
+    max_error: float | None
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Every matrix of one loaded precision.
+
+    Args:
+        quantized_share: of the weights that are multiplied (embeddings are looked up), by their number.
+        warning: to be shown loudly: a precision that calls itself quantized and hardly is.
+    """
+
+    precision: str
+    layers: tuple[LayerError, ...]
+    quantized_share: float
+    warning: str | None
+
+
+@runtime_checkable
+class HasModule(Protocol):
+    """A runner that computes with PyTorch modules."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
+def layer_errors(
+    model: LoadedModel, spec: ModelSpec, progress: Progress = ignore_progress
+) -> LayerReport | None:
+    """Reads the checkpoint's tensors one at a time; takes a few times the largest layer in float32.
+
+    Returns: None where what computes has no PyTorch modules whose weights could be read.
+    """
+    if not isinstance(model.runner, HasModule):
+        return None
+    loaded: nn.Module = model.runner.module
+    before = meta_model(spec)
+    reasons = {layer.name: layer.reason for layer in model.footprint.kept}
+    names = [
+        name for name, _ in loaded.named_modules() if name in reasons or name in model.footprint.quantized
+    ]
+    found, owners = [], dict[int, str]()
+    with Originals(spec.checkpoint, before) as originals:
+        for done, name in enumerate(names, 1):
+            module = loaded.get_submodule(name)
+            kept = stored(module)
+            assert kept is not None, f"{type(module).__name__} has weights that can't be read"
+            owner = owners.setdefault(kept.address, name)
+            kinds = type(before.get_submodule(name)).__name__, type(module).__name__
+            original = originals.weight(name)
+            found.append(_layer(name, kinds, kept, original, reasons.get(name), owner))
+            progress("comparing weights", done, len(names))
+    share = _share(found)
+    return LayerReport(model.precision, tuple(found), share, _warning(model.precision, share))
+
+
+def _layer(
+    name: str,
+    kinds: tuple[str, str],
+    kept: StoredMatrix,
+    original: Tensor | None,
+    reason: str | None,
+    owner: str,
+) -> LayerError:
+    dense = kept.dense()
+    outputs, inputs = dense.shape
+    errors = None if original is None else compare(original, dense)
+    return LayerError(
+        name,
+        *kinds,
+        (outputs, inputs),
+        kept.format,
+        kept.quantized,
+        None if kept.quantized else reason,
+        kept.nbytes,
+        8 * kept.nbytes / dense.numel(),
+        None if owner == name else owner,
+        *(errors or (None, None, None)),
+    )
+
+
+def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None]:
+    """Relative Frobenius error, largest error and SQNR in dB of two matrices of one shape.
+
+    Where nothing is off, or the original is all zeros, the first is 0 and the last None.
+    """
+    signal = noise = largest = 0.0
+    rows = max(1, _ROWS // original.shape[1])
+    for one, other in zip(original.split(rows), found.split(rows), strict=True):
+        exact = one.to(other.device).double()
+        off = other.double() - exact
+        signal += float(exact.square().sum())
+        noise += float(off.square().sum())
+        largest = max(largest, float(off.abs().max()))
+    if not noise or not signal:
+        return 0.0, largest, None
+    return math.sqrt(noise / signal), largest, 10 * math.log10(signal / noise)
+
+
+def _share(layers: list[LayerError]) -> float:
+    linear = [layer for layer in layers if layer.kind_before != _LOOKED_UP]
+    total = sum(math.prod(layer.shape) for layer in linear)
+    return sum(math.prod(layer.shape) for layer in linear if layer.quantized) / total if total else 0.0
+
+
+def _warning(precision: str, share: float) -> str | None:
+    if precision in DTYPES or share >= _LITTLE:
+        return None
+    return (
+        f"{precision} has quantized only {share:.0%} of this model's linear weights: "
+        "expect little of its memory and speed"
+    )
+
+
+class Originals:
+    """The checkpoint's tensors, read when asked for.
+
+    Args:
+        checkpoint: its safetensors files.
+        model: the same architecture without weights; tells which layers share a tensor or have it transposed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+        self._model, self._prefix = model, f"{model.base_model_prefix}."
+        self._paths = weight_files(checkpoint.folder, checkpoint.model_id)
+        self._files: Mapping[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Originals":
+        opened = [self._stack.enter_context(safe_open(path, framework="pt")) for path in self._paths]
+        self._files = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def weight(self, layer: str) -> Tensor | None:
+        """The (outputs, inputs) float32 matrix; None if the checkpoint has it under no name known here."""
+        for name in self._names(layer):
+            if name in self._files:
+                tensor: Tensor = self._files[name].get_tensor(name).to(torch.float32)
+                transposed = type(self._model.get_submodule(layer)).__name__ == "Conv1D"
+                return tensor.t() if transposed else tensor
+        return None
+
+    def _names(self, layer: str) -> Iterator[str]:
+        """A tied head's tensor has its embedding's name; older files leave out the base model's prefix."""
+        own = self._model.get_submodule(layer).weight
+        tied = [name for name, one in self._model.named_parameters(remove_duplicate=False) if one is own]
+        for name in (f"{layer}.weight", *tied):
+            yield name
+            yield name.removeprefix(self._prefix)
+            yield self._prefix + name
