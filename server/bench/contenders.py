@@ -16,6 +16,8 @@ class Contender(Protocol):
     """Loaded and idle between runs, so that several can be measured in turn."""
 
     name: str
+    weights_bytes: int | None
+    """Of all weight tensors; None where the engine doesn't tell."""
 
     async def run(self, prompts: Prompts, tokens: int) -> Run:
         """Continues the prompts together, greedily, each by exactly ``tokens`` tokens (2 or more)."""
@@ -30,6 +32,7 @@ class EngineContender:
     name = "bitdial"
 
     def __init__(self, loaded: LoadedModel, threads: int | None = None) -> None:
+        self.weights_bytes: int | None = loaded.footprint.weights_bytes
         self._engine = Engine(loaded, eos_ids=frozenset(), threads=threads)
 
     async def start(self) -> "EngineContender":

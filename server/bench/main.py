@@ -1,25 +1,28 @@
 """``bitdial bench`` from its options to its last line."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import loaders
 from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from server.bench import report as reports
 from server.bench import table
 from server.bench.contenders import Contender
+from server.bench.errors import BenchError
 from server.bench.host import MemorySpeed, pin
 from server.bench.options import Options
+from server.bench.peers import environment
+from server.bench.peers.export import export
+from server.bench.peers.process import PeersProcess
 from server.bench.reference import GenerateContender
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
 
 ProgressOf = Callable[[str], Progress]
 """What is told of a precision's loading and measuring, by its name."""
-
-
-class BenchError(Exception):
-    """The measurement can't be made; the message says why."""
 
 
 def bench(options: Options, checkpoint: Checkpoint, progress_of: ProgressOf) -> None:
@@ -41,7 +44,8 @@ def bench(options: Options, checkpoint: Checkpoint, progress_of: ProgressOf) -> 
         settings=options.model_dump(mode="json", exclude={"model_id", "json_file"}),
     )
     print(reports.introduction(report), flush=True)
-    _Bench(options, spec, speed, report, progress_of).rows()
+    with _peers(options, checkpoint, report) as peers:
+        _Bench(options, spec, speed, report, progress_of, peers).rows()
     print(report.write(options.json_file))
 
 
@@ -55,7 +59,9 @@ class _Bench:
         speed: MemorySpeed,
         report: reports.Report,
         progress_of: ProgressOf,
+        peers: PeersProcess | None,
     ) -> None:
+        self._peers = peers
         self._options, self._spec, self._speed = options, spec, speed
         self._report, self._progress_of = report, progress_of
         self._plan = Plan(
@@ -90,11 +96,29 @@ class _Bench:
         others: list[MakeContender] = []
         if self._options.generate:
             others.append(partial(_reference, precision, self._spec))
+        if self._peers is not None:
+            others += self._peers.contenders(precision)
         return others
 
     def _show(self, row: Row) -> None:
         self._report.add(row)
         print(table.line(row), flush=True)
+
+
+@contextmanager
+def _peers(options: Options, checkpoint: Checkpoint, report: reports.Report) -> Iterator[PeersProcess | None]:
+    """The process of the other engines, if they are to be measured; the files made for it go afterwards."""
+    if not options.peers:
+        yield None
+        return
+    python = environment.ensure(options.peers_venv)
+    with TemporaryDirectory(prefix="bitdial-peers-") as folder:
+        process = PeersProcess(python, export(checkpoint, Path(folder)), report.host["threads"])
+        report.host["peers"] = process.versions
+        try:
+            yield process
+        finally:
+            process.close()
 
 
 async def _reference(precision: str, spec: ModelSpec) -> Contender:

@@ -58,6 +58,13 @@ class Options(ModelSettings):
 
     generate: bool = option(True, _BESIDE, None, "measure generate of transformers too")
 
+    peers: bool = option(
+        False, _BESIDE, None, "measure llama.cpp and CTranslate2 too, installed apart at the first time"
+    )
+    peers_venv: Path | None = option(
+        None, _BESIDE, "FOLDER", "virtual environment that has them", unset="one in the user's cache"
+    )
+
     json_file: Path | None = option(
         None,
         _MORE,

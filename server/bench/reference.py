@@ -24,6 +24,7 @@ class GenerateContender:
 
     def __init__(self, precision: str, spec: ModelSpec) -> None:
         self._model: Any = load_reference(precision, spec)
+        self.weights_bytes: int | None = None  # get_memory_footprint leaves some out
         self._model.generation_config.eos_token_id = None  # every row goes on to the asked length
 
     async def run(self, prompts: Prompts, tokens: int) -> Run:

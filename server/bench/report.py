@@ -58,6 +58,7 @@ def row_figures(row: Row) -> dict[str, Any]:
         "batch": row.batch,
         "engine": row.engine,
         **asdict(row.figures),
+        "weights_bytes": row.weights_bytes,
     }
     if row.ratio is not None:
         figures["bitdial_ratio"] = row.ratio

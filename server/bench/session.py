@@ -1,9 +1,8 @@
 """A precision's measurement: all is loaded side by side and runs in turn, so that noise is unfair to none."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,9 +32,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class OwnMemory:
-    """Bytes of a loaded precision; the peak is None where the system doesn't tell."""
+    """Bytes of a loaded precision beside its weights; the peak is None where the system doesn't tell."""
 
-    weights_bytes: int
     kv_cache_bytes: int
     peak_growth_bytes: int | None
 
@@ -48,6 +46,7 @@ class Row:
     batch: int
     engine: str
     figures: Figures
+    weights_bytes: int | None = None
     ratio: float | None = None
     """bitdial's decode rate ÷ this engine's; None for bitdial itself."""
     same_tokens: float | None = None
@@ -85,14 +84,14 @@ class Session:
                 contenders.append(await make())
             for size in self.plan.batches:
                 runs, bandwidth = await self._in_turn(contenders, size)
-                memory = OwnMemory(loaded.footprint.weights_bytes, loaded.runner.kv_cache_bytes, peaks[size])
+                memory = OwnMemory(loaded.runner.kv_cache_bytes, peaks[size])
                 floor = floor_of(loaded, size, self.plan, bandwidth)
-                self._add(
-                    loaded.precision,
-                    size,
-                    runs,
-                    partial(Row, memory=memory, floor=floor, bandwidth=bandwidth),
-                )
+                for contender, row in zip(contenders, self._rows(loaded.precision, size, runs), strict=True):
+                    row = replace(row, weights_bytes=contender.weights_bytes)
+                    if contender is ours:
+                        row = replace(row, memory=memory, floor=floor, bandwidth=bandwidth)
+                    self.rows.append(row)
+                    self.show(row)
         finally:
             for contender in contenders:
                 await contender.close()
@@ -118,18 +117,19 @@ class Session:
             bandwidths.append(self.speed.measure())
         return runs, middle(bandwidths)
 
-    def _add(self, precision: str, size: int, runs: dict[str, list[Run]], own: Callable[..., Row]) -> None:
-        first: Figures | None = None
+    def _rows(self, precision: str, size: int, runs: dict[str, list[Run]]) -> Iterator[Row]:
+        """One a contender, in their order; the first is what the others are compared with."""
+        ours, *_ = runs.values()
+        our_rate = summarize(ours, self.plan.prompt).decode_tokens_per_second
         for name, several in runs.items():
             figures = summarize(several, self.plan.prompt)
-            if first is None:
-                first, row = figures, own(precision, size, name, figures)
+            if several is ours:
+                yield Row(precision, size, name, figures)
             else:
-                ratio = first.decode_tokens_per_second / figures.decode_tokens_per_second
-                same = same_tokens(next(iter(runs.values()))[0], several[0])
-                row = Row(precision, size, name, figures, ratio, same)
-            self.rows.append(row)
-            self.show(row)
+                ratio = our_rate / figures.decode_tokens_per_second
+                yield Row(
+                    precision, size, name, figures, ratio=ratio, same_tokens=same_tokens(ours[0], several[0])
+                )
 
     def _prompts(self, rows: int) -> Prompts:
         return prompts_of(rows, self.plan.prompt, self.plan.vocabulary)

@@ -38,11 +38,12 @@ COLUMNS = [
     Column("TTFT", "ms", 7, lambda row: f"{row.figures.ttft_ms:.1f}"),
     Column("ITL p50", "ms", 7, lambda row: f"{row.figures.inter_token_p50_ms:.2f}"),
     Column("ITL p99", "ms", 7, lambda row: f"{row.figures.inter_token_p99_ms:.2f}"),
-    Column("weights", "MB", 7, lambda row: f"{row.memory.weights_bytes / _MEGA:.1f}" if row.memory else None),
+    Column("weights", "MB", 7, lambda row: f"{row.weights_bytes / _MEGA:.1f}" if row.weights_bytes else None),
     Column("KV", "MB", 6, lambda row: f"{row.memory.kv_cache_bytes / _MEGA:.0f}" if row.memory else None),
     Column("peak", "+MB", 5, _peak),
     Column("floor", "tok/s", 7, lambda row: f"{row.floor.tokens_per_second:.0f}" if row.floor else None),
     Column("of it", "%", 5, lambda row: f"{_share(row):.0%}".rstrip("%") if row.floor else None),
+    Column("same", "%", 4, lambda row: None if row.same_tokens is None else f"{100 * row.same_tokens:.0f}"),
     Column("ratio", "×", 6, lambda row: None if row.ratio is None else f"{row.ratio:.2f}"),
 ]
 
@@ -55,6 +56,7 @@ weights   bytes of the live tensors;  KV: of the cache for all slots, pages of i
 peak      largest resident set after loading and running (VmHWM) − the one before loading
 floor     rows ÷ ((weight bytes a step reads + KV bytes it reads at the mean context) ÷ copy bandwidth)
 of it     decode ÷ floor; above 100 where weights fit the caches or memory reads faster than it copies
+same      greedy tokens that equal bitdial's, each row up to its first difference (expected in fp32 only)
 ratio     bitdial's decode ÷ this engine's"""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from loaders.base import LoaderError
+from server.bench.errors import BenchError
 from server.bench.options import Options
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
         complain("bench", error)
         return USAGE
     from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
-    from server.bench.main import BenchError, bench
+    from server.bench.main import bench
 
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))

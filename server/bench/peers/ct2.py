@@ -1,0 +1,45 @@
+"""CTranslate2 on a batch of rows. Runs in the peers' environment."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+
+
+class CTranslate2:
+    """One converted folder, in one computation type.
+
+    Args:
+        folder: which.
+        kind: ``float32`` or ``int8``; the weights are quantized while loading.
+        threads: of a forward pass.
+        vocabulary: its tokens by id: prompts are given to it as tokens.
+    """
+
+    def __init__(self, folder: Path, kind: str, threads: int, vocabulary: list[str]) -> None:
+        self.weights_bytes: int | None = None  # it doesn't tell
+        self._vocabulary = vocabulary
+        self._generator = ctranslate2.Generator(str(folder), compute_type=kind, intra_threads=threads)
+
+    def run(self, prompts: list[list[int]], tokens: int) -> tuple[list[float], list[list[int]]]:
+        """Seconds from the start to each step's last token, and each row's tokens."""
+        times = [0.0] * tokens
+        started = time.perf_counter()
+
+        def told(result: Any) -> bool:
+            times[result.step] = time.perf_counter() - started
+            return False
+
+        results = self._generator.generate_batch(
+            [[self._vocabulary[id_] for id_ in prompt] for prompt in prompts],
+            max_length=tokens,
+            min_length=tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            callback=told,
+        )
+        return times, [result.sequences_ids[0] for result in results]
+
+    def close(self) -> None:
+        self._generator.unload_model()

@@ -1,0 +1,59 @@
+"""The peers' own virtual environment: made once, in the user's cache, so that ours stays as it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from server.bench.errors import BenchError
+
+REQUIREMENTS = ["numpy>=2", "gguf>=0.19", "ctranslate2>=4.8", "llama-cpp-python>=0.3.36"]
+"""llama-cpp-python comes as source, and is compiled for this very CPU."""
+_TRIAL = "import ctranslate2, gguf, llama_cpp, numpy"
+
+
+def default_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "bitdial" / "peers-venv"
+
+
+def ensure(folder: Path | None = None) -> Path:
+    """The environment's interpreter; makes the environment first if it isn't there or isn't whole.
+
+    Args:
+        folder: where; ``default_folder()`` if None. One that is named must exist: it is the user's own.
+
+    Raises:
+        BenchError: it can't be made; pip has said why.
+    """
+    python = (folder or default_folder()) / "bin" / "python"
+    if _works(python):
+        return python
+    if folder is not None:
+        raise BenchError(f"{folder} is no virtual environment with {', '.join(REQUIREMENTS)}")
+    _install(default_folder(), python)
+    return python
+
+
+def _works(python: Path) -> bool:
+    return python.exists() and not subprocess.run([python, "-c", _TRIAL], capture_output=True).returncode
+
+
+def _install(folder: Path, python: Path) -> None:
+    print(
+        f"Installing llama.cpp and CTranslate2 into {folder} (once; llama.cpp is compiled, which takes "
+        "some minutes and needs a C++ compiler) …",
+        file=sys.stderr,
+        flush=True,
+    )
+    if not python.exists():
+        _run([sys.executable, "-m", "venv", str(folder)])
+    # verbose, so that the compiler is seen to progress
+    _run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-v", *REQUIREMENTS])
+    if not _works(python):
+        raise BenchError(f"what was installed into {folder} can't be imported")
+
+
+def _run(command: list[str]) -> None:
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise BenchError(f"{' '.join(command[:4])} … failed")
