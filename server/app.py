@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -16,6 +17,7 @@ import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
 from server.auth import Auth
+from server.description import describe
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.generation import Service
 from server.lifecycle import Lifecycle
@@ -60,7 +62,9 @@ def create_app(
             if app.state.tracing is not None:
                 await app.state.tracing.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs with its scripts at hand: FastAPI's own page fetches them from elsewhere
+        redoc_url=None,
+        static_url="/docs/static",
         title="bitdial",
         version=VERSION,
         description="One causal language model in every precision, chosen per request.",
@@ -73,6 +77,7 @@ def create_app(
     for module in (generate, openai, tokenize, stats, precisions, health):
         app.include_router(module.router)
     app.include_router(generate.root_router)
+    describe(app, settings)
     _surround(app, settings)
     return app
 

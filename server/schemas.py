@@ -7,16 +7,26 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+import loaders
 from server.errors import Invalid
 from server.settings import Settings
 
 MAX_STOP_LENGTH = 256
+_IDS: dict[str, JsonValue] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPTS: list[JsonValue] = [
+    {"type": "string", "minLength": 1},
+    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    _IDS,
+    {"type": "array", "items": _IDS, "minItems": 1},
+]
+PRECISION_NAMES: list[JsonValue] = [*loaders.PRECISIONS, *loaders.ALIASES]
 _UNSUPPORTED = ("watermark", "grammar", "adapter_id", "tools")
 
 
@@ -45,8 +55,9 @@ def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], BeforeValidator(_stop_list)
+    list[_StopString], BeforeValidator(_stop_list, json_schema_input_type=_StopString | list[_StopString])
 ]
 
 
@@ -103,7 +114,7 @@ class GenerateBody(Parameters):
     """``POST /generate``; the parameters may also stand inside ``parameters``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
-    precision: Any = Field(None, examples=["int8"])
+    precision: Any = Field(None, examples=["int8"], json_schema_extra={"enum": PRECISION_NAMES})
     stream: bool | None = None
     fallback: bool | None = None
 
@@ -146,7 +157,7 @@ class OpenAIBody(Strict):
     presence_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None
-    precision: Any = None
+    precision: Any = Field(None, json_schema_extra={"enum": PRECISION_NAMES})
     fallback: bool | None = None
     ignore_eos: bool | None = None
 
@@ -183,7 +194,7 @@ class OpenAIBody(Strict):
 class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 
-    prompt: Any = Field(examples=["Once upon a time"])
+    prompt: Any = Field(examples=["Once upon a time"], json_schema_extra={"anyOf": _PROMPTS})
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)

@@ -30,7 +30,11 @@ from server.text import TextCodec
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
-_BODY = body_of(GenerateBody, parameters=_parameters)
+_prompt = {"type": "string", "minLength": 1, "description": "another name of inputs"}
+_BODY = body_of(GenerateBody, parameters=_parameters, prompt=_prompt)
+_schema = _BODY["requestBody"]["content"]["application/json"]["schema"]
+del _schema["required"]
+_schema["oneOf"] = [{"required": ["inputs"]}, {"required": ["prompt"]}]
 _PLAIN, _NAMED = precision_parameters(_BODY), precision_parameters(_BODY, named=True)
 
 

@@ -27,10 +27,10 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": list(_models(request).values())})
 
 
-@router.get("/v1/models/{id_:path}")
-async def model(request: Request, id_: str) -> Response:
-    """One of them."""
-    found = _models(request).get(id_)
+@router.get("/v1/models/{id:path}")
+async def model(request: Request, id: str) -> Response:
+    """One entry of the list of models."""
+    found = _models(request).get(id)
     if found is None:
         raise ModelUnknown("no such model here", param="model")
     return JSONResponse(found)

@@ -2,20 +2,23 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
+from pydantic import WithJsonSchema
 
 import loaders
 from loaders.base import LoaderError
 from server.errors import BadPrecision, ServiceError
 from server.pool import Pool, PrecisionState
+from server.schemas import PRECISION_NAMES
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
+PrecisionName = Annotated[str, WithJsonSchema({"type": "string", "enum": PRECISION_NAMES})]
 
 
-def known(name: str) -> str:
+def known(name: PrecisionName) -> str:
     """The registry's name.
 
     Raises:
@@ -34,7 +37,7 @@ async def list_precisions(request: Request) -> list[dict[str, Any]]:
 
 
 @router.post("/{name}/load")
-async def load(request: Request, name: str) -> StreamingResponse:
+async def load(request: Request, name: PrecisionName) -> StreamingResponse:
     """Loads a precision; server-sent events tell the progress."""
     pool: Pool = request.app.state.pool
     state = pool.state(known(name))
@@ -46,14 +49,14 @@ async def load(request: Request, name: str) -> StreamingResponse:
 
 
 @router.post("/{name}/unload")
-async def unload(request: Request, name: str) -> dict[str, Any]:
+async def unload(request: Request, name: PrecisionName) -> dict[str, Any]:
     """Drops a precision's weights; what it is generating ends with an error."""
     pool: Pool = request.app.state.pool
     await pool.unload(known(name))
     return _describe(pool.state(known(name)))
 
 
-async def _progress(pool: Pool, name: str) -> AsyncIterator[str]:
+async def _progress(pool: Pool, name: PrecisionName) -> AsyncIterator[str]:
     try:
         async for step in pool.load(name):
             progress = {"current": step.current, "total": step.total}

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from server.generation import Continuation, GenerationRequest
 from server.replies import until_disconnect
+from server.schemas import PRECISION_NAMES
 
 SEEDS = 2**64
 
@@ -83,12 +84,14 @@ def body_of(model: type[BaseModel], **extra: Any) -> dict[str, Any]:
 
 def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[str, Any]:
     """``extra`` with the other places of a precision; ``named``: the path has a model's name."""
-    parameters = [_parameter("query", "precision"), _parameter("header", "X-Precision")]
-    return {**extra, "parameters": parameters + ([_parameter("path", "model")] if named else [])}
+    choice = {"type": "string", "enum": PRECISION_NAMES}
+    parameters = [_parameter("query", "precision", choice), _parameter("header", "X-Precision", choice)]
+    model = _parameter("path", "model", {"type": "string"})
+    return {**extra, "parameters": [*parameters, *([model] if named else [])]}
 
 
-def _parameter(place: str, name: str) -> dict[str, Any]:
-    return {"in": place, "name": name, "required": place == "path", "schema": {"type": "string"}}
+def _parameter(place: str, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"in": place, "name": name, "required": place == "path", "schema": schema}
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:

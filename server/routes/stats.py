@@ -13,7 +13,7 @@ from loaders.base import LoadedModel
 from server import memory
 from server.metrics import CONTENT_TYPE, Metrics
 from server.pool import Pool, PrecisionState
-from server.routes.precisions import known
+from server.routes.precisions import PrecisionName, known
 from server.version import VERSION
 
 router = APIRouter(tags=["looking"])
@@ -21,7 +21,7 @@ _STARTED = time.monotonic()
 
 
 @router.get("/stats")
-async def stats(request: Request, precision: str | None = None) -> dict[str, Any]:
+async def stats(request: Request, precision: PrecisionName | None = None) -> dict[str, Any]:
     """Memory counted from live tensors; latencies of requests that ran. ``?precision=`` narrows it."""
     state = request.app.state
     pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint

@@ -11,7 +11,7 @@ from server.body import read_object
 from server.routes.shared import body_of
 from server.schemas import TokenizeBody, validate
 
-router = APIRouter(tags=["look"])
+router = APIRouter(tags=["looking"])
 
 
 @router.post("/tokenize", openapi_extra=body_of(TokenizeBody))

@@ -1,0 +1,117 @@
+"""The interface against its own description: what /openapi.json allows, forbids and promises."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.testclient import TestClient
+
+from server.description import EXAMPLES, TAGS
+from tests.conftest import Loads, serving
+from tests.fakes import fake_checkpoint
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from server.app import create_app
+    from server.settings import Settings
+
+    folder = tmp_path_factory.mktemp("fake")
+    app = create_app(
+        Settings(precisions="fp32", device="cpu"),
+        open_checkpoint=lambda *_: fake_checkpoint(folder),
+        load=Loads(),
+    )
+    with serving(app) as address:
+        yield schemathesis.openapi.from_url(f"{address}/openapi.json")
+
+
+def name_the_model(case: Any) -> None:
+    """Which names are right the description can't tell."""
+    if "model" in case.path_parameters:
+        case.path_parameters["model"] = "fake"
+    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+        case.body["model"] = "fake"
+
+
+def exchange(operation: Any, mode: GenerationMode) -> set[int]:
+    """The statuses that came."""
+    statuses: set[int] = set()
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def call(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE:
+            name_the_model(case)
+        statuses.add(case.call_and_validate(checks=CHECKS).status_code)
+
+    call()
+    return statuses
+
+
+@pytest.mark.parametrize("tag", sorted(TAGS))
+def test_what_is_allowed_is_answered_as_described(api: Any, tag: str) -> None:
+    operations = [one.ok() for one in api.include(tag=tag).get_all_operations()]
+    assert operations
+    for operation in operations:
+        statuses = exchange(operation, GenerationMode.POSITIVE)
+        # the model has no chat template; the only id is drawn too seldom
+        exempt = operation.path.endswith(("/chat/completions", "/v1/models/{id}"))
+        assert exempt or 200 in statuses, operation.label
+
+
+def test_what_is_not_allowed_is_refused(api: Any) -> None:
+    operations = [one.ok() for one in api.include(method="POST").get_all_operations()]
+    with_body = [operation for operation in operations if operation.body]
+    assert len(with_body) > 5
+    for operation in with_body:
+        assert 400 <= max(exchange(operation, GenerationMode.NEGATIVE)) < 500, operation.label
+
+
+def keys(value: Any) -> Any:
+    """What an answer is made of."""
+    if isinstance(value, dict):
+        return {name: keys(inner) for name, inner in value.items()}
+    return [keys(value[0])] if isinstance(value, list) and value else None
+
+
+@pytest.mark.parametrize(("path", "example"), EXAMPLES.items())
+def test_examples_have_the_shape_of_answers(client: TestClient, path: str, example: Any) -> None:
+    body = {"inputs" if path != "/v1/completions" else "prompt": "abc"}
+    assert keys(client.post(path, json=body).json()) == keys(example)
+
+
+def test_keys_are_described_where_there_are_any(make_client: Callable[..., TestClient]) -> None:
+    assert "security" not in make_client().get("/openapi.json").json()
+    bearer = {"Authorization": "Bearer k"}
+    secured = make_client(api_key="k").get("/openapi.json", headers=bearer).json()
+    assert secured["security"] == [{"key": []}]
+    assert secured["paths"]["/health"]["get"]["security"] == []
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "http" not in page
+    for asset in re.findall(r'(?:src|href)="([^"]+)"', page):
+        assert client.get(asset).status_code == 200, asset
