@@ -15,7 +15,12 @@ from loaders.kernels.build import library
 
 Format = Literal["float32", "bfloat16", "float16", "four-bit", "int8"]
 _FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "float16", "four-bit", "int8")
-_MULTIPLE = {"float32": 8, "bfloat16": 8, "float16": 8, "four-bit": 32, "int8": 32}
+# what each library's instructions are called by the operating system, best first
+_NEEDS = {
+    "avx512-bf16": {"avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"},
+    "avx512": {"avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"},
+    "avx2": {"avx2", "bmi2", "fma", "f16c"},
+}
 _P, _I64 = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -45,6 +50,17 @@ class Library:
         self.linear, self.attention = loaded.bitdial_linear, loaded.bitdial_attention
         self.linear.argtypes = [_P, _P, _I64, _P, _P, ctypes.c_int]
         self.attention.argtypes = [_P] * 5 + [_I64] * 4 + [_P, ctypes.c_int]
+        for query in (loaded.bitdial_multiple, loaded.bitdial_computes_in):
+            query.argtypes, query.restype = [_I64], _I64
+        self._multiple, self._computes_in = loaded.bitdial_multiple, loaded.bitdial_computes_in
+
+    def supports(self, kind: Format, inputs: int) -> bool:
+        """Whether rows of that many inputs can be multiplied in this format."""
+        return inputs > 0 and inputs % int(self._multiple(_FORMATS.index(kind))) == 0
+
+    def computes_in(self, kind: Format) -> Format:
+        """The type that weights kept in ``kind`` are multiplied in; sums are float32, of int8 int32."""
+        return _FORMATS[self._computes_in(_FORMATS.index(kind))]
 
 
 @lru_cache(maxsize=1)
@@ -54,11 +70,20 @@ def find() -> Library | str:
         return "switched off by BITDIAL_KERNELS=torch"
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return "written for Linux on x86-64"
-    if not torch.cpu._is_avx2_supported():
-        return "this CPU has no AVX2"
     if torch.backends.mkldnn.is_available() and "OpenMP" not in torch.__config__.parallel_info():
         return "this build of torch has no OpenMP"
-    target = "vnni" if torch.cpu._is_vnni_supported() else "avx2"
+    targets = runnable()
+    return load(targets[0]) if targets else "this CPU has no AVX2"
+
+
+def runnable() -> list[str]:
+    """The targets whose instructions this CPU has, best first."""
+    flags = _cpu_flags()
+    return [name for name, needs in _NEEDS.items() if needs <= flags]
+
+
+def load(target: str) -> Library | str:
+    """The library compiled for ``target``, tried out; or the reason why it can't be had."""
     path = library(target)
     if not path.exists():
         return "not compiled (python -m loaders.kernels.build does it, given a C compiler)"
@@ -68,6 +93,15 @@ def find() -> Library | str:
     except (OSError, AttributeError, ArithmeticError) as error:
         return f"{path.name} does not work here: {error}"
     return found
+
+
+def _cpu_flags() -> set[str]:
+    """The instruction sets that this CPU has and the kernel lets programs use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def get() -> Library | None:
@@ -93,8 +127,9 @@ def _try_out(found: Library) -> None:
 
 
 def supports(kind: Format, inputs: int) -> bool:
-    """Whether rows of that many inputs can be multiplied in this format."""
-    return inputs > 0 and inputs % _MULTIPLE[kind] == 0
+    """Whether the compiled kernels multiply rows of that many inputs in this format."""
+    found = get()
+    return found is not None and found.supports(kind, inputs)
 
 
 @dataclass

@@ -15,10 +15,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ["linear.c", "attention.c"]
-HEADERS = ["matrix.h", "vector.h"]
+HEADERS = ["four_bit.h", "matrix.h", "operand.h", "tiles.h", "vector.h", "wide.h"]
 TARGETS = {
+    "avx512-bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+    "avx512": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx2": ["-march=x86-64-v3"],
-    "vnni": ["-march=x86-64-v3", "-mavx512f", "-mavx512vl", "-mavx512vnni"],
 }
 
 

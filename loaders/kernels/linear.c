@@ -1,4 +1,4 @@
-/* Matrix products and attention of a decode step on x86-64 CPUs with AVX2, FMA and F16C.
+/* Matrix products of a decode step on x86-64 CPUs with AVX2, FMA and F16C, or AVX-512.
  *
  * Why not the BLAS in torch: a decode step multiplies 1 … 16 rows with each weight matrix, so it is bound by how fast
  * weights stream from memory. Here they are read once, row by row as they lie, in whatever format they are kept, and
@@ -6,227 +6,103 @@
  * sequence's result is the same, bit for bit, alone and in any batch, in one prompt chunk or in ten.
  *
  * Threads are those of the OpenMP runtime that torch has loaded: the library is linked without one of its own, because
- * two pools would fight for the cores. x86-64-v3 is enough; compiled with VNNI as well, int8 takes one instruction
- * where AVX2 takes four, with the same integers as result.
+ * two pools would fight for the cores.
  */
 #include <stdlib.h>
 
-#include "matrix.h"
+#include "tiles.h"
 
-/* Stores CHANNELS sums of one row, or the first `channels` of them: + bias + residual. */
-static inline void finish(const matrix *m, const float *residual, float *y, int64_t row, int64_t output, __m128 sums,
-                          int channels) {
-    int64_t at = row * m->outputs + output;
-    if (channels == CHANNELS) {
-        if (m->bias) sums = _mm_add_ps(sums, _mm_loadu_ps(m->bias + output));
-        if (residual) sums = _mm_add_ps(_mm_loadu_ps(residual + at), sums);
-        _mm_storeu_ps(y + at, sums);
-        return;
-    }
-    float parts[CHANNELS];
-    _mm_storeu_ps(parts, sums);
-    for (int c = 0; c < channels; c++) {
-        if (m->bias) parts[c] += m->bias[output + c];
-        y[at + c] = residual ? residual[at + c] + parts[c] : parts[c];
-    }
-}
+enum {
+    BLOCK_ROWS = 48,    /* rows that meet a group of outputs before the next group: they stay in the second-level cache */
+    FEW_VALUES = 16384, /* as many are prepared by one thread sooner than by several that must wait for each other */
+};
 
-/* The weights of the next CHANNELS outputs, brought closer in equal shares, one a tile: memory is read while the
- * tiles compute, and never more at once than the core can wait for. */
-typedef struct {
-    const char *at;
-    int64_t share;
-} ahead;
+/* One tile of `count` rows, a constant in each call. */
+#define WITH_CONSTANT(count, call) \
+    switch (count) { \
+    case 1: call(1); break; \
+    case 2: call(2); break; \
+    case 3: call(3); break; \
+    case 4: if (ROWS > 3) call(4); break; \
+    case 5: if (ROWS > 3) call(5); break; \
+    case 6: if (ROWS > 3) call(6); break; \
+    }
 
-static inline ahead weights_ahead(const matrix *m, int64_t output, int64_t rows) {
-    int64_t bytes = CHANNELS * row_bytes(m), tiles = rows == 1 ? 1 : (rows + ROWS - 1) / ROWS;
-    return (ahead){(const char *)m->data + (output + CHANNELS) * row_bytes(m), (bytes / tiles + 63) & ~(int64_t)63};
-}
-
-static inline void fetch(ahead *next) {
-    for (int64_t i = 0; i < next->share; i += 64) _mm_prefetch(next->at + i, _MM_HINT_T0);
-    next->at += next->share;
-}
-
-/* `rows` × CHANNELS dot products; rows is a constant where it is inlined, so that the sums stay in registers.
- * `stream`: fetches the next outputs' weights as it goes. */
-static inline __attribute__((always_inline)) void float_tile(const matrix *m, const float *x, const float *const *w,
-                                                             const float *residual, float *y, int64_t row,
-                                                             int64_t output, int rows, int channels, int stream) {
-    __m256 sums[ROWS][CHANNELS];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < CHANNELS; c++) sums[r][c] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < m->inputs; k += LANES) {
-        __m256 values[ROWS];
-        for (int r = 0; r < rows; r++) values[r] = _mm256_loadu_ps(x + r * m->inputs + k);
-        for (int c = 0; c < CHANNELS; c++) {
-            __m256 weights = _mm256_loadu_ps(w[c] + k);
-            if (stream) _mm_prefetch((const char *)(w[c] + CHANNELS * m->inputs + k), _MM_HINT_T0);
-            for (int r = 0; r < rows; r++) sums[r][c] = _mm256_fmadd_ps(values[r], weights, sums[r][c]);
-        }
-    }
-    for (int r = 0; r < rows; r++) finish(m, residual, y, row + r, output, sum8x4(sums[r]), channels);
-}
-
-/* All rows with CHANNELS outputs. Where fewer are left, the first stands in for the missing. */
-static void float_channels(const matrix *m, const float *x, int64_t rows, const float *residual, float *y,
-                           int64_t output, int channels, float *scratch) {
-    const float *w[CHANNELS];
-    w[0] = widened(m, output, scratch);
-    for (int c = 1; c < CHANNELS; c++)
-        w[c] = c < channels ? widened(m, output + c, scratch + c * m->inputs) : w[0];
-    if (rows <= ROWS && m->format == FLOAT32) { /* a single tile fetches ahead step by step, not in one burst */
-        if (rows == 1) float_tile(m, x, w, residual, y, 0, output, 1, channels, 1);
-        else if (rows == 2) float_tile(m, x, w, residual, y, 0, output, 2, channels, 1);
-        else float_tile(m, x, w, residual, y, 0, output, 3, channels, 1);
-        return;
-    }
-    ahead next = weights_ahead(m, output, rows);
-    int64_t row = 0;
-    for (; rows - row >= 5 || rows - row == 3; row += 3) {
-        fetch(&next);
-        float_tile(m, x + row * m->inputs, w, residual, y, row, output, 3, channels, 0);
-    }
-    for (; rows - row >= 2; row += 2) {
-        fetch(&next);
-        float_tile(m, x + row * m->inputs, w, residual, y, row, output, 2, channels, 0);
-    }
-    if (row < rows) {
-        fetch(&next);
-        float_tile(m, x + row * m->inputs, w, residual, y, row, output, 1, channels, 0);
-    }
-}
-
-static int linear_float(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {
-    int64_t groups = (m->outputs + CHANNELS - 1) / CHANNELS;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        float *scratch = m->format == FLOAT32 ? NULL : malloc(sizeof(float) * CHANNELS * m->inputs);
-        failed = m->format != FLOAT32 && scratch == NULL;
-#pragma omp for schedule(dynamic, 16) nowait
-        for (int64_t group = 0; group < groups; group++) {
-            int64_t output = group * CHANNELS, left = m->outputs - output;
-            int channels = left < CHANNELS ? (int)left : CHANNELS;
-            if (!failed) float_channels(m, x, rows, residual, y, output, channels, scratch);
-        }
-        free(scratch);
-    }
-    return failed ? -1 : 0;
-}
-
-/* One row of x → int8 by its own largest magnitude; returns the scale. */
-static float quantize_row(const float *x, int64_t count, int8_t *out) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 largest = _mm256_setzero_ps(), poison = _mm256_setzero_ps();
-    for (int64_t k = 0; k < count; k += LANES) {
-        __m256 values = _mm256_loadu_ps(x + k);
-        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, values));
-        poison = _mm256_fmadd_ps(values, _mm256_setzero_ps(), poison); /* not a number if one of them isn't finite */
-    }
-    float lanes[LANES], range = 0;
-    _mm256_storeu_ps(lanes, largest);
-    for (int i = 0; i < LANES; i++) range = lanes[i] > range ? lanes[i] : range;
-    __m256 inverse = _mm256_set1_ps(range > 0 ? 127.0f / range : 0.0f);
-    for (int64_t k = 0; k < count; k += LANES) {
-        __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), inverse));
-        __m128i q16 = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-        _mm_storel_epi64((__m128i *)(out + k), _mm_packs_epi16(q16, q16));
-    }
-    return range / 127.0f + sum8(poison);
-}
-
-/* sums += x · w over groups of four int8. AVX2: |w| · (x with w's sign), in pairs that can't overflow 16 bits
- * (2 · 127 · 127 < 2¹⁵). */
-static inline __m256i dot_int8(__m256i sums, __m256i x, __m256i w) {
-    __m256i magnitude = _mm256_abs_epi8(w), turned = _mm256_sign_epi8(x, w);
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sums, magnitude, turned);
-#else
-    __m256i pairs = _mm256_maddubs_epi16(magnitude, turned);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+static void compute_tile(const tile *t, enum format type, int64_t row, int64_t rows, __m128i excess) {
+#define FLOAT_TILE(n) float_tile(t, row, n)
+#define INT8_TILE(n) int8_tile(t, row, n, excess)
+#define BFLOAT16_TILE(n) bfloat16_tile(t, row, n)
+    if (type == INT8) WITH_CONSTANT(rows, INT8_TILE)
+#ifdef __AVX512BF16__
+    else if (type == BFLOAT16) WITH_CONSTANT(rows, BFLOAT16_TILE)
 #endif
+    else WITH_CONSTANT(rows, FLOAT_TILE)
 }
 
-static inline __attribute__((always_inline)) void int8_tile(const matrix *m, const int8_t *x, const int8_t *const *w,
-                                                            const float *ranges, const float *residual, float *y,
-                                                            int64_t row, int64_t output, int rows, int channels,
-                                                            int stream) {
-    __m256i sums[ROWS][CHANNELS];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < CHANNELS; c++) sums[r][c] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < m->inputs; k += 32) {
-        for (int c = 0; c < CHANNELS; c++) {
-            __m256i weights = _mm256_loadu_si256((const __m256i *)(w[c] + k));
-            if (stream) _mm_prefetch((const char *)(w[c] + CHANNELS * m->inputs + k), _MM_HINT_T0);
-            for (int r = 0; r < rows; r++) {
-                __m256i values = _mm256_loadu_si256((const __m256i *)(x + r * m->inputs + k));
-                sums[r][c] = dot_int8(sums[r][c], values, weights);
-            }
-        }
-    }
-    float scales[CHANNELS];
-    for (int c = 0; c < CHANNELS; c++) scales[c] = m->scales[output + (c < channels ? c : 0)];
-    for (int r = 0; r < rows; r++) {
-        __m128 scale = _mm_mul_ps(_mm_set1_ps(ranges[row + r]), _mm_loadu_ps(scales));
-        __m128 products = _mm_mul_ps(_mm_cvtepi32_ps(sum8x4i(sums[r])), scale);
-        finish(m, residual, y, row + r, output, products, channels);
-    }
+static const char *weights_for(const matrix *m, enum format type, int64_t output, char *scratch) {
+    if ((int64_t)type == m->format) return row_of(m, output);
+#ifdef __AVX512BF16__
+    if (type == BFLOAT16) return (const char *)rounded_four_bit(m, output, (uint16_t *)scratch);
+#endif
+    return (const char *)widened(m, output, (float *)scratch);
 }
 
-static void int8_channels(const matrix *m, const int8_t *x, const float *ranges, int64_t rows, const float *residual,
-                          float *y, int64_t output, int channels) {
-    const int8_t *w[CHANNELS];
+/* All rows from `row` up to `end` with the outputs of one group. */
+static void compute_group(tile *t, enum format type, int64_t row, int64_t end, char *scratch) {
     for (int c = 0; c < CHANNELS; c++)
-        w[c] = (const int8_t *)m->data + (output + (c < channels ? c : 0)) * m->inputs;
-    if (rows <= ROWS) { /* a single tile fetches ahead step by step, not in one burst */
-        if (rows == 1) int8_tile(m, x, w, ranges, residual, y, 0, output, 1, channels, 1);
-        else if (rows == 2) int8_tile(m, x, w, ranges, residual, y, 0, output, 2, channels, 1);
-        else int8_tile(m, x, w, ranges, residual, y, 0, output, 3, channels, 1);
-        return;
+        t->w[c] = c && c >= t->channels ? t->w[0]
+                                        : weights_for(t->m, type, t->output + c, scratch + c * t->x->stride);
+    __m128i excess = type == INT8 ? surplus(t) : _mm_setzero_si128();
+    t->next_stride = row_bytes(t->m);
+    t->next_bits = bits_per_weight(t->m);
+    int fetched = 0; /* each tile fetches its share of the next group's weights */
+    for (int64_t tiles = (end - row + ROWS - 1) / ROWS; tiles; tiles--) {
+        int64_t rows = (end - row + tiles - 1) / tiles;
+        t->next = row_of(t->m, t->output + CHANNELS + fetched);
+        t->next_rows = (CHANNELS - fetched + tiles - 1) / tiles;
+        fetched += t->next_rows;
+        compute_tile(t, type, row, rows, excess);
+        row += rows;
     }
-    ahead next = weights_ahead(m, output, rows);
-    int64_t row = 0;
-    for (; rows - row >= 5 || rows - row == 3; row += 3) {
-        fetch(&next);
-        int8_tile(m, x + row * m->inputs, w, ranges, residual, y, row, output, 3, channels, 0);
-    }
-    for (; rows - row >= 2; row += 2) {
-        fetch(&next);
-        int8_tile(m, x + row * m->inputs, w, ranges, residual, y, row, output, 2, channels, 0);
-    }
-    if (row < rows) {
-        fetch(&next);
-        int8_tile(m, x + row * m->inputs, w, ranges, residual, y, row, output, 1, channels, 0);
-    }
-}
-
-static int linear_int8(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {
-    int8_t *quantized = malloc(rows * m->inputs);
-    float *ranges = malloc(rows * sizeof(float));
-    int64_t groups = (m->outputs + CHANNELS - 1) / CHANNELS;
-    if (quantized && ranges) {
-#pragma omp parallel num_threads(threads)
-        {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++)
-                ranges[row] = quantize_row(x + row * m->inputs, m->inputs, quantized + row * m->inputs);
-#pragma omp for schedule(dynamic, 32) nowait
-            for (int64_t group = 0; group < groups; group++) {
-                int64_t output = group * CHANNELS, left = m->outputs - output;
-                int channels = left < CHANNELS ? (int)left : CHANNELS;
-                int8_channels(m, quantized, ranges, rows, residual, y, output, channels);
-            }
-        }
-    }
-    int status = quantized && ranges ? 0 : -1;
-    free(quantized);
-    free(ranges);
-    return status;
 }
 
 /* y (rows, outputs) = x (rows, inputs) · Wᵀ + bias (+ residual, which may be y itself). 0, or -1: out of memory. */
 int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {
-    if (m->format == INT8) return linear_int8(m, x, rows, residual, y, threads);
-    return linear_float(m, x, rows, residual, y, threads);
+    enum format type = computes_in(m->format);
+    int64_t stride = operand_stride(type, m->inputs), groups = (m->outputs + CHANNELS - 1) / CHANNELS;
+    operand prepared = {aligned_alloc(64, rows * stride), stride, malloc(rows * sizeof(float))};
+    int failed = !prepared.data || !prepared.ranges, few = rows * m->inputs <= FEW_VALUES;
+    for (int64_t row = 0; !failed && few && row < rows; row++) prepare_row(&prepared, type, x, row, m->inputs);
+    if (!failed) {
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+        {
+            char *scratch = (int64_t)type == m->format ? NULL : aligned_alloc(64, CHANNELS * stride);
+            failed = (int64_t)type != m->format && !scratch;
+            if (!few) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < rows; row++) prepare_row(&prepared, type, x, row, m->inputs);
+            }
+            for (int64_t block = 0; block < rows; block += BLOCK_ROWS) {
+                int64_t end = block + BLOCK_ROWS < rows ? block + BLOCK_ROWS : rows;
+#pragma omp for schedule(dynamic, 16) nowait
+                for (int64_t group = 0; group < groups; group++) {
+                    int64_t output = group * CHANNELS, left = m->outputs - output;
+                    tile t = {.m = m, .x = &prepared, .residual = residual, .y = y, .output = output,
+                              .channels = left < CHANNELS ? (int)left : CHANNELS};
+                    if (!failed) compute_group(&t, type, block, end, scratch);
+                }
+            }
+            free(scratch);
+        }
+    }
+    free(prepared.data);
+    free(prepared.ranges);
+    return failed ? -1 : 0;
 }
+
+/* How many inputs a row of that format must be a multiple of. */
+int64_t bitdial_multiple(int64_t format) {
+    return format == FOUR_BIT ? 32 : format == INT8 ? INT8_STEP : computes_in(format) == BFLOAT16 ? 32 : WIDE;
+}
+
+int64_t bitdial_computes_in(int64_t format) { return computes_in(format); }

@@ -1,0 +1,145 @@
+/* Tiles: the products of a few rows with CHANNELS outputs, held in registers over the whole sum. */
+#pragma once
+#include "operand.h"
+
+/* What a tile works on. Where fewer than CHANNELS outputs are left, the first stands in for the missing. */
+typedef struct {
+    const matrix *m;
+    const operand *x;
+    const float *residual; /* (rows, outputs) or NULL */
+    float *y;              /* (rows, outputs) */
+    int64_t output;        /* the first of CHANNELS */
+    int channels;          /* how many of them there are */
+    const char *w[CHANNELS];
+    const char *next;      /* weights that will be needed soon, */
+    int64_t next_rows;     /* so many rows of them, */
+    int64_t next_stride;   /* so far apart, */
+    int64_t next_bits;     /* so many bits a weight */
+} tile;
+
+enum { STRETCH = 64 }; /* weights of a row between two looks ahead */
+
+/* Brings a stretch of each of the next rows closer: memory is read while the tile computes, never more at once than
+ * the core can wait for. */
+static inline __attribute__((always_inline)) void fetch(const tile *t, int64_t weight) {
+    const char *at = t->next + weight * t->next_bits / 8;
+    for (int64_t i = 0; i < t->next_rows; i++, at += t->next_stride)
+        for (int64_t byte = 0; byte < STRETCH * t->next_bits / 8; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
+}
+
+/* for (k …) in steps of STEP over a row, looking ahead once a stretch. */
+#define ALONG_A_ROW(t, k, STEP) \
+    for (int64_t k = 0, left_off; k < (t)->m->inputs; k = left_off) \
+        for (left_off = k + STRETCH < (t)->m->inputs ? k + STRETCH : (t)->m->inputs, fetch(t, k); k < left_off; k += STEP)
+
+/* Stores the sums of one row: + bias + residual. */
+static inline void finish(const tile *t, int64_t row, __m128 sums) {
+    const float *bias = t->m->bias ? t->m->bias + t->output : NULL;
+    int64_t at = row * t->m->outputs + t->output;
+    if (t->channels == CHANNELS) {
+        if (bias) sums = _mm_add_ps(sums, _mm_loadu_ps(bias));
+        if (t->residual) sums = _mm_add_ps(_mm_loadu_ps(t->residual + at), sums);
+        _mm_storeu_ps(t->y + at, sums);
+        return;
+    }
+    float parts[CHANNELS];
+    _mm_storeu_ps(parts, sums);
+    for (int c = 0; c < t->channels; c++) {
+        if (bias) parts[c] += bias[c];
+        t->y[at + c] = t->residual ? t->residual[at + c] + parts[c] : parts[c];
+    }
+}
+
+/* `rows` is a constant where these are inlined. */
+#define TILE static inline __attribute__((always_inline)) void
+
+static inline const char *x_row(const tile *t, int64_t row) { return t->x->data + row * t->x->stride; }
+
+TILE float_tile(const tile *t, int64_t row, int rows) {
+    floats sums[ROWS][CHANNELS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < CHANNELS; c++) sums[r][c] = all(0);
+    ALONG_A_ROW(t, k, WIDE) {
+        floats values[ROWS];
+        for (int r = 0; r < rows; r++) values[r] = load((const float *)x_row(t, row + r) + k);
+        for (int c = 0; c < CHANNELS; c++) {
+            floats weights = load((const float *)t->w[c] + k);
+            for (int r = 0; r < rows; r++) sums[r][c] = multiply_add(values[r], weights, sums[r][c]);
+        }
+    }
+    for (int r = 0; r < rows; r++) finish(t, row + r, sums4(sums[r]));
+}
+
+#ifdef __AVX512BF16__
+TILE bfloat16_tile(const tile *t, int64_t row, int rows) {
+    floats sums[ROWS][CHANNELS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < CHANNELS; c++) sums[r][c] = all(0);
+    ALONG_A_ROW(t, k, 32) {
+        __m512bh values[ROWS], weights;
+        for (int r = 0; r < rows; r++) memcpy(&values[r], (const uint16_t *)x_row(t, row + r) + k, sizeof weights);
+        for (int c = 0; c < CHANNELS; c++) {
+            memcpy(&weights, (const uint16_t *)t->w[c] + k, sizeof weights);
+            for (int r = 0; r < rows; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], values[r], weights);
+        }
+    }
+    for (int r = 0; r < rows; r++) finish(t, row + r, sums4(sums[r]));
+}
+#endif
+
+#ifdef __AVX512BW__
+enum { INT8_STEP = 64 };
+
+static inline integers load_int8(const char *at) { return _mm512_loadu_si512(at); }
+
+/* sums += x · w over groups of four int8, x being 128 too high. */
+static inline integers dot_int8(integers sums, integers x, integers w) { return _mm512_dpbusd_epi32(sums, x, w); }
+
+/* What there is too much in the sums: 128 times the weights. */
+static inline __m128i surplus(const tile *t) {
+    integers sums[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++) {
+        sums[c] = no_integers();
+        for (int64_t k = 0; k < t->m->inputs; k += INT8_STEP)
+            sums[c] = dot_int8(sums[c], _mm512_set1_epi8(-128), load_int8(t->w[c] + k));
+    }
+    return sums4i(sums);
+}
+#else
+enum { INT8_STEP = 32 };
+
+static inline integers load_int8(const char *at) { return _mm256_loadu_si256((const void *)at); }
+
+/* sums += x · w over groups of four int8: |w| · (x with w's sign), in pairs that can't overflow 16 bits
+ * (2 · 127 · 127 < 2¹⁵). */
+static inline integers dot_int8(integers sums, integers x, integers w) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+static inline __m128i surplus(const tile *t) {
+    (void)t;
+    return _mm_setzero_si128();
+}
+#endif
+
+TILE int8_tile(const tile *t, int64_t row, int rows, __m128i excess) {
+    integers sums[ROWS][CHANNELS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < CHANNELS; c++) sums[r][c] = no_integers();
+    ALONG_A_ROW(t, k, INT8_STEP) {
+        integers values[ROWS];
+        for (int r = 0; r < rows; r++) values[r] = load_int8(x_row(t, row + r) + k);
+        for (int c = 0; c < CHANNELS; c++) {
+            integers weights = load_int8(t->w[c] + k);
+            for (int r = 0; r < rows; r++) sums[r][c] = dot_int8(sums[r][c], values[r], weights);
+        }
+    }
+    float scales[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++) scales[c] = t->m->scales[t->output + (c < t->channels ? c : 0)];
+    for (int r = 0; r < rows; r++) {
+        __m128 scale = _mm_mul_ps(_mm_set1_ps(t->x->ranges[row + r]), _mm_loadu_ps(scales));
+        __m128i products = _mm_sub_epi32(sums4i(sums[r]), excess);
+        finish(t, row + r, _mm_mul_ps(_mm_cvtepi32_ps(products), scale));
+    }
+}
