@@ -1,0 +1,188 @@
+"""``bitdial quality``: what each precision costs in quality, measured on a text."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import AliasChoices
+
+import loaders
+from loaders.base import Checkpoint, Footprint, LoadedModel, LoaderError, ModelSpec
+from loaders.quality import Quality, QualityError, held_out, measure, text_file
+from loaders.quality.greedy import PROMPTS
+from server import memory
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.progress import ProgressBars
+from server.commands.quality_table import layer_lines, quality_lines
+from server.settings import ModelSettings, Precisions, option
+
+if TYPE_CHECKING:
+    from loaders.layer_errors import LayerReport
+
+_WHAT, _HOW, _MORE = "what is measured", "how", "more"
+_REFERENCE = "fp32"
+_SLOTS = 8  # prompts continued together
+
+
+class Options(ModelSettings):
+    """Measure what each precision costs in quality: one text, all against fp32.
+
+    Prints a table, and one line of JSON last.
+    """
+
+    precisions: Precisions | None = option(
+        None, _WHAT, "NAMES", "by comma", unset="all that this host can run"
+    )
+    text: Path | None = option(
+        None,
+        _WHAT,
+        "FILE",
+        "a text in UTF-8",
+        unset="documentation that the bundled model was not trained on",
+    )
+    window: int | None = option(
+        None, _HOW, "N", "tokens computed in one pass", unset="the model's context", ge=2
+    )
+    stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
+    prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
+    layers: bool = option(False, _MORE, None, "show every layer's quantization error too")
+    json_file: Path | None = option(
+        None,
+        _MORE,
+        "FILE",
+        "write all figures there as well",
+        unset="only the last line",
+        validation_alias=AliasChoices("json_file", "json"),
+    )
+
+    def names(self) -> tuple[str, ...]:
+        """The precisions asked for, fp32 first if it is among them; those this host can run if none were."""
+        device = self.resolved_device()
+        able = (name for name in loaders.PRECISIONS if loaders.availability(name, device).ok)
+        names = able if self.precisions is None else self.precisions
+        return tuple(dict.fromkeys(sorted(names, key=lambda name: name != _REFERENCE)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision's figures."""
+
+    quality: Quality
+    footprint: Footprint
+    layers: "LayerReport | None"
+
+    def as_dict(self, layers: bool) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            **asdict(self.quality),
+            "weights_bytes": self.footprint.weights_bytes,
+            "bits_per_weight": self.footprint.bits_per_weight,
+        }
+        if self.layers is not None:
+            proof = asdict(self.layers)
+            figures["quantized_share"] = proof["quantized_share"]
+            figures["warning"] = proof["warning"]
+            if layers:
+                figures["layers"] = proof["layers"]
+        return figures
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        options = parse(Options, "quality", arguments)
+        require((_REFERENCE, *options.names()), options.resolved_device())
+    except UsageError as error:
+        complain("quality", error)
+        return USAGE
+    from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+
+    try:
+        checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+        _show(options, checkpoint, list(_rows(options, checkpoint)))
+    except (LoaderError, QualityError) as error:
+        complain("quality", error)
+        return FAILED
+    except OSError as error:
+        complain("quality", UsageError(f"--json: {error.strerror}"))
+        return FAILED
+    return 0
+
+
+def _rows(options: Options, checkpoint: Checkpoint) -> Iterator[Row]:
+    from loaders.checkpoint import load_tokenizer
+    from loaders.layer_errors import layer_errors
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    text = held_out() if options.text is None else text_file(options.text)
+    tokenizer = load_tokenizer(checkpoint)
+    spec = options.spec(checkpoint, slots=_SLOTS)
+    reference = _load(_REFERENCE, spec)
+    for names in _groups(options.names(), spec):
+        models = [reference if name == _REFERENCE else _load(name, spec) for name in names]
+        found = _with_bars(
+            "quality",
+            lambda bars, models=models: measure(  # type: ignore[misc]
+                reference,
+                models,
+                text,
+                tokenizer,
+                window=options.window,
+                stride=options.stride,
+                prompts=options.prompts,
+                progress=bars,
+            ),
+        )
+        for model, quality in zip(models, found, strict=True):
+            yield Row(quality, model.footprint, layer_errors(model, spec))
+            if model is not reference:
+                model.close()
+
+
+def _load(name: str, spec: ModelSpec) -> LoadedModel:
+    model: LoadedModel = _with_bars(name, lambda bars: loaders.load(name, spec, bars))
+    return model
+
+
+def _with_bars(title: str, work: Callable[[ProgressBars], Any]) -> Any:
+    bars = ProgressBars(title)
+    try:
+        return work(bars)
+    finally:
+        bars.close()
+
+
+def _groups(names: Sequence[str], spec: ModelSpec) -> Iterator[list[str]]:
+    """As many at once as half of the free memory holds: the reference's pass over the text is shared."""
+    group: list[str] = []
+    room = memory.free_bytes(spec.device) // 2
+    for name in names:
+        needed = memory.needed_bytes(name, spec)
+        if group and needed > room:
+            yield group
+            group, room = [], memory.free_bytes(spec.device) // 2
+        group.append(name)
+        room -= needed
+    yield group
+
+
+def _show(options: Options, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
+    first = rows[0].quality
+    print(
+        f"{checkpoint.model_id} on {first.text}: {first.tokens:,} tokens, windows of {first.window} "
+        f"at stride {first.stride}\n"
+    )
+    print("\n".join(quality_lines(rows)))
+    for row in rows:
+        if row.layers is not None and options.layers:
+            print("\n".join(["", *layer_lines(row.layers)]))
+    for row in rows:
+        if row.layers is not None and row.layers.warning:
+            print(f"\nWARNING: {row.layers.warning}")
+    figures = [row.as_dict(options.layers) for row in rows]
+    line = json.dumps({"model": checkpoint.model_id, "precisions": figures})
+    if options.json_file is not None:
+        options.json_file.write_text(line + "\n", encoding="utf-8")
+    print(f"\n{line}")
