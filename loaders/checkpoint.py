@@ -122,8 +122,9 @@ def _locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Pa
         if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
             return folder, folder.name, None
     if not _HUB_ID.fullmatch(model_id) or ".." in model_id:
+        shown = ascii(model_id if len(model_id) <= 200 else f"{model_id[:200]}…")
         raise ModelNotFound(
-            "the model is neither 'bundled', nor an existing folder, nor a hub id (owner/name)"
+            f"the model {shown} is neither 'bundled', nor an existing folder, nor a hub id (owner/name)"
         )
     progress("downloading", 0, 0)
     folder = _download(model_id, revision)

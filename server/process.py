@@ -39,7 +39,8 @@ class Process(uvicorn.Server):
         """Blocks until the end; returns the process's exit code."""
         try:
             self.run()
-        except SystemExit:
+        except SystemExit:  # the server beneath has said why
+            _log.error("can't listen on %s, port %d", self._settings.host, self._settings.port)
             return EXIT_FAILED
         if not self.started:
             return EXIT_FAILED

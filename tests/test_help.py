@@ -128,3 +128,27 @@ def test_a_collector_has_an_http_address(address: str, capsys: pytest.CaptureFix
 def test_each_wrong_value_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--precisions", "int3,int2", "--port", "x"]) == 2
     assert capsys.readouterr().err.count("--") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--precision", "int3"], "choose from fp32"),
+        (["serve", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["serve", "--model", "/nowhere"], "'/nowhere' is neither 'bundled', nor an existing folder"),
+        (["serve", "--memory-budget", "1kB", "--device", "cpu"], "no room for fp32: it needs"),
+        (["generate"], "the following arguments are required: PROMPT"),
+        (["generate", ""], "PROMPT is missing or empty"),
+        (["generate", "x", "--temperature", "0"], "--temperature (or TEMPERATURE)"),
+        (["nonsense"], "no command 'nonsense'"),
+    ],
+)
+def test_wrong_usage_says_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code in (1, 2)
+    assert message in capsys.readouterr().err

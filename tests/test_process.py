@@ -116,20 +116,10 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve", "--port", "abc"], "--port (or PORT)"),
-        (["serve", "--precision", "int3"], "choose from fp32"),
-        (["generate"], "PROMPT"),
-        (["nonsense"], "no command 'nonsense'"),
-    ],
-)
-def test_wrong_usage_says_what_is_wrong(arguments: list[str], message: str) -> None:
-    done = bitdial(*arguments)
+def test_wrong_usage_is_one_line_and_code_2() -> None:
+    done = bitdial("serve", "--port", "abc")
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert re.fullmatch(r"bitdial serve: --port \(or PORT\): .*\n", done.stderr)
 
 
 def test_generate_in_the_terminal(folder: Path) -> None:

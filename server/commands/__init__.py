@@ -53,6 +53,8 @@ def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource
 def _readable(error: dict[str, Any]) -> str:
     name = str(error["loc"][0]) if error["loc"] else "the command line"
     flag = f"--{name.replace('_', '-')} (or {name.upper()})" if error["loc"] else name
+    if error["type"] == "missing":
+        return f"{name.upper()} is missing or empty"
     return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
 
 

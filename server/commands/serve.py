@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from loaders.base import LoaderError
+from loaders.base import Checkpoint, LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.logs import set_up_logging
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+        _require_room(options, checkpoint)
     except UsageError as error:
         complain("serve", error)
         return USAGE
@@ -67,6 +68,21 @@ def _require_tracing(options: Settings) -> None:
         import_module("server.tracing")
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
+
+
+def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
+    """A default precision that can never be loaded would be a server that is never ready."""
+    from server import memory
+
+    needed = memory.needed_bytes(options.precision, options.spec(checkpoint, options.max_batch_size))
+    free = memory.free_bytes(options.resolved_device())
+    if options.memory_budget is not None:
+        free = min(free, options.memory_budget)
+    if needed > free:
+        raise UsageError(
+            f"no room for {options.precision}: it needs {needed} bytes, {free} are free; "
+            "choose another --precision (or PRECISION) as the default, or more --memory-budget"
+        )
 
 
 def _announce(options: Settings, port: int) -> None:
