@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from pydantic import AliasChoices, BeforeValidator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
 
 import loaders
 from server.settings import ModelSettings, Precisions, option
 
-OWN_SERVER = "own"
+OWN_SERVER = "a server of its own"
 _WHAT, _BESIDE, _HTTP, _MORE = "what is measured", "beside it", "over HTTP", "more"
 
 
@@ -65,6 +65,30 @@ class Options(ModelSettings):
         None, _BESIDE, "FOLDER", "virtual environment that has them", unset="one in the user's cache"
     )
 
+    http: str | None = Field(
+        None,
+        description="load a server: the one at that address alone, or without an address one of its own, "
+        "beside the engine",
+        json_schema_extra={"group": _HTTP, "metavar": "[URL]", "unset": "no server", "bare": OWN_SERVER},
+    )
+    http_key: SecretStr | None = option(None, _HTTP, "KEY", "the server's API key", unset="none")
+    streams: Numbers = option("1,8,16", _HTTP, "COUNTS", "streams of the closed loops, by comma")
+    rates: Rates | None = option(
+        None,
+        _HTTP,
+        "RATES",
+        "Poisson arrivals a second, by comma",
+        unset="0.5, 0.8 and 1.2 of what the last closed loop reached",
+    )
+    duration: float = option(20.0, _HTTP, "SECONDS", "that each load lasts", gt=0)
+    ttft_limit: float = option(1000.0, _HTTP, "MS", "longest time to first token of a good request", gt=0)
+    gap_limit: float = option(
+        200.0, _HTTP, "MS", "longest mean time between the tokens of a good request", gt=0
+    )
+    http_checks: bool = option(
+        True, _HTTP, None, "a prompt's TTFT against its prefill; a long prompt among running streams"
+    )
+
     json_file: Path | None = option(
         None,
         _MORE,
@@ -73,6 +97,28 @@ class Options(ModelSettings):
         unset="only the last line",
         validation_alias=AliasChoices("json_file", "json"),
     )
+
+    def shown(self) -> dict[str, Any]:
+        """What a report tells of them: no path, no key."""
+        return self.model_dump(mode="json", exclude={"model_id", "json_file", "peers_venv", "http_key"})
+
+    @property
+    def server_url(self) -> str | None:
+        """The address of somebody's server, where that is what is measured."""
+        return None if self.http == OWN_SERVER else self.http
+
+    @property
+    def own_server(self) -> bool:
+        return self.http == OWN_SERVER
+
+    @property
+    def stream_counts(self) -> tuple[int, ...]:
+        return cast(tuple[int, ...], self.streams)
+
+    @property
+    def arrival_rates(self) -> tuple[float, ...]:
+        """Empty: to be chosen by what the server can do."""
+        return cast(tuple[float, ...], self.rates or ())
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

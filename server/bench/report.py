@@ -1,6 +1,7 @@
 """All that was measured as one JSON object: for a file, and for the last line on the terminal."""
 
 import json
+import math
 import platform
 import time
 from dataclasses import asdict, dataclass, field
@@ -45,11 +46,20 @@ class Report:
 
     def write(self, path: Path | None) -> str:
         """The JSON line; written to the file, if there is to be one, for people to read."""
-        document = self.document()
+        document = _plain(self.document())
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(document, indent=1) + "\n")
-        return json.dumps(document, separators=(",", ":"))
+        return json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for what is no number: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def row_figures(row: Row) -> dict[str, Any]:
@@ -78,6 +88,11 @@ def row_figures(row: Row) -> dict[str, Any]:
             "share_of_read": floor.share(rate) * row.bandwidth.copy / row.bandwidth.read,
         }
     return figures
+
+
+def client_facts(cpus: list[int] | None) -> dict[str, Any]:
+    """Of the machine that asks, where the one that answers is not known."""
+    return {"client_cpu": cpu_name(), "client_pinned_to": cpus, "client_system": platform.platform()}
 
 
 def host_facts(cpus: list[int] | None, bandwidth: Bandwidth, buffer_bytes: int) -> dict[str, Any]:

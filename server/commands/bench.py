@@ -1,8 +1,9 @@
 """``bitdial bench``: the measurement of a model on this host."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from loaders.base import LoaderError
+from loaders.base import Checkpoint, LoaderError
 from server.bench.errors import BenchError
 from server.bench.options import Options
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
@@ -14,17 +15,22 @@ __all__ = ["Options", "main"]
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "bench", arguments)
-        require(options.names(), options.resolved_device())
+        if options.server_url is None:
+            require(options.names(), options.resolved_device())
     except UsageError as error:
         complain("bench", error)
         return USAGE
-    from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
-    from server.bench.main import bench
+    from server.bench.main import bench  # late: help and usage needn't wait for transformers
 
     try:
-        checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        bench(options, checkpoint, ProgressBars)
+        bench(options, partial(_open, options), ProgressBars)
     except (LoaderError, BenchError) as error:
         complain("bench", error)
         return FAILED
     return 0
+
+
+def _open(options: Options) -> Checkpoint:
+    from loaders.checkpoint import open_checkpoint
+
+    return open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))

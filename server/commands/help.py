@@ -36,7 +36,8 @@ class Arguments:
     """In place of ``ArgumentParser.add_argument``: shows an option as its field says.
 
     Args:
-        fields: by name; each may say its ``group``, its ``metavar`` and what it does if ``unset``.
+        fields: by name; each may say its ``group``, its ``metavar``, what it does if ``unset``, and the value
+            that it has if it is given ``bare``.
     """
 
     def __init__(self, fields: Mapping[str, Field]) -> None:
@@ -55,6 +56,8 @@ class Arguments:
         shown = field.json_schema_extra or {}
         if "metavar" in arguments:
             arguments["metavar"] = shown.get("metavar")
+        if "bare" in shown:
+            arguments |= {"nargs": "?", "const": shown["bare"]}
         arguments["help"] = f"{field.description} [default: {default_of(field)}]".replace("%", "%%")
         action: argparse.Action = self._group(parser, shown["group"]).add_argument(*names, **arguments)
         return action

@@ -1,0 +1,108 @@
+"""Every precision's engine, beside what it is compared with: the main table."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import loaders
+from loaders.base import LoadedModel, ModelSpec
+from server.bench import table
+from server.bench.contenders import Contender
+from server.bench.host import MemorySpeed
+from server.bench.options import Options
+from server.bench.peers import environment
+from server.bench.peers.export import export
+from server.bench.peers.process import PeersProcess
+from server.bench.reference import GenerateContender
+from server.bench.report import Report
+from server.bench.serving.contender import HttpContender
+from server.bench.serving.own_server import own_server
+from server.bench.session import MakeContender, Plan, Progress, Row, Session
+
+ProgressOf = Callable[[str], Progress]
+"""What is told of a precision's loading and measuring, by its name."""
+
+
+class Engines:
+    """Measures one precision after the other and shows each row as it is known.
+
+    Args:
+        speed: of the device's memory, for the floor.
+        report: takes the rows.
+    """
+
+    def __init__(
+        self, options: Options, spec: ModelSpec, speed: MemorySpeed, report: Report, progress_of: ProgressOf
+    ) -> None:
+        self._options, self._spec, self._speed = options, spec, speed
+        self._report, self._progress_of = report, progress_of
+        self._threads: int = report.host["threads"]
+        self._plan = Plan(
+            batches=options.batch_sizes,
+            prompt=options.prompt,
+            tokens=options.tokens,
+            repeat=options.repeat,
+            vocabulary=spec.checkpoint.vocabulary,
+            threads=self._threads,
+        )
+
+    def measure(self) -> None:
+        """Raises: BenchError, LoaderError."""
+        with self._peers() as peers:
+            print(table.heading(), flush=True)
+            for name in self._options.names():
+                progress = self._progress_of(name)
+                session = Session(
+                    plan=self._plan,
+                    load=partial(self._load, name, progress),
+                    others=[*self._own(name), *(peers.contenders(name) if peers else [])],
+                    speed=self._speed,
+                    progress=progress,
+                    show=self._show,
+                )
+                asyncio.run(session.measure())
+        print(f"\n{table.LEGEND}\n", flush=True)
+
+    def _load(self, name: str, progress: Progress) -> LoadedModel:
+        return loaders.load(name, self._spec, progress)
+
+    def _own(self, precision: str) -> list[MakeContender]:
+        """What needs nothing but this environment."""
+        makers: list[MakeContender] = []
+        if self._options.own_server:
+            makers.append(partial(self._over_http, precision))
+        if self._options.generate:
+            makers.append(partial(_reference, precision, self._spec))
+        return makers
+
+    async def _over_http(self, precision: str) -> Contender:
+        stack = AsyncExitStack()
+        server = own_server(self._options, precision, self._spec.slots, self._threads)
+        return HttpContender(await stack.enter_async_context(server), precision, stack.aclose)
+
+    @contextmanager
+    def _peers(self) -> Iterator[PeersProcess | None]:
+        """The process of the other engines, if they are wanted; the files made for it go afterwards."""
+        if not self._options.peers:
+            yield None
+            return
+        python = environment.ensure(self._options.peers_venv)
+        with TemporaryDirectory(prefix="bitdial-peers-") as folder:
+            exported = export(self._spec.checkpoint, Path(folder))
+            process = PeersProcess(python, exported, self._threads)
+            self._report.host["peers"] = process.versions
+            try:
+                yield process
+            finally:
+                process.close()
+
+    def _show(self, row: Row) -> None:
+        self._report.add(row)
+        print(table.line(row), flush=True)
+
+
+async def _reference(precision: str, spec: ModelSpec) -> Contender:
+    return GenerateContender(precision, spec)
