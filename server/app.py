@@ -25,7 +25,7 @@ from server.metrics import Metrics
 from server.middleware import BodyLimits, Envelope
 from server.pool import Pool
 from server.replies import error_response
-from server.routes import generate, health, openai, precisions, stats, tokenize
+from server.routes import compare, generate, health, openai, precisions, stats, tokenize
 from server.settings import Settings
 from server.text import TextCodec
 from server.version import VERSION
@@ -74,7 +74,7 @@ def create_app(
     app.state.settings = settings
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for module in (generate, openai, tokenize, stats, precisions, health):
+    for module in (generate, openai, compare, tokenize, stats, precisions, health):
         app.include_router(module.router)
     app.include_router(generate.root_router)
     describe(app, settings)
@@ -97,6 +97,7 @@ async def _furnish(
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
     state.tracing = _trace(settings, state.metrics, state.checkpoint)
     observer = state.tracing or state.metrics
+    state.comparing = asyncio.Lock()
     state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
 
 

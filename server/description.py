@@ -12,6 +12,7 @@ from server.settings import Settings
 TAGS = {
     "generate": "Text Generation Inference's dialect.",
     "openai": "OpenAI's dialect.",
+    "comparing": "One prompt in several precisions.",
     "looking": "What is loaded, what it takes, how fast it is.",
     "precisions": "What this host can run; loading and unloading.",
     "health": "For supervisors and load balancers. Never needs a key.",
@@ -19,6 +20,7 @@ TAGS = {
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _MEDIA = {
     "/metrics": ["text/plain"],
+    "/compare": [_JSON, "text/markdown"],
     "/precisions/{name}/load": [_EVENTS],
     "/generate_stream": [_EVENTS],
     "/generate": [_JSON, _EVENTS],

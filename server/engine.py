@@ -10,10 +10,10 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from loaders.base import LoadedModel
 from server.errors import GenerationFailed, NotReady, ServiceError
@@ -64,13 +64,6 @@ class Generation(AsyncIterator[Token]):
         self._engine.cancel(self._sequence)
 
 
-@dataclass(frozen=True)
-class _Dead:
-    """Why the worker is no more."""
-
-    reason: str
-
-
 class Engine:
     """Continuous batching over one ``LoadedModel``. Made and called on the event loop."""
 
@@ -93,7 +86,7 @@ class Engine:
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._live: dict[Sequence, Generation] = {}
-        self._dead: _Dead | None = None
+        self._dead: str | None = None  # why the worker is no more
         self._thread: threading.Thread | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -106,19 +99,26 @@ class Engine:
         self._thread.start()
         await ready
 
-    def generate(self, ids: list[int], params: SamplingParams, deadline: float | None = None) -> Generation:
+    def generate(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        observe: Callable[[Tensor], None] | None = None,
+    ) -> Generation:
         """Queues a sequence; its tokens come by iterating over what is returned.
 
         Args:
             ids: the prompt; it and ``max_new_tokens`` together fit the context.
             deadline: ``time.perf_counter()`` seconds after which it is given up, queued or running.
+            observe: told the prompt's logits, on the worker's thread (see ``Sequence.observe``).
 
         Raises:
             NotReady: the worker is dead or stopping.
         """
         if self._dead is not None:
-            raise NotReady(f"{self.precision} is not running: {self._dead.reason}")
-        sequence = Sequence(list(ids), params, deadline)
+            raise NotReady(f"{self.precision} is not running: {self._dead}")
+        sequence = Sequence(list(ids), params, deadline, observe=observe)
         generation = self._live[sequence] = Generation(self, sequence)
         self.last_used = time.perf_counter()
         self._inbox.put(("add", sequence))
@@ -146,7 +146,7 @@ class Engine:
     def health(self) -> str | None:
         """Why the engine is unwell, or None: a dead worker, or a step far longer than any before."""
         if self._dead is not None:
-            return self._dead.reason
+            return self._dead
         allowed = max(_SLOWEST_GRACE, 5 * self._worker.longest_step)
         if (stalled := self.stalled_seconds) > allowed:
             return f"no progress for {stalled:.0f} s"
@@ -155,7 +155,7 @@ class Engine:
     def fail(self, reason: str) -> None:
         """Ends every sequence with an error; nothing is accepted any more."""
         if self._dead is None:
-            self._dead = _Dead(reason)
+            self._dead = reason
             for generation in self._live.values():
                 generation.put(GenerationFailed(f"the {self.precision} worker failed: {reason}"))
             self._live.clear()

@@ -1,4 +1,4 @@
-"""A request from validated parameters to text: what both dialects share.
+"""A request from validated parameters to a continuation: what both dialects share.
 
 Lengths are checked, a place is taken, the prompt encoded, the engine found; then text comes piece by piece.
 """
@@ -6,14 +6,15 @@ Lengths are checked, a place is taken, the prompt encoded, the engine found; the
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from dataclasses import replace
 from typing import Protocol
 
 import loaders
 from loaders.base import Checkpoint, LoaderError
-from server.engine import Engine, Generation
+from server.continuation import DEFAULT_NEW_TOKENS, Continuation, GenerationRequest, Piece
+from server.engine import Engine
 from server.errors import (
     BadPrecision,
     DeadlinePassed,
@@ -25,43 +26,11 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
-from server.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
+from server.sequence import SamplingParams, Timeline
 from server.settings import Settings
 from server.text import TextCodec
 
-DEFAULT_NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What a client asked for, each value within its range."""
-
-    prompt: str | list[int]
-    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=DEFAULT_NEW_TOKENS))
-    """``max_new_tokens`` and ``seed`` in it are overridden by the two below."""
-    precision: str | None = None
-    """Name or alias; the server's default if None."""
-    fallback: bool = False
-    """Serve with the default precision, saying so, where the asked one can't be had."""
-    stop: tuple[str, ...] = ()
-    truncate: int | None = None
-    """Keep the prompt's last n tokens."""
-    max_new_tokens: int | None = None
-    """64, or the context left if that is less, if None."""
-    seed: int | None = None
-    """Drawn if None."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token and the text that it released; the texts joined are the generated text."""
-
-    index: int
-    """From 1."""
-    token: Token
-    text: str
-    special: bool
-    finish: FinishReason | None
+__all__ = ["DEFAULT_NEW_TOKENS", "Continuation", "GenerationRequest", "MetricsLike", "Piece", "Service"]
 
 
 class PoolLike(Protocol):
@@ -80,91 +49,6 @@ class MetricsLike(Protocol):
     ) -> None: ...
 
 
-class Continuation:
-    """A running request. Iterate for its pieces; close it in a ``finally``, whatever happens."""
-
-    def __init__(
-        self,
-        service: "Service",
-        request: GenerationRequest,
-        engine: Engine,
-        lease: AbstractAsyncContextManager[Engine],
-        generation: Generation,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        fallback_reason: str | None,
-    ) -> None:
-        self._service, self._lease, self._generation = service, lease, generation
-        self.precision = engine.precision
-        self.precision_requested = request.precision
-        self.fallback_reason = fallback_reason
-        self.seed = params.seed
-        self.prompt_ids = prompt_ids
-        self.pieces: list[Piece] = []
-        self.finish_reason: FinishReason | None = None
-        self._decoder = service.codec.incremental(prompt_ids, request.stop)
-        self._closed = False
-        self._error: ServiceError | None = None
-
-    @property
-    def timeline(self) -> Timeline:
-        return self._generation.timeline
-
-    @property
-    def prompt_tokens(self) -> list[PromptToken]:
-        return self._generation.prompt_tokens
-
-    @property
-    def text(self) -> str:
-        """The generated text so far."""
-        return "".join(piece.text for piece in self.pieces)
-
-    async def run(self) -> "Continuation":
-        """To the end; for answers that come in one piece."""
-        async for _ in self:
-            pass
-        return self
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        try:
-            async for token in self._generation:
-                piece = self._piece(token)
-                self.pieces.append(piece)
-                self.finish_reason = piece.finish
-                if piece.finish is not None:
-                    await self.aclose()
-                yield piece
-                if piece.finish is not None:
-                    return
-            self.finish_reason = "length"  # no token was asked for
-        except ServiceError as error:
-            self._error = error
-            raise
-
-    def _piece(self, token: Token) -> Piece:
-        special = self._service.codec.is_special(token.id)
-        text = self._decoder.push(token.id)
-        finish: FinishReason | None = "stop_sequence" if self._decoder.stopped else token.finish
-        if finish in ("length", "eos_token"):
-            text += self._decoder.finish()
-            finish = "stop_sequence" if self._decoder.stopped else finish
-        return Piece(len(self.pieces) + 1, token, text, special, finish)
-
-    async def aclose(self) -> None:
-        """Cancels what is still running, gives the place and the engine back. Any number of times."""
-        if self._closed:
-            return
-        self._closed = True
-        await self._generation.aclose()
-        await self._lease.__aexit__(None, None, None)
-        self._service.closed(self, self._outcome())
-
-    def _outcome(self) -> str:
-        if self._error is not None:
-            return self._error.error_type
-        return "success" if self.finish_reason is not None else "cancelled"
-
-
 class Service:
     """Opens continuations. Places are counted here, before anything is computed for a request."""
 
@@ -181,7 +65,7 @@ class Service:
         self._settings, self._checkpoint = settings, checkpoint
         self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
         self.in_flight = 0
-        """Places taken: continuations open or opening."""
+        """Places taken: continuations open or opening, and what else holds one."""
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
@@ -217,7 +101,24 @@ class Service:
     def closed(self, continuation: Continuation, outcome: str) -> None:
         self.in_flight -= 1
         prompt = len(continuation.prompt_ids)
-        self._metrics.observe_request(continuation.precision, outcome, continuation.timeline, prompt)
+        self.observe(continuation.precision, outcome, continuation.timeline, prompt)
+
+    def observe(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
+        """Counts a generation that has ended."""
+        self._metrics.observe_request(precision, outcome, timeline, prompt_tokens)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Holds a place for work that opens no continuation.
+
+        Raises:
+            NotReady, Overloaded
+        """
+        self._reserve(1)
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
 
     def _reserve(self, places: int) -> int:
         if self._lifecycle.fatal is not None:
@@ -230,8 +131,8 @@ class Service:
         return places
 
     async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
-        prompt = await self._encode(request)
-        params = self._resolve(request, len(prompt))
+        prompt = await self.encode(request)
+        params = self.resolve(request, len(prompt))
         lease, engine, reason = await self._find_engine(request, deadline)
         try:
             generation = engine.generate(prompt, params, deadline)
@@ -240,7 +141,12 @@ class Service:
             raise
         return Continuation(self, request, engine, lease, generation, prompt, params, reason)
 
-    async def _encode(self, request: GenerationRequest) -> list[int]:
+    async def encode(self, request: GenerationRequest) -> list[int]:
+        """The prompt's ids, all of them in the vocabulary; at least one.
+
+        Raises:
+            Invalid
+        """
         ids = request.prompt
         if isinstance(ids, str):
             if not ids:
@@ -253,8 +159,12 @@ class Service:
             raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="prompt")
         return ids[-request.truncate :] if request.truncate else ids
 
-    def _resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
-        """The parameters with length and seed settled."""
+    def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
+        """The parameters with length and seed settled, for a prompt of so many tokens.
+
+        Raises:
+            PromptTooLong
+        """
         limit = self.max_total_tokens
         wanted = request.max_new_tokens
         needed = prompt + (1 if wanted is None else wanted)

@@ -9,7 +9,7 @@ import loaders
 from loaders.base import LoaderError
 from server.errors import BadPrecision, Invalid, ModelUnknown
 from server.generation import GenerationRequest
-from server.schemas import Parameters, printable
+from server.schemas import Sampling, printable
 from server.sequence import SamplingParams
 
 _ANY_MODEL = ("tgi", "dummy")
@@ -86,7 +86,7 @@ def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_request(
     prompt: str | Sequence[int],
-    wishes: Parameters,
+    wishes: Sampling,
     *,
     precision: str | None,
     fallback: bool | None,

@@ -67,7 +67,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Parameters(Strict):
+class Sampling(Strict):
     """How to continue a prompt."""
 
     max_new_tokens: int | None = Field(None, ge=1, examples=[20])
@@ -83,12 +83,23 @@ class Parameters(Strict):
     seed: Seed | None = None
     stop: Stop | None = None
     truncate: int | None = Field(None, ge=1)
+    ignore_eos: bool | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Asked for, or implied by a parameter that only sampling uses."""
+        given = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
+        return bool(self.do_sample) or any(value is not None for value in given)
+
+
+class Parameters(Sampling):
+    """How to continue a prompt, and what to tell of it."""
+
     best_of: int | None = Field(None, ge=1)
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: int | None = Field(None, ge=0, le=5)
-    ignore_eos: bool | None = None
     watermark: Any = None
     grammar: Any = None
     adapter_id: Any = None
@@ -102,12 +113,6 @@ class Parameters(Strict):
         if value:
             raise ValueError("not supported")
         return value
-
-    @property
-    def samples(self) -> bool:
-        """Asked for, or implied by a parameter that only sampling uses."""
-        given = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
-        return bool(self.do_sample) or any(value is not None for value in given)
 
 
 class GenerateBody(Parameters):

@@ -1,9 +1,10 @@
 """The plain data that scheduler, sampler and engine pass between them. Token ids only; no text, no torch."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
@@ -108,6 +109,9 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     prompt_tokens: list[PromptToken] = field(default_factory=list)
     cancelled: bool = False
+    observe: Callable[[Any], None] | None = None
+    """Told, on the worker's thread, the (tokens, vocabulary) logits of each stretch of the prompt, in order.
+    They are valid during the call; what it raises ends the sequence."""
     timeline: Timeline = field(default_factory=Timeline)
     random: Random = field(init=False, repr=False)
     """Its own random stream: what it draws depends on its seed and on nothing else that runs."""

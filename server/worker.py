@@ -102,10 +102,12 @@ class Worker:
         sequence, start = chunk.sequence, chunk.sequence.prefilled
         ids = sequence.prompt[start : start + chunk.count]
         assert sequence.slot is not None
-        wants_all = sequence.params.prompt_logprobs
+        wants_all = sequence.params.prompt_logprobs or sequence.observe is not None
         wanted = "all" if wants_all else "last" if chunk.is_last else "none"
         logits = self._runner.prefill(sequence.slot, ids, wanted)  # type: ignore[arg-type]
-        if wants_all and logits is not None:
+        if sequence.observe is not None:
+            sequence.observe(logits)
+        if sequence.params.prompt_logprobs and logits is not None:
             if not start:
                 sequence.prompt_tokens.append(PromptToken(ids[0], None))
             following = sequence.prompt[start + 1 : start + chunk.count + 1]

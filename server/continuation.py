@@ -1,0 +1,138 @@
+"""A running request: what was asked for, and its text piece by piece."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.engine import Engine, Generation
+from server.errors import ServiceError
+from server.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
+from server.text import TextCodec
+
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a client asked for, each value within its range."""
+
+    prompt: str | list[int]
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=DEFAULT_NEW_TOKENS))
+    """``max_new_tokens`` and ``seed`` in it are overridden by the two below."""
+    precision: str | None = None
+    """Name or alias; the server's default if None."""
+    fallback: bool = False
+    """Serve with the default precision, saying so, where the asked one can't be had."""
+    stop: tuple[str, ...] = ()
+    truncate: int | None = None
+    """Keep the prompt's last n tokens."""
+    max_new_tokens: int | None = None
+    """64, or the context left if that is less, if None."""
+    seed: int | None = None
+    """Drawn if None."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token and the text that it released; the texts joined are the generated text."""
+
+    index: int
+    """From 1."""
+    token: Token
+    text: str
+    special: bool
+    finish: FinishReason | None
+
+
+class Owner(Protocol):
+    """Whoever opened a continuation, and counts them."""
+
+    codec: TextCodec
+
+    def closed(self, continuation: "Continuation", outcome: str) -> None: ...
+
+
+class Continuation:
+    """A running request. Iterate for its pieces; close it in a ``finally``, whatever happens."""
+
+    def __init__(
+        self,
+        service: Owner,
+        request: GenerationRequest,
+        engine: Engine,
+        lease: AbstractAsyncContextManager[Engine],
+        generation: Generation,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        fallback_reason: str | None,
+    ) -> None:
+        self._service, self._lease, self._generation = service, lease, generation
+        self.precision = engine.precision
+        self.precision_requested = request.precision
+        self.fallback_reason = fallback_reason
+        self.seed = params.seed
+        self.prompt_ids = prompt_ids
+        self.pieces: list[Piece] = []
+        self.finish_reason: FinishReason | None = None
+        self._decoder = service.codec.incremental(prompt_ids, request.stop)
+        self._closed = False
+        self._error: ServiceError | None = None
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._generation.timeline
+
+    @property
+    def prompt_tokens(self) -> list[PromptToken]:
+        return self._generation.prompt_tokens
+
+    @property
+    def text(self) -> str:
+        """The generated text so far."""
+        return "".join(piece.text for piece in self.pieces)
+
+    async def run(self) -> "Continuation":
+        """To the end; for answers that come in one piece."""
+        async for _ in self:
+            pass
+        return self
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        try:
+            async for token in self._generation:
+                piece = self._piece(token)
+                self.pieces.append(piece)
+                self.finish_reason = piece.finish
+                if piece.finish is not None:
+                    await self.aclose()
+                yield piece
+                if piece.finish is not None:
+                    return
+            self.finish_reason = "length"  # no token was asked for
+        except ServiceError as error:
+            self._error = error
+            raise
+
+    def _piece(self, token: Token) -> Piece:
+        special = self._service.codec.is_special(token.id)
+        text = self._decoder.push(token.id)
+        finish: FinishReason | None = "stop_sequence" if self._decoder.stopped else token.finish
+        if finish in ("length", "eos_token"):
+            text += self._decoder.finish()
+            finish = "stop_sequence" if self._decoder.stopped else finish
+        return Piece(len(self.pieces) + 1, token, text, special, finish)
+
+    async def aclose(self) -> None:
+        """Cancels what is still running, gives the place and the engine back. Any number of times."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._generation.aclose()
+        await self._lease.__aexit__(None, None, None)
+        self._service.closed(self, self._outcome())
+
+    def _outcome(self) -> str:
+        if self._error is not None:
+            return self._error.error_type
+        return "success" if self.finish_reason is not None else "cancelled"

@@ -1,0 +1,149 @@
+"""``POST /compare``: one prompt in several precisions, and how far each is from a reference."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BeforeValidator, Field
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from loaders.quality.prompt import longest_prompt
+from server.body import read_object
+from server.comparison import Compared, Comparison, Wish
+from server.errors import DeadlinePassed, PromptTooLong, ServiceError
+from server.intake import known_precision, make_request, merge_parameters
+from server.pool import Pool
+from server.replies import until_disconnect
+from server.routes.compare_table import markdown
+from server.routes.shared import body_of
+from server.schemas import PRECISION_NAMES, Sampling, validate
+
+router = APIRouter(tags=["comparing"])
+_ALL = "all"
+_MOST_NAMES = 64  # with aliases and repeats
+
+
+def _names(value: Any) -> Any:
+    if value is None or value == _ALL:
+        return value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a list of names, or "all"')
+    if not 1 <= len(value) <= _MOST_NAMES:
+        raise ValueError(f"must name from 1 to {_MOST_NAMES}")
+    return value
+
+
+_Name = Annotated[str, Field(json_schema_extra={"enum": PRECISION_NAMES})]
+_Listed = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_NAMES)]
+
+
+class CompareBody(Sampling):
+    """``POST /compare``; the sampling parameters may also stand inside ``parameters``."""
+
+    inputs: str = Field(min_length=1, examples=["Once upon a time"])
+    precisions: Annotated[
+        Any, BeforeValidator(_names, json_schema_input_type=Annotated[str, Field(pattern="^all$")] | _Listed)
+    ] = Field(None, description="those loaded now, if it is left out", examples=[["fp32", "nf4"]])
+    reference: str = Field("fp32", json_schema_extra={"enum": PRECISION_NAMES})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a comparison; a precision that failed, of those not named, has its error."""
+
+    reference: str
+    prompt_tokens: int
+    seed: int
+    rows: dict[str, Compared | ServiceError]
+
+
+@router.post("/compare", openapi_extra=body_of(CompareBody, parameters=Sampling.model_json_schema()))
+async def compare(request: Request) -> Response:
+    """Continues a prompt in several precisions, and tells how far each is from the reference on it."""
+    values, state = merge_parameters(await read_object(request)), request.app.state
+    body = validate(CompareBody, values, state.settings)
+    answer = await until_disconnect(request, _within_time(state, body))
+    if "text/markdown" in request.headers.get("accept", ""):
+        return Response(markdown(answer.reference, answer.rows), media_type="text/markdown")
+    return JSONResponse(_as_json(answer))
+
+
+async def _within_time(state: State, body: CompareBody) -> Answer:
+    try:
+        async with asyncio.timeout(state.settings.request_timeout):
+            with state.service.place():
+                return await _compare(state, body)
+    except TimeoutError:
+        raise DeadlinePassed("the comparison's time was up") from None
+
+
+async def _compare(state: State, body: CompareBody) -> Answer:
+    reference = known_precision(body.reference)
+    names = _chosen(state.pool, body.precisions, reference)
+    wish = await _wish(state, body)
+    answer = Answer(reference, len(wish.ids), wish.params.seed, {})
+    comparison = Comparison(wish, state.codec, state.pool.use, state.service.observe)
+    async with state.comparing:  # one after another: the reference's logits are kept meanwhile
+        for name in names:
+            try:
+                answer.rows[name] = await comparison.run(name)
+            except ServiceError as error:
+                if name == reference or body.precisions != _ALL:
+                    raise
+                answer.rows[name] = error
+    return answer
+
+
+def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str]:
+    """The reference first, each once."""
+    if asked == _ALL:
+        names = [state.name for state in pool.states() if state.state != "unavailable"]
+    elif asked is None:
+        names = [state.name for state in pool.states() if state.state == "loaded"]
+    else:
+        names = [known_precision(name) for name in asked]
+    return list(dict.fromkeys([reference, *names]))
+
+
+async def _wish(state: State, body: CompareBody) -> Wish:
+    request = make_request(body.inputs, body, precision=None, fallback=None, seed=body.seed)
+    ids = await state.service.encode(request)
+    most = longest_prompt(state.checkpoint.vocabulary)
+    if len(ids) > most:
+        raise PromptTooLong(f"the prompt has {len(ids)} tokens; a comparison takes at most {most}")
+    params = state.service.resolve(request, len(ids))
+    return Wish(ids, params, request.stop)
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "reference": answer.reference,
+        "prompt_tokens": answer.prompt_tokens,
+        "seed": answer.seed,
+        "precisions": {
+            name: {"error": row.message, "error_type": row.error_type}
+            if isinstance(row, ServiceError)
+            else _row(row)
+            for name, row in answer.rows.items()
+        },
+    }
+
+
+def _row(row: Compared) -> dict[str, Any]:
+    return {
+        "generated_text": row.written.text,
+        "generated_tokens": len(row.written.ids),
+        "finish_reason": row.written.finish_reason,
+        "memory": {"total_bytes": row.total_bytes},
+        "ttft_ms": round(row.written.ttft_ms, 3),
+        "tokens_per_second": round(row.written.tokens_per_second, 3),
+        "prompt_perplexity": row.prompt.prompt_perplexity,
+        "mean_kl": row.prompt.mean_kl,
+        "max_kl": row.prompt.max_kl,
+        "top1_agreement": row.prompt.top1_agreement,
+        "first_divergence": row.first_divergence,
+    }
