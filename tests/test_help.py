@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -152,3 +153,20 @@ def test_wrong_usage_says_what_is_wrong(
         code = int(end.code or 0)
     assert code in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_had_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_ID", str(tmp_path))
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"bitdial serve: {tmp_path.name} has no config.json: it is not a transformers checkpoint"
+    ]
+
+
+def test_precisions_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["precisions"]) == 0
+    told = capsys.readouterr().out
+    for name in loaders.PRECISIONS:
+        assert re.search(rf"^{name} .*(yes|no: )", told, re.M)

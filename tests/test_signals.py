@@ -1,0 +1,109 @@
+"""SIGTERM and Ctrl-C in every phase of the process's life: the real command, with a slow model."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import fake_checkpoint
+from tests.test_process import ROOT, ask, environment
+
+SERVE = """
+import sys, time
+import loaders
+from tests.fakes import fake_load
+
+def load(*arguments):
+    {loading}
+    model = fake_load(*arguments)
+    model.runner.delay = 0.02
+    return model
+
+loaders.load = load
+from server.__main__ import main
+
+main(["serve", "--model", sys.argv[1], "--port", "0", "--precisions", "fp32"])
+"""
+TOKENS = 75  # a second and a half
+
+
+@contextmanager
+def serving(folder: Path, loading: str = "") -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """The process, and its port as soon as it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE.format(loading=loading), str(folder)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        lines = (re.search(r"listening on http://127\.0\.0\.1:(\d+)", line) for line in process.stdout)
+        yield process, int(next(match[1] for match in lines if match))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    fake_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return tmp_path
+
+
+def ready(port: int) -> None:
+    while ask(port, "GET", "/health")[0] != 200:
+        time.sleep(0.05)
+
+
+def open_stream(port: int) -> http.client.HTTPResponse:
+    """A stream whose first token has come."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = json.dumps({"inputs": "a", "max_new_tokens": TOKENS})
+    connection.request("POST", "/generate_stream", body, {"Content-Type": "application/json"})
+    stream = connection.getresponse()
+    stream.readline()
+    return stream
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_one_drains(folder: Path, signal_: signal.Signals) -> None:
+    with serving(folder) as (process, port):
+        ready(port)
+        stream = open_stream(port)
+        process.send_signal(signal_)
+        while ask(port, "GET", "/health")[0] == 200:
+            time.sleep(0.01)
+        for method, path in (("GET", "/health/ready"), ("POST", "/generate"), ("POST", "/v1/completions")):
+            assert ask(port, method, path, {"prompt": "x"} if method == "POST" else None)[0] == 503
+        assert ask(port, "GET", "/health/live")[0] == 200
+        last = [line for line in stream.read().decode().splitlines() if line][-1]
+        assert f'"generated_tokens": {TOKENS}' in last
+        assert process.wait(timeout=5) == 0
+
+
+def test_the_second_one_ends_at_once(folder: Path) -> None:
+    with serving(folder) as (process, port):
+        ready(port)
+        stream = open_stream(port)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        process.wait(timeout=5)
+        assert time.monotonic() - begun < 2
+        stream.close()
+
+
+def test_one_while_loading(folder: Path) -> None:
+    with serving(folder, loading="time.sleep(60)") as (process, port):
+        assert ask(port, "GET", "/health")[0] == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
