@@ -51,20 +51,15 @@ class NativeLinear(nn.Module):
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         self.bias = None if bias is None else _frozen(bias.detach())
         self.scales = None if scales is None else _frozen(scales)
-        # a 16-bit bias is added here: a float32 copy of it would be bytes that nobody counted
-        fused = bias.detach() if bias is not None and bias.dtype == torch.float32 else None
-        self._late_bias = None if fused is not None or bias is None else bias.detach()
-        self._matrix = kernels.PackedMatrix(kind, weight.detach(), scales, fused, four_bit)
-        self.in_features, self.out_features = self._matrix.inputs, self._matrix.outputs
+        library = kernels.get()
+        assert library is not None, str(kernels.find())
+        held = None if bias is None else bias.detach()
+        self.matrix = kernels.PackedMatrix(library, kind, weight.detach(), scales, held, four_bit)
+        self.in_features, self.out_features = self.matrix.inputs, self.matrix.outputs
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float().contiguous()
-        return self.rows(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(rows, outputs) float32 of contiguous (rows, inputs) float32, with ``residual`` added."""
-        y = self._matrix(x, residual)
-        return y if self._late_bias is None else y.add_(self._late_bias)
+        return self.matrix(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that describe the quantization, by role, as ``footprint.measure`` wants them."""

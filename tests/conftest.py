@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from server.connection import ServerConfig
 from server.settings import Settings
@@ -31,6 +32,14 @@ def process_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     for logger, level in levels:
         logger.setLevel(level)
+
+
+@pytest.fixture(scope="module", params=kernels.runnable())
+def library(request: pytest.FixtureRequest) -> kernels.Library:
+    """Every library that this CPU can run, not the best alone."""
+    found = kernels.load(request.param)
+    assert isinstance(found, kernels.Library), found
+    return found
 
 
 class Loads:

@@ -18,14 +18,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BLOCK = 64
 
 
-@pytest.fixture(scope="module", params=kernels.runnable())
-def library(request: pytest.FixtureRequest) -> Library:
-    """Every library that this CPU can run, not the best alone."""
-    found = kernels.load(request.param)
-    assert isinstance(found, Library), found
-    return found
-
-
 def packed(
     library: Library, kind: kernels.Format, outputs: int, inputs: int, bias: Tensor | None = None
 ) -> tuple[PackedMatrix, Tensor]:
@@ -34,15 +26,15 @@ def packed(
     if kind == "int8":
         scales = torch.rand(outputs) + 0.01
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        return PackedMatrix(kind, codes, scales, bias, library=library), codes * scales[:, None]
+        return PackedMatrix(library, kind, codes, scales, bias), codes * scales[:, None]
     if kind == "four-bit":
         codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
         table, scales = torch.randn(16), torch.rand(outputs * inputs // BLOCK)
         state = FourBit(table, BLOCK, scales)
-        matrix = PackedMatrix(kind, codes, bias=bias, four_bit=state, library=library)
+        matrix = PackedMatrix(library, kind, codes, bias=bias, four_bit=state)
         return matrix, as_multiplied(library, kind, four_bit_weights(codes, table, scales))
     held = weight.to(DTYPES[kind])
-    return PackedMatrix(kind, held, bias=bias, library=library), held.float()
+    return PackedMatrix(library, kind, held, bias=bias), held.float()
 
 
 def four_bit_weights(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
@@ -125,34 +117,8 @@ def test_nested_scales(library: Library) -> None:
     )
     scales = nested[scale_codes.long()] * scale_scales.repeat_interleave(256)[:count] + 0.25
     x = torch.randn(3, inputs)
-    plain = PackedMatrix("four-bit", codes, four_bit=FourBit(table, BLOCK, scales), library=library)(x)
+    plain = PackedMatrix(library, "four-bit", codes, four_bit=FourBit(table, BLOCK, scales))(x)
     state = FourBit(table, BLOCK, scale_codes, nested, scale_scales, 0.25)
-    nested_product = PackedMatrix("four-bit", codes, four_bit=state, library=library)(x)
+    nested_product = PackedMatrix(library, "four-bit", codes, four_bit=state)(x)
     tolerance = 1e-5 if library.computes_in("four-bit") == "float32" else 1e-2  # a weight may round otherwise
     torch.testing.assert_close(nested_product, plain, rtol=tolerance, atol=10 * tolerance)
-
-
-@pytest.mark.parametrize("dim", [8, 40, 64, 96])
-def test_attention(library: Library, dim: int) -> None:
-    """Rows of several slots, at their own positions, two of them of one slot; against torch's own."""
-    slots, heads, context = 3, 2, 32
-    keys, values = torch.randn(2, slots, heads, context, dim)
-    where, when = torch.tensor([1, 1, 0, 2]), torch.tensor([9, 10, 0, 31])
-    qkv = torch.randn(4, 3 * heads * dim)
-    out = kernels.attend(qkv, keys, values, where, when, library)
-    for row, (slot, position) in enumerate(zip(where.tolist(), when.tolist(), strict=True)):
-        query, key, value = qkv[row].view(3, heads, 1, dim)
-        assert torch.equal(keys[slot, :, position], key[:, 0])
-        assert torch.equal(values[slot, :, position], value[:, 0])
-        past = slice(0, position + 1)
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query, keys[slot, :, past], values[slot, :, past]
-        )
-        torch.testing.assert_close(out[row].view(heads, 1, dim), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_attention_of_large_scores_does_not_overflow(library: Library) -> None:
-    keys, values = torch.randn(2, 1, 1, 8, 8)
-    qkv = torch.randn(1, 24) * 1e4
-    out = kernels.attend(qkv, keys, values, torch.tensor([0]), torch.tensor([7]), library)
-    assert out.isfinite().all()

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ["linear.c", "attention.c"]
-HEADERS = ["four_bit.h", "matrix.h", "operand.h", "tiles.h", "vector.h", "wide.h"]
+SOURCES = ["linear.c", "gpt2.c"]
+HEADERS = sorted(path.name for path in FOLDER.glob("*.h"))
 TARGETS = {
     "avx512-bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
     "avx512": ["-march=x86-64-v4", "-mavx512vnni"],
@@ -27,7 +27,7 @@ class BuildError(Exception):
     """The kernels can't be compiled here; the message says why."""
 
 
-def library(target: str) -> Path:
+def compiled(target: str) -> Path:
     """Where the compiled library for ``target`` is kept; the name tells the source it was made from."""
     digest = hashlib.sha256(repr(TARGETS[target]).encode())
     for name in SOURCES + HEADERS:
@@ -41,7 +41,7 @@ def build() -> list[Path]:
     Raises:
         BuildError: no compiler, or it refused.
     """
-    wanted = {target: library(target) for target in TARGETS}
+    wanted = {target: compiled(target) for target in TARGETS}
     for old in set(FOLDER.glob("kernels-*.so")) - set(wanted.values()):
         old.unlink()
     missing = {target: path for target, path in wanted.items() if not path.exists()}

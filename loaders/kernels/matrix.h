@@ -13,7 +13,8 @@ typedef struct {
     int64_t format, outputs, inputs;
     const void *data;
     const float *scales;     /* INT8: one an output. FOUR_BIT: one a block of inputs, or NULL if they are nested */
-    const float *bias;       /* (outputs,) or NULL */
+    const void *bias;        /* (outputs,) or NULL */
+    int64_t bias_format;     /* FLOAT32, BFLOAT16 or FLOAT16 */
     const float *table;      /* FOUR_BIT: the 16 values a code stands for */
     int64_t block;           /* FOUR_BIT: weights that share a scale; divides inputs */
     const uint8_t *codes;    /* FOUR_BIT, nested scales: scale = nested_table[code] * nested_scales[i / 256] + offset */
@@ -30,6 +31,14 @@ static inline int64_t row_bytes(const matrix *m) { return m->inputs * bits_per_w
 
 static inline const char *row_of(const matrix *m, int64_t output) {
     return (const char *)m->data + output * row_bytes(m);
+}
+
+static inline float bias_of(const matrix *m, int64_t output) {
+    switch (m->bias_format) {
+    case BFLOAT16: return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(((const uint16_t *)m->bias)[output] << 16)));
+    case FLOAT16: return _cvtsh_ss(((const uint16_t *)m->bias)[output]);
+    default: return ((const float *)m->bias)[output];
+    }
 }
 
 static inline float block_scale(const matrix *m, int64_t block) {

@@ -10,6 +10,7 @@ typedef struct {
     float *y;              /* (rows, outputs) */
     int64_t output;        /* the first of CHANNELS */
     int channels;          /* how many of them there are */
+    __m128 bias;           /* of each */
     const char *w[CHANNELS];
     const char *next;      /* weights that will be needed soon, */
     int64_t next_rows;     /* so many rows of them, */
@@ -34,10 +35,9 @@ static inline __attribute__((always_inline)) void fetch(const tile *t, int64_t w
 
 /* Stores the sums of one row: + bias + residual. */
 static inline void finish(const tile *t, int64_t row, __m128 sums) {
-    const float *bias = t->m->bias ? t->m->bias + t->output : NULL;
     int64_t at = row * t->m->outputs + t->output;
     if (t->channels == CHANNELS) {
-        if (bias) sums = _mm_add_ps(sums, _mm_loadu_ps(bias));
+        sums = _mm_add_ps(sums, t->bias);
         if (t->residual) sums = _mm_add_ps(_mm_loadu_ps(t->residual + at), sums);
         _mm_storeu_ps(t->y + at, sums);
         return;
@@ -45,7 +45,7 @@ static inline void finish(const tile *t, int64_t row, __m128 sums) {
     float parts[CHANNELS];
     _mm_storeu_ps(parts, sums);
     for (int c = 0; c < t->channels; c++) {
-        if (bias) parts[c] += bias[c];
+        parts[c] += t->bias[c];
         t->y[at + c] = t->residual ? t->residual[at + c] + parts[c] : parts[c];
     }
 }

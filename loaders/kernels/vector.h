@@ -1,4 +1,4 @@
-/* What AVX2 lacks: sums over a register's lanes, dot products, the exponential function. */
+/* What AVX2 lacks: sums over a register's lanes, the exponential function. */
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -41,11 +41,4 @@ static inline __m256 exp8(__m256 x) {
     p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(x, x), x), _mm256_set1_ps(1.0f));
     __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(exponent)), kept);
-}
-
-static inline float dot(const float *a, const float *b, int64_t count) {
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t d = 0; d < count; d += LANES)
-        sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + d), _mm256_loadu_ps(b + d), sum);
-    return sum8(sum);
 }

@@ -17,6 +17,8 @@ static inline floats load(const float *at) { return _mm512_loadu_ps(at); }
 static inline void store(float *at, floats v) { _mm512_storeu_ps(at, v); }
 static inline floats all(float value) { return _mm512_set1_ps(value); }
 static inline floats times(floats a, floats b) { return _mm512_mul_ps(a, b); }
+static inline floats plus(floats a, floats b) { return _mm512_add_ps(a, b); }
+static inline floats minus(floats a, floats b) { return _mm512_sub_ps(a, b); }
 static inline floats multiply_add(floats a, floats b, floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 static inline floats magnitude(floats v) { return _mm512_abs_ps(v); }
 static inline floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
@@ -62,6 +64,8 @@ static inline floats load(const float *at) { return _mm256_loadu_ps(at); }
 static inline void store(float *at, floats v) { _mm256_storeu_ps(at, v); }
 static inline floats all(float value) { return _mm256_set1_ps(value); }
 static inline floats times(floats a, floats b) { return _mm256_mul_ps(a, b); }
+static inline floats plus(floats a, floats b) { return _mm256_add_ps(a, b); }
+static inline floats minus(floats a, floats b) { return _mm256_sub_ps(a, b); }
 static inline floats multiply_add(floats a, floats b, floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 static inline floats magnitude(floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 static inline floats larger(floats a, floats b) { return _mm256_max_ps(a, b); }

@@ -1,0 +1,170 @@
+"""A whole forward pass of GPT-2 in one call."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loaders.kernels.library import I64, Library, P
+from loaders.kernels.matrix import MatrixStruct, PackedMatrix
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", MatrixStruct), ("bias", MatrixStruct)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("before_attention", _Norm),
+        ("before_mlp", _Norm),
+        *((name, P) for name in ("qkv", "attention_out", "up", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    """``gpt2`` of gpt2.c, as the structures around it."""
+
+    _fields_ = [
+        *((name, I64) for name in ("width", "heads", "layer_count")),
+        *((name, P) for name in ("tokens", "positions", "layers")),
+        ("last", _Norm),
+        ("head", P),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [*((name, P) for name in ("ids", "slots", "positions")), ("count", I64)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("keys", P), ("values", P), ("context", I64)]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """(width,) weight and bias of a layer normalization, of any float type."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block; qkv is (3 · width, width), attention_out (width, width), up (inner, width)."""
+
+    before_attention: Norm
+    qkv: PackedMatrix
+    attention_out: PackedMatrix
+    before_mlp: Norm
+    up: PackedMatrix
+    down: PackedMatrix
+
+
+class KeyValues:
+    """Keys and values of every layer; (slots, heads, context, dim) float32 each, contiguous."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
+        count, self._context = len(layers), layers[0][0].shape[2]
+        self._keys = (P * count)(*(keys.data_ptr() for keys, _ in layers))
+        self._values = (P * count)(*(values.data_ptr() for _, values in layers))
+        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), self._context)
+
+
+class GPT2:
+    """The model's tensors as the kernels read them, none copied.
+
+    Args:
+        tokens, positions: (vocabulary, width), (context, width) embeddings of any float type.
+        head: (vocabulary, width).
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        heads: int,
+        epsilon: float,
+        tokens: Tensor,
+        positions: Tensor,
+        layers: Sequence[Layer],
+        last: Norm,
+        head: PackedMatrix,
+    ) -> None:
+        self._library, self._head = library, head
+        self._kept: list[PackedMatrix] = [head]  # what the structures point to must live as long as they do
+        self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        self._model = _Model(
+            tokens.shape[1],
+            heads,
+            len(layers),
+            ctypes.addressof(self._matrix(tokens)),
+            ctypes.addressof(self._matrix(positions)),
+            ctypes.addressof(self._layers),
+            self._norm(last),
+            ctypes.addressof(head.struct),
+            epsilon,
+        )
+        self._vocabulary, self._context = tokens.shape[0], positions.shape[0]
+
+    def __call__(
+        self,
+        cache: KeyValues,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        ids: Sequence[int],
+        wanted: int,
+    ) -> Tensor:
+        """Computes a row for each id and appends its keys and values; its bits depend on its own past alone.
+
+        Args:
+            slots, positions: where each row stands; rows of one slot side by side, in rising order.
+            wanted: the last so many rows get logits.
+
+        Returns: (wanted, vocabulary) float32.
+
+        Raises:
+            IndexError: an id or a position that the model has no embedding for.
+            MemoryError: the scratch memory can't be had.
+        """
+        count = len(ids)
+        if not (min(ids) >= 0 and max(ids) < self._vocabulary and min(positions) >= 0):
+            raise IndexError("a token id outside the vocabulary")
+        if max(positions) >= self._context:
+            raise IndexError("a position outside the context")
+        array = I64 * count
+        held = [array(*values) for values in (ids, slots, positions)]
+        rows = _Rows(*map(ctypes.addressof, held), count)
+        logits = torch.empty(wanted, self._head.outputs)
+        threads = torch.get_num_threads()
+        if self._library.gpt2(
+            ctypes.addressof(self._model),
+            ctypes.addressof(rows),
+            ctypes.addressof(cache.struct),
+            wanted,
+            logits.data_ptr(),
+            threads,
+        ):
+            raise MemoryError("not enough memory for a forward pass")
+        return logits
+
+    def _layer(self, layer: Layer) -> _Layer:
+        matrices = (layer.qkv, layer.attention_out, layer.up, layer.down)
+        self._kept.extend(matrices)
+        return _Layer(
+            self._norm(layer.before_attention),
+            self._norm(layer.before_mlp),
+            *(ctypes.addressof(matrix.struct) for matrix in matrices),
+        )
+
+    def _norm(self, norm: Norm) -> _Norm:
+        return _Norm(self._matrix(norm.weight[None]), self._matrix(norm.bias[None]))
+
+    def _matrix(self, tensor: Tensor) -> MatrixStruct:
+        packed = PackedMatrix(self._library, _DTYPES[tensor.dtype], tensor)  # type: ignore[arg-type]
+        self._kept.append(packed)
+        return packed.struct

@@ -1,0 +1,104 @@
+"""A weight matrix as the kernels read it, multiplied by itself."""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loaders.kernels.library import FORMATS, I64, Format, Library, P
+
+_BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # places in FORMATS
+
+
+class MatrixStruct(ctypes.Structure):
+    """``matrix`` of matrix.h."""
+
+    _fields_ = [
+        *((name, I64) for name in ("format", "outputs", "inputs")),
+        *((name, P) for name in ("data", "scales", "bias")),
+        ("bias_format", I64),
+        ("table", P),
+        ("block", I64),
+        *((name, P) for name in ("codes", "nested_table", "nested_scales")),
+        ("nested_offset", ctypes.c_float),
+    ]
+
+
+@dataclass
+class FourBit:
+    """How the codes of a four-bit matrix become weights.
+
+    Args:
+        table: (16,) float32, what each code stands for.
+        block: weights that share a scale.
+        scales: (weights / block,) float32; or, nested, uint8 codes into ``nested_table``.
+        nested_table: (256,) float32.
+        nested_scales: one float32 per 256 scales.
+        nested_offset: added to each nested scale.
+    """
+
+    table: Tensor
+    block: int
+    scales: Tensor
+    nested_table: Tensor | None = None
+    nested_scales: Tensor | None = None
+    nested_offset: float = 0.0
+
+
+@dataclass
+class PackedMatrix:
+    """A weight matrix of the given tensors, none copied.
+
+    Args:
+        library: whose functions multiply it.
+        kind: how ``data`` is to be read.
+        data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of two weights
+            in the upper half.
+        scales: int8: (outputs,) float32.
+        bias: (outputs,) of any float type, or None.
+    """
+
+    library: Library
+    kind: Format
+    data: Tensor
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+    four_bit: FourBit | None = None
+
+    def __post_init__(self) -> None:
+        tensors = (self.data, self.scales, self.bias)
+        assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors)
+        self.outputs = self.data.shape[0]
+        self.inputs = self.data.shape[1] * (2 if self.kind == "four-bit" else 1)
+        self.struct = MatrixStruct(FORMATS.index(self.kind), self.outputs, self.inputs, self.data.data_ptr())
+        self.struct.scales, self.struct.bias = _address(self.scales), _address(self.bias)
+        self.struct.bias_format = 0 if self.bias is None else _BIAS_FORMATS[self.bias.dtype]
+        if self.four_bit is not None:
+            self._set_four_bit(self.four_bit)
+        self._address = ctypes.addressof(self.struct)
+
+    def _set_four_bit(self, state: FourBit) -> None:
+        self.struct.table, self.struct.block = state.table.data_ptr(), state.block
+        if state.nested_table is None:
+            self.struct.scales = state.scales.data_ptr()
+        else:
+            self.struct.codes = state.scales.data_ptr()
+            self.struct.nested_table = state.nested_table.data_ptr()
+            self.struct.nested_scales = _address(state.nested_scales)
+            self.struct.nested_offset = state.nested_offset
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(rows, outputs) = x Wᵀ + bias (+ residual) of (rows, inputs) float32; each row by itself."""
+        rows = x.shape[0]
+        y = torch.empty(rows, self.outputs)
+        if not rows:
+            return y
+        given, threads = _address(residual), torch.get_num_threads()
+        if self.library.linear(self._address, x.data_ptr(), rows, given, y.data_ptr(), threads):
+            raise MemoryError("not enough memory for a matrix product")
+        return y
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
