@@ -11,12 +11,12 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec
 from server.bench import table
 from server.bench.contenders import Contender
-from server.bench.host import MemorySpeed
+from server.bench.host import MemorySpeed, apart
 from server.bench.options import Options
 from server.bench.peers import environment
 from server.bench.peers.export import export
-from server.bench.peers.process import PeersProcess
-from server.bench.reference import GenerateContender
+from server.bench.peers.worker import PAIRS
+from server.bench.processes import WorkerProcess
 from server.bench.report import Report
 from server.bench.serving.contender import HttpContender
 from server.bench.serving.own_server import own_server
@@ -24,6 +24,8 @@ from server.bench.session import MakeContender, Plan, Progress, Row, Session
 
 ProgressOf = Callable[[str], Progress]
 """What is told of a precision's loading and measuring, by its name."""
+MakersOf = Callable[[str], list[MakeContender]]
+"""What makes the contenders of a precision."""
 
 
 class Engines:
@@ -51,14 +53,14 @@ class Engines:
 
     def measure(self) -> None:
         """Raises: BenchError, LoaderError."""
-        with self._peers() as peers:
+        with self._reference() as reference, self._peers() as peers:
             print(table.heading(), flush=True)
             for name in self._options.names():
                 progress = self._progress_of(name)
                 session = Session(
                     plan=self._plan,
                     load=partial(self._load, name, progress),
-                    others=[*self._own(name), *(peers.contenders(name) if peers else [])],
+                    others=[*self._http(name), *reference(name), *peers(name)],
                     speed=self._speed,
                     progress=progress,
                     show=self._show,
@@ -67,16 +69,10 @@ class Engines:
         print(f"\n{table.LEGEND}\n", flush=True)
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
-        return loaders.load(name, self._spec, progress)
+        return apart(lambda: loaders.load(name, self._spec, progress), self._threads)
 
-    def _own(self, precision: str) -> list[MakeContender]:
-        """What needs nothing but this environment."""
-        makers: list[MakeContender] = []
-        if self._options.own_server:
-            makers.append(partial(self._over_http, precision))
-        if self._options.generate:
-            makers.append(partial(_reference, precision, self._spec))
-        return makers
+    def _http(self, precision: str) -> list[MakeContender]:
+        return [partial(self._over_http, precision)] if self._options.own_server else []
 
     async def _over_http(self, precision: str) -> Contender:
         stack = AsyncExitStack()
@@ -84,25 +80,39 @@ class Engines:
         return HttpContender(await stack.enter_async_context(server), precision, stack.aclose)
 
     @contextmanager
-    def _peers(self) -> Iterator[PeersProcess | None]:
+    def _reference(self) -> Iterator[MakersOf]:
+        if not self._options.generate:
+            yield lambda precision: []
+            return
+        with WorkerProcess("server.bench.reference") as process:
+            load = partial(process.load, settings=self._options.of_model(), threads=self._threads)
+            yield lambda precision: [partial(load, "transformers", "transformers", precision=precision)]
+
+    @contextmanager
+    def _peers(self) -> Iterator[MakersOf]:
         """The process of the other engines, if they are wanted; the files made for it go afterwards."""
         if not self._options.peers:
-            yield None
+            yield lambda precision: []
             return
         python = environment.ensure(self._options.peers_venv)
-        with TemporaryDirectory(prefix="bitdial-peers-") as folder:
-            exported = export(self._spec.checkpoint, Path(folder))
-            process = PeersProcess(python, exported, self._threads)
-            self._report.host["peers"] = process.versions
-            try:
-                yield process
-            finally:
-                process.close()
+        with (
+            TemporaryDirectory(prefix="bitdial-peers-") as folder,
+            WorkerProcess("server.bench.peers.worker", python) as process,
+        ):
+            self._report.host["peers"] = process.ask(do="versions")
+            exported = str(export(self._spec.checkpoint, Path(folder)))
+            yield lambda precision: [
+                partial(
+                    process.load,
+                    f"{engine} {kind}",
+                    engine,
+                    kind=kind,
+                    export=exported,
+                    threads=self._threads,
+                )
+                for engine, kind in PAIRS.get(precision, [])
+            ]
 
     def _show(self, row: Row) -> None:
         self._report.add(row)
         print(table.line(row), flush=True)
-
-
-async def _reference(precision: str, spec: ModelSpec) -> Contender:
-    return GenerateContender(precision, spec)

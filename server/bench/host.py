@@ -5,15 +5,18 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 _CPUS = Path("/sys/devices/system/cpu")
 _SMALLEST_BUFFER, _TIMES_L3 = 256 * 2**20, 8
 _TRIES = 5
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,21 @@ def pin(threads: int | None) -> list[int] | None:
     for task in os.listdir("/proc/self/task"):  # threads that libraries have started already
         os.sched_setaffinity(int(task), chosen)
     return chosen
+
+
+def apart(work: Callable[[], _T], threads: int) -> _T:
+    """The work's result, from a thread that ends with it.
+
+    A thread that has computed once keeps a team of OpenMP threads as long as it lives. With more of
+    those in a process than CPUs, GNU's OpenMP puts idle ones to sleep at once: every team is slower for it.
+    """
+
+    def run() -> _T:
+        torch.set_num_threads(threads)  # OpenMP keeps this per thread
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def _physical_cores() -> list[int]:
@@ -82,12 +100,16 @@ def last_cache_bytes() -> int | None:
 class MemorySpeed:
     """Measures the bandwidth of the device's memory with buffers much larger than the caches."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str, threads: int) -> None:
+        self._threads = threads
         self.buffer_bytes = max(_SMALLEST_BUFFER, _TIMES_L3 * (last_cache_bytes() or 0))
         self._device = device
 
     def measure(self) -> Bandwidth:
         """The best of a few tries each: what the memory can do, not what it does while others use it."""
+        return apart(self._measure, self._threads)
+
+    def _measure(self) -> Bandwidth:
         source = torch.ones(self.buffer_bytes // 4, device=self._device)
         target = torch.zeros_like(source)
         return Bandwidth(

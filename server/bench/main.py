@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from loaders.base import Checkpoint, ModelSpec
 from server.bench import report as reports
 from server.bench.engines import Engines, ProgressOf
@@ -27,7 +29,7 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
         _reported(report, options, Serving(options, report).measure)
         return
     spec = _spec(options, open_checkpoint())
-    speed = MemorySpeed(spec.device)
+    speed = MemorySpeed(spec.device, torch.get_num_threads())
     facts = reports.host_facts(cpus, speed.measure(), speed.buffer_bytes)
     report = Report(facts, reports.model_facts(spec.checkpoint), options.shown())
     print(reports.introduction(report), flush=True)

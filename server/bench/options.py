@@ -102,6 +102,10 @@ class Options(ModelSettings):
         """What a report tells of them: no path, no key."""
         return self.model_dump(mode="json", exclude={"model_id", "json_file", "peers_venv", "http_key"})
 
+    def of_model(self) -> dict[str, Any]:
+        """The settings of the model alone, for another process."""
+        return self.model_dump(mode="json", include=set(ModelSettings.model_fields))
+
     @property
     def server_url(self) -> str | None:
         """The address of somebody's server, where that is what is measured."""

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -10,24 +11,36 @@ from transformers.pytorch_utils import Conv1D
 
 from loaders.base import ModelSpec, ignore_progress
 from loaders.bnb import quantization_config, rest_dtype
-from loaders.checkpoint import load_pretrained
+from loaders.checkpoint import load_pretrained, open_checkpoint
 from loaders.conv1d import to_linear
 from loaders.full import DTYPES
-from server.bench.contenders import Prompts
-from server.bench.figures import Run
+from server.bench.worker import BatchEngine, Worker
+from server.settings import ModelSettings
 
 
-class GenerateContender:
+def main() -> None:
+    Worker({"transformers": _make}, {"transformers": version("transformers")}).serve()
+
+
+def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine:
+    """
+    Args:
+        settings: values of ``ModelSettings``.
+    """
+    torch.set_num_threads(threads)
+    chosen = ModelSettings(**settings)
+    return Generate(precision, chosen.spec(open_checkpoint(chosen.model_id, chosen.revision), slots=1))
+
+
+class Generate:
     """A plain ``transformers`` model in one precision; none of its layers is this project's."""
-
-    name = "transformers"
 
     def __init__(self, precision: str, spec: ModelSpec) -> None:
         self._model: Any = load_reference(precision, spec)
         self.weights_bytes: int | None = None  # get_memory_footprint leaves some out
         self._model.generation_config.eos_token_id = None  # every row goes on to the asked length
 
-    async def run(self, prompts: Prompts, tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], tokens: int) -> tuple[list[float], list[list[int]]]:
         ids = torch.tensor(prompts, device=self._model.device)
         clock = _Clock()
         with torch.inference_mode():
@@ -39,9 +52,9 @@ class GenerateContender:
                 pad_token_id=0,
                 streamer=clock,
             )
-        return Run([clock.times] * len(prompts), clock.times[0], output[:, ids.shape[1] :].tolist())
+        return clock.times, output[:, ids.shape[1] :].tolist()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._model = None
 
 

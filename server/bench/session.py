@@ -13,7 +13,7 @@ from server.bench.host import Bandwidth, MemorySpeed, middle
 from server.bench.memory import PeakMemory
 
 _WARM_UP_TOKENS = 8
-_PAUSE = 0.05  # seconds after which the idle threads of the one before have stopped spinning
+_PAUSE = 0.3  # seconds after which the idle threads of the one before sleep: Intel's OpenMP waits 0.2 awake
 MakeContender = Callable[[], Awaitable[Contender]]
 Progress = Callable[[str, int, int], None]
 

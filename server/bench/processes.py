@@ -1,0 +1,92 @@
+"""The other end of ``worker``: a process, and what is loaded in it as something to measure."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from server.bench.contenders import Prompts
+from server.bench.errors import BenchError
+from server.bench.figures import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+# appended, so that an environment's own packages go before those this project is installed beside
+_START = "import sys; sys.path.append({root!r}); from {module} import main; main()"
+
+
+class WorkerProcess:
+    """Started at once, on the CPUs that this process is bound to; ended by leaving it.
+
+    Args:
+        module: whose ``main`` serves.
+        python: interpreter of the environment that has what it imports.
+    """
+
+    def __init__(self, module: str, python: Path | str = sys.executable) -> None:
+        keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        self._process = subprocess.Popen(
+            [str(python), "-c", _START.format(root=str(ROOT), module=module)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=keep,
+        )
+
+    def __enter__(self) -> "WorkerProcess":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Sends an order and waits for its answer.
+
+        Raises:
+            BenchError: it failed, or the process is gone.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchError(f"a process of the measurement ended (status {self._process.wait()})")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchError(answer["error"])
+        return answer
+
+    async def load(self, name: str, engine: str, **options: Any) -> "RemoteContender":
+        """Loads an engine; ``name`` is what it is shown as."""
+        answer = await asyncio.to_thread(self.ask, do="load", key=name, engine=engine, **options)
+        return RemoteContender(self, name, answer["weights_bytes"])
+
+
+class RemoteContender:
+    """An engine in a ``WorkerProcess``; times are taken there, as its own user would take them."""
+
+    def __init__(self, process: WorkerProcess, name: str, weights_bytes: int | None) -> None:
+        self._process, self.name, self.weights_bytes = process, name, weights_bytes
+
+    async def run(self, prompts: Prompts, tokens: int) -> Run:
+        answer = await asyncio.to_thread(
+            self._process.ask, do="run", key=self.name, prompts=prompts, tokens=tokens
+        )
+        return Run([answer["times"]] * len(prompts), answer["times"][0], answer["tokens"])
+
+    async def close(self) -> None:
+        self._process.ask(do="unload", key=self.name)
