@@ -120,6 +120,14 @@ class GPT2Runner:
         return sum(tensor.nbytes for pair in self._cache.layers for tensor in pair)
 
     @property
+    def module(self) -> PreTrainedModel:
+        """The model below, for who looks at its weights (``layer_errors``)."""
+        if self._model is None:
+            raise RuntimeError("the runner is closed")
+        model: PreTrainedModel = self._model
+        return model
+
+    @property
     def _live(self) -> kernels.KeyValues:
         if self._cache is None:
             raise RuntimeError("the runner is closed")
