@@ -8,6 +8,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP, every precision of it",
     "generate": "continue a prompt in this terminal, in one precision",
     "precisions": "what this host can run, and why not the rest",
+    "compare": "one prompt in several precisions, side by side",
     "quality": "measure what each precision costs in quality",
     "bench": "measure speed and memory of every precision on this host",
 }

@@ -169,7 +169,7 @@ def _figures(against: Against, precision: str) -> PromptFigures:
         raise GenerationFailed(f"{precision}: {error}") from None
 
 
-def first_divergence(expected: Sequence[int], found: Sequence[int]) -> int | None:
+def first_divergence(expected: Sequence[object], found: Sequence[object]) -> int | None:
     """Index of the first difference; where one goes on after the other's end, that is one."""
     for index, (one, other) in enumerate(zip(expected, found, strict=False)):
         if one != other:

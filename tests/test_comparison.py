@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import loaders
+from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.quality.prompt import longest_prompt
@@ -88,6 +89,7 @@ def test_figures_equal_the_obvious_computation(tmp_path: Path, prefill_chunk: in
     names = ("fp32", "dynamic-int8", "nf4")
     models = {name: loaders.load(name, spec) for name in names}
     ids = load_tokenizer(spec.checkpoint)(PROMPT)["input_ids"]
+    near = 1e-5 if kernels.get() else 2e-3  # torch's kernels round a prompt in stretches differently
     expected = {name: by_hand(models["fp32"], models[name], ids) for name in names}
 
     async def check(engines: Engines) -> None:
@@ -95,9 +97,9 @@ def test_figures_equal_the_obvious_computation(tmp_path: Path, prefill_chunk: in
         rows = [await comparison.run(name) for name in names]
         for row in rows:
             perplexity, kl, same = expected[row.precision]
-            assert row.prompt.prompt_perplexity == pytest.approx(perplexity, rel=1e-4)
-            assert row.prompt.mean_kl == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-9)
-            assert row.prompt.max_kl == pytest.approx(max(kl), rel=1e-3, abs=1e-9)
+            assert row.prompt.prompt_perplexity == pytest.approx(perplexity, rel=near)
+            assert row.prompt.mean_kl == pytest.approx(sum(kl) / len(kl), rel=10 * near, abs=1e-9)
+            assert row.prompt.max_kl == pytest.approx(max(kl), rel=10 * near, abs=1e-9)
             assert row.prompt.top1_agreement == pytest.approx(same)
             assert len(row.written.ids) == 12 or row.written.finish_reason == "eos_token"
             assert row.written.text == CODEC.decode(row.written.ids)

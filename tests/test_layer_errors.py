@@ -18,11 +18,10 @@ from tests import checkpoints
 from tests.fakes import fake_model
 
 MAKERS = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}
-# SQNR in dB that each precision has on normal weights, lowest and highest, of the layers it changes
+# SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
-    "fp32": (200, 200),
-    "bf16": (50, 60),
-    "fp16": (68, 80),
+    "bfloat16": (50, 60),
+    "float16": (68, 80),
     "int8": (38, 48),
     "dynamic-int8": (38, 48),
     "nf4": (19, 23),
@@ -66,13 +65,13 @@ def test_every_matrix_is_told_and_off_by_what_its_format_allows(
     assert {layer.name: layer.reason for layer in report.layers if not layer.quantized} == {
         layer.name: layer.reason for layer in model.footprint.kept
     }
-    low, high = NOISE[precision]
     for layer in report.layers:
         assert layer.relative_error is not None
         if layer.sqnr_db is None:
             assert (layer.relative_error, layer.max_error) == (0.0, 0.0)
             assert layer.format == "float32"
         else:
+            low, high = NOISE[precision if layer.quantized else layer.format]
             assert low <= layer.sqnr_db <= high, layer.name
             assert layer.relative_error == pytest.approx(10 ** (-layer.sqnr_db / 20))
             assert layer.max_error is not None

@@ -49,13 +49,13 @@ class ReferenceLogits:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = list(ids)
-        self._logits = torch.empty(0)
+        self._logits = torch.empty(0, dtype=torch.float32)
         self._done = 0
 
     def add(self, logits: Tensor) -> None:
         """The logits after the next tokens, (tokens, vocabulary)."""
         if not self._done:
-            self._logits = torch.empty(len(self.ids), logits.shape[1])
+            self._logits = torch.empty(len(self.ids), logits.shape[1], dtype=torch.float32)
         self._logits[self._done : self._done + len(logits)] = logits
         self._done += len(logits)
 

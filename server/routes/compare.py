@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 from loaders.quality.prompt import longest_prompt
 from server.body import read_object
 from server.comparison import Compared, Comparison, Wish
+from server.comparison_table import figures, markdown
 from server.errors import DeadlinePassed, PromptTooLong, ServiceError
 from server.intake import known_precision, make_request, merge_parameters
 from server.pool import Pool
 from server.replies import until_disconnect
-from server.routes.compare_table import markdown
 from server.routes.shared import body_of
 from server.schemas import PRECISION_NAMES, Sampling, validate
 
@@ -127,23 +127,7 @@ def _as_json(answer: Answer) -> dict[str, Any]:
         "precisions": {
             name: {"error": row.message, "error_type": row.error_type}
             if isinstance(row, ServiceError)
-            else _row(row)
+            else figures(row)
             for name, row in answer.rows.items()
         },
-    }
-
-
-def _row(row: Compared) -> dict[str, Any]:
-    return {
-        "generated_text": row.written.text,
-        "generated_tokens": len(row.written.ids),
-        "finish_reason": row.written.finish_reason,
-        "memory": {"total_bytes": row.total_bytes},
-        "ttft_ms": round(row.written.ttft_ms, 3),
-        "tokens_per_second": round(row.written.tokens_per_second, 3),
-        "prompt_perplexity": row.prompt.prompt_perplexity,
-        "mean_kl": row.prompt.mean_kl,
-        "max_kl": row.prompt.max_kl,
-        "top1_agreement": row.prompt.top1_agreement,
-        "first_divergence": row.first_divergence,
     }

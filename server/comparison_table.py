@@ -1,23 +1,24 @@
-"""A comparison in Markdown: the table, and under it the texts."""
+"""A comparison's figures as text and as data; in Markdown, the table and under it the texts."""
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from server.comparison import Compared
 from server.errors import ServiceError
 
-_HEAD = (
+HEADINGS = (
     "precision", "MB", "first token ms", "tokens/s", "prompt perplexity", "mean KL", "max KL", "top-1",
     "differs at token",
 )  # fmt: skip
 
 
 def markdown(reference: str, rows: Mapping[str, Compared | ServiceError]) -> str:
-    lines = [f"| {' | '.join(_HEAD)} |", f"|---|{'---:|' * (len(_HEAD) - 1)}"]
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|---|{'---:|' * (len(HEADINGS) - 1)}"]
     texts = []
     for name, row in rows.items():
         if isinstance(row, ServiceError):
-            lines.append(f"| {name} | {row.message} |{' |' * (len(_HEAD) - 2)}")
+            lines.append(f"| {name} | {row.message} |{' |' * (len(HEADINGS) - 2)}")
             continue
         lines.append(f"| {' | '.join(cells(row))} |")
         texts.append(f"**{name}**\n\n{_fenced(row.written.text)}")
@@ -39,6 +40,23 @@ def cells(row: Compared) -> list[str]:
         f"{row.prompt.top1_agreement:.2%}",
         "–" if row.first_divergence is None else str(row.first_divergence),
     ]
+
+
+def figures(row: Compared) -> dict[str, Any]:
+    """A precision's figures, as ``/compare`` tells them."""
+    return {
+        "generated_text": row.written.text,
+        "generated_tokens": len(row.written.ids),
+        "finish_reason": row.written.finish_reason,
+        "memory": {"total_bytes": row.total_bytes},
+        "ttft_ms": round(row.written.ttft_ms, 3),
+        "tokens_per_second": round(row.written.tokens_per_second, 3),
+        "prompt_perplexity": row.prompt.prompt_perplexity,
+        "mean_kl": row.prompt.mean_kl,
+        "max_kl": row.prompt.max_kl,
+        "top1_agreement": row.prompt.top1_agreement,
+        "first_divergence": row.first_divergence,
+    }
 
 
 def _fenced(text: str) -> str:

@@ -1,0 +1,129 @@
+"""``bitdial compare``: a prompt in several precisions, their texts beside the reference's."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import CliPositionalArg
+
+import loaders
+from loaders.base import LoaderError, ModelSpec
+from loaders.quality.prompt import longest_prompt
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.progress import ProgressBars
+from server.commands.quality_table import table
+from server.commands.sampling import SamplingSettings, encode
+from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
+from server.comparison import Compared, Comparison, Wish
+from server.comparison_table import HEADINGS, cells, figures
+from server.engine import Engine
+from server.errors import ServiceError
+from server.settings import Precision, Precisions, option
+from server.text import TextCodec
+
+_WHAT, _MORE = "what is compared", "more"
+_WIDEST = 160
+_LEGEND = (
+    "mean and max KL: divergence (nats) from {0}'s distributions after each prompt token;\n"
+    "top-1: prompt tokens after which both find the same one the most probable"
+)
+
+
+class Options(SamplingSettings):
+    """Continue PROMPT in several precisions: speed, texts, distance from fp32."""
+
+    prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
+    precisions: Precisions | None = option(
+        None, _WHAT, "NAMES", "by comma", unset="all that this host can run"
+    )
+    reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are held against")
+    json_file: Path | None = option(
+        None,
+        _MORE,
+        "FILE",
+        "write all figures and texts there",
+        unset="nowhere",
+        validation_alias=AliasChoices("json_file", "json"),
+    )
+
+    def names(self) -> tuple[str, ...]:
+        """The reference, then the precisions asked for; those this host can run if none were."""
+        device = self.resolved_device()
+        able = (name for name in loaders.PRECISIONS if loaders.availability(name, device).ok)
+        names = able if self.precisions is None else self.precisions
+        return tuple(dict.fromkeys((self.reference, *names)))
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        options = parse(Options, "compare", arguments)
+        require(options.names(), options.resolved_device())
+        rows = asyncio.run(_compare(options))
+        if options.json_file is not None:
+            told = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
+            options.json_file.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+    except UsageError as error:
+        complain("compare", error)
+        return USAGE
+    except (LoaderError, ServiceError) as error:
+        complain("compare", error)
+        return FAILED
+    except OSError as error:
+        complain("compare", UsageError(f"--json: {error.strerror}"))
+        return FAILED
+    _show(rows, shutil.get_terminal_size().columns)
+    return 0
+
+
+async def _compare(options: Options) -> list[Compared]:
+    from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
+
+    checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+    spec = options.spec(checkpoint, slots=1)
+    codec = TextCodec(load_tokenizer(checkpoint))
+    most = min(spec.max_tokens, longest_prompt(checkpoint.vocabulary) + options.max_new_tokens)
+    ids = encode(codec, options.prompt, options.max_new_tokens, most)
+
+    @asynccontextmanager
+    async def use(name: str) -> AsyncIterator[Engine]:
+        engine = await _started(name, spec, options.threads)
+        try:
+            yield engine
+        finally:
+            await engine.stop()
+
+    comparison = Comparison(Wish(ids, options.params()), codec, use)
+    return [await comparison.run(name) for name in options.names()]
+
+
+async def _started(name: str, spec: ModelSpec, threads: int | None) -> Engine:
+    bars = ProgressBars(name)
+    try:
+        model = loaders.load(name, spec, bars)
+    finally:
+        bars.close()
+    engine = Engine(model, eos_ids=spec.checkpoint.eos_ids, threads=threads)
+    await engine.start()
+    return engine
+
+
+def _show(rows: Sequence[Compared], width: int) -> None:
+    width = min(width, _WIDEST)
+    reference, *others = rows
+    columns = [(name, lambda row, at=at: cells(row)[at]) for at, name in enumerate(HEADINGS)]
+    print("\n".join(table(columns, rows)))
+    print("\n" + _LEGEND.format(reference.precision))
+    print(f"\n{reference.precision} continues, {len(reference.written.ids)} tokens:\n")
+    print("\n".join(wrapped(shown(reference.written.text), width)))
+    for row in others:
+        if row.first_divergence is None:
+            print(f"\n{row.precision} continues with the same tokens.")
+            continue
+        print(f"\n{row.precision} differs from token {row.first_divergence} on ({MARK}):\n")
+        titles = (reference.precision, row.precision)
+        texts = (reference.written.text, row.written.text)
+        print("\n".join(side_by_side(titles, texts, width)))

@@ -1,0 +1,54 @@
+"""What the commands that continue a prompt share: how it is continued, and whether it fits."""
+
+from typing import Any
+
+from server.commands import UsageError
+from server.sequence import SamplingParams
+from server.settings import ModelSettings, option
+from server.text import TextCodec
+
+_GENERATION = "generation"
+
+
+class SamplingSettings(ModelSettings):
+    """Any sampling option turns sampling on; without one the continuation is greedy."""
+
+    max_new_tokens: int = option(64, _GENERATION, "N", "most tokens to generate", ge=1)
+    temperature: float | None = option(
+        None, _GENERATION, "X", "sample; higher is more random", unset="1 if sampling", gt=0, le=100
+    )
+    top_k: int | None = option(
+        None, _GENERATION, "N", "sample among the N most probable tokens", unset="all", ge=1
+    )
+    top_p: float | None = option(
+        None, _GENERATION, "X", "sample within this probability mass", unset="all", gt=0, lt=1
+    )
+    seed: int = option(0, _GENERATION, "N", "of the random stream", ge=0, lt=2**64)
+
+    def params(self) -> SamplingParams:
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in ("top_k", "top_p")}
+        samples = self.temperature is not None or any(value is not None for value in chosen.values())
+        return SamplingParams(
+            self.max_new_tokens,
+            do_sample=samples,
+            temperature=self.temperature or 1.0,
+            seed=self.seed,
+            **chosen,
+        )
+
+
+def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int) -> list[int]:
+    """The prompt's ids.
+
+    Raises:
+        UsageError: they and the new tokens exceed the context.
+    """
+    ids = codec.encode(prompt)
+    if not ids:
+        raise UsageError("the prompt has no tokens")
+    if len(ids) + max_new_tokens > context:
+        raise UsageError(
+            f"{len(ids)} prompt tokens and --max-new-tokens {max_new_tokens} exceed the "
+            f"model's context of {context}"
+        )
+    return ids
