@@ -77,6 +77,7 @@ class Pool:
         self._turn = Turn() if self.device == "cpu" else None
         self._states = {name: self._first_state(name) for name in loaders.PRECISIONS}
         self._loads: dict[str, asyncio.Task[Engine]] = {}
+        self._loading = asyncio.Lock()
         self._background: list[asyncio.Task[None]] = []
 
     def _first_state(self, name: str) -> PrecisionState:
@@ -132,8 +133,11 @@ class Pool:
         state.state, state.reason = "loading", None
         state.progress = LoadProgress("waiting", 0, 0)
         try:
-            await self._make_room(state)
-            model = await self._in_thread(state)
+            # one at a time: a second one would count on the same room; and while it loads, ``transformers``
+            # sets torch's default dtype for the whole process, and then back to what it found
+            async with self._loading:
+                await self._make_room(state)
+                model = await self._in_thread(state)
             engine = Engine(
                 model,
                 eos_ids=self.spec.checkpoint.eos_ids,

@@ -123,7 +123,9 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         logits = logits.index_add(0, ids, -penalty)
     if params.logit_bias:
         ids = torch.tensor([id_ for id_, _ in params.logit_bias])
-        logits = logits.index_add(0, ids, torch.tensor([bias for _, bias in params.logit_bias]))
+        logits = logits.index_add(
+            0, ids, torch.tensor([bias for _, bias in params.logit_bias], dtype=logits.dtype)
+        )
     return logits
 
 

@@ -25,14 +25,18 @@ class Loads:
         self.names: list[str] = []
         self.threads: set[int] = set()
         self.seconds = 0.0
+        self.under_way = self.most_at_once = 0
         self.error: Exception | None = None
 
     def __call__(self, precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         self.names.append(precision)
         self.threads.add(threading.get_ident())
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
         for step in range(4):
             progress("loading", step + 1, 4)
             time.sleep(self.seconds / 4)
+        self.under_way -= 1
         if self.error is not None:
             raise self.error
         return fake_load(precision, spec, progress)
@@ -74,6 +78,21 @@ def test_fifty_first_requests_are_one_load_off_the_event_loop(tmp_path: Path) ->
         assert threading.get_ident() not in loads.threads
         assert ticks >= 5
         assert pool.state("int8").state == "loaded"
+
+    with_pool(tmp_path, check)
+
+
+def test_precisions_are_loaded_one_at_a_time(tmp_path: Path) -> None:
+    async def check(pool: Pool, loads: Loads) -> None:
+        loads.seconds = 0.1
+
+        async def use(name: str) -> None:
+            async with pool.use(name):
+                pass
+
+        await asyncio.gather(*(use(name) for name in ("fp32", "bf16", "nf4")))
+        assert sorted(loads.names) == ["bf16", "fp32", "nf4"]
+        assert loads.most_at_once == 1
 
     with_pool(tmp_path, check)
 

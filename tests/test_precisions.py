@@ -88,6 +88,17 @@ def test_a_row_alone_and_among_others(model: LoadedModel) -> None:
     assert greedy(model, mates, 12)[1] == greedy(model, {1: PROMPT}, 12)[0]
 
 
+def test_a_load_beside_it_changes_nothing(model: LoadedModel) -> None:
+    """``transformers`` sets torch's default dtype while it loads, for the whole process."""
+    scored, continued = model.runner.score(PROMPT), greedy(model, {1: PROMPT, 3: [5] * 30}, 6)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model.runner.score(PROMPT), scored)
+        assert greedy(model, {1: PROMPT, 3: [5] * 30}, 6) == continued
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_slot_used_again_gives_the_same(model: LoadedModel) -> None:
     first = greedy(model, {2: PROMPT}, 6)
     greedy(model, {2: [9] * 50}, 3)

@@ -139,7 +139,7 @@ class GPT2:
         array = I64 * count
         held = [array(*values) for values in (ids, slots, positions)]
         rows = _Rows(*map(ctypes.addressof, held), count)
-        logits = torch.empty(wanted, self._head.outputs)
+        logits = torch.empty(wanted, self._head.outputs, dtype=torch.float32)
         threads = torch.get_num_threads()
         if self._library.gpt2(
             ctypes.addressof(self._model),

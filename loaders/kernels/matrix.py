@@ -91,7 +91,7 @@ class PackedMatrix:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(rows, outputs) = x Wᵀ + bias (+ residual) of (rows, inputs) float32; each row by itself."""
         rows = x.shape[0]
-        y = torch.empty(rows, self.outputs)
+        y = torch.empty(rows, self.outputs, dtype=torch.float32)
         if not rows:
             return y
         given, threads = _address(residual), torch.get_num_threads()
