@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""An hour of mixed traffic, with disconnects, bad input and more than there is room for: does anything grow?
+
+    .venv/bin/python scripts/soak.py [--minutes 60] [--model bundled] [--clients 24]
+
+Starts a server of its own. What it holds is taken twice, at rest: after a warm-up in which every slot of
+every precision has been full once, and at the end. Prints a table, and one JSON line last; exits with 1 if
+memory, open files, threads or slots grew, or an answer came that should not.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+PRECISIONS = ["fp32", "int8", "nf4", "dynamic-int8"]
+COMING_AND_GOING = "bf16"
+SLACK_BYTES = 32 * 2**20  # what an allocator may hold at one time and not at another
+LONG = 400
+PROMPT = "The with statement "
+BAD: list[tuple[str, bytes]] = [
+    ("/generate", b""),
+    ("/generate", b"{"),
+    ("/generate", b"[" * 100_000),
+    ("/generate", b'{"inputs": "\xff"}'),
+    ("/generate", b'{"inputs": "x", "temperature": NaN}'),
+    ("/generate", b'{"inputs": "x", "max_new_tokens": -1}'),
+    ("/generate", b'{"inputs": "x", "precision": "int3"}'),
+    ("/generate", json.dumps({"inputs": "x " * 20_000}).encode()),
+    ("/generate_stream", b'{"inputs": "x", "best_of": 3, "do_sample": true}'),
+    ("/v1/completions", json.dumps({"prompt": ["x"] * 100_000}).encode()),
+    ("/v1/completions", b'{"prompt": [999999]}'),
+    ("/v1/completions", b'{"model": "../x", "prompt": "x"}'),
+    ("/generate", b"x" * 2_100_000),
+    ("/nothing", b"{}"),
+]
+
+
+class Traffic:
+    """Clients that do something at random, again and again; ``outcomes`` counts (action, status)."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+        self.outcomes: Counter[tuple[str, int | str]] = Counter()
+        self._actions: list[tuple[Callable[[], Awaitable[int | str]], int]] = [
+            (self.plain, 30),
+            (self.sampled, 10),
+            (self.stream, 20),
+            (self.leave_stream, 10),
+            (self.leave_plain, 10),
+            (self.openai, 10),
+            (self.bad, 15),
+            (self.look, 5),
+            (self.come_and_go, 1),
+        ]
+
+    async def run(self, until: float) -> None:
+        actions, weights = zip(*self._actions, strict=True)
+        while time.monotonic() < until:
+            action = random.choices(actions, weights)[0]
+            try:
+                outcome = await action()
+            except httpx.HTTPError as error:
+                outcome = type(error).__name__
+            self.outcomes[action.__name__, outcome] += 1
+            if outcome == 429:
+                await asyncio.sleep(0.05)
+
+    @staticmethod
+    def body(**others: Any) -> dict[str, Any]:
+        prompt = PROMPT * random.randint(1, 20)
+        wishes = {"max_new_tokens": random.randint(1, 60), "precision": random.choice(PRECISIONS)}
+        return {"inputs": prompt, **wishes, **others}
+
+    async def plain(self) -> int:
+        return (await self.client.post("/generate", json=self.body())).status_code
+
+    async def sampled(self) -> int:
+        wishes = self.body(do_sample=True, best_of=2, top_k=20, stop=["the", "é"], details=True)
+        return (await self.client.post("/generate", json=wishes)).status_code
+
+    async def stream(self) -> int | str:
+        return await self._stream(leave_after=None)
+
+    async def leave_stream(self) -> int | str:
+        return await self._stream(leave_after=random.randint(0, 5))
+
+    async def _stream(self, leave_after: int | None) -> int | str:
+        async with self.client.stream("POST", "/generate_stream", json=self.body()) as reply:
+            last, seen = "", 0
+            async for line in reply.aiter_lines():
+                last, seen = line or last, seen + 1
+                if leave_after is not None and seen > leave_after:
+                    return reply.status_code
+            cut = leave_after is None and reply.status_code == 200 and '"details": {' not in last
+            return "cut" if cut else reply.status_code
+
+    async def leave_plain(self) -> str:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(random.uniform(0.001, 0.1)):
+                await self.client.post("/generate", json=self.body(max_new_tokens=LONG))
+        return "left"
+
+    async def openai(self) -> int:
+        wishes = {"prompt": [PROMPT, PROMPT * 3], "n": 2, "max_tokens": 10, "logprobs": 2, "echo": True}
+        return (await self.client.post("/v1/completions", json=wishes)).status_code
+
+    async def bad(self) -> int:
+        path, body = random.choice(BAD)
+        headers = {"content-type": "application/json"}
+        return (await self.client.post(path, content=body, headers=headers)).status_code
+
+    async def look(self) -> int:
+        path = random.choice(["/stats", "/metrics", "/health", "/precisions", "/v1/models", "/docs"])
+        return (await self.client.get(path)).status_code
+
+    async def come_and_go(self) -> int:
+        await self.client.post(f"/precisions/{COMING_AND_GOING}/load")
+        await self.client.post("/generate", json=self.body(precision=COMING_AND_GOING))
+        return (await self.client.post(f"/precisions/{COMING_AND_GOING}/unload")).status_code
+
+    def unwanted(self) -> dict[str, int]:
+        """Answers that no action should have had."""
+        refusals = {400, 404, 413, 422}
+        return {
+            f"{action} {outcome}": count
+            for (action, outcome), count in self.outcomes.items()
+            # a precision that comes and goes is gone for some, and its last words are an error
+            if not (outcome in (200, 429, "left") or (action == "bad" and outcome in refusals))
+        }
+
+
+@asynccontextmanager
+async def served(model: str) -> AsyncIterator[tuple[psutil.Popen, httpx.AsyncClient]]:
+    """A server of its own, ready."""
+    names = ",".join(PRECISIONS)
+    process = psutil.Popen(
+        [sys.executable, "-m", "server", "serve", "--model", model, "--port", "0", "--precisions", names],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        found = (re.search(r"listening on (http://\S+)", line) for line in process.stdout)
+        address = next(match[1] for match in found if match)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+            yield process, client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def warm_up(client: httpx.AsyncClient) -> None:
+    """Every slot of every precision full once: the pages of the KV caches are taken as they are written."""
+    context = (await client.get("/info")).json()["max_total_tokens"]
+    half = context // 2
+    body = {"prompt": [1] * half, "max_tokens": context - half, "ignore_eos": True, "temperature": 0}
+    for precision in [*PRECISIONS, COMING_AND_GOING]:
+        wanted = [client.post("/v1/completions", json={**body, "precision": precision}) for _ in range(16)]
+        assert {reply.status_code for reply in await asyncio.gather(*wanted)} == {200}
+    await client.post(f"/precisions/{COMING_AND_GOING}/unload")
+
+
+async def at_rest(process: psutil.Popen, client: httpx.AsyncClient) -> dict[str, int]:
+    """What the server holds when nothing is asked of it."""
+    queue: dict[str, int] = {}
+    for _ in range(100):
+        queue = (await client.get("/stats")).json()["queue"]
+        if not queue["running"] + queue["waiting"] + queue["in_flight"]:
+            break
+        await asyncio.sleep(0.1)
+    await client.post(f"/precisions/{COMING_AND_GOING}/unload")
+    await asyncio.sleep(2)
+    return {
+        "rss_bytes": process.memory_info().rss,
+        "open_files": process.num_fds(),
+        "threads": process.num_threads(),
+        "sequences": queue["running"] + queue["waiting"] + queue["in_flight"],
+    }
+
+
+async def soak(process: psutil.Popen, client: httpx.AsyncClient, seconds: float, clients: int) -> int:
+    traffic = Traffic(client)
+    await warm_up(client)
+    await asyncio.gather(*(traffic.run(time.monotonic() + min(20, seconds / 4)) for _ in range(clients)))
+    start = await at_rest(process, client)
+    until = time.monotonic() + seconds
+    tasks = [asyncio.create_task(traffic.run(until)) for _ in range(clients)]
+    with tqdm(total=round(seconds), unit="s", desc="soaking") as bar:
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(5, left))
+            bar.set_postfix_str(f"{process.memory_info().rss / 2**20:.0f} MiB, {process.num_fds()} files")
+            bar.update(round(seconds - max(until - time.monotonic(), 0)) - bar.n)
+    await asyncio.gather(*tasks)
+    return report(start, await at_rest(process, client), traffic, seconds)
+
+
+def report(start: dict[str, int], end: dict[str, int], traffic: Traffic, seconds: float) -> int:
+    allowed = {"rss_bytes": SLACK_BYTES}
+    grew = [name for name in start if end[name] > start[name] + allowed.get(name, 0)]
+    print(f"{'':<12}{'start':>16}{'end':>16}")
+    for name in start:
+        print(f"{name:<12}{start[name]:>16,}{end[name]:>16,}{'  grew' if name in grew else ''}")
+    print(f"\n{sum(traffic.outcomes.values())} actions in {seconds / 60:g} minutes")
+    for (action, outcome), count in sorted(traffic.outcomes.items(), key=str):
+        print(f"{action:<14}{outcome!s:<20}{count:>8}")
+    unwanted = traffic.unwanted()
+    print(json.dumps({"start": start, "end": end, "grew": grew, "unwanted": unwanted, "seconds": seconds}))
+    return 1 if grew or unwanted else 0
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--clients", type=int, default=24)
+    options = parser.parse_args()
+    async with served(options.model) as (process, client):
+        while (await client.get("/health")).status_code != 200:
+            await asyncio.sleep(0.1)
+        try:
+            return await soak(process, client, options.minutes * 60, options.clients)
+        except httpx.ConnectError:
+            print(f"the server ended by itself, with code {process.poll()}")
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
