@@ -6,6 +6,8 @@ from itertools import pairwise
 from math import ceil
 from statistics import median
 
+from server.bench.errors import BenchError
+
 MILLISECONDS = 1000.0
 
 
@@ -27,10 +29,15 @@ class Run:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second within the window."""
+        """Tokens a second within the window.
+
+        Raises:
+            BenchError: a row ended before another had its first token.
+        """
         begin, end = self.window
-        counted = sum(begin < time <= end for row in self.arrivals for time in row)
-        return counted / (end - begin) if end > begin else 0.0
+        if end <= begin:
+            raise BenchError("a row ended before all had begun: generate more --tokens, or shorten --prompt")
+        return sum(begin < time <= end for row in self.arrivals for time in row) / (end - begin)
 
     @property
     def gaps(self) -> list[float]:

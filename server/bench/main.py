@@ -1,14 +1,18 @@
 """``bitdial bench`` from its options to its last line."""
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
+import loaders
 from loaders.base import Checkpoint, ModelSpec
+from server.bench import contexts, loading
 from server.bench import report as reports
 from server.bench.engines import Engines, ProgressOf
 from server.bench.errors import BenchError
-from server.bench.host import MemorySpeed, pin
+from server.bench.host import MemorySpeed, apart, pin
 from server.bench.options import Options
 from server.bench.report import Report
 from server.bench.serving.section import Serving
@@ -26,32 +30,76 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
     cpus = pin(options.threads)
     if options.server_url is not None:
         report = Report(reports.client_facts(cpus), {"url": options.server_url}, options.shown())
-        _reported(report, options, Serving(options, report).measure)
-        return
-    spec = _spec(options, open_checkpoint())
-    speed = MemorySpeed(spec.device, torch.get_num_threads())
-    facts = reports.host_facts(cpus, speed.measure(), speed.buffer_bytes)
-    report = Report(facts, reports.model_facts(spec.checkpoint), options.shown())
-    print(reports.introduction(report), flush=True)
-
-    def everything() -> None:
-        Engines(options, spec, speed, report, progress_of).measure()
-        if options.own_server:
-            Serving(options, report).measure()
-
-    _reported(report, options, everything)
-
-
-def _reported(report: Report, options: Options, measure: Callable[[], None]) -> None:
+        parts = [Serving(options, report).measure]
+    else:
+        spec = _spec(options, open_checkpoint())
+        speed = MemorySpeed(spec.device, torch.get_num_threads())
+        facts = reports.host_facts(cpus, speed.measure(), speed.buffer_bytes)
+        report = Report(facts, reports.model_facts(spec.checkpoint), options.shown())
+        print(reports.introduction(report), flush=True)
+        parts = _parts(options, spec, speed, report, progress_of)
     try:
-        measure()
+        for part in parts:
+            part()
     finally:
         print(report.write(options.json_file), flush=True)
 
 
+def _parts(
+    options: Options, spec: ModelSpec, speed: MemorySpeed, report: Report, progress_of: ProgressOf
+) -> list[Callable[[], None]]:
+    """What was asked for, in the order in which it is done."""
+    parts: list[Callable[[], None]] = []
+    if options.engines:
+        parts.append(Engines(options, spec, speed, report, progress_of).measure)
+    if options.own_server:
+        parts.append(Serving(options, report).measure)
+    if options.loading:
+        parts.append(lambda: _loading(options, report))
+    if options.contexts:
+        parts.append(lambda: _contexts(options, spec, report, progress_of))
+    return parts
+
+
+def _loading(options: Options, report: Report) -> None:
+    _heading(loading.HEADING)
+    rows = report.sections["loading"] = []
+    for name in options.names():
+        measured = loading.measure_loading(name, options.of_model(), report.host["threads"])
+        rows.append(measured.figures())
+        print(measured.line(), flush=True)
+    print(f"\n{loading.LEGEND}\n", flush=True)
+
+
+def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: ProgressOf) -> None:
+    _heading(contexts.HEADING)
+    threads, costs = report.host["threads"], []
+
+    async def measure(name: str) -> None:
+        loaded = apart(lambda: loaders.load(name, spec, progress_of(name)), threads)
+        async for cost in contexts.measure_contexts(loaded, options.context_lengths, options.repeat, threads):
+            costs.append(cost)
+            print(cost.line(), flush=True)
+
+    for name in options.names():
+        asyncio.run(measure(name))
+    report.sections["contexts"] = [asdict(cost) for cost in costs]
+    print(f"\n{contexts.LEGEND}\n", flush=True)
+    if options.plot is not None:
+        title = f"{report.model['name']} on {report.host['cpu']}, {threads} threads"
+        print(contexts.plot(costs, title, options.plot) + "\n", flush=True)
+
+
+def _heading(text: str) -> None:
+    print(f"{text}\n{'─' * len(text)}", flush=True)
+
+
 def _spec(options: Options, checkpoint: Checkpoint) -> ModelSpec:
+    """Raises: BenchError, where something asked for doesn't fit the model's context."""
     most = max(*options.batch_sizes, *(options.stream_counts if options.own_server else ()), 1)
     spec = options.spec(checkpoint, slots=most)
+    for context in options.context_lengths:
+        contexts.tokens_after(context, spec.max_tokens)
     if options.prompt + options.tokens > spec.max_tokens:
         raise BenchError(
             f"--prompt {options.prompt} and --tokens {options.tokens} exceed the context of {spec.max_tokens}"

@@ -14,9 +14,7 @@ class PeakMemory:
     """Growth of the resident set since it was made, at its highest (VmHWM − VmRSS at the beginning)."""
 
     def __init__(self) -> None:
-        gc.collect()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory; it would hide a growth
+        trim()
         self._known = reset_peak()
         self._before = status_bytes("VmRSS")
 
@@ -26,6 +24,13 @@ class PeakMemory:
         if not self._known or peak is None or self._before is None:
             return None
         return peak - self._before
+
+
+def trim() -> None:
+    """Gives freed memory back to the system where the C library can: kept, it would hide a growth."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> bool:

@@ -9,6 +9,7 @@ import loaders
 from server.settings import ModelSettings, Precisions, option
 
 OWN_SERVER = "a server of its own"
+_PRIVATE = {"model_id", "json_file", "plot", "peers_venv", "http_key"}
 _WHAT, _BESIDE, _HTTP, _MORE = "what is measured", "beside it", "over HTTP", "more"
 
 
@@ -89,6 +90,14 @@ class Options(ModelSettings):
         True, _HTTP, None, "a prompt's TTFT against its prefill; a long prompt among running streams"
     )
 
+    loading: bool = option(
+        False, _MORE, None, "measure the memory that loading takes too, in a process of its own"
+    )
+    contexts: Numbers | None = option(
+        None, _MORE, "LENGTHS", "measure a token's cost after so many tokens, by comma", unset="not measured"
+    )
+    plot: Path | None = option(None, _MORE, "FILE", "draw the costs by context, as SVG", unset="no plot")
+    engines: bool = option(True, _MORE, None, "measure the engines; without, only what else is asked for")
     json_file: Path | None = option(
         None,
         _MORE,
@@ -100,7 +109,7 @@ class Options(ModelSettings):
 
     def shown(self) -> dict[str, Any]:
         """What a report tells of them: no path, no key."""
-        return self.model_dump(mode="json", exclude={"model_id", "json_file", "peers_venv", "http_key"})
+        return self.model_dump(mode="json", exclude=_PRIVATE)
 
     def of_model(self) -> dict[str, Any]:
         """The settings of the model alone, for another process."""
@@ -123,6 +132,10 @@ class Options(ModelSettings):
     def arrival_rates(self) -> tuple[float, ...]:
         """Empty: to be chosen by what the server can do."""
         return cast(tuple[float, ...], self.rates or ())
+
+    @property
+    def context_lengths(self) -> tuple[int, ...]:
+        return cast(tuple[int, ...], self.contexts or ())
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 _START = "import sys; sys.path.append({root!r}); from {module} import main; main()"
 
 
+def start_command(module: str, python: Path | str) -> list[str]:
+    """Runs ``main`` of a module of this project with that interpreter."""
+    return [str(python), "-c", _START.format(root=str(ROOT), module=module)]
+
+
 class WorkerProcess:
     """Started at once, on the CPUs that this process is bound to; ended by leaving it.
 
@@ -29,7 +34,7 @@ class WorkerProcess:
     def __init__(self, module: str, python: Path | str = sys.executable) -> None:
         keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         self._process = subprocess.Popen(
-            [str(python), "-c", _START.format(root=str(ROOT), module=module)],
+            start_command(module, python),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -88,7 +88,7 @@ def load_reference(precision: str, spec: ModelSpec) -> Any:
     return load_pretrained(
         spec,
         ignore_progress,
-        dtype=rest_dtype(precision, spec),
+        dtype=torch.float32 if spec.device == "cpu" else rest_dtype(precision, spec),
         device_map=spec.device,
         quantization_config=quantization_config(precision, spec),
     )

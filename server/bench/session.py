@@ -155,12 +155,13 @@ def same_tokens(one: Run, other: Run) -> float | None:
 
 
 def floor_of(loaded: LoadedModel, rows: int, plan: Plan, bandwidth: Bandwidth) -> Floor:
-    """Weights that a step multiplies with, and the keys and values of the rows' mean context."""
-    runner = loaded.runner
-    kv_per_token = runner.kv_cache_bytes / (runner.slots * runner.context)
-    return Floor(
-        weights_bytes=loaded.footprint.weights_bytes - loaded.footprint.lookup_bytes,
-        kv_bytes=rows * mean_context(plan.prompt, plan.tokens) * kv_per_token,
-        bandwidth=bandwidth.copy,
-        rows=rows,
-    )
+    """Of a step of that many rows in the middle of a run."""
+    weights, kv = floor_bytes(loaded, rows * mean_context(plan.prompt, plan.tokens))
+    return Floor(weights, kv, bandwidth.copy, rows)
+
+
+def floor_bytes(loaded: LoadedModel, cached_tokens: float) -> tuple[int, float]:
+    """What a step must read: the weights that it multiplies with; keys and values of all tokens in play."""
+    runner, footprint = loaded.runner, loaded.footprint
+    per_token = runner.kv_cache_bytes / (runner.slots * runner.context)
+    return footprint.weights_bytes - footprint.lookup_bytes, cached_tokens * per_token

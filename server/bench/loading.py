@@ -1,0 +1,110 @@
+"""Memory while a precision is loaded, each in a fresh process: what one load leaves would hide the next."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from server.bench.errors import BenchError
+from server.bench.memory import reset_peak, status_bytes, trim
+from server.bench.processes import start_command
+from server.settings import ModelSettings
+
+_MEGA = 1e6
+HEADING = (
+    f"{'precision':<13} {'checkpoint MB':>13} {'weights MB':>10} {'peak +MB':>9} {'ratio':>6} "
+    f"{'after +MB':>9} {'seconds':>8}"
+)
+LEGEND = """\
+peak         largest resident set while loading (VmHWM) − the one before, in a process that has loaded the
+             bundled model in this precision already, so that no library's own memory is counted
+ratio        peak ÷ (checkpoint + weights): files on disk and live tensors of the loaded precision
+after        resident set after loading − the one before"""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What loading one precision took. Bytes; None where the system doesn't tell."""
+
+    precision: str
+    checkpoint_bytes: int
+    weights_bytes: int
+    peak_growth_bytes: int | None
+    resident_growth_bytes: int | None
+    seconds: float
+
+    @property
+    def ratio(self) -> float | None:
+        if self.peak_growth_bytes is None:
+            return None
+        return self.peak_growth_bytes / (self.checkpoint_bytes + self.weights_bytes)
+
+    def line(self) -> str:
+        return (
+            f"{self.precision:<13} {_mega(self.checkpoint_bytes):>13} {_mega(self.weights_bytes):>10} "
+            f"{_mega(self.peak_growth_bytes):>9} {'–' if self.ratio is None else f'{self.ratio:.2f}':>6} "
+            f"{_mega(self.resident_growth_bytes):>9} {self.seconds:>8.2f}"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def measure_loading(precision: str, settings: dict[str, Any], threads: int) -> Loading:
+    """In a new process on the same CPUs.
+
+    Args:
+        settings: values of ``ModelSettings``.
+
+    Raises:
+        BenchError: the process failed; its last line is in the message.
+    """
+    order = json.dumps({"precision": precision, "settings": settings, "threads": threads})
+    done = subprocess.run(
+        start_command("server.bench.loading", sys.executable), input=order, capture_output=True, text=True
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise BenchError(f"loading {precision} in a process of its own failed: {last[0]}")
+    return Loading(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """The process: an order on its input, the figures on its output."""
+    order = json.loads(sys.stdin.read())
+    print(json.dumps(asdict(_measure(**order))))
+
+
+def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
+    import torch
+
+    import loaders
+    from loaders.base import ModelSpec
+    from loaders.checkpoint import BUNDLED, open_checkpoint
+
+    torch.set_num_threads(threads)
+    chosen = ModelSettings(**settings)
+    loaders.load(precision, ModelSpec(open_checkpoint(BUNDLED), chosen.resolved_device())).close()
+    checkpoint = open_checkpoint(chosen.model_id, chosen.revision)
+    trim()
+    reset_peak()
+    peak, resident = status_bytes("VmHWM"), status_bytes("VmRSS")
+    model = loaders.load(precision, chosen.spec(checkpoint, slots=1))
+    return Loading(
+        precision=precision,
+        checkpoint_bytes=checkpoint.file_bytes,
+        weights_bytes=model.footprint.weights_bytes,
+        peak_growth_bytes=_growth("VmHWM", peak),
+        resident_growth_bytes=_growth("VmRSS", resident),
+        seconds=model.load_seconds,
+    )
+
+
+def _growth(field: str, before: int | None) -> int | None:
+    now = status_bytes(field)
+    return None if now is None or before is None else now - before
+
+
+def _mega(size: int | None) -> str:
+    return "–" if size is None else f"{size / _MEGA:.1f}"
