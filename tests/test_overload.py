@@ -3,10 +3,12 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fastapi import FastAPI
 
@@ -175,3 +177,37 @@ def test_a_client_that_leaves_in_prefill(make_app: MakeApp, loads: Loads, path: 
         wait_until(lambda: app.state.service.in_flight == 0)
         wait_until(lambda: engine.running + engine.waiting == 0 and not runner.held)
         assert sum(prompts) < 240
+
+
+@pytest.mark.slow
+def test_ten_times_overload_leaves_the_goodput_and_the_memory(make_app: MakeApp, loads: Loads) -> None:
+    body = {"inputs": PROMPT, "max_new_tokens": 20}
+
+    async def main() -> None:
+        async with entered(app) as client:
+
+            async def ask() -> int:
+                return (await client.post("/generate", json=body)).status_code
+
+            async def arriving(per_second: float, seconds: float) -> tuple[float, float]:
+                """Requests a second that were served, and refused; new ones wait for no answer."""
+                begun, asked = time.monotonic(), list[asyncio.Task[int]]()
+                while (now := time.monotonic() - begun) < seconds:
+                    asked += [asyncio.create_task(ask()) for _ in range(int(now * per_second) - len(asked))]
+                    await asyncio.sleep(0.005)
+                statuses = await asyncio.gather(*asked)
+                assert set(statuses) <= {200, 429}
+                took = time.monotonic() - begun
+                return statuses.count(200) / took, statuses.count(429) / took
+
+            loads.runners["fp32"].delay = 0.02
+            peak, _ = await arriving(50, 10)
+            before = psutil.Process().memory_info().rss
+            served, refused = await arriving(10 * peak, 60)
+            assert refused > 5 * peak
+            assert served >= 0.9 * peak
+            assert psutil.Process().memory_info().rss - before < 50 * 2**20
+            await at_rest(app, client)
+
+    app = make_app(max_concurrent_requests=16, max_batch_size=8)
+    asyncio.run(main())
