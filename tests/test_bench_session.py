@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loaders.base import LoadedModel
-from server.bench import table
+from server.bench import session, table
 from server.bench.contenders import Contender, EngineContender, Prompts
 from server.bench.errors import BenchError
 from server.bench.figures import Run
@@ -21,6 +21,11 @@ from tests.checkpoints import VOCABULARY
 from tests.fakes import FakeRunner, fake_model
 
 PLAN = Plan(batches=(1, 3), prompt=5, tokens=12, repeat=3, vocabulary=VOCABULARY, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_PAUSE", 0.0)
 
 
 class Speed(MemorySpeed):
@@ -56,7 +61,7 @@ class Scripted:
 def slow_runner() -> FakeRunner:
     """Slow enough for the event loop to see each token by itself."""
     runner = FakeRunner()
-    runner.delay = 0.001
+    runner.delay = 0.005
     return runner
 
 

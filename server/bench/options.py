@@ -1,5 +1,6 @@
 """What ``bitdial bench`` can be told."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,27 +16,25 @@ _WHAT, _BESIDE, _HTTP, _MORE = "what is measured", "beside it", "over HTTP", "mo
 
 def parse_numbers(value: Any) -> Any:
     """``"1,8,16"`` → ``(1, 8, 16)``; each at least 1."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise ValueError(f"{value!r} is not a list of numbers such as 1,8,16")
-    return found
+    return _parse(value, int, 1, "numbers such as 1,8,16")
 
 
 def parse_rates(value: Any) -> Any:
     """``"0.5,2"`` → ``(0.5, 2.0)``; each above 0."""
-    if not isinstance(value, str):
-        return value
+    return _parse(value, float, sys.float_info.min, "rates such as 0.5,2,8")
+
+
+def _parse(value: Any, kind: type[int] | type[float], least: float, what: str) -> Any:
+    """A text, or the parts of one, which the command line has split already."""
+    if value is None:
+        return None
+    parts = [part for part in (value.split(",") if isinstance(value, str) else value) if str(part).strip()]
     try:
-        found = tuple(float(part) for part in value.split(",") if part.strip())
+        found = tuple(kind(part) for part in parts)
     except ValueError:
         found = ()
-    if not found or not all(0 < rate < float("inf") for rate in found):
-        raise ValueError(f"{value!r} is not a list of rates such as 0.5,2,8")
+    if not found or not all(least <= number < float("inf") for number in found):
+        raise ValueError(f"'{','.join(map(str, parts))}' is not a list of {what}")
     return found
 
 
@@ -44,7 +43,7 @@ Rates = Annotated[tuple[float, ...] | str, BeforeValidator(parse_rates)]
 
 
 class Options(ModelSettings):
-    """Measure every precision of a model on this host: speed, memory, share of the memory's limit.
+    """Measure every precision of a model: speed, memory, share of the memory's limit.
 
     Prints a table, and one line of JSON last. docs/benchmarks.md explains both.
     """
