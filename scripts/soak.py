@@ -4,8 +4,8 @@
     .venv/bin/python scripts/soak.py [--minutes 60] [--model bundled] [--clients 24]
 
 Starts a server of its own. What it holds is looked at in its rests: after a warm-up in which every slot
-of every precision has been full once, on the way, and at the end. Prints a table, and one JSON line last; exits with 1 if
-memory, open files, threads or slots grew, or an answer came that should not.
+of every precision has been full once, on the way, and at the end. Prints a table, and one JSON line last;
+exits with 1 if memory, open files, threads or slots grew, or an answer came that should not.
 """
 
 import argparse
