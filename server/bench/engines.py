@@ -100,16 +100,10 @@ class Engines:
             WorkerProcess("server.bench.peers.worker", python) as process,
         ):
             self._report.host["peers"] = process.ask(do="versions")
-            exported = str(export(self._spec.checkpoint, Path(folder)))
+            exported = apart(lambda: export(self._spec.checkpoint, Path(folder)), self._threads)
+            load = partial(process.load, export=str(exported), threads=self._threads)
             yield lambda precision: [
-                partial(
-                    process.load,
-                    f"{engine} {kind}",
-                    engine,
-                    kind=kind,
-                    export=exported,
-                    threads=self._threads,
-                )
+                partial(load, f"{engine} {kind}", engine, kind=kind)
                 for engine, kind in PAIRS.get(precision, [])
             ]
 

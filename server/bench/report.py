@@ -127,7 +127,11 @@ def introduction(report: Report) -> str:
     """What a reader must know to compare the figures with others."""
     host, settings, model = report.host, report.settings, report.model
     pinned = host["pinned_to"]
-    where = f"pinned to CPUs {','.join(map(str, pinned))}" if pinned else "not pinned (this system can't)"
+    where = (
+        f"pinned to CPUs {','.join(map(str, pinned))}"
+        if pinned
+        else "not pinned (more threads than cores, or a system that can't)"
+    )
     return (
         f"{model['name']} ({model['architecture']}), {settings['prompt']} prompt tokens, "
         f"{settings['tokens']} generated, {settings['repeat']} repeats, greedy\n"

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from server.bench.errors import BenchError
@@ -94,7 +95,7 @@ def _overlapping(answers: Sequence[Answer], begin: float, end: float) -> list[fl
     return [
         later - earlier
         for answer in answers
-        for earlier, later in zip(answer.arrivals, answer.arrivals[1:], strict=False)
+        for earlier, later in pairwise(answer.arrivals)
         if earlier < end and later > begin
     ]
 
