@@ -104,6 +104,8 @@ class ModelSpec:
     row's result depends on its batch-mates, and every layer waits for the host."""
     double_quantization: bool = False
     """nf4, fp4: quantize the absmax of each block as well (about 0.37 bit per weight saved)."""
+    unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """int8, nf4, fp4: the type of what is not quantized (embeddings, head, norms, biases)."""
 
     @property
     def max_tokens(self) -> int:

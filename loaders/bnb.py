@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from loaders import kernels
+from loaders import gpt2_runner, kernels
 from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.footprint import count_parameters, measure
+from loaders.full import DTYPES
 from loaders.native_linear import adopt
 from loaders.runners import runner_for
 
@@ -46,10 +47,12 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     model = load_pretrained(
         spec,
         progress,
-        dtype=rest,
+        dtype=torch.float32 if spec.device == "cpu" else rest,
         device_map=spec.device,
         quantization_config=quantization_config(precision, spec),
     )
+    if spec.device == "cpu":
+        _cast(model, rest)
     native = spec.device == "cpu" and adopt(model, progress)
     quantized = _quantized_class(precision)
     parameters = count_parameters(meta_model(spec))
@@ -68,7 +71,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         raise CheckpointError(f"{spec.checkpoint.model_id} has no layer that {precision} can quantize")
     details = {
         "rest": str(rest),
-        "compute_dtype": str(torch.float32 if native else _compute_dtype(spec)),
+        "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
         "kernels": kernels.describe() if spec.device == "cpu" else "bitsandbytes",
     }
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
@@ -91,10 +94,30 @@ def quantization_config(precision: str, spec: ModelSpec) -> Any:
 
 
 def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
-    """What stays unquantized: fp32 on a CPU; on a card what the kernels take without casting."""
+    """The type of what is not quantized.
+
+    On a CPU bf16 where the lean runner reads it as it lies in memory, since the head is most of a small
+    model's traffic; elsewhere fp32. On a card what the kernels take without casting.
+    """
+    if spec.unquantized_dtype != "auto":
+        return DTYPES[spec.unquantized_dtype]
     if spec.device == "cpu":
-        return torch.float32
+        lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
+        return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
     return torch.float16 if precision == "int8" else torch.bfloat16
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What is left of float32 after quantizing; codes were made from the checkpoint's own values."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _native_compute(precision: str) -> str:
+    library = kernels.get()
+    assert library is not None
+    return f"torch.{library.computes_in('int8' if precision == 'int8' else 'four-bit')}"
 
 
 def _compute_dtype(spec: ModelSpec) -> torch.dtype:

@@ -8,7 +8,7 @@ from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.footprint import count_parameters, measure
-from loaders.native_linear import adopt
+from loaders.native_linear import FORMATS, adopt
 from loaders.runners import runner_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +35,6 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     native = spec.device == "cpu" and adopt(model, progress)
     footprint = measure(model, parameters)
     details = {"dtype": str(model.dtype), "kernels": kernels.describe() if spec.device == "cpu" else "torch"}
-    if native:
-        details["compute_dtype"] = "torch.float32"
+    if native and (library := kernels.get()) is not None:
+        details["compute_dtype"] = f"torch.{library.computes_in(FORMATS[DTYPES[precision]])}"
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)

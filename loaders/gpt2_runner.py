@@ -19,21 +19,25 @@ from loaders.base import Logits, ModelSpec
 from loaders.native_linear import NativeLinear
 
 
-def supports(model: PreTrainedModel) -> bool:
-    """Whether this is a GPT-2 as its paper has it, with every linear layer on the compiled kernels."""
-    if type(model) is not GPT2LMHeadModel:
-        return False
-    config: Any = model.config
-    plain = (
-        config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+def serves(config: Any) -> bool:
+    """Whether a model of that configuration is a GPT-2 as its paper has it, of a shape the kernels take."""
+    return bool(
+        config.model_type == "gpt2"
+        and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
         and config.scale_attn_weights
         and not config.scale_attn_by_inverse_layer_idx
         and not config.add_cross_attention
         and config.n_embd % 32 == 0
         and (config.n_embd // config.n_head) % 8 == 0
     )
+
+
+def supports(model: PreTrainedModel) -> bool:
+    """Whether it can be run: what ``serves`` accepts, with every linear layer on the compiled kernels."""
+    if type(model) is not GPT2LMHeadModel or not serves(model.config):
+        return False
     layers = [m for block in model.transformer.h for m in _linears(block)]
-    return bool(plain) and all(isinstance(m, NativeLinear) for m in (*layers, model.lm_head))
+    return all(isinstance(m, NativeLinear) for m in (*layers, model.lm_head))
 
 
 def _linears(block: Any) -> tuple[Any, Any, Any, Any]:
@@ -79,24 +83,24 @@ class GPT2Runner:
     def __init__(self, model: GPT2LMHeadModel, spec: ModelSpec) -> None:
         self.slots, self.context = spec.slots, spec.max_tokens
         self.vocabulary = spec.checkpoint.vocabulary
-        self._model: Any = model  # None once closed
-        self._compute = _pack(model)
+        self._model: GPT2LMHeadModel | None = model  # None once closed, as is what computes
+        self._compute: kernels.GPT2 | None = _pack(model)
         self._config: Any = model.config
         self._lengths = [0] * spec.slots
-        self._cache: kernels.KeyValues | None = _key_values(model.config, spec.slots, self.context)
+        self._cache = _key_values(model.config, spec.slots, self.context)
 
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
         start, count = self._lengths[slot], len(ids)
         self._check(start + count)
         wanted = {"none": 0, "last": 1, "all": count}[logits]
-        found = self._compute(self._live, [slot] * count, range(start, start + count), ids, wanted)
+        found = self._live(self._cache, [slot] * count, range(start, start + count), ids, wanted)
         self._lengths[slot] += count
         return found if wanted else None
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
         positions = [self._lengths[slot] for slot in slots]
         self._check(max(positions) + 1)
-        logits = self._compute(self._live, slots, positions, ids, len(ids))
+        logits = self._live(self._cache, slots, positions, ids, len(ids))
         for slot in slots:
             self._lengths[slot] += 1
         return logits
@@ -104,34 +108,31 @@ class GPT2Runner:
     def score(self, ids: Sequence[int]) -> Tensor:
         self._check(len(ids))
         alone = _key_values(self._config, 1, len(ids))
-        return self._compute(alone, [0] * len(ids), range(len(ids)), ids, len(ids))
+        return self._live(alone, [0] * len(ids), range(len(ids)), ids, len(ids))
 
     def free(self, slot: int) -> None:
         self._lengths[slot] = 0  # a row never looks beyond what its own sequence wrote
 
     def close(self) -> None:
-        self._model = self._cache = None
-        del self._compute
+        self._model = self._compute = None
+        self._cache = kernels.KeyValues([])
+
+    @property
+    def module(self) -> GPT2LMHeadModel:
+        """What holds the weights."""
+        if self._model is None:
+            raise RuntimeError("the runner is closed")
+        return self._model
 
     @property
     def kv_cache_bytes(self) -> int:
-        if self._cache is None:
-            return 0
         return sum(tensor.nbytes for pair in self._cache.layers for tensor in pair)
 
     @property
-    def module(self) -> PreTrainedModel:
-        """The model below, for who looks at its weights (``layer_errors``)."""
-        if self._model is None:
+    def _live(self) -> kernels.GPT2:
+        if self._compute is None:
             raise RuntimeError("the runner is closed")
-        model: PreTrainedModel = self._model
-        return model
-
-    @property
-    def _live(self) -> kernels.KeyValues:
-        if self._cache is None:
-            raise RuntimeError("the runner is closed")
-        return self._cache
+        return self._compute
 
     def _check(self, tokens: int) -> None:
         if tokens > self.context:

@@ -15,7 +15,7 @@ from loaders import kernels
 from loaders.base import Progress
 from loaders.conv1d import to_linear
 
-_DENSE: dict[torch.dtype, kernels.Format] = {
+FORMATS: dict[torch.dtype, kernels.Format] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -104,9 +104,9 @@ def _native(module: Any) -> NativeLinear | None:
         return _from_four_bit(module)
     if isinstance(module, Conv1D):
         module = to_linear(module)
-    if type(module) is not nn.Linear or module.weight.dtype not in _DENSE:
+    if type(module) is not nn.Linear or module.weight.dtype not in FORMATS:
         return None
-    dense = _DENSE[module.weight.dtype]
+    dense = FORMATS[module.weight.dtype]
     if not kernels.supports(dense, module.in_features):
         return None
     return NativeLinear(dense, module.weight, module.bias)

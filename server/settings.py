@@ -113,6 +113,12 @@ class ModelSettings(BaseSettings):
     double_quantization: bool = option(
         False, _QUANTIZATION, None, "nf4, fp4: quantize the scales of the blocks too"
     )
+    unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        _QUANTIZATION,
+        "TYPE",
+        "int8, nf4, fp4: type of embeddings, head and norms: fp32, bf16, fp16 or what is fastest here",
+    )
 
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
@@ -128,6 +134,7 @@ class ModelSettings(BaseSettings):
             self.quantize_lm_head,
             self.int8_threshold,
             self.double_quantization,
+            self.unquantized_dtype,
         )
 
 

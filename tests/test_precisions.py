@@ -1,6 +1,7 @@
 """The contract that every precision of the registry keeps, on real small checkpoints."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -156,23 +157,42 @@ GPT2_SMALL = {
     "fp32": (497_759_232, {}),
     "bf16": (248_879_616, {}),
     "fp16": (248_879_616, {}),
-    "int8": (242_955_264, {"scales": 331_776}),
-    "nf4": (200_487_936, {"absmax": 5_308_416}),
-    "fp4": (200_487_936, {"absmax": 5_308_416}),
+    "int8": (163_944_960, {"scales": 331_776}),
+    "nf4": (121_477_632, {"absmax": 5_308_416}),
+    "fp4": (121_477_632, {"absmax": 5_308_416}),
     "dynamic-int8": (281_552_640, {}),
 }
 
 
+WITH_THE_REST_IN_FP32 = {
+    "int8": (242_955_264, {"scales": 331_776}),
+    "nf4": (200_487_936, {"absmax": 5_308_416}),
+    "fp4": (200_487_936, {"absmax": 5_308_416}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", GPT2_SMALL)
-def test_gpt2_small_to_the_byte(precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    ("precision", "unquantized", "weights", "state"),
+    [
+        *((name, "bf16", weights, state) for name, (weights, state) in GPT2_SMALL.items()),
+        *((name, "fp32", weights, state) for name, (weights, state) in WITH_THE_REST_IN_FP32.items()),
+    ],
+)
+def test_gpt2_small_to_the_byte(
+    precision: str,
+    unquantized: Literal["bf16", "fp32"],
+    weights: int,
+    state: dict[str, int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """124,439,808 parameters: what is quantized, what is kept, counted by hand from the shapes."""
     folder = Path(tmp_path_factory.getbasetemp()) / "gpt2-small"
     if not folder.exists():
         from transformers import GPT2Config, GPT2LMHeadModel
 
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-    footprint = loaders.load(precision, ModelSpec(open_checkpoint(str(folder)), slots=1)).footprint
-    weights, state = GPT2_SMALL[precision]
+    spec = ModelSpec(open_checkpoint(str(folder)), slots=1, unquantized_dtype=unquantized)
+    footprint = loaders.load(precision, spec).footprint
     assert footprint.weights_bytes - footprint.quantization_state_bytes == weights
     assert state.items() <= footprint.quantization_state.items()

@@ -70,10 +70,10 @@ class KeyValues:
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.layers = layers
-        count, self._context = len(layers), layers[0][0].shape[2]
+        count, context = len(layers), layers[0][0].shape[2] if layers else 0
         self._keys = (P * count)(*(keys.data_ptr() for keys, _ in layers))
         self._values = (P * count)(*(values.data_ptr() for _, values in layers))
-        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), self._context)
+        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context)
 
 
 class GPT2:

@@ -174,14 +174,7 @@ def measure(
     chosen = greedy.Prompts(prompts, passes.window)
     reference_seconds, done = 0.0, 1
     for one in windows(stream, passes.window, passes.stride):
-        expected, seconds = _score(reference, one)
-        reference_seconds += seconds
-        targets = torch.tensor(one.scored)
-        for tally in tallies:
-            found, seconds = _score(tally.model, one)
-            tally.seconds += seconds
-            tally.add(compare(expected, found, targets))
-            del found  # not beside the next candidate's
+        reference_seconds += _compare(reference, tallies, one)
         chosen.offer(one)
         done += len(one.scored)
         progress("scoring", done, stream.expected_tokens())
@@ -205,6 +198,18 @@ def measure(
         )
         for tally, length in zip(tallies, continued, strict=True)
     ]
+
+
+def _compare(reference: LoadedModel, tallies: Sequence[_Tally], window: Window) -> float:
+    """Adds one window to every tally; the seconds of the reference's pass. No logits outlive it."""
+    expected, reference_seconds = _score(reference, window)
+    targets = torch.tensor(window.scored)
+    for tally in tallies:
+        found, seconds = _score(tally.model, window)
+        tally.seconds += seconds
+        tally.add(compare(expected, found, targets))
+        del found  # not beside the next candidate's
+    return reference_seconds
 
 
 def _score(model: LoadedModel, window: Window) -> tuple[Tensor, float]:
