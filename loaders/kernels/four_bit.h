@@ -1,5 +1,7 @@
 /* Four-bit codes → the values of a table of 16. */
 #pragma once
+#include <string.h>
+
 #include "wide.h"
 
 #ifdef __AVX512BW__
@@ -23,6 +25,23 @@ static inline void look_up(const uint8_t *bytes, const four_bit_table *table, fl
     values[0] = look_up16(bytes, table);
     values[1] = look_up16(bytes + 8, table);
 }
+
+#ifdef __AVX512BF16__
+/* 16 values in bfloat16, and again: a permutation of 16-bit lanes looks at five bits, of which codes fill four. */
+static inline __m512i twice_bfloat16(__m512 values) {
+    __m512bh rounded = _mm512_cvtne2ps_pbh(values, values);
+    __m512i found;
+    memcpy(&found, &rounded, sizeof found);
+    return found;
+}
+
+/* 16 bytes → 32 bfloat16 values in order. */
+static inline __m512i look_up32(const uint8_t *bytes, __m512i values) {
+    __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+    __m512i codes = _mm512_or_si512(_mm512_slli_epi32(pairs, 16), _mm512_srli_epi32(pairs, 4));
+    return _mm512_permutexvar_epi16(codes, values);
+}
+#endif
 
 #else
 
