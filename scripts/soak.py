@@ -14,6 +14,7 @@ import contextlib
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -240,4 +241,5 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: the server ends too
     sys.exit(asyncio.run(main()))
