@@ -11,7 +11,7 @@ LoaderError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -151,6 +151,18 @@ class Runner(Protocol):
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV tensors that exist now."""
+        ...
+
+
+@runtime_checkable
+class MixedRunner(Protocol):
+    """A runner to which prompt tokens and decoded ones are the same: both in one pass over the weights."""
+
+    def advance(self, slot: int, ids: Sequence[int], slots: Sequence[int], next_ids: Sequence[int]) -> Tensor:
+        """``prefill(slot, ids)`` and ``decode(slots, next_ids)`` at once, ``slot`` not being among ``slots``.
+
+        Returns (1 + len(slots), vocabulary) logits: after the last of ``ids``, then of each slot.
+        """
         ...
 
 

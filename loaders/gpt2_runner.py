@@ -78,7 +78,7 @@ def _norm(layer: Any) -> kernels.Norm:
 
 
 class GPT2Runner:
-    """Implements ``loaders.base.Runner`` for a model that ``supports`` accepts."""
+    """Implements ``loaders.base.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts."""
 
     def __init__(self, model: GPT2LMHeadModel, spec: ModelSpec) -> None:
         self.slots, self.context = spec.slots, spec.max_tokens
@@ -103,6 +103,18 @@ class GPT2Runner:
         logits = self._live(self._cache, slots, positions, ids, len(ids))
         for slot in slots:
             self._lengths[slot] += 1
+        return logits
+
+    def advance(self, slot: int, ids: Sequence[int], slots: Sequence[int], next_ids: Sequence[int]) -> Tensor:
+        start, count = self._lengths[slot], len(ids)
+        following = [self._lengths[other] for other in slots]
+        self._check(max(start + count, *(position + 1 for position in following)))
+        positions = [*range(start, start + count), *following]
+        where = [*[slot] * count, *slots]
+        logits = self._live(self._cache, where, positions, [*ids, *next_ids], 1 + len(slots))
+        self._lengths[slot] += count
+        for other in slots:
+            self._lengths[other] += 1
         return logits
 
     def score(self, ids: Sequence[int]) -> Tensor:

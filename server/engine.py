@@ -73,6 +73,7 @@ class Engine:
         *,
         eos_ids: frozenset[int],
         prefill_chunk: int = 128,
+        prefill_chunk_busy: int | None = None,
         threads: int | None = None,
         on_step: Callable[[StepStats], None] | None = None,
         on_death: Callable[[str], None] | None = None,
@@ -82,7 +83,7 @@ class Engine:
         self.last_used = time.perf_counter()
         self._on_step, self._on_death = on_step, on_death
         self._threads = threads
-        self._scheduler = Scheduler(model.runner.slots, prefill_chunk)
+        self._scheduler = Scheduler(model.runner.slots, prefill_chunk, prefill_chunk_busy)
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._live: dict[Sequence, Generation] = {}

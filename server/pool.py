@@ -142,6 +142,7 @@ class Pool:
                 model,
                 eos_ids=self.spec.checkpoint.eos_ids,
                 prefill_chunk=self._settings.prefill_chunk,
+                prefill_chunk_busy=self._settings.busy_chunk(),
                 threads=self._settings.threads,
                 on_step=partial(self._metrics.observe_step, state.name),
                 on_death=self._lifecycle.fail,

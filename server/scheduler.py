@@ -22,12 +22,13 @@ class Chunk:
 class Scheduler:
     """First come, first served into ``slots`` KV slots; everything admitted advances in every step.
 
-    A step prefills at most ``prefill_chunk`` prompt tokens, so that a long prompt delays the running rows'
-    next token by no more than that, and then decodes all rows whose prompt is done.
+    A step prefills at most ``prefill_chunk`` prompt tokens, ``prefill_chunk_busy`` where rows decode, so
+    that a long prompt delays their next token by no more than that; and it decodes all rows that can.
     """
 
-    def __init__(self, slots: int, prefill_chunk: int) -> None:
-        self._prefill_chunk = prefill_chunk
+    def __init__(self, slots: int, prefill_chunk: int, prefill_chunk_busy: int | None = None) -> None:
+        self._idle_budget = prefill_chunk
+        self._busy_budget = min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._free = list(range(slots))  # a heap: low slots first keep the rows in play consecutive
@@ -47,8 +48,9 @@ class Scheduler:
         return admitted
 
     def chunks(self) -> list[Chunk]:
-        """The prompt stretches of this step, oldest sequence first, ``prefill_chunk`` tokens in all."""
-        budget, chunks = self._prefill_chunk, []
+        """The prompt stretches of this step, oldest sequence first, within the step's budget of tokens."""
+        budget = self._busy_budget if self.decodable() else self._idle_budget
+        chunks = []
         for sequence in self._running.values():
             if budget and sequence.remaining_prompt:
                 chunk = Chunk(sequence, min(budget, sequence.remaining_prompt))

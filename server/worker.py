@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from loaders.base import Runner
+from loaders.base import MixedRunner, Runner
 from server.errors import DeadlinePassed, GenerationFailed, ServiceError
 from server.sampler import BadLogits, Sampler, prompt_logprobs
 from server.scheduler import Chunk, Scheduler
@@ -68,8 +68,7 @@ class Worker:
             return step
         with self._turn:
             self.busy_since = started = time.perf_counter()
-            prompt_tokens = self._prefill(step)
-            batch = self._decode(step)
+            prompt_tokens, batch = self._advance(step)
             seconds = time.perf_counter() - started
             self.busy_since = None
         self.longest_step = max(self.longest_step, seconds)
@@ -84,9 +83,33 @@ class Worker:
             elif sequence.expired(now):
                 self._end(step, sequence, DeadlinePassed("the request's time was up"))
 
-    def _prefill(self, step: Step) -> int:
+    def _advance(self, step: Step) -> tuple[int, int]:
+        """How many prompt tokens and how many rows were computed."""
+        chunks, rows = self._scheduler.chunks(), self._scheduler.decodable()
+        if chunks and rows and self._advance_together(step, chunks[0], rows):
+            return chunks[0].count + self._prefill(step, chunks[1:]), len(rows)
+        return self._prefill(step, chunks), self._decode(step)
+
+    def _advance_together(self, step: Step, chunk: Chunk, rows: list[Sequence]) -> bool:
+        """A prompt chunk and the running rows in one pass over the weights; whether that could be done."""
+        runner, sequence, is_last = self._runner, chunk.sequence, chunk.is_last
+        if not isinstance(runner, MixedRunner) or _wants_all(sequence) or sequence.slot is None:
+            return False
+        ids = sequence.prompt[sequence.prefilled : sequence.prefilled + chunk.count]
+        slots = [row.slot for row in rows if row.slot is not None]
+        last = [row.generated[-1] for row in rows]
+        logits, _ = _attempt(partial(runner.advance, sequence.slot, ids, slots, last))
+        if logits is None:  # somebody is at fault: each by itself then
+            return False
+        sequence.prefilled += chunk.count
+        if is_last:
+            self._prompt_done(step, sequence, logits[:1])
+        self._sample(step, rows, logits[1:])
+        return True
+
+    def _prefill(self, step: Step, chunks: list[Chunk]) -> int:
         done = 0
-        for chunk in self._scheduler.chunks():
+        for chunk in chunks:
             is_last = chunk.is_last
             logits, fault = _attempt(partial(self._prefill_chunk, chunk))
             if fault is not None:
@@ -102,8 +125,7 @@ class Worker:
         sequence, start = chunk.sequence, chunk.sequence.prefilled
         ids = sequence.prompt[start : start + chunk.count]
         assert sequence.slot is not None
-        wants_all = sequence.params.prompt_logprobs or sequence.observe is not None
-        wanted = "all" if wants_all else "last" if chunk.is_last else "none"
+        wanted = "all" if _wants_all(sequence) else "last" if chunk.is_last else "none"
         logits = self._runner.prefill(sequence.slot, ids, wanted)  # type: ignore[arg-type]
         if sequence.observe is not None:
             sequence.observe(logits)
@@ -175,6 +197,11 @@ class Worker:
         slot = self._scheduler.remove(sequence)
         if slot is not None:
             self._runner.free(slot)
+
+
+def _wants_all(sequence: Sequence) -> bool:
+    """Whether somebody looks at the logits of every prompt token."""
+    return sequence.params.prompt_logprobs or sequence.observe is not None
 
 
 def _attempt(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:

@@ -53,6 +53,31 @@ def test_the_way_a_prompt_is_cut_changes_no_bit(model: LoadedModel) -> None:
     assert torch.equal(torch.cat([part, last]), whole[33:])
 
 
+def test_a_prompt_and_running_rows_in_one_pass(model: LoadedModel) -> None:
+    """Bit for bit what prefill and decode give one after the other."""
+    runner = model.runner
+    assert isinstance(runner, GPT2Runner)
+
+    def begin() -> None:
+        runner.prefill(1, PROMPT[:20], "none")
+        runner.prefill(4, PROMPT[50:57], "none")
+        runner.prefill(2, PROMPT[:11], "none")
+
+    begin()
+    last = runner.prefill(2, PROMPT[11:40])
+    assert last is not None
+    expected = [last, runner.decode([1, 4], [7, 8])]
+    after = runner.decode([1, 2, 4], [9, 10, 11])
+    for slot in (1, 2, 4):
+        runner.free(slot)
+    begin()
+    found = runner.advance(2, PROMPT[11:40], [1, 4], [7, 8])
+    assert torch.equal(found, torch.cat(expected))
+    assert torch.equal(runner.decode([1, 2, 4], [9, 10, 11]), after)
+    for slot in (1, 2, 4):
+        runner.free(slot)
+
+
 @pytest.mark.parametrize("precision", loaders.PRECISIONS)
 @pytest.mark.parametrize(("count", "tokens"), [(20, 16), pytest.param(50, 64, marks=pytest.mark.slow)])
 def test_tokens_are_the_same_alone_and_among_fifteen_others(
@@ -63,7 +88,9 @@ def test_tokens_are_the_same_alone_and_among_fifteen_others(
     prompts = [[chance.randrange(5, 2000) for _ in range(chance.randrange(1, 60))] for _ in range(count)]
 
     async def run() -> tuple[list[list[int]], list[list[int]]]:
-        engine = Engine(loaders.load(precision, spec), eos_ids=frozenset(), prefill_chunk=32)
+        engine = Engine(
+            loaders.load(precision, spec), eos_ids=frozenset(), prefill_chunk=32, prefill_chunk_busy=16
+        )
         await engine.start()
 
         async def one(prompt: list[int]) -> list[int]:

@@ -34,6 +34,20 @@ def test_a_long_prompt_is_prefilled_in_chunks_within_one_budget() -> None:
     ]
 
 
+def test_a_prompt_gets_less_of_a_step_while_others_decode() -> None:
+    scheduler = Scheduler(slots=2, prefill_chunk=8, prefill_chunk_busy=3)
+    running, long = sequence(2), sequence(20)
+    scheduler.add(long)
+    scheduler.admit(0.0)
+    assert [c.count for c in scheduler.chunks()] == [8]
+    scheduler.add(running)
+    scheduler.admit(0.0)
+    running.prefilled, running.generated = 2, [5]
+    assert [c.count for c in scheduler.chunks()] == [3]
+    scheduler.remove(running)
+    assert [c.count for c in scheduler.chunks()] == [8]
+
+
 def test_only_rows_with_a_token_to_go_on_from_are_decoded() -> None:
     scheduler = Scheduler(slots=3, prefill_chunk=8)
     done, pending = sequence(2), sequence(2)

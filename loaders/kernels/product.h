@@ -54,15 +54,45 @@ static void prepare(void *job, int64_t row, const worker *by) {
     case 6: if (ROWS > 3) call(6); break; \
     }
 
-static void compute_tile(const tile *t, enum format type, int64_t row, int64_t rows, __m128i excess) {
-#define FLOAT_TILE(n) float_tile(t, row, n)
+/* A function for each kind of tile: in a common one the compiler spends its care on the others. int8 has no kind for
+ * tiles that are alone: it was the slower for it. */
+#define KIND static __attribute__((noinline)) void
+
+KIND compute_int8(const tile *t, int64_t row, int64_t rows, __m128i excess) {
 #define INT8_TILE(n) int8_tile(t, row, n, excess)
-#define BFLOAT16_TILE(n) bfloat16_tile(t, row, n)
-    if (type == INT8) WITH_CONSTANT(rows, INT8_TILE)
+    WITH_CONSTANT(rows, INT8_TILE)
+}
+
+KIND compute_float(const tile *t, int64_t row, int64_t rows) {
+#define FLOAT_TILE(n) float_tile(t, row, n, 0)
+    WITH_CONSTANT(rows, FLOAT_TILE)
+}
+
+KIND compute_float_alone(const tile *t, int64_t row, int64_t rows) {
+#define FLOAT_ALONE(n) float_tile(t, row, n, 1)
+    WITH_CONSTANT(rows, FLOAT_ALONE)
+}
+
 #ifdef __AVX512BF16__
-    else if (type == BFLOAT16) WITH_CONSTANT(rows, BFLOAT16_TILE)
+KIND compute_bfloat16(const tile *t, int64_t row, int64_t rows) {
+#define BFLOAT16_TILE(n) bfloat16_tile(t, row, n, 0)
+    WITH_CONSTANT(rows, BFLOAT16_TILE)
+}
+
+KIND compute_bfloat16_alone(const tile *t, int64_t row, int64_t rows) {
+#define BFLOAT16_ALONE(n) bfloat16_tile(t, row, n, 1)
+    WITH_CONSTANT(rows, BFLOAT16_ALONE)
+}
 #endif
-    else WITH_CONSTANT(rows, FLOAT_TILE)
+
+static void compute_tile(const tile *t, enum format type, int64_t row, int64_t rows, int alone, __m128i excess) {
+    if (type == INT8) compute_int8(t, row, rows, excess);
+#ifdef __AVX512BF16__
+    else if (type == BFLOAT16 && alone) compute_bfloat16_alone(t, row, rows);
+    else if (type == BFLOAT16) compute_bfloat16(t, row, rows);
+#endif
+    else if (alone) compute_float_alone(t, row, rows);
+    else compute_float(t, row, rows);
 }
 
 static const char *weights_for(const matrix *m, enum format type, int64_t output, char *scratch) {
@@ -84,13 +114,14 @@ static void compute_group(tile *t, enum format type, int64_t row, int64_t end, c
     __m128i excess = type == INT8 ? surplus(t) : _mm_setzero_si128();
     t->next_stride = row_bytes(t->m);
     t->next_bits = bits_per_weight(t->m);
+    int alone = end - row <= ROWS && (int64_t)type == t->m->format;
     int fetched = 0; /* each tile fetches its share of the next group's weights */
     for (int64_t tiles = (end - row + ROWS - 1) / ROWS; tiles; tiles--) {
         int64_t rows = (end - row + tiles - 1) / tiles;
         t->next = row_of(t->m, t->output + CHANNELS + fetched);
         t->next_rows = (CHANNELS - fetched + tiles - 1) / tiles;
         fetched += t->next_rows;
-        compute_tile(t, type, row, rows, excess);
+        compute_tile(t, type, row, rows, alone, excess);
         row += rows;
     }
 }

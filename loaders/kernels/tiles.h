@@ -28,10 +28,23 @@ static inline __attribute__((always_inline)) void fetch(const tile *t, int64_t w
         for (int64_t byte = 0; byte < STRETCH * t->next_bits / 8; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
 }
 
+/* The same for all of the next group: one line of each row, in as few instructions as can be, since what the core may
+ * look ahead is counted in them. */
+static inline __attribute__((always_inline)) void fetch_group(const tile *t, const char *at) {
+    for (int c = 0; c < CHANNELS; c++) _mm_prefetch(at + c * t->next_stride, _MM_HINT_T0);
+}
+
 /* for (k …) in steps of STEP over a row, looking ahead once a stretch. */
 #define ALONG_A_ROW(t, k, STEP) \
-    for (int64_t k = 0, left_off; k < (t)->m->inputs; k = left_off) \
-        for (left_off = k + STRETCH < (t)->m->inputs ? k + STRETCH : (t)->m->inputs, fetch(t, k); k < left_off; k += STEP)
+    for (int64_t k = 0, stop; k < (t)->m->inputs; k = stop) \
+        for (stop = k + STRETCH < (t)->m->inputs ? k + STRETCH : (t)->m->inputs, fetch(t, k); k < stop; k += STEP)
+
+/* The same where `alone`, a constant, tells whether the tile is the only one of its group, on weights as they lie, of so
+ * many bytes: it then looks ahead at each step. */
+#define ALONG_A_FLOAT_ROW(t, k, STEP, bytes, alone) \
+    for (int64_t k = 0, stop, count = (t)->m->inputs; k < count; k = stop) \
+        for (stop = (alone) || k + STRETCH > count ? count : k + STRETCH, (alone) ? (void)0 : fetch(t, k); \
+             k < stop && (!(alone) || (fetch_group(t, (t)->next + k * (bytes)), 1)); k += STEP)
 
 /* Stores the sums of one row: + bias + residual. */
 static inline void finish(const tile *t, int64_t row, __m128 sums) {
@@ -50,16 +63,16 @@ static inline void finish(const tile *t, int64_t row, __m128 sums) {
     }
 }
 
-/* `rows` is a constant where these are inlined. */
+/* `rows` and `alone` are constants where these are inlined. */
 #define TILE static inline __attribute__((always_inline)) void
 
 static inline const char *x_row(const tile *t, int64_t row) { return t->x->data + row * t->x->stride; }
 
-TILE float_tile(const tile *t, int64_t row, int rows) {
+TILE float_tile(const tile *t, int64_t row, int rows, int alone) {
     floats sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[r][c] = all(0);
-    ALONG_A_ROW(t, k, WIDE) {
+    ALONG_A_FLOAT_ROW(t, k, WIDE, 4, alone) {
         floats values[ROWS];
         for (int r = 0; r < rows; r++) values[r] = load((const float *)x_row(t, row + r) + k);
         for (int c = 0; c < CHANNELS; c++) {
@@ -71,11 +84,11 @@ TILE float_tile(const tile *t, int64_t row, int rows) {
 }
 
 #ifdef __AVX512BF16__
-TILE bfloat16_tile(const tile *t, int64_t row, int rows) {
+TILE bfloat16_tile(const tile *t, int64_t row, int rows, int alone) {
     floats sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[r][c] = all(0);
-    ALONG_A_ROW(t, k, 32) {
+    ALONG_A_FLOAT_ROW(t, k, 32, 2, alone) {
         __m512bh values[ROWS], weights;
         for (int r = 0; r < rows; r++) memcpy(&values[r], (const uint16_t *)x_row(t, row + r) + k, sizeof weights);
         for (int c = 0; c < CHANNELS; c++) {
