@@ -68,7 +68,8 @@ static const uint16_t *rounded_four_bit(const matrix *m, int64_t output, uint16_
     floats table = load(m->table);
     for (int64_t start = 0; start < m->inputs; start += m->block, block++) {
         __m512i values = twice_bfloat16(times(table, all(block_scale(m, block))));
-        for (int64_t k = start; k < start + m->block; k += 32) _mm512_storeu_si512(out + k, look_up32(w + k / 2, values));
+        for (int64_t k = start; k < start + m->block; k += 32)
+            _mm512_storeu_si512(out + k, look_up32(w + k / 2, values));
     }
     return out;
 }
