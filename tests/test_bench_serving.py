@@ -213,7 +213,7 @@ def test_a_long_prompt_is_sent_among_running_streams(make_app: Callable[..., Fas
         runner.on_prefill = on_prefill
 
     loads.prepare = watch
-    with serving(make_app(precisions="fp32", prefill_chunk=64)) as url:
+    with serving(make_app(precisions="fp32", prefill_chunk=64, prefill_chunk_busy=64)) as url:
         found = ask(url, lambda client: checks.long_prompt(client, Texts(client), "fp32"))
     assert found.prompt == 252  # the context of 256, less what is generated
     assert sum(count for _, count in seen) == 252
