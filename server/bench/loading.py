@@ -89,14 +89,14 @@ def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
     checkpoint = open_checkpoint(chosen.model_id, chosen.revision)
     trim()
     reset_peak()
-    peak, resident = status_bytes("VmHWM"), status_bytes("VmRSS")
+    resident = status_bytes("VmRSS")
     model = loaders.load(precision, chosen.spec(checkpoint, slots=1))
     resident_growth = _growth("VmRSS", resident)  # first: to ask takes memory, too
     return Loading(
         precision=precision,
         checkpoint_bytes=checkpoint.file_bytes,
         weights_bytes=model.footprint.weights_bytes,
-        peak_growth_bytes=_growth("VmHWM", peak),
+        peak_growth_bytes=_growth("VmHWM", resident),
         resident_growth_bytes=resident_growth,
         seconds=model.load_seconds,
     )
