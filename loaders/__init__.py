@@ -90,6 +90,11 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     return loader(precision).availability(canonical(precision), device)
 
 
+def available(device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
+    """The precisions that this host can run on ``device``, in the registry's order."""
+    return tuple(name for name in PRECISIONS if availability(name, device).ok)
+
+
 def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
     """Loads one precision of ``spec.checkpoint``.
 

@@ -34,43 +34,55 @@ def measure(
         state_of: scales, absmax, tables of a module.
         reason: why the matrix of this name was kept.
     """
-    seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is given out twice
-    by_dtype: dict[str, int] = defaultdict(int)
+    bytes_ = _Bytes()
     state: dict[str, int] = defaultdict(int)
-
-    def count(tensor: Tensor) -> int:
-        key = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        if not tensor.numel() or key in seen:
-            return 0
-        seen[key] = tensor
-        by_dtype[str(tensor.dtype).removeprefix("torch.")] += key[1]
-        return key[1]
-
     quantized, kept = [], []
     for name, module in model.named_modules():
         native = isinstance(module, NativeLinear)
         for role, tensor in module.state() if native else state_of(module):
-            state[role] += count(tensor)
+            state[role] += bytes_.count(tensor)
         if module.is_quantized if native else is_quantized(module):
             quantized.append(name)
         elif native or isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             kept.append(KeptLayer(name, reason(name)))
     for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
-        count(tensor)
-    multiplied = {t.data_ptr() for m in model.modules() if not _looks_up(m) for t in m.parameters(False)}
-    looked_up = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if _looks_up(m)}
-    total = sum(by_dtype.values())
+        bytes_.count(tensor)
+    total = sum(bytes_.by_dtype.values())
     return Footprint(
         weights_bytes=total,
-        by_dtype=dict(by_dtype),
+        by_dtype=dict(bytes_.by_dtype),
         quantization_state={role: size for role, size in state.items() if role != "weights"},
         transformers_footprint_bytes=int(model.get_memory_footprint()),
         bits_per_weight=8 * total / parameters,
         parameters=parameters,
-        lookup_bytes=sum(size for where, size in looked_up.items() if where not in multiplied),
+        lookup_bytes=_lookup_bytes(model),
         quantized=quantized,
         kept=kept,
     )
+
+
+class _Bytes:
+    """Bytes by element type; a storage that was counted counts no more."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[str, int] = defaultdict(int)
+        self._seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is given out twice
+
+    def count(self, tensor: Tensor) -> int:
+        """What the tensor adds."""
+        key = (tensor.data_ptr(), tensor.nbytes)
+        if not tensor.numel() or key in self._seen:
+            return 0
+        self._seen[key] = tensor
+        self.by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+        return tensor.nbytes
+
+
+def _lookup_bytes(model: nn.Module) -> int:
+    """Bytes of embeddings that no layer multiplies with, as a tied head would."""
+    multiplied = {t.data_ptr() for m in model.modules() if not _looks_up(m) for t in m.parameters(False)}
+    looked_up = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if _looks_up(m)}
+    return sum(size for where, size in looked_up.items() if where not in multiplied)
 
 
 def _looks_up(module: nn.Module) -> bool:

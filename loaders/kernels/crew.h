@@ -22,7 +22,7 @@ typedef struct {
 
 typedef void work(void *job, int64_t chunk, const worker *by);
 
-/* Spins this often (some 20 microseconds) before it lets others have the core. */
+/* Spins this often before it lets others have the core. */
 enum { PATIENCE = 1000 };
 
 /* Takes chunks as long as there are any, then waits for those that other threads took. */

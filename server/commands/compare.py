@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
 from loaders.base import LoaderError, ModelSpec
 from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.options import json_option, precisions_option
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import table
 from server.commands.sampling import SamplingSettings, encode
@@ -37,24 +38,13 @@ class Options(SamplingSettings):
     """Continue PROMPT in several precisions: speed, texts, distance from fp32."""
 
     prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
-    precisions: Precisions | None = option(
-        None, _WHAT, "NAMES", "by comma", unset="all that this host can run"
-    )
+    precisions: Precisions | None = precisions_option(_WHAT)
     reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are held against")
-    json_file: Path | None = option(
-        None,
-        _MORE,
-        "FILE",
-        "write all figures and texts there",
-        unset="nowhere",
-        validation_alias=AliasChoices("json_file", "json"),
-    )
+    json_file: Path | None = json_option(_MORE, "write all figures and texts there", "nowhere")
 
     def names(self) -> tuple[str, ...]:
         """The reference, then the precisions asked for; those this host can run if none were."""
-        device = self.resolved_device()
-        able = (name for name in loaders.PRECISIONS if loaders.availability(name, device).ok)
-        names = able if self.precisions is None else self.precisions
+        names = self.precisions or loaders.available(self.resolved_device())
         return tuple(dict.fromkeys((self.reference, *names)))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import AliasChoices
 
 import loaders
 from loaders.base import Checkpoint, Footprint, LoadedModel, LoaderError, ModelSpec
@@ -15,6 +14,7 @@ from loaders.quality import Quality, QualityError, held_out, measure, text_file
 from loaders.quality.greedy import PROMPTS
 from server import memory
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.options import json_option, precisions_option
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import layer_lines, quality_lines
 from server.settings import ModelSettings, Precisions, option
@@ -33,9 +33,7 @@ class Options(ModelSettings):
     Prints a table, and one line of JSON last.
     """
 
-    precisions: Precisions | None = option(
-        None, _WHAT, "NAMES", "by comma", unset="all that this host can run"
-    )
+    precisions: Precisions | None = precisions_option(_WHAT)
     text: Path | None = option(
         None,
         _WHAT,
@@ -49,20 +47,11 @@ class Options(ModelSettings):
     stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     layers: bool = option(False, _MORE, None, "show every layer's quantization error too")
-    json_file: Path | None = option(
-        None,
-        _MORE,
-        "FILE",
-        "write all figures there as well",
-        unset="only the last line",
-        validation_alias=AliasChoices("json_file", "json"),
-    )
+    json_file: Path | None = json_option(_MORE, "write all figures there as well", "only the last line")
 
     def names(self) -> tuple[str, ...]:
         """The precisions asked for, fp32 first if it is among them; those this host can run if none were."""
-        device = self.resolved_device()
-        able = (name for name in loaders.PRECISIONS if loaders.availability(name, device).ok)
-        names = able if self.precisions is None else self.precisions
+        names = self.precisions or loaders.available(self.resolved_device())
         return tuple(dict.fromkeys(sorted(names, key=lambda name: name != _REFERENCE)))
 
 
