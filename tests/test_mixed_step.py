@@ -13,7 +13,7 @@ LONG = list(range(60, 82))
 
 
 class MixedFake(FakeRunner):
-    """Computes a prompt chunk and running rows in one pass, too; ``on_advance`` is called first, may raise."""
+    """Computes a prompt chunk and running rows in one pass, too; ``on_advance`` is called first."""
 
     def __init__(self) -> None:
         super().__init__()
