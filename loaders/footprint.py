@@ -80,13 +80,11 @@ class _Bytes:
 
 def _lookup_bytes(model: nn.Module) -> int:
     """Bytes of embeddings that no layer multiplies with, as a tied head would."""
-    multiplied = {t.data_ptr() for m in model.modules() if not _looks_up(m) for t in m.parameters(False)}
-    looked_up = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if _looks_up(m)}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    others = (m for m in model.modules() if not isinstance(m, nn.Embedding))
+    multiplied = {tensor.data_ptr() for module in others for tensor in module.parameters(recurse=False)}
+    looked_up = {m.weight.data_ptr(): m.weight.nbytes for m in embeddings}
     return sum(size for where, size in looked_up.items() if where not in multiplied)
-
-
-def _looks_up(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
 
 
 def count_parameters(model: Any) -> int:
