@@ -106,6 +106,13 @@ class ModelSpec:
     """nf4, fp4: quantize the absmax of each block as well (about 0.37 bit per weight saved)."""
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of what is not quantized (embeddings, head, norms, biases)."""
+    batch_invariant: bool = True
+    """On a GPU: every decode step computes all slots, and every stretch of a prompt is of one length, so that
+    a row's result doesn't depend on how many run beside it. Otherwise the smallest size that fits."""
+    cuda_graphs: bool = True
+    """On a GPU: steps are captured and replayed."""
+    room: int | None = None
+    """Bytes on the device for weights and KV cache together; what is free there if None."""
 
     @property
     def max_tokens(self) -> int:
@@ -163,6 +170,24 @@ class MixedRunner(Protocol):
 
         Returns (1 + len(slots), vocabulary) logits: after the last of ``ids``, then of each slot.
         """
+        ...
+
+
+@runtime_checkable
+class DeviceRunner(Protocol):
+    """A runner on an accelerator, which can go on from tokens that the host has not seen yet."""
+
+    def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
+        """``decode`` with the ids as an int64 tensor on the device, (len(slots),). Nothing waits for it."""
+        ...
+
+
+@runtime_checkable
+class ReportingRunner(Protocol):
+    """A runner that has more to tell of itself than its memory."""
+
+    def report(self) -> Mapping[str, Any]:
+        """What ``/stats`` shows among the details of the precision, as it is now. Any thread may ask."""
         ...
 
 

@@ -19,6 +19,7 @@ from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, 
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.footprint import count_parameters, measure
 from loaders.full import DTYPES
+from loaders.memory import device_map
 from loaders.native_linear import adopt
 from loaders.runners import runner_for
 
@@ -48,7 +49,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         spec,
         progress,
         dtype=torch.float32 if spec.device == "cpu" else rest,
-        device_map=spec.device,
+        device_map=device_map(spec, estimate_bytes(precision, spec)),
         quantization_config=quantization_config(precision, spec),
     )
     if spec.device == "cpu":

@@ -1,6 +1,6 @@
 """fp32, bf16, fp16: the weights as they are, in that type."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -8,6 +8,7 @@ from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.footprint import count_parameters, measure
+from loaders.memory import device_map
 from loaders.native_linear import FORMATS, adopt
 from loaders.runners import runner_for
 
@@ -30,11 +31,17 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if precision == "fp32":  # TensorFloat-32 keeps 10 bits of mantissa: not what was asked for
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    model = load_pretrained(spec, progress, dtype=DTYPES[precision], device_map=spec.device)
+    where = device_map(spec, estimate_bytes(precision, spec))
+    model = load_pretrained(spec, progress, dtype=DTYPES[precision], device_map=where)
     parameters = count_parameters(model)
     native = spec.device == "cpu" and adopt(model, progress)
     footprint = measure(model, parameters)
-    details = {"dtype": str(model.dtype), "kernels": kernels.describe() if spec.device == "cpu" else "torch"}
+    details: dict[str, Any] = {
+        "dtype": str(model.dtype),
+        "kernels": kernels.describe() if spec.device == "cpu" else "torch",
+    }
+    if spec.device == "cuda" and precision == "fp32":
+        details["tf32"] = torch.backends.cuda.matmul.allow_tf32
     if native and (library := kernels.get()) is not None:
         details["compute_dtype"] = f"torch.{library.computes_in(FORMATS[DTYPES[precision]])}"
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)

@@ -1,14 +1,57 @@
 """Which Runner computes a loaded ``transformers`` model."""
 
+import torch
 from transformers import PreTrainedModel
 
 from loaders import gpt2_runner
 from loaders.base import ModelSpec, Runner
+from loaders.captured_runner import CapturedRunner
+from loaders.cuda_graphs import CudaGraphs
+from loaders.memory import card_free
+from loaders.static_cache import Unsuitable
 from loaders.torch_runner import TorchRunner
 
 
 def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
-    """The lean one where it knows the architecture and the layers, else ``transformers``' own forward."""
+    """The lean one where it knows the architecture and the layers, else ``transformers``' own forward.
+
+    Raises:
+        CheckpointError: no runner can batch the architecture.
+        OutOfMemory: there is no room for the KV cache.
+    """
+    if spec.device == "cuda":
+        return _on_a_card(model, spec)
     if gpt2_runner.supports(model):
         return gpt2_runner.GPT2Runner(model, spec)
     return TorchRunner(model, spec)
+
+
+def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        return TorchRunner(model, spec, f"the model is spread over {len(places)} devices")
+    # cuDNN's attention chooses its kernel by the length of the context, which a row's result would depend on
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    why_not = _not_to_be_captured(model, spec)
+    graphs = None if why_not else CudaGraphs(model.device)
+    try:
+        return CapturedRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
+    except Unsuitable as error:
+        return TorchRunner(model, spec, str(error))
+
+
+def _not_to_be_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:
+    if not spec.cuda_graphs:
+        return "CUDA_GRAPHS is off"
+    if spec.int8_threshold and getattr(model, "is_loaded_in_8bit", False):
+        return "INT8_THRESHOLD is above 0: every layer waits for the host to find outliers"
+    return None
+
+
+def _free(model: PreTrainedModel, spec: ModelSpec) -> int:
+    """What the KV cache may be a part of."""
+    free = card_free(model.device)
+    if spec.room is None:
+        return free
+    weights: int = sum(parameter.nbytes for parameter in model.parameters())
+    return min(free, spec.room - weights)

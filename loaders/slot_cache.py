@@ -83,12 +83,15 @@ class SlotCache(Cache):
         return torch.from_numpy(np.zeros(count, np.uint8)).view(states.dtype).view(shape)
 
     def _write(self, cache: Tensor, states: Tensor) -> Tensor:
+        rows = self._rows
+        if isinstance(rows, Tensor):
+            rows = rows.to(cache.device)  # a model may be spread over several cards
         if self._index is None:
-            cache[self._rows, :, self._start : self._end] = states
+            cache[rows, :, self._start : self._end] = states
         else:
-            slots, positions = self._index
+            slots, positions = (index.to(cache.device) for index in self._index)
             cache[slots, :, positions] = states[:, :, 0]
-        return cache[self._rows, :, : self._end]
+        return cache[rows, :, : self._end]
 
     @property
     def end(self) -> int:

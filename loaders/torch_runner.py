@@ -1,22 +1,25 @@
 """The Runner of every ``transformers`` causal LM: its own forward pass over a slot cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loaders.base import CheckpointError, Logits, ModelSpec
+from loaders.base import Logits, ModelSpec
+from loaders.masks import Masks
 from loaders.slot_cache import SlotCache
-
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 class TorchRunner:
     """Implements ``loaders.base.Runner``; positions and masks are explicit, so rows never see each other."""
 
-    def __init__(self, model: PreTrainedModel, spec: ModelSpec) -> None:
-        """``model`` is in evaluation mode and on its device.
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec, why_not: str | None = None) -> None:
+        """``model`` is in evaluation mode and on its device, or on several.
+
+        Args:
+            why_not: on a GPU, what keeps its steps from being captured.
 
         Raises:
             CheckpointError: the architecture keeps other state than keys and values per token.
@@ -27,15 +30,8 @@ class TorchRunner:
         self._device = model.device
         self._dtype = model.dtype
         self._cache = SlotCache(spec.slots, self.context)
-        config = model.config.get_text_config()
-        self._window: int | None = getattr(config, "sliding_window", None)
-        types = getattr(config, "layer_types", None)
-        self._types = set(types or ())
-        if unknown := self._types - _ATTENTION_TYPES:
-            raise CheckpointError(
-                f"{type(model).__name__} has {', '.join(sorted(unknown))} layers; only models whose state is "
-                "keys and values per token can be batched here"
-            )
+        self._masks_of = Masks(model).of
+        self._why_not = why_not
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
@@ -77,6 +73,12 @@ class TorchRunner:
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes()
 
+    def report(self) -> Mapping[str, Any]:
+        """What ``/stats`` shows of it; on a CPU nothing is ever captured, and nothing is said of it."""
+        if self._why_not is None:
+            return {}
+        return {"slots": self.slots, "captured": False, "not_captured_because": self._why_not}
+
     @property
     def module(self) -> PreTrainedModel:
         """The model below, for who looks at its weights."""
@@ -90,10 +92,11 @@ class TorchRunner:
 
     def _forward(self, ids: Tensor, positions: Tensor, logits: Logits) -> Tensor | None:
         """(rows, tokens or 1, vocabulary) logits of a pass over the slots that the cache was told of."""
+        columns = torch.arange(self._cache.end, dtype=torch.int64, device=self._device)
         arguments = {
             "input_ids": ids,
             "position_ids": positions,
-            "attention_mask": self._masks(positions),
+            "attention_mask": self._masks_of(positions, columns, self._dtype),
             "past_key_values": self._cache,
             "use_cache": True,
         }
@@ -102,22 +105,3 @@ class TorchRunner:
             return None
         output: Tensor = self._live(**arguments, logits_to_keep=1 if logits == "last" else 0).logits
         return output
-
-    def _masks(self, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """Additive masks (rows, 1, tokens, keys), per attention type where the model mixes several."""
-        full = self._mask(positions, None)
-        if self._window is None or (self._types and "sliding_attention" not in self._types):
-            return full
-        sliding = self._mask(positions, self._window)
-        if len(self._types) < 2:
-            return sliding
-        return {"full_attention": full, "sliding_attention": sliding}
-
-    def _mask(self, positions: Tensor, window: int | None) -> Tensor:
-        """Position p sees the keys at p − window + 1 … p."""
-        keys = torch.arange(self._cache.end, device=self._device)
-        hidden = keys > positions[..., None]
-        if window is not None:
-            hidden |= keys <= positions[..., None] - window
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)[:, None]

@@ -1,0 +1,60 @@
+"""Which of the captured sizes serves a step. Plain numbers; every size is decided before anything runs."""
+
+from collections.abc import Sequence
+
+_ALIGNMENT = 16  # columns: what attention kernels take without padding the mask
+_SHORTEST = 256  # columns of the shortest view of the cache
+_DENSE = 2048  # beyond it sizes grow by a factor of four: long contexts would make too many graphs
+_PROMPT = 128
+
+
+def columns_for(context: int) -> int:
+    """Columns of a slot that holds ``context`` tokens."""
+    return -(-context // _ALIGNMENT) * _ALIGNMENT
+
+
+def batch_sizes(slots: int, steady: bool) -> tuple[int, ...]:
+    """Rows of the captured decode steps, ascending: powers of two up to all slots.
+
+    Args:
+        steady: only all slots at once, so that a row is computed alike whatever else runs.
+    """
+    if steady:
+        return (slots,)
+    sizes = [1]
+    while sizes[-1] * 2 < slots:
+        sizes.append(sizes[-1] * 2)
+    return tuple(dict.fromkeys((*sizes, slots)))
+
+
+def contexts(context: int) -> tuple[int, ...]:
+    """Columns that a step may look at, ascending; the last are all."""
+    whole, sizes, size = columns_for(context), [], _SHORTEST
+    while size < whole:
+        sizes.append(size)
+        size *= 2 if size < _DENSE else 4
+    return (*sizes, whole)
+
+
+def prompt_sizes(context: int, steady: bool) -> tuple[int, ...]:
+    """Tokens of the prefill steps, ascending; longer prompts take several of the largest.
+
+    Args:
+        steady: one size, so that the way a prompt is cut doesn't change how its tokens are computed.
+    """
+    largest = min(_PROMPT, columns_for(context))
+    if steady:
+        return (largest,)
+    return (*(size for size in (16, 32, 64) if size < largest), largest)
+
+
+def smallest(sizes: Sequence[int], wanted: int) -> int:
+    """The first of the ascending sizes that is large enough.
+
+    Raises:
+        ValueError: none is.
+    """
+    for size in sizes:
+        if size >= wanted:
+            return size
+    raise ValueError(f"{wanted} is more than {sizes[-1]}")

@@ -1,0 +1,263 @@
+"""The Runner of a GPU: steps of a few fixed sizes over tensors made once, captured and then replayed.
+
+A decode step computes the first 1, 2, 4 … slots, row i being slot i; rows of slots that don't decode write to
+a place that nobody reads. A prompt is computed in stretches of a few fixed lengths. All are captured when the
+first call comes, on the thread that makes all calls; where that fails they run as they are, over the same
+tensors, and ``report`` says why.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loaders import buckets
+from loaders.base import Logits, ModelSpec
+from loaders.cuda_graphs import Graphs, Replay
+from loaders.memory import fitting_slots
+from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
+from loaders.static_inputs import DecodeInputs, PromptInputs
+from loaders.steps import Step, step_for
+
+
+class CapturedRunner:
+    """Implements ``loaders.base.Runner`` and ``DeviceRunner``.
+
+    Args:
+        model: in evaluation mode, all of it on one device.
+        graphs: what captures; None runs every step as it is.
+        why_not: what ``report`` says where ``graphs`` is None.
+        free: bytes that the KV cache may be a part of; what it takes then follows from ``spec.slots``.
+
+    Raises:
+        Unsuitable: its state is not keys and values of one shape.
+        CheckpointError: its state is not keys and values at all.
+        OutOfMemory: there is no room for one sequence.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: ModelSpec,
+        graphs: Graphs | None,
+        *,
+        why_not: str | None = None,
+        free: int | None = None,
+    ) -> None:
+        self.context, self.vocabulary = spec.max_tokens, spec.checkpoint.vocabulary
+        self._model: PreTrainedModel | None = model
+        self._step: Step | None = step_for(model)
+        self._graphs, self._why_not = graphs, why_not
+        self._device = model.device
+        shape = _probe(self._step, self._device)
+        columns = buckets.columns_for(self.context)
+        slot_bytes = shape.token_bytes * columns
+        self.slots = spec.slots if free is None else fitting_slots(spec.slots, slot_bytes, free)
+        self._cache: StaticCache | None = StaticCache(shape, self.slots, columns)
+        self._lengths = [0] * self.slots
+        self._batches = buckets.batch_sizes(self.slots, spec.batch_invariant)
+        self._contexts = buckets.contexts(self.context)
+        self._stretches = buckets.prompt_sizes(self.context, spec.batch_invariant)
+        self._decoding = DecodeInputs(self.slots, self._device)
+        self._prompt = PromptInputs(self._stretches[-1], self._device)
+        self._columns = torch.arange(columns, dtype=torch.int64, device=self._device)
+        self._logits = torch.zeros((self.slots, self.vocabulary), dtype=torch.float32, device=self._device)
+        self._last = torch.zeros((1, self.vocabulary), dtype=torch.float32, device=self._device)
+        self._replays: dict[tuple[object, ...], Replay] = {}
+        self._prepared, self._graph_bytes = False, 0
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
+        self._prepare()
+        self._check(self._lengths[slot] + len(ids))
+        found = []
+        for part, is_last in _parts(ids, self._stretches[-1]):
+            wanted: Logits = "none" if logits == "last" and not is_last else logits
+            found.append(self._stretch(slot, part, wanted))
+        if logits == "none":
+            return None
+        return found[-1] if logits == "last" else torch.cat([part for part in found if part is not None])
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
+        self._prepare()
+        self._decoding.fill(self._live, slots, ids, self._lengths)
+        return self._decode(slots)
+
+    @torch.inference_mode()
+    def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
+        self._prepare()
+        self._decoding.fill(self._live, slots, [0] * len(slots), self._lengths)
+        self._decoding.take(tokens)
+        return self._decode(slots)
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int]) -> Tensor:
+        self._check(len(ids))
+        inputs = torch.tensor([ids], dtype=torch.int64, device=self._device)
+        logits: Tensor = self.module(input_ids=inputs, use_cache=False).logits
+        return logits[0].float()
+
+    @torch.inference_mode()
+    def free(self, slot: int) -> None:
+        if self._lengths[slot] and self._cache is not None:
+            self._cache.clear(slot, self._lengths[slot])
+        self._lengths[slot] = 0
+
+    def close(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._replays.clear()
+        self._graphs = self._model = self._step = self._cache = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return 0 if self._cache is None else self._cache.nbytes
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The model below, for who looks at its weights."""
+        if self._model is None:
+            raise RuntimeError("the runner is closed")
+        return self._model
+
+    @property
+    def captured(self) -> bool:
+        """Whether its steps are replayed; False before the first call."""
+        return bool(self._replays)
+
+    def report(self) -> Mapping[str, Any]:
+        """What ``/stats`` shows of it."""
+        return {
+            "forward": self._step.name if self._step else None,
+            "slots": self.slots,
+            "captured": self.captured,
+            "not_captured_because": self._why_not,
+            "graphs": len(self._replays),
+            "graph_bytes": self._graph_bytes,
+            "batch_sizes": list(self._batches),
+            "batch_invariant": len(self._batches) == 1,
+        }
+
+    # steps
+
+    def _decode(self, slots: Sequence[int]) -> Tensor:
+        self._check(1 + max(self._lengths[slot] for slot in slots))
+        rows = buckets.smallest(self._batches, 1 + max(slots))
+        visible = buckets.smallest(self._contexts, 1 + max(self._lengths[slot] for slot in slots))
+        self._run(("decode", rows, visible))
+        for slot in slots:
+            self._lengths[slot] += 1
+        if list(slots) == list(range(len(slots))):
+            return self._logits[: len(slots)]
+        return self._logits.index_select(0, self._decoding.chosen(len(slots)))
+
+    def _stretch(self, slot: int, ids: Sequence[int], logits: Logits) -> Tensor | None:
+        start = self._lengths[slot]
+        tokens = buckets.smallest(self._stretches, len(ids))
+        visible = buckets.smallest(self._contexts, start + len(ids))
+        self._prompt.fill(self._live, slot, ids, start, tokens)
+        if logits == "all":  # seldom wanted, and large
+            found = self._compute_prompt(tokens, visible, logits)
+            assert found is not None
+            kept: Tensor | None = found[0, : len(ids)].float()
+        else:
+            self._run(("prefill", tokens, visible, logits))
+            kept = self._last if logits == "last" else None
+        self._lengths[slot] += len(ids)
+        return kept
+
+    def _run(self, key: tuple[object, ...]) -> None:
+        replay = self._replays.get(key)
+        (replay or self._work(key))()
+
+    def _work(self, key: tuple[object, ...]) -> Replay:
+        kind, *arguments = key
+        return partial(self._decode_step if kind == "decode" else self._prompt_step, *arguments)  # type: ignore[arg-type]
+
+    def _decode_step(self, rows: int, visible: int) -> None:
+        inputs = self._decoding
+        self._live.look(inputs.where[:rows], rows, visible)
+        logits = self._forward(inputs.ids[:rows, None], inputs.positions[:rows, None], visible, "all")
+        assert logits is not None
+        self._logits[:rows].copy_(logits[:, 0])
+
+    def _prompt_step(self, tokens: int, visible: int, logits: Logits) -> None:
+        found = self._compute_prompt(tokens, visible, logits)
+        if found is not None:
+            self._last.copy_(found[0])
+
+    def _compute_prompt(self, tokens: int, visible: int, logits: Logits) -> Tensor | None:
+        inputs = self._prompt
+        self._live.look(inputs.where[:tokens], inputs.slot, visible)
+        keep = inputs.last if logits == "last" else logits
+        return self._forward(inputs.ids[None, :tokens], inputs.positions[None, :tokens], visible, keep)
+
+    def _forward(self, ids: Tensor, positions: Tensor, visible: int, keep: Any) -> Tensor | None:
+        if self._step is None:
+            raise RuntimeError("the runner is closed")
+        return self._step(ids, positions, self._columns[:visible], self._live, keep)
+
+    # capturing
+
+    def _prepare(self) -> None:
+        """Captures every step, largest first so that the smaller ones fit the memory of the larger."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if self._graphs is None:
+            return
+        try:
+            for key in self._keys():
+                self._replays[key] = self._graphs.capture(self._work(key))
+            self._graph_bytes = self._graphs.nbytes
+        except Exception as error:
+            self._why_not = _in_short(error)
+        if self._why_not is not None:  # out of the except block, whose traceback holds tensors
+            self._replays.clear()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _keys(self) -> Iterator[tuple[object, ...]]:
+        for visible in reversed(self._contexts):
+            for rows in reversed(self._batches):
+                yield "decode", rows, visible
+            for tokens in reversed(self._stretches):
+                yield "prefill", tokens, visible, "last"
+                yield "prefill", tokens, visible, "none"
+
+    @property
+    def _live(self) -> StaticCache:
+        if self._cache is None:
+            raise RuntimeError("the runner is closed")
+        return self._cache
+
+    def _check(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise ValueError(f"{tokens} tokens do not fit a slot of {self.context}")
+
+
+@torch.inference_mode()
+def _probe(step: Step, device: torch.device) -> Shape:
+    """What one token leaves in the cache, from a pass over a single one."""
+    probe, zero = ShapeProbe(), torch.zeros((1, 1), dtype=torch.int64, device=device)
+    try:
+        step(zero, zero, zero[0], probe, "none")
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise Unsuitable(f"its forward pass takes no cache of ours ({type(error).__name__})") from error
+    return probe.shape()
+
+
+def _in_short(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+
+
+def _parts(ids: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], bool]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size], start + size >= len(ids)

@@ -1,0 +1,84 @@
+"""Capturing GPU work once and replaying it: one launch in place of hundreds.
+
+``Graphs`` is the seam. What is replayed reads and writes the tensors that it was captured with, whatever has
+become of the names that they had; so everything that changes from step to step lies in tensors made once.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+Replay = Callable[[], None]
+_WARM_UPS = 2  # runs before a capture: libraries choose kernels and take workspaces then
+_ONE_AT_A_TIME = threading.Lock()  # a process captures one graph at a time; engines have a thread each
+
+
+class Graphs(Protocol):
+    """What captures work of one thread."""
+
+    def capture(self, work: Callable[[], object]) -> Replay:
+        """Runs ``work`` a few times, records it, and returns what repeats it on the same tensors.
+
+        Raises: whatever it is that can't be captured raises; nothing of it is left behind.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the graphs hold for what they compute between input and output."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs of one engine: all share one memory pool, for no two of them run at a time.
+
+    Args:
+        device: whose work is captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], object]) -> Replay:
+        with _ONE_AT_A_TIME, torch.cuda.device(self._device):
+            self._warm_up(work)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other engines compute, and other precisions load, while this one captures
+            mode = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with self._recovering(), torch.cuda.graph(graph, **mode):
+                work()
+        return graph.replay
+
+    @property
+    def nbytes(self) -> int:
+        pool = tuple(self._pool)
+        segments = torch.cuda.memory_snapshot()
+        return sum(int(s["total_size"]) for s in segments if tuple(s.get("segment_pool_id", ())) == pool)
+
+    def _warm_up(self, work: Callable[[], object]) -> None:
+        """On the stream of the capture: cuBLAS keeps a workspace for each stream."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    @contextlib.contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """After a capture that failed: the thread's own stream again, and an allocator that has let go of it.
+
+        ``torch.cuda.graph`` does neither where ending the capture raises, as it does after any fault.
+        """
+        before = torch.cuda.current_stream()
+        try:
+            yield
+        except BaseException:
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(Exception):
+                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+            raise

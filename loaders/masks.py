@@ -1,0 +1,52 @@
+"""Additive attention masks over the columns of a KV cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loaders.base import CheckpointError
+
+_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+
+
+def additive(positions: Tensor, columns: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """(rows, 1, tokens, columns): 0 where the token at p may look, p − window + 1 … p, else the least number.
+
+    Args:
+        positions: (rows, tokens).
+        columns: (columns,) 0, 1, 2 …, on the same device.
+    """
+    hidden = columns > positions[..., None]
+    if window is not None:
+        hidden |= columns <= positions[..., None] - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+
+
+class Masks:
+    """The masks of one ``transformers`` model, whose layers may look differently far back.
+
+    Raises:
+        CheckpointError: the architecture keeps other state than keys and values per token.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._types = set(getattr(config, "layer_types", None) or ())
+        if unknown := self._types - _ATTENTION_TYPES:
+            raise CheckpointError(
+                f"{type(model).__name__} has {', '.join(sorted(unknown))} layers; only models whose state is "
+                "keys and values per token can be batched here"
+            )
+
+    def of(self, positions: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """As the model's forward takes them: per attention type where the model mixes several."""
+        full = additive(positions, columns, dtype)
+        if self._window is None or (self._types and "sliding_attention" not in self._types):
+            return full
+        sliding = additive(positions, columns, dtype, self._window)
+        if len(self._types) < 2:
+            return sliding
+        return {"full_attention": full, "sliding_attention": sliding}
