@@ -49,7 +49,7 @@ def as_multiplied(library: Library, kind: kernels.Format, x: Tensor) -> Tensor:
     if computed != "int8":
         return x.to(DTYPES[computed]).float()
     ranges = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    # torch computes 127 / ranges as 127 × (1 / ranges), an ulp off: enough to round a tie to the other integer.
+    # torch computes 127 / ranges as 127 × (1 / ranges), an ulp off: enough to round a tie the other way
     inverse = torch.full_like(ranges, 127).div(ranges)
     return (x * inverse).round() * (ranges / 127)
 
