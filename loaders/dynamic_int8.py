@@ -19,6 +19,7 @@ from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.conv1d import to_linear
 from loaders.footprint import count_parameters, measure
+from loaders.huge_pages import Arena
 from loaders.native_linear import NativeLinear
 from loaders.runners import runner_for
 
@@ -43,13 +44,13 @@ def quantize_weight(weight: Tensor) -> Tensor:
         return torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The layer in int8: on the compiled kernels, or on FBGEMM where there are none."""
+def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
+    """The layer in int8: on the compiled kernels, its weights in ``arena``; or on FBGEMM where there are none."""
     if kernels.get() is None or not kernels.supports("int8", weight.shape[1]):
         return DynamicInt8Linear(weight, bias)
     quantized = quantize_weight(weight)
     scales = quantized.q_per_channel_scales().float()
-    return NativeLinear("int8", quantized.int_repr(), bias, scales=scales)
+    return NativeLinear("int8", quantized.int_repr(), bias, scales, arena=arena)
 
 
 class DynamicInt8Linear(nn.Module):
@@ -116,9 +117,10 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and (module is not head or spec.quantize_lm_head)
     ]
+    arena = Arena()
     for done, (name, module) in enumerate(targets, 1):
         linear = to_linear(module) if isinstance(module, Conv1D) else module
-        model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias))
+        model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena))
         progress("quantizing", done, len(targets))
     del targets, head, module, linear
     gc.collect()

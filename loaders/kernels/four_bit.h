@@ -27,19 +27,27 @@ static inline void look_up(const uint8_t *bytes, const four_bit_table *table, fl
 }
 
 #ifdef __AVX512BF16__
-/* 16 values in bfloat16, and again: a permutation of 16-bit lanes looks at five bits, of which codes fill four. */
-static inline __m512i twice_bfloat16(__m512 values) {
-    __m512bh rounded = _mm512_cvtne2ps_pbh(values, values);
-    __m512i found;
-    memcpy(&found, &rounded, sizeof found);
-    return found;
+/* In bfloat16, weights are looked up in the order in which codes come out of memory soonest: of 128, those in the upper
+ * half of each first byte of two, then in its lower half, then those of the second byte. x is put in that order, too. */
+enum { SPREAD = 128 };
+
+/* The table's values for two blocks, scaled, rounded to bfloat16. */
+static inline __m512i two_tables(floats table, float first, float second) {
+    __m512bh rounded = _mm512_cvtne2ps_pbh(times(table, all(second)), times(table, all(first)));
+    __m512i tables;
+    memcpy(&tables, &rounded, sizeof tables);
+    return tables;
 }
 
-/* 16 bytes → 32 bfloat16 values in order. */
-static inline __m512i look_up32(const uint8_t *bytes, __m512i values) {
-    __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
-    __m512i codes = _mm512_or_si512(_mm512_slli_epi32(pairs, 16), _mm512_srli_epi32(pairs, 4));
-    return _mm512_permutexvar_epi16(codes, values);
+/* 32 bytes of the first block and 32 of the second, if there is one → 4 × 32 bfloat16 values. */
+static inline __attribute__((always_inline)) void look_up128(const uint8_t *bytes, int both, __m512i tables,
+                                                             __m512i values[4]) {
+    const __m512i nibble = _mm512_set1_epi16(15);
+    const __m512i table_of = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    __m512i words = _mm512_maskz_loadu_epi64(both ? 0xFF : 0x0F, bytes);
+    __m512i codes[4] = {_mm512_srli_epi16(words, 4), words, _mm512_srli_epi16(words, 12), _mm512_srli_epi16(words, 8)};
+    for (int i = 0; i < 4; i++) /* (code & 15) | 16 for the second block */
+        values[i] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(codes[i], nibble, table_of, 0xEA), tables);
 }
 #endif
 

@@ -29,7 +29,9 @@ int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *r
 
 /* How many inputs a row of that format must be a multiple of. */
 int64_t bitdial_multiple(int64_t format) {
-    return format == FOUR_BIT ? 32 : format == INT8 ? INT8_STEP : computes_in(format) == BFLOAT16 ? 32 : WIDE;
+    if (format == INT8) return INT8_STEP;
+    if (computes_in(format) == FLOAT32) return format == FOUR_BIT ? 32 : WIDE;
+    return format == FOUR_BIT ? 64 : 32;
 }
 
 int64_t bitdial_computes_in(int64_t format) { return computes_in(format); }

@@ -61,15 +61,22 @@ static void widen_four_bit(const matrix *m, int64_t output, float *out) {
 }
 
 #ifdef __AVX512BF16__
-/* The same in bfloat16. A block's 16 values are scaled and rounded first, then looked up as they are. */
+/* Weights k … k + 127 of a row of bytes in bfloat16, spread; where only 64 are left, what follows them are zeros' codes
+ * or anything else that is finite. `k` is a multiple of 128. */
+static inline __attribute__((always_inline)) void spread_four_bit(const matrix *m, const uint8_t *w, int64_t output,
+                                                                  int64_t k, floats table, __m512i values[4]) {
+    int both = k + SPREAD <= m->inputs;
+    int64_t at = output * m->inputs + k, next = both ? at + SPREAD / 2 : at;
+    look_up128(w + k / 2, both, two_tables(table, block_scale(m, at / m->block), block_scale(m, next / m->block)), values);
+}
+
 static const uint16_t *rounded_four_bit(const matrix *m, int64_t output, uint16_t *out) {
     const uint8_t *w = (const uint8_t *)row_of(m, output);
-    int64_t block = output * m->inputs / m->block;
     floats table = load(m->table);
-    for (int64_t start = 0; start < m->inputs; start += m->block, block++) {
-        __m512i values = twice_bfloat16(times(table, all(block_scale(m, block))));
-        for (int64_t k = start; k < start + m->block; k += 32)
-            _mm512_storeu_si512(out + k, look_up32(w + k / 2, values));
+    for (int64_t k = 0; k < m->inputs; k += SPREAD) {
+        __m512i values[4];
+        spread_four_bit(m, w, output, k, table, values);
+        for (int i = 0; i < 4; i++) _mm512_storeu_si512(out + k + 32 * i, values[i]);
     }
     return out;
 }

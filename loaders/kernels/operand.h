@@ -19,16 +19,45 @@ typedef struct {
     float *ranges;  /* INT8: what each row's integers are multiplied with */
 } operand;
 
+/* Whether rows and widened weights are in the order of look_up128. */
+static inline int is_spread(const matrix *m) { return m->format == FOUR_BIT && computes_in(FOUR_BIT) == BFLOAT16; }
+
+/* How many values a row of a product's operand has: its inputs, and what is filled up with zeros. */
+static inline int64_t operand_count(const matrix *m) {
+    return is_spread(m) ? (m->inputs + 127) / 128 * 128 : m->inputs;
+}
+
 /* Rows a multiple of 4 KiB apart would all fall on the same lines of the first-level cache: 64 bytes keep them apart. */
-static inline int64_t operand_stride(enum format type, int64_t inputs) {
-    return inputs * (type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1) + 64;
+static inline int64_t operand_stride(const matrix *m) {
+    enum format type = computes_in(m->format);
+    return operand_count(m) * (type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1) + 64;
 }
 
 #ifdef __AVX512BF16__
+static inline __m512i rounded32(const float *x) {
+    __m512bh values = _mm512_cvtne2ps_pbh(load(x + WIDE), load(x));
+    __m512i found;
+    memcpy(&found, &values, sizeof found);
+    return found;
+}
+
 static void round_row(const float *x, int64_t count, uint16_t *out) {
-    for (int64_t k = 0; k < count; k += 32) {
-        __m512bh values = _mm512_cvtne2ps_pbh(load(x + k + WIDE), load(x + k));
-        memcpy(out + k, &values, sizeof values);
+    for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, rounded32(x + k));
+}
+
+/* The same in the order of look_up128: the i-th of four parts has the values i, i + 4, i + 8, … of 128. */
+static void spread_row(const float *x, int64_t count, uint16_t *out) {
+    static const uint16_t every_fourth[32] = {0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+                                              0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60};
+    for (int64_t k = 0; k < count; k += SPREAD) {
+        __m512i in[4] = {rounded32(x + k), rounded32(x + k + 32), _mm512_setzero_si512(), _mm512_setzero_si512()};
+        if (k + SPREAD <= count) in[2] = rounded32(x + k + 64), in[3] = rounded32(x + k + 96);
+        for (int i = 0; i < 4; i++) {
+            __m512i which = _mm512_add_epi16(_mm512_loadu_si512(every_fourth), _mm512_set1_epi16((short)i));
+            __m512i first = _mm512_permutex2var_epi16(in[0], which, in[1]);
+            __m512i second = _mm512_permutex2var_epi16(in[2], which, in[3]);
+            _mm512_storeu_si512(out + k + 32 * i, _mm512_mask_mov_epi16(first, 0xFFFF0000, second));
+        }
     }
 }
 #endif
@@ -58,12 +87,16 @@ static float quantize_row(const float *x, int64_t count, void *out) {
     return range / 127.0f + sum(poison);
 }
 
-static void prepare_row(operand *to, enum format type, const float *x, int64_t row, int64_t inputs) {
+static void prepare_row(operand *to, const matrix *m, const float *x, int64_t row) {
     char *out = to->data + row * to->stride;
+    int64_t inputs = m->inputs;
     x += row * inputs;
-    switch (type) {
+    switch (computes_in(m->format)) {
 #ifdef __AVX512BF16__
-    case BFLOAT16: round_row(x, inputs, (uint16_t *)out); return;
+    case BFLOAT16:
+        if (is_spread(m)) spread_row(x, inputs, (uint16_t *)out);
+        else round_row(x, inputs, (uint16_t *)out);
+        return;
 #endif
     case INT8: to->ranges[row] = quantize_row(x, inputs, out); return;
     default: memcpy(out, x, sizeof(float) * inputs);

@@ -7,7 +7,7 @@
  */
 #pragma once
 #include "crew.h"
-#include "tiles.h"
+#include "stream.h"
 #include "workspace.h"
 
 enum {
@@ -30,7 +30,7 @@ static void lay_out_product(product *p, const matrix *m, int64_t rows, int threa
     p->m = m;
     p->rows = rows;
     p->type = computes_in(m->format);
-    p->prepared.stride = operand_stride(p->type, m->inputs);
+    p->prepared.stride = operand_stride(m);
     p->prepared.data = take(from, rows * p->prepared.stride);
     p->prepared.ranges = take(from, rows * sizeof(float));
     p->scratch = take(from, threads * CHANNELS * p->prepared.stride);
@@ -40,7 +40,7 @@ static void lay_out_product(product *p, const matrix *m, int64_t rows, int threa
 static void prepare(void *job, int64_t row, const worker *by) {
     product *p = job;
     (void)by;
-    prepare_row(&p->prepared, p->type, p->x, row, p->m->inputs);
+    prepare_row(&p->prepared, p->m, p->x, row);
 }
 
 /* One tile of `count` rows, a constant in each call. */
@@ -54,8 +54,7 @@ static void prepare(void *job, int64_t row, const worker *by) {
     case 6: if (ROWS > 3) call(6); break; \
     }
 
-/* A function for each kind of tile: in a common one the compiler spends its care on the others. int8 has no kind for
- * tiles that are alone: it was the slower for it. */
+/* A function for each kind of tile: in a common one the compiler spends its care on the others. */
 #define KIND static __attribute__((noinline)) void
 
 KIND compute_int8(const tile *t, int64_t row, int64_t rows, __m128i excess) {
@@ -64,35 +63,36 @@ KIND compute_int8(const tile *t, int64_t row, int64_t rows, __m128i excess) {
 }
 
 KIND compute_float(const tile *t, int64_t row, int64_t rows) {
-#define FLOAT_TILE(n) float_tile(t, row, n, 0)
+#define FLOAT_TILE(n) float_tile(t, row, n)
     WITH_CONSTANT(rows, FLOAT_TILE)
-}
-
-KIND compute_float_alone(const tile *t, int64_t row, int64_t rows) {
-#define FLOAT_ALONE(n) float_tile(t, row, n, 1)
-    WITH_CONSTANT(rows, FLOAT_ALONE)
 }
 
 #ifdef __AVX512BF16__
 KIND compute_bfloat16(const tile *t, int64_t row, int64_t rows) {
-#define BFLOAT16_TILE(n) bfloat16_tile(t, row, n, 0)
+#define BFLOAT16_TILE(n) bfloat16_tile(t, row, n)
     WITH_CONSTANT(rows, BFLOAT16_TILE)
 }
-
-KIND compute_bfloat16_alone(const tile *t, int64_t row, int64_t rows) {
-#define BFLOAT16_ALONE(n) bfloat16_tile(t, row, n, 1)
-    WITH_CONSTANT(rows, BFLOAT16_ALONE)
-}
 #endif
 
-static void compute_tile(const tile *t, enum format type, int64_t row, int64_t rows, int alone, __m128i excess) {
+static void compute_tile(const tile *t, enum format type, int64_t row, int64_t rows, __m128i excess) {
     if (type == INT8) compute_int8(t, row, rows, excess);
 #ifdef __AVX512BF16__
-    else if (type == BFLOAT16 && alone) compute_bfloat16_alone(t, row, rows);
     else if (type == BFLOAT16) compute_bfloat16(t, row, rows);
 #endif
-    else if (alone) compute_float_alone(t, row, rows);
     else compute_float(t, row, rows);
+}
+
+/* Whether there is a way for a single row to read weights of that format; done, if so. */
+static int stream(const tile *t, int64_t row) {
+    switch (t->m->format) {
+    case FLOAT32: stream_float(t, row); return 1;
+    case INT8: stream_int8(t, row); return 1;
+#ifdef __AVX512BF16__
+    case BFLOAT16: stream_bfloat16(t, row); return 1;
+    case FOUR_BIT: stream_four_bit(t, row); return 1;
+#endif
+    default: return 0;
+    }
 }
 
 static const char *weights_for(const matrix *m, enum format type, int64_t output, char *scratch) {
@@ -103,27 +103,31 @@ static const char *weights_for(const matrix *m, enum format type, int64_t output
     return (const char *)widened(m, output, (float *)scratch);
 }
 
-/* Rows `row` … `end` - 1 with the outputs of one group. */
+/* Rows `row` … `end` - 1 with the outputs of one group, in tiles; each fetches its share of the next group's weights. */
+static void compute_rows(tile *t, enum format type, int64_t row, int64_t end) {
+    __m128i excess = type == INT8 ? surplus(t) : _mm_setzero_si128();
+    int64_t tiles = (end - row + ROWS - 1) / ROWS;
+    int64_t lines = CHANNELS * STRETCH * bits_per_weight(t->m) / 512; /* of a whole group, for each stretch of a tile */
+    t->next_lines = (lines + tiles - 1) / tiles;
+    t->next = row_of(t->m, t->output + CHANNELS);
+    for (; tiles; tiles--) {
+        int64_t rows = (end - row + tiles - 1) / tiles;
+        compute_tile(t, type, row, rows, excess);
+        row += rows;
+        t->next += t->next_lines * t->m->inputs;
+    }
+}
+
 static void compute_group(tile *t, enum format type, int64_t row, int64_t end, char *scratch) {
     t->bias = _mm_setzero_ps();
     for (int c = 0; c < CHANNELS; c++) {
-        int present = c < t->channels;
-        t->w[c] = present ? weights_for(t->m, type, t->output + c, scratch + c * t->x->stride) : t->w[0];
-        if (present && t->m->bias) t->bias[c] = bias_of(t->m, t->output + c);
+        t->w[c] = c < t->channels ? row_of(t->m, t->output + c) : t->w[0];
+        if (c < t->channels && t->m->bias) t->bias[c] = bias_of(t->m, t->output + c);
     }
-    __m128i excess = type == INT8 ? surplus(t) : _mm_setzero_si128();
-    t->next_stride = row_bytes(t->m);
-    t->next_bits = bits_per_weight(t->m);
-    int alone = end - row <= ROWS && (int64_t)type == t->m->format;
-    int fetched = 0; /* each tile fetches its share of the next group's weights */
-    for (int64_t tiles = (end - row + ROWS - 1) / ROWS; tiles; tiles--) {
-        int64_t rows = (end - row + tiles - 1) / tiles;
-        t->next = row_of(t->m, t->output + CHANNELS + fetched);
-        t->next_rows = (CHANNELS - fetched + tiles - 1) / tiles;
-        fetched += t->next_rows;
-        compute_tile(t, type, row, rows, alone, excess);
-        row += rows;
-    }
+    if (end - row == 1 && stream(t, row)) return;
+    for (int c = 0; c < CHANNELS; c++)
+        t->w[c] = c < t->channels ? weights_for(t->m, type, t->output + c, scratch + c * t->x->stride) : t->w[0];
+    compute_rows(t, type, row, end);
 }
 
 static inline int64_t chunks_of_outputs(const product *p) {

@@ -12,39 +12,23 @@ typedef struct {
     int channels;          /* how many of them there are */
     __m128 bias;           /* of each */
     const char *w[CHANNELS];
-    const char *next;      /* weights that will be needed soon, */
-    int64_t next_rows;     /* so many rows of them, */
-    int64_t next_stride;   /* so far apart, */
-    int64_t next_bits;     /* so many bits a weight */
+    const char *next;      /* weights that will be needed soon: */
+    int64_t next_lines;    /* while a stretch is computed, so many lines of 64 bytes of them are asked for */
 } tile;
 
 enum { STRETCH = 64 }; /* weights of a row between two looks ahead */
 
-/* Brings a stretch of each of the next rows closer: memory is read while the tile computes, never more at once than
- * the core can wait for. */
+/* Brings what is needed next into the second-level cache, line by line as it lies, so that the core sees a stream and
+ * helps. (To the first level it would come no sooner: that one can wait for fewer lines than memory could deliver.) */
 static inline __attribute__((always_inline)) void fetch(const tile *t, int64_t weight) {
-    const char *at = t->next + weight * t->next_bits / 8;
-    for (int64_t i = 0; i < t->next_rows; i++, at += t->next_stride)
-        for (int64_t byte = 0; byte < STRETCH * t->next_bits / 8; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
-}
-
-/* The same for all of the next group: one line of each row, in as few instructions as can be, since what the core may
- * look ahead is counted in them. */
-static inline __attribute__((always_inline)) void fetch_group(const tile *t, const char *at) {
-    for (int c = 0; c < CHANNELS; c++) _mm_prefetch(at + c * t->next_stride, _MM_HINT_T0);
+    const char *at = t->next + weight * t->next_lines; /* 64 bytes a line, as many as weights in a stretch */
+    for (int64_t i = 0; i < t->next_lines; i++) _mm_prefetch(at + i * 64, _MM_HINT_T1);
 }
 
 /* for (k …) in steps of STEP over a row, looking ahead once a stretch. */
 #define ALONG_A_ROW(t, k, STEP) \
-    for (int64_t k = 0, stop; k < (t)->m->inputs; k = stop) \
-        for (stop = k + STRETCH < (t)->m->inputs ? k + STRETCH : (t)->m->inputs, fetch(t, k); k < stop; k += STEP)
-
-/* The same where `alone`, a constant, tells whether the tile is the only one of its group, on weights as they lie, of so
- * many bytes: it then looks ahead at each step. */
-#define ALONG_A_FLOAT_ROW(t, k, STEP, bytes, alone) \
-    for (int64_t k = 0, stop, count = (t)->m->inputs; k < count; k = stop) \
-        for (stop = (alone) || k + STRETCH > count ? count : k + STRETCH, (alone) ? (void)0 : fetch(t, k); \
-             k < stop && (!(alone) || (fetch_group(t, (t)->next + k * (bytes)), 1)); k += STEP)
+    for (int64_t k = 0, stop, count = operand_count((t)->m); k < count; k = stop) \
+        for (stop = k + STRETCH < count ? k + STRETCH : count, fetch(t, k); k < stop; k += STEP)
 
 /* Stores the sums of one row: + bias + residual. */
 static inline void finish(const tile *t, int64_t row, __m128 sums) {
@@ -63,16 +47,16 @@ static inline void finish(const tile *t, int64_t row, __m128 sums) {
     }
 }
 
-/* `rows` and `alone` are constants where these are inlined. */
+/* `rows` is a constant where these are inlined. */
 #define TILE static inline __attribute__((always_inline)) void
 
 static inline const char *x_row(const tile *t, int64_t row) { return t->x->data + row * t->x->stride; }
 
-TILE float_tile(const tile *t, int64_t row, int rows, int alone) {
+TILE float_tile(const tile *t, int64_t row, int rows) {
     floats sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[r][c] = all(0);
-    ALONG_A_FLOAT_ROW(t, k, WIDE, 4, alone) {
+    ALONG_A_ROW(t, k, WIDE) {
         floats values[ROWS];
         for (int r = 0; r < rows; r++) values[r] = load((const float *)x_row(t, row + r) + k);
         for (int c = 0; c < CHANNELS; c++) {
@@ -84,11 +68,11 @@ TILE float_tile(const tile *t, int64_t row, int rows, int alone) {
 }
 
 #ifdef __AVX512BF16__
-TILE bfloat16_tile(const tile *t, int64_t row, int rows, int alone) {
+TILE bfloat16_tile(const tile *t, int64_t row, int rows) {
     floats sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[r][c] = all(0);
-    ALONG_A_FLOAT_ROW(t, k, 32, 2, alone) {
+    ALONG_A_ROW(t, k, 32) {
         __m512bh values[ROWS], weights;
         for (int r = 0; r < rows; r++) memcpy(&values[r], (const uint16_t *)x_row(t, row + r) + k, sizeof weights);
         for (int c = 0; c < CHANNELS; c++) {
@@ -109,15 +93,7 @@ static inline integers load_int8(const char *at) { return _mm512_loadu_si512(at)
 static inline integers dot_int8(integers sums, integers x, integers w) { return _mm512_dpbusd_epi32(sums, x, w); }
 
 /* What there is too much in the sums: 128 times the weights. */
-static inline __m128i surplus(const tile *t) {
-    integers sums[CHANNELS];
-    for (int c = 0; c < CHANNELS; c++) {
-        sums[c] = no_integers();
-        for (int64_t k = 0; k < t->m->inputs; k += INT8_STEP)
-            sums[c] = dot_int8(sums[c], _mm512_set1_epi8(-128), load_int8(t->w[c] + k));
-    }
-    return sums4i(sums);
-}
+static inline integers add_surplus(integers sums, integers w) { return dot_int8(sums, _mm512_set1_epi8(-128), w); }
 #else
 enum { INT8_STEP = 32 };
 
@@ -130,11 +106,27 @@ static inline integers dot_int8(integers sums, integers x, integers w) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-static inline __m128i surplus(const tile *t) {
-    (void)t;
-    return _mm_setzero_si128();
+static inline integers add_surplus(integers sums, integers w) {
+    (void)w;
+    return sums;
 }
 #endif
+
+static inline __m128i surplus(const tile *t) {
+    integers sums[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++) {
+        sums[c] = no_integers();
+        for (int64_t k = 0; k < t->m->inputs; k += INT8_STEP) sums[c] = add_surplus(sums[c], load_int8(t->w[c] + k));
+    }
+    return sums4i(sums);
+}
+
+static inline void finish_int8(const tile *t, int64_t row, __m128i sums) {
+    float scales[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++) scales[c] = t->m->scales[t->output + (c < t->channels ? c : 0)];
+    __m128 scale = _mm_mul_ps(_mm_set1_ps(t->x->ranges[row]), _mm_loadu_ps(scales));
+    finish(t, row, _mm_mul_ps(_mm_cvtepi32_ps(sums), scale));
+}
 
 TILE int8_tile(const tile *t, int64_t row, int rows, __m128i excess) {
     integers sums[ROWS][CHANNELS];
@@ -148,11 +140,5 @@ TILE int8_tile(const tile *t, int64_t row, int rows, __m128i excess) {
             for (int r = 0; r < rows; r++) sums[r][c] = dot_int8(sums[r][c], values[r], weights);
         }
     }
-    float scales[CHANNELS];
-    for (int c = 0; c < CHANNELS; c++) scales[c] = t->m->scales[t->output + (c < t->channels ? c : 0)];
-    for (int r = 0; r < rows; r++) {
-        __m128 scale = _mm_mul_ps(_mm_set1_ps(t->x->ranges[row + r]), _mm_loadu_ps(scales));
-        __m128i products = _mm_sub_epi32(sums4i(sums[r]), excess);
-        finish(t, row + r, _mm_mul_ps(_mm_cvtepi32_ps(products), scale));
-    }
+    for (int r = 0; r < rows; r++) finish_int8(t, row + r, _mm_sub_epi32(sums4i(sums[r]), excess));
 }
