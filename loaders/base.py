@@ -106,6 +106,9 @@ class ModelSpec:
     """nf4, fp4: quantize the absmax of each block as well (about 0.37 bit per weight saved)."""
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of what is not quantized (embeddings, head, norms, biases)."""
+    kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
+    """Type of the KV cache where the compiled kernels run GPT-2; ``auto``: fp32 for fp32, else fp16.
+    Elsewhere it is the model's own."""
     batch_invariant: bool = True
     """On a GPU: every decode step computes all slots, and every stretch of a prompt is of one length, so that
     a row's result doesn't depend on how many run beside it. Otherwise the smallest size that fits."""

@@ -45,7 +45,7 @@ def quantize_weight(weight: Tensor) -> Tensor:
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
-    """The layer in int8: on the compiled kernels, its weights in ``arena``; or on FBGEMM where there are none."""
+    """The layer in int8: on the compiled kernels, with weights in ``arena``; or on FBGEMM without any."""
     if kernels.get() is None or not kernels.supports("int8", weight.shape[1]):
         return DynamicInt8Linear(weight, bias)
     quantized = quantize_weight(weight)

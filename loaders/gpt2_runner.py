@@ -44,14 +44,17 @@ def _linears(block: Any) -> tuple[Any, Any, Any, Any]:
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
-def _key_values(config: Any, slots: int, context: int) -> kernels.KeyValues:
-    shape = (slots, config.n_head, context, config.n_embd // config.n_head)
-    return kernels.KeyValues([(_pages(shape), _pages(shape)) for _ in range(config.n_layer)])
+def _cache_type(model: GPT2LMHeadModel, spec: ModelSpec) -> type[np.floating[Any]]:
+    """float16 unless the weights are float32: beside rounded weights it costs nothing."""
+    if spec.kv_dtype != "auto":
+        return np.float16 if spec.kv_dtype == "fp16" else np.float32
+    exact = all(linear.kind == "float32" for block in model.transformer.h for linear in _linears(block))
+    return np.float32 if exact else np.float16
 
 
-def _pages(shape: tuple[int, ...]) -> Tensor:
+def _pages(shape: tuple[int, ...], kind: type[np.floating[Any]]) -> Tensor:
     """calloc: zero pages that take no memory until they are written, which torch.zeros would do at once."""
-    return torch.from_numpy(np.zeros(math.prod(shape), np.float32)).view(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape), kind)).view(shape)
 
 
 def _pack(model: Any) -> kernels.GPT2:
@@ -87,7 +90,8 @@ class GPT2Runner:
         self._compute: kernels.GPT2 | None = _pack(model)
         self._config: Any = model.config
         self._lengths = [0] * spec.slots
-        self._cache = _key_values(model.config, spec.slots, self.context)
+        self._cache_type = _cache_type(model, spec)
+        self._cache = self._key_values(spec.slots, self.context)
 
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
         start, count = self._lengths[slot], len(ids)
@@ -119,7 +123,7 @@ class GPT2Runner:
 
     def score(self, ids: Sequence[int]) -> Tensor:
         self._check(len(ids))
-        alone = _key_values(self._config, 1, len(ids))
+        alone = self._key_values(1, len(ids))
         return self._live(alone, [0] * len(ids), range(len(ids)), ids, len(ids))
 
     def free(self, slot: int) -> None:
@@ -139,6 +143,14 @@ class GPT2Runner:
     @property
     def kv_cache_bytes(self) -> int:
         return sum(tensor.nbytes for pair in self._cache.layers for tensor in pair)
+
+    def _key_values(self, slots: int, context: int) -> kernels.KeyValues:
+        config = self._config
+        shape = (slots, config.n_head, context, config.n_embd // config.n_head)
+        pairs = [
+            (_pages(shape, self._cache_type), _pages(shape, self._cache_type)) for _ in range(config.n_layer)
+        ]
+        return kernels.KeyValues(pairs)
 
     @property
     def _live(self) -> kernels.GPT2:

@@ -1,9 +1,10 @@
 """Memory for weights in pages of 2 MiB.
 
-A decode step reads every weight once, so it is as fast as memory is read; with pages of 4 KiB the core spends a good
-part of that time on finding out where the next page is.
+A decode step reads every weight once, so it is as fast as memory is read; with pages of 4 KiB the core spends
+a good part of that time on finding out where the next page is.
 """
 
+import contextlib
 import mmap
 
 import torch
@@ -36,13 +37,11 @@ class Arena:
 
 
 def _pages(size: int) -> Tensor:
-    """At least ``size`` bytes from a page's beginning on; the system takes memory for them as they are written."""
+    """At least ``size`` bytes from a page's beginning on; the system takes memory as they are written."""
     size = -(-size // _PAGE) * _PAGE
     memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # this kernel was built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # this kernel was built without them
     everything = torch.frombuffer(memory, dtype=torch.uint8)
     return everything[-everything.data_ptr() % _PAGE :][:size]

@@ -1,7 +1,7 @@
 """A linear layer on the compiled CPU kernels, for every format in which weights are kept.
 
-``adopt`` puts it in place of a model's own linear layers, whatever the architecture. Weights keep their format, so
-the bytes counted are the bytes read; GPT-2's Conv1D is transposed, and all move to memory of large pages.
+``adopt`` puts it in place of a model's own linear layers, whatever the architecture. Weights keep their
+format, so the bytes counted are the bytes read; GPT-2's Conv1D is transposed, and all move to large pages.
 """
 
 from collections.abc import Iterator

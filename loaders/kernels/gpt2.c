@@ -28,8 +28,9 @@ typedef struct {
 
 /* Keys and values of each layer, (slots, heads, context, dim) each. */
 typedef struct {
-    float *const *keys, *const *values;
+    char *const *keys, *const *values;
     int64_t context;
+    int64_t half; /* whether they are float16 and not float32 */
 } cache;
 
 struct block;
@@ -56,7 +57,7 @@ typedef struct {
 typedef struct block {
     const step *step;
     const layer *layer;
-    float *keys, *values;
+    char *keys, *values;
     product qkv, attention_out, up, down;
 } block;
 
@@ -137,9 +138,10 @@ static void activate(void *job, int64_t row, const worker *by) {
 
 static inline int64_t head_dim(const step *s) { return s->model->width / s->model->heads; }
 
-/* Where a head of a row's slot begins, in keys or values. */
+/* Where a head of a row's slot begins, in bytes of keys or values. */
 static inline int64_t slot_head(const step *s, int64_t row, int64_t head) {
-    return (s->rows.slots[row] * s->model->heads + head) * s->cache.context * head_dim(s);
+    int64_t place = (s->rows.slots[row] * s->model->heads + head) * s->cache.context * head_dim(s);
+    return place * (s->cache.half ? 2 : 4);
 }
 
 static void append(void *job, int64_t row, const worker *by) {
@@ -148,10 +150,12 @@ static void append(void *job, int64_t row, const worker *by) {
     int64_t width = s->model->width, dim = head_dim(s);
     const float *key = s->qkv + row * 3 * width + width, *value = key + width;
     (void)by;
-    for (int64_t head = 0; head < s->model->heads; head++) {
-        int64_t at = slot_head(s, row, head) + s->rows.positions[row] * dim;
-        memcpy(b->keys + at, key + head * dim, sizeof(float) * dim);
-        memcpy(b->values + at, value + head * dim, sizeof(float) * dim);
+    for (int64_t head = 0; head < s->model->heads; head++, key += dim, value += dim) {
+        int64_t slot = slot_head(s, row, head), at = s->rows.positions[row] * dim;
+        for (int64_t d = 0; d < dim; d += LANES) {
+            keep8(b->keys + slot, at + d, _mm256_loadu_ps(key + d), (int)s->cache.half);
+            keep8(b->values + slot, at + d, _mm256_loadu_ps(value + d), (int)s->cache.half);
+        }
     }
 }
 
@@ -161,8 +165,12 @@ static void attend_head(void *job, int64_t chunk, const worker *by) {
     const step *s = b->step;
     int64_t head = chunk / s->rows.count, row = chunk % s->rows.count;
     int64_t width = s->model->width, dim = head_dim(s), slot = slot_head(s, row, head);
-    attend(s->qkv + row * 3 * width + head * dim, b->keys + slot, b->values + slot, s->rows.positions[row] + 1, dim,
-           s->scores + by->thread * (s->longest + LANES), s->attended + row * width + head * dim);
+    float *scores = s->scores + by->thread * (s->longest + LANES);
+    int64_t next_row = row + 1 < s->rows.count ? row + 1 : 0, next_head = next_row ? head : (head + 1) % s->model->heads;
+    (s->cache.half ? attend_half : attend_float)(s->qkv + row * 3 * width + head * dim, b->keys + slot, b->values + slot,
+                                                 s->rows.positions[row] + 1, dim,
+                                                 b->keys + slot_head(s, next_row, next_head), scores,
+                                                 s->attended + row * width + head * dim);
 }
 
 /* What every thread goes through. */
@@ -194,17 +202,17 @@ int bitdial_gpt2(const gpt2 *model, const rows_of_ids *rows, const cache *kept, 
     step s = {.model = model, .rows = *rows, .cache = *kept, .skipped = rows->count - wanted};
     for (int64_t row = 0; row < rows->count; row++)
         if (rows->positions[row] >= s.longest) s.longest = rows->positions[row] + 1;
-    int64_t phases = sizeof(phase) * (model->layer_count * PHASES_OF_A_LAYER + OTHER_PHASES);
+    int64_t tallies = sizeof(tally) * tallies_of(model->layer_count * PHASES_OF_A_LAYER + OTHER_PHASES, threads);
     workspace space = {0};
-    take(&space, phases);
+    take(&space, tallies);
     lay_out(&s, logits, threads, &space);
     if (!claim(&space)) return -1;
-    phase *first = take(&space, phases);
+    tally *first = take(&space, tallies);
     lay_out(&s, logits, threads, &space);
-    memset(first, 0, phases);
+    memset(first, 0, tallies);
 #pragma omp parallel num_threads(threads)
     {
-        worker me = {first, omp_get_thread_num()};
+        worker me = {first, omp_get_thread_num(), threads};
         run(&s, &me);
     }
     free(space.memory);

@@ -42,7 +42,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [("keys", P), ("values", P), ("context", I64)]
+    _fields_ = [("keys", P), ("values", P), ("context", I64), ("half", I64)]
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ class Layer:
 
 
 class KeyValues:
-    """Keys and values of every layer; (slots, heads, context, dim) float32 each, contiguous."""
+    """Keys and values of every layer; (slots, heads, context, dim) each, contiguous, float32 or float16."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.layers = layers
         count, context = len(layers), layers[0][0].shape[2] if layers else 0
         self._keys = (P * count)(*(keys.data_ptr() for keys, _ in layers))
         self._values = (P * count)(*(values.data_ptr() for _, values in layers))
-        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context)
+        half = count > 0 and layers[0][0].dtype == torch.float16
+        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, half)
 
 
 class GPT2:

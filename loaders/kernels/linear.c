@@ -11,15 +11,16 @@ int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *r
     workspace space = {0};
     product p = {.x = x, .residual = residual, .y = y};
     lay_out_product(&p, m, rows, threads, &space);
+    int64_t tallies = sizeof(tally) * tallies_of(2, threads);
+    take(&space, tallies);
     if (!claim(&space)) return -1;
     lay_out_product(&p, m, rows, threads, &space);
-    phase phases[2];
-    memset(phases, 0, sizeof phases);
+    tally *first = memset(take(&space, tallies), 0, tallies);
     int few = rows * m->inputs <= FEW_VALUES;
     for (int64_t row = 0; few && row < rows; row++) prepare(&p, row, NULL);
 #pragma omp parallel num_threads(threads)
     {
-        worker me = {phases, omp_get_thread_num()};
+        worker me = {first, omp_get_thread_num(), threads};
         if (!few) share(&me, rows, prepare, &p);
         share(&me, chunks_of(&p), multiply, &p);
     }

@@ -3,11 +3,9 @@
 #pragma once
 #include "tiles.h"
 
-enum { AHEAD = 8192 }; /* bytes; by when memory has answered */
+enum { AHEAD = 4096 }; /* bytes; by when memory has answered */
 
-static inline __attribute__((always_inline)) void look_ahead(const void *at) {
-    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T1);
-}
+static inline __attribute__((always_inline)) void look_ahead(const void *at) { ask_twice((const char *)at + AHEAD); }
 
 static void stream_float(const tile *t, int64_t row) {
     const float *x = (const float *)x_row(t, row);

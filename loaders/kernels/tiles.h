@@ -16,13 +16,22 @@ typedef struct {
     int64_t next_lines;    /* while a stretch is computed, so many lines of 64 bytes of them are asked for */
 } tile;
 
-enum { STRETCH = 64 }; /* weights of a row between two looks ahead */
+enum {
+    STRETCH = 64, /* weights of a row between two looks ahead */
+    AGAIN = 4096  /* bytes between the two times that a line is asked for */
+};
 
-/* Brings what is needed next into the second-level cache, line by line as it lies, so that the core sees a stream and
- * helps. (To the first level it would come no sooner: that one can wait for fewer lines than memory could deliver.) */
+/* Asks for a line for the second-level cache; it is asked for twice, since a core that already waits for many forgets
+ * some. (To the first level lines would come no sooner: it can wait for fewer than memory could deliver.) */
+static inline __attribute__((always_inline)) void ask_twice(const char *at) {
+    _mm_prefetch(at + AGAIN, _MM_HINT_T1);
+    _mm_prefetch(at, _MM_HINT_T1);
+}
+
+/* Asks for what is needed next, line by line as it lies, so that the core sees a stream and helps. */
 static inline __attribute__((always_inline)) void fetch(const tile *t, int64_t weight) {
     const char *at = t->next + weight * t->next_lines; /* 64 bytes a line, as many as weights in a stretch */
-    for (int64_t i = 0; i < t->next_lines; i++) _mm_prefetch(at + i * 64, _MM_HINT_T1);
+    for (int64_t i = 0; i < t->next_lines; i++) ask_twice(at + i * 64);
 }
 
 /* for (k …) in steps of STEP over a row, looking ahead once a stretch. */
