@@ -123,6 +123,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena))
         progress("quantizing", done, len(targets))
     del targets, head, module, linear
+    if kernels.get() is not None:
+        arena.take_in(model)
     gc.collect()
     footprint = measure(
         model,

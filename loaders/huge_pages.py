@@ -8,7 +8,7 @@ import contextlib
 import mmap
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _PAGE = 2 << 20
 _CHUNK = 32 << 20
@@ -24,6 +24,7 @@ class Arena:
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._placed: set[int] = set()
 
     def place(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a CPU tensor; shape and type are the same."""
@@ -33,7 +34,17 @@ class Arena:
             self._chunk, self._used = _pages(max(tensor.nbytes, _CHUNK)), 0
         place = self._chunk[self._used : self._used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._used += -(-tensor.nbytes // _LINE) * _LINE
+        self._placed.add(place.data_ptr())
         return place.copy_(tensor)
+
+    def take_in(self, model: nn.Module) -> None:
+        """Moves what is left of a model: a single tensor still in the file would keep all of it in memory.
+
+        Parameters of a class of their own stay: others may know where they are.
+        """
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.data_ptr() not in self._placed and type(tensor) in (nn.Parameter, Tensor):
+                tensor.data = self.place(tensor.data)
 
 
 def _pages(size: int) -> Tensor:

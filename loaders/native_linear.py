@@ -36,7 +36,7 @@ class NativeLinear(nn.Module):
         bias: (outputs,) of any float type, or None.
         scales: (outputs,) float32 of int8.
         four_bit: what the codes stand for.
-        arena: where weights and scales are moved to; they stay where they are without one.
+        arena: where all of these are moved to; they stay where they are without one.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class NativeLinear(nn.Module):
         self.in_features, self.out_features = self.matrix.inputs, self.matrix.outputs
 
     def _move(self, arena: Arena) -> None:
-        for parameter in (self.weight, self.scales):
+        for parameter in (self.weight, self.bias, self.scales):
             if parameter is not None:
                 parameter.data = arena.place(parameter.data)
         if self.four_bit is not None:
@@ -102,6 +102,7 @@ def adopt(model: nn.Module, progress: Progress) -> bool:
         if (native := _native(module, arena)) is not None:
             model.set_submodule(name, native)
         progress("packing", done, len(layers))
+    arena.take_in(model)
     return True
 
 

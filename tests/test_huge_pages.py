@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loaders.huge_pages import Arena
 
@@ -79,6 +79,21 @@ def test_memory_is_given_back_with_the_last_tensor(monkeypatch: pytest.MonkeyPat
 
 def alive(references: "list[weakref.ref[mmap.mmap]]") -> int:
     return sum(reference() is not None for reference in references)
+
+
+def test_a_model_is_taken_in_whole_and_tied_weights_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model[1].weight = model[0].weight
+    x = torch.randn(3, 4)
+    expected = model(x)
+    arena = Arena()
+    model[1].weight.data = first = arena.place(model[1].weight.data)
+    before = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    arena.take_in(model)
+    assert torch.equal(model(x), expected)
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr() == first.data_ptr()
+    after = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert before & after == {first.data_ptr()}
 
 
 def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
