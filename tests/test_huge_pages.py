@@ -82,16 +82,17 @@ def alive(references: "list[weakref.ref[mmap.mmap]]") -> int:
 
 
 def test_a_model_is_taken_in_whole_and_tied_weights_stay_tied() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
-    model[1].weight = model[0].weight
+    above, below = nn.Linear(4, 4), nn.Linear(4, 4)
+    below.weight = above.weight
+    model = nn.Sequential(above, below, nn.BatchNorm1d(4)).eval()
     x = torch.randn(3, 4)
-    expected = model(x)
+    expected: Tensor = model(x)
     arena = Arena()
-    model[1].weight.data = first = arena.place(model[1].weight.data)
+    below.weight.data = first = arena.place(below.weight.data)
     before = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     arena.take_in(model)
     assert torch.equal(model(x), expected)
-    assert model[0].weight.data_ptr() == model[1].weight.data_ptr() == first.data_ptr()
+    assert above.weight.data_ptr() == below.weight.data_ptr() == first.data_ptr()
     after = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     assert before & after == {first.data_ptr()}
 
