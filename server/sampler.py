@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.sequence import FinishReason, PromptToken, SamplingParams, Sequence, Token, TokenLogprob
 
+_STRONGEST = 1e20  # repetition penalty; beyond it float32 overflows, and it has long decided everything
 _COLDEST = 1e-6  # below it, float32 quotients overflow; the distribution is a single token long before
 
 
@@ -122,7 +123,7 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*sequence.prompt, *sequence.generated}))
         values = logits[seen]
-        factor = params.repetition_penalty
+        factor = min(max(params.repetition_penalty, 1 / _STRONGEST), _STRONGEST)
         logits = logits.index_copy(0, seen, torch.where(values > 0, values / factor, values * factor))
     if (params.frequency_penalty or params.presence_penalty) and sequence.generated:
         counts = Counter(sequence.generated)
@@ -131,11 +132,18 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         penalty = params.frequency_penalty * weights + params.presence_penalty
         logits = logits.index_add(0, ids, -penalty)
     if params.logit_bias:
-        ids = torch.tensor([id_ for id_, _ in params.logit_bias])
-        logits = logits.index_add(
-            0, ids, torch.tensor([bias for _, bias in params.logit_bias], dtype=logits.dtype)
-        )
+        ids, biases = _bias(sequence)
+        logits = logits.index_add(0, ids, biases.to(logits.dtype))
     return logits
+
+
+def _bias(sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Ids and biases as tensors, made once: there may be one for every token of the vocabulary."""
+    if sequence.bias is None:
+        ids, biases = zip(*sequence.params.logit_bias, strict=True)
+        sequence.bias = torch.tensor(ids), torch.tensor(biases)
+    made: tuple[Tensor, Tensor] = sequence.bias
+    return made
 
 
 def _top_p(weights: Tensor, top_p: float) -> Tensor:

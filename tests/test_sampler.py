@@ -46,6 +46,8 @@ def tokens(picked: list[Token | Exception]) -> list[int]:
         ({"typical_p": 0.6}, [TypicalLogitsWarper(0.6)]),
         ({"min_p": 0.05}, [MinPLogitsWarper(0.05)]),
         ({"repetition_penalty": 1.7}, [RepetitionPenaltyLogitsProcessor(1.7)]),
+        ({"repetition_penalty": 1e-320}, [RepetitionPenaltyLogitsProcessor(1e-20)]),
+        ({"repetition_penalty": 1e300}, [RepetitionPenaltyLogitsProcessor(1e20)]),
         (
             {"temperature": 1.6, "top_k": 50, "top_p": 0.9},
             [TemperatureLogitsWarper(1.6), TopKLogitsWarper(50), TopPLogitsWarper(0.9)],
@@ -154,3 +156,11 @@ def test_the_end_token_and_the_length_finish_a_sequence() -> None:
     assert finish() == "eos_token"
     assert finish(ignore_eos=True) is None
     assert finish(ignore_eos=True, max_new_tokens=1) == "length"
+
+
+def test_a_bias_is_made_into_tensors_once() -> None:
+    row = sequence(do_sample=False, logit_bias=tuple((id_, -100.0) for id_ in range(VOCABULARY - 1)))
+    assert tokens(Sampler(frozenset()).pick(logits(), [row])) == [VOCABULARY - 1]
+    made = row.bias
+    assert tokens(Sampler(frozenset()).pick(logits(seed=1), [row])) == [VOCABULARY - 1]
+    assert row.bias is made
