@@ -1,6 +1,6 @@
 """From a validated body to what the service is asked: one way for both dialects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -8,7 +8,7 @@ from starlette.requests import Request
 import loaders
 from loaders.base import LoaderError
 from server.errors import BadPrecision, Invalid, ModelUnknown
-from server.generation import GenerationRequest
+from server.generation import Conversation, GenerationRequest
 from server.schemas import Sampling, printable
 from server.sequence import SamplingParams
 
@@ -67,7 +67,7 @@ def known_precision(name: object) -> str:
 def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """The native body with ``parameters`` spread out and ``prompt`` renamed to ``inputs``."""
     flat = dict(values)
-    parameters = flat.pop("parameters", None) or {}
+    parameters = {} if (given := flat.pop("parameters", None)) is None else given
     if not isinstance(parameters, dict):
         raise Invalid("parameters must be an object", param="parameters")
     for name, value in parameters.items():
@@ -85,7 +85,7 @@ def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_request(
-    prompt: str | Sequence[int],
+    prompt: str | list[int] | Conversation,
     wishes: Sampling,
     *,
     precision: str | None,
@@ -115,7 +115,7 @@ def make_request(
         prompt_logprobs=prompt_logprobs,
     )
     return GenerationRequest(
-        prompt if isinstance(prompt, str) else list(prompt),
+        prompt,
         params,
         precision,
         bool(fallback),

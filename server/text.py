@@ -1,6 +1,6 @@
-"""Text ↔ token ids: encoding, decoding token by token, stop strings. All on the event loop."""
+"""Text ↔ token ids: encoding, decoding token by token, stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
+        self._texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
@@ -39,17 +40,18 @@ class TextCodec:
         return text
 
     def token_text(self, id_: int) -> str:
-        """One token by itself, special ones by name."""
-        text: str = self._tokenizer.decode([id_], skip_special_tokens=False)
-        return text
+        """One token by itself, special ones by name. Remembered: an answer may tell of a hundred thousand."""
+        if id_ not in self._texts:
+            self._texts[id_] = self._tokenizer.decode([id_], skip_special_tokens=False)
+        return self._texts[id_]
 
     def is_special(self, id_: int) -> bool:
         return id_ in self._special
 
-    def tokenize(self, text: str) -> list[TokenSpan]:
+    def tokenize(self, text: str) -> Iterator[TokenSpan]:
         encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
-        pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        return [TokenSpan(id_, text[start:stop], start, stop) for id_, (start, stop) in pairs]
+        for id_, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            yield TokenSpan(id_, text[start:stop], start, stop)
 
     @property
     def has_chat_template(self) -> bool:

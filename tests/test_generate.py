@@ -186,7 +186,8 @@ def test_unknown_precisions(client: TestClient, precision: object) -> None:
     + [{"top_p": value} for value in (0, 1, 1.1)] + [{"typical_p": 1}, {"min_p": 1}, {"top_k": -5}]
     + [{"seed": value} for value in (-1, 2**64)] + [{"stop": [""]}, {"stop": ["a"] * 5}, {"stop": "a" * 257}]
     + [{"best_of": 10**7}, {"best_of": 2}, {"best_of": 5, "do_sample": True}]
-    + [{"truncate": 0}, {"top_n_tokens": 6}, {"repetition_penalty": 0}, {"frequency_penalty": 2.1}]
+    + [{"truncate": 0}, {"truncate": 257}, {"top_n_tokens": 6}, {"repetition_penalty": 0}]
+    + [{"frequency_penalty": 2.1}]
     + [{"watermark": True}, {"grammar": {"type": "json"}}, {"adapter_id": "x"}, {"tools": [1]}]
     + [{"unheard_of": 1}, {"details": "yes"}],
 )  # fmt: skip
@@ -214,6 +215,7 @@ def test_extreme_but_allowed(client: TestClient, parameters: dict[str, Any]) -> 
         {"inputs": "\ud800"},
         {"inputs": PROMPT, "seed": 1, "parameters": {"seed": 1}},
         {"inputs": PROMPT, "parameters": 5},
+        *({"inputs": PROMPT, "parameters": value} for value in ([], "", 0, False)),
         {"inputs": PROMPT, "parameters": {"stream": True}},
         {"inputs": PROMPT, "stream": True, "do_sample": True, "best_of": 2},
         {"inputs": PROMPT, "stream": True, "decoder_input_details": True},
