@@ -136,8 +136,12 @@ def test_wrong_keys(make_client: Callable[..., TestClient], key: bytes) -> None:
     client = make_client(api_key="right")
     assert client.get("/v1/models", headers=[(b"authorization", key)]).status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer right"}).status_code == 200
-    in_query = client.get("/v1/models?api_key=right", headers={"Authorization": "Bearer right"})
-    assert in_query.status_code == 401
+    for query in ("api_key=right", "token=x", "x-whatever=right", "a=1&b=%72ight"):
+        in_query = client.get(f"/v1/models?{query}", headers={"Authorization": "Bearer right"})
+        assert in_query.status_code == 401
+    for query in ("a=%ff", "%ff", "a=\u00e9", "precision=fp32"):
+        others = client.get(f"/v1/models?{query}", headers={"Authorization": "Bearer right"})
+        assert others.status_code == 200
     assert client.get("/v1/models", headers={"X-Forwarded-For": "127.0.0.1"}).status_code == 401
 
 
