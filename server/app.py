@@ -39,7 +39,6 @@ def create_app(
     settings: Settings,
     *,
     open_checkpoint: Callable[..., Checkpoint] = loaders.checkpoint.open_checkpoint,
-    load_tokenizer: Callable[[Checkpoint], Any] = loaders.checkpoint.load_tokenizer,
     load: Callable[..., LoadedModel] = loaders.load,
 ) -> FastAPI:
     """The service for one model. Nothing is read or loaded before its lifespan begins.
@@ -47,13 +46,12 @@ def create_app(
     Args:
         settings: how to serve.
         open_checkpoint: finds the model: (model id, revision) → ``Checkpoint``.
-        load_tokenizer: the tokenizer of it.
         load: loads one precision of it; as ``loaders.load``.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await _furnish(app, settings, open_checkpoint, load_tokenizer, load)
+        await _furnish(app, settings, open_checkpoint, load)
         app.state.pool.start()
         watchdog = asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))
         try:
@@ -88,13 +86,13 @@ async def _furnish(
     app: FastAPI,
     settings: Settings,
     open_checkpoint: Callable[..., Checkpoint],
-    load_tokenizer: Callable[[Checkpoint], Any],
     load: Callable[..., LoadedModel],
 ) -> None:
     state = app.state
     state.started = time.time()
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
-    state.codec = TextCodec(await asyncio.to_thread(load_tokenizer, state.checkpoint))
+    tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
+    state.codec = TextCodec(tokenizer)
     state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
     state.tracing = _trace(settings, state.metrics, state.checkpoint)
@@ -124,7 +122,7 @@ def _surround(app: FastAPI, settings: Settings) -> None:
             CORSMiddleware,
             allow_origins=list(settings.cors_allow_origin),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Precision", "X-Request-ID"],
+            allow_headers=["*"],  # clients have their own beside ours; none is taken for an identity
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
     app.add_middleware(Envelope)

@@ -37,12 +37,11 @@ def _settings(info: ValidationInfo) -> Settings:
 
 def _stop_list(value: Any, info: ValidationInfo) -> Any:
     """One string or a list of them; a long list is refused before its items are looked at."""
-    if isinstance(value, str):
-        return [value]
+    listed = [value] if isinstance(value, str) else value
     most = _settings(info).max_stop_sequences
-    if isinstance(value, list) and len(value) > most:
+    if isinstance(listed, list) and len(listed) > most:
         raise ValueError(f"at most {most} stop strings")
-    return value
+    return listed
 
 
 def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
-_LONGEST_CHARACTER = 4  # bytes, so at most as many tokens may wait for a character's end
+_LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
+_MOST_PENDING = 16  # tokens of which none ended with a whole character: they are no text
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class IncrementalDecoder:
         self._codec, self._stop = codec, tuple(stop)
         self._ids = list(prompt[-_LONGEST_CHARACTER:])
         self._context = 0  # first id decoded along, for its neighbours' sake
-        self._read = len(self._ids)  # ids before this one have been turned into text
+        self._read = len(self._ids)  # where text last ended with a whole character
+        self._given = len(codec.decode(self._ids))  # characters, from the context on, that are given out
         self._held = ""  # text that may yet turn out to begin a stop string
         self.stopped = False
         """Whether a stop string has come."""
@@ -93,13 +95,16 @@ class IncrementalDecoder:
         return self._release(self._decode(final=True), final=True)
 
     def _decode(self, final: bool) -> str:
-        before = self._codec.decode(self._ids[self._context : self._read])
         text = self._codec.decode(self._ids[self._context :])
         pending = len(self._ids) - self._read
-        if text.endswith(_REPLACEMENT) and not final and pending < _LONGEST_CHARACTER:
-            return ""
-        self._context, self._read = self._read, len(self._ids)
-        return text[len(before) :]
+        certain = text if final or pending >= _MOST_PENDING else text.rstrip(_REPLACEMENT)
+        new = certain[self._given :]
+        if len(certain) == len(text):
+            self._context, self._read = self._read, len(self._ids)
+            self._given = len(self._codec.decode(self._ids[self._context :]))
+        else:
+            self._given += len(new)
+        return new
 
     def _release(self, text: str, final: bool) -> str:
         if self.stopped:

@@ -3,10 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-import loaders
-from loaders.base import CheckpointError, ModelNotFound, ModelSpec
+from loaders.base import CheckpointError, ModelNotFound
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from tests import checkpoints
 
@@ -63,34 +61,6 @@ def test_an_index_that_is_no_list_of_its_files(folder: Path, index: object, told
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=told):
         open_checkpoint(str(folder))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8", "nf4", "dynamic-int8"])
-def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(folder: Path, precision: str) -> None:
-    file, name = folder / "model.safetensors", "transformer.h.1.mlp.c_fc.weight"
-    weights = load_file(file)
-    del weights[name]
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"has no {name}"):
-        loaders.load(precision, ModelSpec(open_checkpoint(str(folder)), slots=1))
-
-
-def test_weights_that_do_not_fit_the_configuration(folder: Path) -> None:
-    file, name = folder / "model.safetensors", "transformer.h.1.mlp.c_fc.weight"
-    weights = load_file(file)
-    save_file({**weights, name: weights[name][:10].clone()}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"{name} has another shape"):
-        loaders.load("fp32", ModelSpec(open_checkpoint(str(folder)), slots=1))
-
-
-@pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_folder_without_a_tokenizer(folder: Path, content: str | None) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    if content is not None:
-        (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(CheckpointError, match="no usable tokenizer"):
-        load_tokenizer(open_checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize(

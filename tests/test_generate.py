@@ -84,6 +84,13 @@ def test_stop_strings_end_the_text_and_are_not_shown(client: TestClient) -> None
     assert answer["details"]["finish_reason"] == "stop_sequence"
 
 
+def test_no_stop_string_where_none_is_allowed(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(max_stop_sequences=0)
+    for stop in ("a", ["a"]):
+        assert client.post("/generate", json={"inputs": PROMPT, "stop": stop}).status_code == 422
+    assert ask(client, max_new_tokens=2, stop=[])["generated_text"] == greedy(2)
+
+
 def test_a_seed_repeats_a_sample_and_the_drawn_one_is_told(client: TestClient) -> None:
     first = ask(client, max_new_tokens=12, temperature=5.0, details=True)
     seed = first["details"]["seed"]

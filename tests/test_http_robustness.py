@@ -172,6 +172,21 @@ def test_no_cors_unless_configured(make_client: Callable[..., TestClient]) -> No
     assert "access-control-allow-credentials" not in told
 
 
+def test_a_browser_may_send_what_its_client_library_sends(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(cors_allow_origin="https://a.example", api_key="right")
+    asked = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-precision,x-stainless-lang",
+    }
+    reply = client.options("/v1/completions", headers=asked)
+    assert reply.status_code == 200
+    assert "x-stainless-lang" in reply.headers["access-control-allow-headers"]
+    refused = client.options("/v1/completions", headers={**asked, "Origin": "https://b.example"})
+    assert refused.status_code == 400
+    assert "access-control-allow-origin" not in refused.headers
+
+
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 def test_a_client_that_leaves_frees_its_place(
     make_app: Callable[..., FastAPI], loads: Loads, path: str

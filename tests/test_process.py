@@ -4,14 +4,12 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests import checkpoints
 
@@ -52,24 +50,6 @@ def test_a_port_in_use_is_one_clear_failure(folder: Path) -> None:
     assert done.returncode == 1
     assert "address already in use" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_weights_that_are_not_all_there_end_it_with_the_reason(folder: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    del weights["transformer.h.1.mlp.c_fc.weight"]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    done = bitdial("serve", "--model", str(broken), "--port", "0", "--precisions", "fp32")
-    assert done.returncode == 1
-    assert "broken is incomplete: it has no transformer.h.1.mlp.c_fc.weight" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_folder_without_a_tokenizer_is_one_line(folder: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    (broken / "tokenizer.json").write_text("{")
-    done = bitdial("serve", "--model", str(broken), "--port", "0")
-    assert (done.returncode, done.stderr) == (1, "bitdial serve: broken has no usable tokenizer\n")
 
 
 def test_wrong_usage_is_one_line_and_code_2() -> None:

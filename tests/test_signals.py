@@ -135,6 +135,18 @@ def test_who_watches_a_load_does_not_keep_the_process_up(folder: Path) -> None:
         assert process.wait(timeout=5) == 0
 
 
+@pytest.mark.parametrize("error", ["CheckpointError('the weights are cut short')", "MemoryError()"])
+def test_a_default_that_cannot_be_loaded_ends_it_with_the_reason(folder: Path, error: str) -> None:
+    failing = f"from loaders.base import CheckpointError; raise {error}"
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE.format(loading=failing), str(folder)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    reason = "the weights are cut short" if "Checkpoint" in error else "MemoryError"
+    assert f"fp32 could not be loaded: {reason}: ending with code 1" in done.stderr
+
+
 def test_one_while_loading(folder: Path) -> None:
     with serving(folder, loading="time.sleep(60)") as (process, port):
         assert ask(port, "GET", "/health")[0] == 503

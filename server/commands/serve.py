@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from loaders.base import Checkpoint, LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
@@ -30,11 +31,10 @@ def main(arguments: Sequence[str]) -> int:
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
         set_up_logging(options.json_output)
-        from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for it
+        from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
 
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        tokenizer = load_tokenizer(checkpoint)
         _require_room(options, checkpoint)
     except UsageError as error:
         complain("serve", error)
@@ -45,14 +45,15 @@ def main(arguments: Sequence[str]) -> int:
     from server.app import create_app
     from server.process import Process
 
+    def opened(*arguments: Any, **options: Any) -> Any:
+        return checkpoint
+
     def listening(port: int) -> None:
         _announce(options, port)
         if sys.stderr.isatty():
             app.state.bars = asyncio.create_task(show_loading(app.state.pool.states))
 
-    app = create_app(
-        options, open_checkpoint=lambda *_: checkpoint, load_tokenizer=lambda checkpoint: tokenizer
-    )
+    app = create_app(options, open_checkpoint=opened)
     process = Process(app, options, on_listening=listening)
     code = process.serve_forever()
     sys.stdout.flush()
