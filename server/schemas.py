@@ -222,12 +222,27 @@ class CompletionBody(OpenAIBody):
         return self
 
 
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+def _joined(value: Any) -> Any:
+    """The text of a content that comes in parts."""
+    if not isinstance(value, list):
+        return value
+    try:
+        return "".join(TextPart.model_validate(part).text for part in value)
+    except ValidationError:
+        raise ValueError("a part must be {type: text, text: …}") from None
+
+
 class Message(BaseModel):
     """One turn; what else a client sends with it reaches the chat template."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
 class ChatBody(OpenAIBody):

@@ -216,6 +216,18 @@ def test_what_the_template_refuses_or_the_context_does_not_hold(
     assert "secret" not in told.text
 
 
+def test_contents_in_parts(chatty: TestClient) -> None:
+    def asked(content: Any) -> Any:
+        body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 4}
+        return chatty.post("/v1/chat/completions", json=body)
+
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert asked(parts).json()["choices"][0]["message"]["content"] == greedy(4, "user: Hi\nassistant:")
+    picture = {"type": "image_url", "image_url": {"url": "https://a.example"}}
+    for wrong in ([picture], ["Hi"], [{"type": "text"}], {"type": "text", "text": "Hi"}, 5):
+        assert asked(wrong).status_code == 400
+
+
 def test_chat(chatty: TestClient) -> None:
     client = chatty
     body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 4}
