@@ -15,6 +15,9 @@ from server.sequence import SamplingParams
 _ANY_MODEL = ("tgi", "dummy")
 """What Hugging Face's client and its documentation call the served model when only an address is known."""
 
+_STRONGEST = 1e20
+"""Repetition penalty: it has long decided everything, and beyond it float32 overflows into no numbers."""
+
 
 def model_names(model_id: str) -> tuple[str, ...]:
     """Names the served model answers to: as configured, and without its owner."""
@@ -105,7 +108,7 @@ def make_request(
         top_p=wishes.top_p,
         typical_p=wishes.typical_p,
         min_p=wishes.min_p,
-        repetition_penalty=wishes.repetition_penalty or 1.0,
+        repetition_penalty=min(max(wishes.repetition_penalty or 1.0, 1 / _STRONGEST), _STRONGEST),
         frequency_penalty=wishes.frequency_penalty or 0.0,
         presence_penalty=wishes.presence_penalty or 0.0,
         logit_bias=logit_bias,

@@ -263,7 +263,8 @@ class Pool:
         while True:
             await asyncio.sleep(min(seconds / 4, 10))
             for state in self._idle():
-                if state.engine and time.perf_counter() - state.engine.last_used > seconds:
+                engine = None if state.users else state.engine  # it may have got a user while another ended
+                if engine and time.perf_counter() - engine.last_used > seconds:
                     await self.unload(state.name)
 
     async def stop(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from server.sequence import FinishReason, PromptToken, SamplingParams, Sequence, Token, TokenLogprob
 
-_STRONGEST = 1e20  # repetition penalty; beyond it float32 overflows, and it has long decided everything
 _COLDEST = 1e-6  # below it, float32 quotients overflow; the distribution is a single token long before
 
 
@@ -123,7 +122,7 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*sequence.prompt, *sequence.generated}))
         values = logits[seen]
-        factor = min(max(params.repetition_penalty, 1 / _STRONGEST), _STRONGEST)
+        factor = params.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(values > 0, values / factor, values * factor))
     if (params.frequency_penalty or params.presence_penalty) and sequence.generated:
         counts = Counter(sequence.generated)

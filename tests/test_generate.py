@@ -98,6 +98,12 @@ def test_a_seed_repeats_a_sample_and_the_drawn_one_is_told(client: TestClient) -
     assert again["generated_text"] == first["generated_text"]
 
 
+@pytest.mark.parametrize("penalty", [1e-320, 1e-300, 1e300])
+def test_an_extreme_repetition_penalty_leaves_a_distribution(client: TestClient, penalty: float) -> None:
+    wish = {"repetition_penalty": penalty, "do_sample": True, "seed": 1, "details": True}
+    assert ask(client, max_new_tokens=30, **wish)["details"]["finish_reason"] == "length"
+
+
 def test_best_of_returns_the_likeliest_first(client: TestClient) -> None:
     details = ask(client, max_new_tokens=4, temperature=5.0, best_of=3, details=True, seed=1)["details"]
     assert len(details["best_of_sequences"]) == 2

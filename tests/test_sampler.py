@@ -46,8 +46,6 @@ def tokens(picked: list[Token | Exception]) -> list[int]:
         ({"typical_p": 0.6}, [TypicalLogitsWarper(0.6)]),
         ({"min_p": 0.05}, [MinPLogitsWarper(0.05)]),
         ({"repetition_penalty": 1.7}, [RepetitionPenaltyLogitsProcessor(1.7)]),
-        ({"repetition_penalty": 1e-320}, [RepetitionPenaltyLogitsProcessor(1e-20)]),
-        ({"repetition_penalty": 1e300}, [RepetitionPenaltyLogitsProcessor(1e20)]),
         (
             {"temperature": 1.6, "top_k": 50, "top_p": 0.9},
             [TemperatureLogitsWarper(1.6), TopKLogitsWarper(50), TopPLogitsWarper(0.9)],
