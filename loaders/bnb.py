@@ -1,7 +1,7 @@
 """int8 (LLM.int8), nf4 and fp4 by bitsandbytes, through ``BitsAndBytesConfig``.
 
-``transformers`` transposes GPT-2's Conv1D layers for it. The head stays as it is: it is tied to the
-embedding, and ``llm_int8_skip_modules`` replaces the default list, so it is always named.
+``transformers`` transposes GPT-2's Conv1D layers for it. The head stays as it is, tied to the embedding or
+not; ``llm_int8_skip_modules`` replaces the default list, so it is always named.
 """
 
 import logging
@@ -16,8 +16,8 @@ from transformers import BitsAndBytesConfig
 
 from loaders import gpt2_runner, kernels
 from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
-from loaders.checkpoint import load_pretrained, meta_model
-from loaders.footprint import count_parameters, measure
+from loaders.checkpoint import load_pretrained, meta_model, misfit
+from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.full import DTYPES
 from loaders.memory import device_map
 from loaders.native_linear import adopt
@@ -37,7 +37,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
-    inner: int = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and _is_body(name))
+    inner = linear_weights(model)
     rest: int = (count_parameters(model) - inner) * rest_dtype(precision, spec).itemsize
     return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
 
@@ -52,9 +52,11 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         device_map=device_map(spec, estimate_bytes(precision, spec)),
         quantization_config=quantization_config(precision, spec),
     )
+    _check_layers(model, precision, spec.checkpoint.model_id)
     if spec.device == "cpu":
         _cast(model, rest)
     native = spec.device == "cpu" and adopt(model, progress)
+    runner = runner_for(model, spec)  # before counting: bitsandbytes repacks weights when they are first used
     quantized = _quantized_class(precision)
     parameters = count_parameters(meta_model(spec))
     footprint = measure(
@@ -62,25 +64,21 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         parameters,
         lambda module: isinstance(module, quantized),
         _state,
-        lambda name: (
-            "the embedding is looked up, not multiplied"
-            if "emb" in name or name.rsplit(".", 1)[-1] in ("wte", "wpe")
-            else "the head is kept in full precision"
-        ),
+        reasons(model, "the head is kept in full precision"),
     )
-    if not footprint.quantized:
-        raise CheckpointError(f"{spec.checkpoint.model_id} has no layer that {precision} can quantize")
     details = {
         "rest": str(rest),
         "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
         "kernels": kernels.describe() if spec.device == "cpu" else "bitsandbytes",
     }
-    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
+    return LoadedModel(precision, runner, footprint, details=details)
 
 
 def quantization_config(precision: str, spec: ModelSpec) -> Any:
     """What ``from_pretrained`` is told for the precision."""
-    skip = ["lm_head"]
+    model = meta_model(spec)
+    head = model.get_output_embeddings()
+    skip = [name for name, module in model.named_modules() if module is head]
     if precision == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_threshold=spec.int8_threshold, llm_int8_skip_modules=skip
@@ -106,6 +104,21 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
         lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
         return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
     return torch.float16 if precision == "int8" else torch.bfloat16
+
+
+def _check_layers(model: nn.Module, precision: str, name: str) -> None:
+    """``from_pretrained`` compares no shapes of what it quantizes, and is content if that is nothing."""
+    quantized = _quantized_class(precision)
+    layers: dict[str, Any] = {at: one for at, one in model.named_modules() if isinstance(one, quantized)}
+    if not layers:
+        raise CheckpointError(f"{name} has no layer that {precision} can quantize")
+    if misfits := [at for at, one in layers.items() if _shape(one) != (one.out_features, one.in_features)]:
+        raise misfit(name, misfits)
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    state = getattr(layer.weight, "quant_state", None)
+    return tuple(layer.weight.shape if state is None else state.shape)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -140,8 +153,10 @@ def _quantized_class(precision: str) -> type[nn.Module]:
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Row scales of int8; absmax, tables and, with double quantization, the absmax of the absmax of 4-bit."""
     weight = getattr(module, "weight", None)
-    if isinstance(scales := getattr(weight, "SCB", None), Tensor):
-        yield "scales", scales
+    held = getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)
+    for scales in held:  # with the weight before its first use, with the layer from then on
+        if isinstance(scales, Tensor):
+            yield "scales", scales
     state = getattr(weight, "quant_state", None)
     if state is not None:
         yield "absmax", state.absmax
@@ -150,10 +165,6 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield "absmax", state.state2.absmax
             yield "tables", state.state2.code
             yield "absmax", state.offset
-
-
-def _is_body(name: str) -> bool:
-    return not any(part in name for part in ("wte", "wpe", "embed", "lm_head"))
 
 
 def _quieten() -> None:

@@ -1,9 +1,10 @@
 """Finding a model and checking its files before loading. Safetensors only; no code of theirs is run."""
 
 import contextlib
+import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,15 @@ def open_checkpoint(
     for file in files:
         _check_whole(file)
     text = config.get_text_config()
+    if not isinstance(context := getattr(text, "max_position_embeddings", None), int):
+        raise CheckpointError(f"config.json of {name} tells no context length (max_position_embeddings)")
     return Checkpoint(
         model_id=name,
         revision=commit,
         folder=folder,
         config=config,
         architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
-        context_length=int(text.max_position_embeddings),
+        context_length=context,
         vocabulary=int(text.vocab_size),
         eos_ids=_eos_ids(folder, text),
         file_bytes=sum(file.stat().st_size for file in files),
@@ -73,37 +76,58 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         CheckpointError: there is none, or it is broken.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
+        usable = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
     except Exception as error:  # the library raises whatever its parsers do
         raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
+    if not usable:  # without any files the library makes one of no words
+        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer")
+    return tokenizer
 
 
 def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreTrainedModel:
     """The model in evaluation mode; ``options`` (``dtype`` …) go to ``from_pretrained``.
 
     Raises:
-        CheckpointError, OutOfMemory
+        CheckpointError: unreadable, or without some of the model's tensors: those would be random numbers.
+        OutOfMemory
     """
+    name = spec.checkpoint.model_id
     try:
         with _bars_to(progress):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 spec.checkpoint.folder,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,  # told in the report, where they are refused
+                output_loading_info=True,
                 **options,
             )
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id}") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{spec.checkpoint.model_id} could not be loaded ({type(error).__name__})"
-        ) from error
+        raise OutOfMemory(f"no room on the device for {name}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"{name} could not be loaded ({type(error).__name__})") from error
+    _check_complete(name, report)
     model.eval()
     return model
+
+
+def _check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """What a checkpoint lacks, the library would fill with random numbers."""
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{name} is incomplete: it has no {missing[0]} ({len(missing)} missing in all)")
+    if misfits := sorted(key for key, *_ in report["mismatched_keys"]):
+        raise misfit(name, misfits)
+
+
+def misfit(name: str, tensors: Sequence[str]) -> CheckpointError:
+    """The error that tells of tensors whose shapes are not those of the configuration."""
+    return CheckpointError(
+        f"{name} does not fit its config.json: {tensors[0]} has another shape ({len(tensors)} in all)"
+    )
 
 
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
@@ -142,12 +166,24 @@ def _download(model_id: str, revision: str | None) -> Path:
         raise ModelNotFound(f"the hub has no model {model_id}; a private one needs HF_TOKEN") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ModelNotFound(
-            f"{model_id} is not in the local cache and the hub can't be reached; "
-            "name a local folder, or MODEL_ID=bundled"
+            f"{_why_not(model_id, error)}; name a local folder, or MODEL_ID=bundled"
         ) from error
 
 
+def _why_not(model_id: str, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left on the disk for {model_id} (HF_HOME says where downloads are kept)"
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return f"{model_id} can't be stored: {error.strerror} (HF_HOME says where downloads are kept)"
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        return f"{model_id} is not in the local cache and the hub answers {cause.response.status_code}"
+    return f"{model_id} is not in the local cache and the hub can't be reached"
+
+
 def _read_config(folder: Path, name: str) -> Any:
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{name} is an adapter; merge it into its model first: merge_and_unload()")
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -158,6 +194,14 @@ def _read_config(folder: Path, name: str) -> Any:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         own = "it needs code of its own, which is never run" if "auto_map" in raw else "no known causal LM"
         raise CheckpointError(f"{name} can't be served: {own} (model_type {str(kind)[:40]!r})")
+    if "transformers_weights" in raw:  # it may name a pickle
+        raise CheckpointError(f"config.json of {name} names weights of its own; only {_SINGLE} is opened")
+    if method := raw.get("quantization_config"):
+        shown = method.get("quant_method") if isinstance(method, dict) else None
+        raise CheckpointError(
+            f"{name} is quantized already ({str(shown)[:40]}); name the model it was made from: "
+            "every precision is made of the original weights"
+        )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a configuration class makes of wrong values
@@ -170,6 +214,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     Raises:
         CheckpointError: there are none, or some are missing.
     """
+    if (folder / _SINGLE).is_file():  # first, as transformers has it
+        return [folder / _SINGLE]
     if (folder / _INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
@@ -181,8 +227,6 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if missing := [file for file in names if not (folder / file).is_file()]:
             raise CheckpointError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} in all)")
         return [folder / file for file in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
             f"{name} has its weights in pickle files, which can run code and are never opened; convert them: "

@@ -18,7 +18,7 @@ from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.checkpoint import load_pretrained, meta_model
 from loaders.conv1d import to_linear
-from loaders.footprint import count_parameters, measure
+from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.huge_pages import Arena
 from loaders.native_linear import NativeLinear
 from loaders.runners import runner_for
@@ -99,8 +99,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
-    linears = [p.numel() for name, p in model.named_parameters() if p.dim() == 2 and _is_linear(name)]
-    size: int = 4 * (count_parameters(model) - sum(linears)) + sum(linears)
+    size: int = 4 * count_parameters(model) - 3 * linear_weights(model)
     head = model.get_output_embeddings()
     if spec.quantize_lm_head and head is not None:
         tied = head.weight is model.get_input_embeddings().weight
@@ -131,11 +130,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         parameters,
         lambda module: isinstance(module, DynamicInt8Linear),
         lambda module: module.unpacked() if isinstance(module, DynamicInt8Linear) else iter(()),
-        lambda name: (
-            "the head was left in fp32 by choice"
-            if "head" in name
-            else "the embedding is looked up, not multiplied"
-        ),
+        reasons(model, "the head was left in fp32 by choice"),
     )
     native = kernels.get() is not None
     details = {
@@ -144,7 +139,3 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         "kernels": kernels.describe(),
     }
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
-
-
-def _is_linear(name: str) -> bool:
-    return not any(part in name for part in ("wte", "wpe", "embed", "lm_head"))

@@ -13,6 +13,8 @@ from loaders.native_linear import NativeLinear
 
 StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
 """A layer's quantization state that is no parameter or buffer: (role, tensor) pairs."""
+Reason = Callable[[nn.Module], str]
+"""Why a layer's matrix, or one that is no layer's, was kept."""
 
 
 def nothing(_: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -24,7 +26,7 @@ def measure(
     parameters: int,
     is_quantized: Callable[[nn.Module], bool] = lambda _: False,
     state_of: StateOf = nothing,
-    reason: Callable[[str], str] = lambda name: "this precision quantizes nothing",
+    reason: Reason = lambda module: "this precision quantizes nothing",
 ) -> Footprint:
     """Counts each storage once, tied weights and shared tables included.
 
@@ -32,7 +34,7 @@ def measure(
         parameters: of the checkpoint, a tied head counted once.
         is_quantized: whether a module's weight is quantized.
         state_of: scales, absmax, tables of a module.
-        reason: why the matrix of this name was kept.
+        reason: why this module's matrices were kept.
     """
     bytes_ = _Bytes()
     state: dict[str, int] = defaultdict(int)
@@ -43,8 +45,10 @@ def measure(
             state[role] += bytes_.count(tensor)
         if module.is_quantized if native else is_quantized(module):
             quantized.append(name)
-        elif native or isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            kept.append(KeptLayer(name, reason(name)))
+        elif _is_matrix(module):
+            kept.append(KeptLayer(name, reason(module)))
+        else:
+            kept += [KeptLayer(matrix, reason(module)) for matrix in _own_matrices(name, module)]
     for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
         bytes_.count(tensor)
     total = sum(bytes_.by_dtype.values())
@@ -59,6 +63,38 @@ def measure(
         quantized=quantized,
         kept=kept,
     )
+
+
+def reasons(model: PreTrainedModel, of_head: str) -> Reason:
+    """Why a precision that quantizes linear layers kept one, an embedding, or a matrix that is no layer."""
+    head = model.get_output_embeddings()
+
+    def reason(module: nn.Module) -> str:
+        if isinstance(module, nn.Embedding):
+            return "the embedding is looked up, not multiplied"
+        if module is head:
+            return of_head
+        return "the architecture keeps it" if _is_matrix(module) else "it is not a linear layer by itself"
+
+    return reason
+
+
+def linear_weights(model: PreTrainedModel) -> int:
+    """Weights of all linear layers but the head, which is what quantizing a model is about."""
+    head = model.get_output_embeddings()
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | nn.Embedding | NativeLinear)
+
+
+def _own_matrices(name: str, module: nn.Module) -> Iterator[str]:
+    """What a module multiplies with by itself, such as all experts of a mixture in one tensor."""
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() >= 2:
+            yield f"{name}.{own}"
 
 
 class _Bytes:

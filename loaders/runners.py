@@ -8,6 +8,7 @@ from loaders.base import ModelSpec, Runner
 from loaders.captured_runner import CapturedRunner
 from loaders.cuda_graphs import CudaGraphs
 from loaders.memory import card_free
+from loaders.row_check import check_rows
 from loaders.static_cache import Unsuitable
 from loaders.torch_runner import TorchRunner
 
@@ -23,13 +24,13 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
         return _on_a_card(model, spec)
     if gpt2_runner.supports(model):
         return gpt2_runner.GPT2Runner(model, spec)
-    return TorchRunner(model, spec)
+    return _tried_out(TorchRunner(model, spec), spec)
 
 
 def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
-        return TorchRunner(model, spec, f"the model is spread over {len(places)} devices")
+        return _tried_out(TorchRunner(model, spec, f"the model is spread over {len(places)} devices"), spec)
     # cuDNN's attention chooses its kernel by the length of the context, which a row's result would depend on
     torch.backends.cuda.enable_cudnn_sdp(False)
     why_not = _not_to_be_captured(model, spec)
@@ -37,7 +38,12 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     try:
         return CapturedRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
     except Unsuitable as error:
-        return TorchRunner(model, spec, str(error))
+        return _tried_out(TorchRunner(model, spec, str(error)), spec)
+
+
+def _tried_out(runner: TorchRunner, spec: ModelSpec) -> TorchRunner:
+    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+    return runner
 
 
 def _not_to_be_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:

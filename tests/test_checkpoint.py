@@ -1,10 +1,15 @@
+import errno
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
-from loaders.base import CheckpointError, ModelNotFound
+import loaders
+from loaders.base import CheckpointError, ModelNotFound, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from tests import checkpoints
 
@@ -46,9 +51,62 @@ def test_pickles_are_never_opened(folder: Path) -> None:
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors is missing"):
+        open_checkpoint(str(folder))
+
+
+def test_the_files_that_are_loaded_are_the_ones_that_are_checked(folder: Path) -> None:
+    """``transformers`` takes the single file where there is an index beside it."""
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "elsewhere.safetensors"}}')
+    assert open_checkpoint(str(folder)).file_bytes == (folder / "model.safetensors").stat().st_size
+    loaders.load("fp32", ModelSpec(open_checkpoint(str(folder)))).close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4", "dynamic-int8"])
+def test_a_tensor_that_is_missing_is_never_made_up(folder: Path, precision: str) -> None:
+    """``transformers`` fills in random numbers and says so in a warning."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"], tensors["transformer.ln_f.bias"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    named = r"tiny is incomplete: it has no .*mlp\.c_fc\.weight \(2 missing in all"
+    with pytest.raises(CheckpointError, match=named):
+        loaders.load(precision, ModelSpec(open_checkpoint(str(folder))))
+
+
+@pytest.mark.parametrize("precision", loaders.PRECISIONS)
+def test_a_tensor_of_another_shape_is_named(folder: Path, precision: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(64, 128)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"does not fit its config.json: .*h\.1\.mlp\.c_fc.* has another shape"
+    ):
+        loaders.load(precision, ModelSpec(open_checkpoint(str(folder))))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized already \(gptq\)"),
+        ({"transformers_weights": "adapter_model.bin"}, "names weights of its own"),
+        ({"model_type": "bloom"}, "tells no context length"),
+    ],
+)
+def test_a_configuration_that_asks_for_what_is_not_done(
+    folder: Path, extra: dict[str, object], message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **extra}))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(folder))
+
+
+def test_an_adapter_is_no_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
+    with pytest.raises(CheckpointError, match="merge it"):
         open_checkpoint(str(folder))
 
 
@@ -93,10 +151,26 @@ def test_names_that_are_no_models_touch_no_network(name: str, monkeypatch: pytes
         open_checkpoint(name)
 
 
-def test_without_a_hub_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no route")
+def hub_answers(status: int) -> OSError:
+    error: OSError = LocalEntryNotFoundError("nothing in the cache")
+    error.__cause__ = HfHubHTTPError("no", response=Mock(status_code=status, headers={}))
+    return error
 
-    monkeypatch.setattr("loaders.checkpoint.snapshot_download", offline)
-    with pytest.raises(ModelNotFound, match="MODEL_ID=bundled"):
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("no route"), "can't be reached; name a local folder, or MODEL_ID=bundled"),
+        (LocalEntryNotFoundError("nothing"), "not in the local cache and the hub can't be reached"),
+        (hub_answers(503), "the hub answers 503"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk for owner/name"),
+        (PermissionError(errno.EACCES, "Permission denied"), "can't be stored: Permission denied"),
+    ],
+)
+def test_why_a_hub_model_cannot_be_had(error: OSError, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("loaders.checkpoint.snapshot_download", fail)
+    with pytest.raises(ModelNotFound, match=message):
         open_checkpoint("owner/name")

@@ -1,0 +1,59 @@
+"""Whether an architecture can be batched at all, found out by trying it on the loaded model.
+
+Positions and masks go into every forward pass explicitly. An architecture that takes none, or makes its own
+from the cache's length (GPT-Neo's local attention, ALiBi), would answer fluently and wrongly.
+"""
+
+from random import Random
+from typing import Any
+
+import torch
+
+from loaders.base import CheckpointError, Runner
+
+_LONG, _SHORT = 24, 5  # tokens of the two rows
+_FARTHEST = 1024  # of a window of attention that is looked beyond
+_APART = 0.25  # relative error of logits: rounding makes 0.013 at most (bf16), lost positions 0.5 and more
+
+
+def check_rows(runner: Runner, config: Any, name: str) -> None:
+    """Two rows of different lengths beside each other, in chunks, against one pass of each alone.
+
+    Args:
+        config: the ``transformers`` configuration.
+        name: of the architecture, for the error.
+
+    Raises:
+        CheckpointError: the results differ, or the forward pass refuses what it is given.
+    """
+    try:
+        apart = _difference(runner, _texts(runner, config))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a forward pass makes of arguments that it doesn't expect
+        raise CheckpointError(f"{name} can't be batched here ({type(error).__name__})") from error
+    if not apart < _APART:
+        reason = "its rows disturb each other" if apart >= _APART else "its logits are not numbers"
+        raise CheckpointError(f"{name} can't be batched here: {reason}")
+
+
+def _texts(runner: Runner, config: Any) -> list[list[int]]:
+    window = getattr(config.get_text_config(), "window_size", None)
+    beyond = window + _SHORT if isinstance(window, int) and window <= _FARTHEST else 0
+    lengths = [min(max(_LONG, beyond), runner.context), min(_SHORT, runner.context)][: runner.slots]
+    random = Random(0)
+    return [[random.randrange(runner.vocabulary) for _ in range(length)] for length in lengths]
+
+
+def _difference(runner: Runner, texts: list[list[int]]) -> float:
+    """The largest of the rows' relative errors; NaN where logits are."""
+    for slot, ids in enumerate(texts):
+        for chunk in (ids[: len(ids) // 2], ids[len(ids) // 2 : -1]):
+            if chunk:
+                runner.prefill(slot, chunk, "none")
+    together = runner.decode(range(len(texts)), [ids[-1] for ids in texts]).clone()
+    for slot in range(len(texts)):
+        runner.free(slot)
+    alone = torch.stack([runner.score(ids)[-1] for ids in texts])
+    size = (alone - alone.mean(-1, keepdim=True)).norm(dim=-1)
+    return float(((together - alone).norm(dim=-1) / size.clamp_min(torch.finfo(size.dtype).tiny)).max())
