@@ -2,7 +2,8 @@
 
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+
+from server.version import VERSION
 
 COMMANDS = {
     "serve": "serve a model over HTTP, every precision of it",
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name == "--version":
-        print(f"bitdial {_version()}")
+        print(f"bitdial {VERSION}")
         return 0
     if name not in COMMANDS:
         print(f"bitdial: no command {name!r}\n\n{usage()}", file=sys.stderr, end="")
@@ -44,13 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `bitdial … | head`
         return 1
-
-
-def _version() -> str:
-    try:
-        return version("bitdial")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

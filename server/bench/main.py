@@ -16,6 +16,7 @@ from server.bench.host import MemorySpeed, apart, pin
 from server.bench.options import Options
 from server.bench.report import Report
 from server.bench.serving.section import Serving
+from server.commands.options import save
 
 
 def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_of: ProgressOf) -> None:
@@ -25,7 +26,7 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
         open_checkpoint: called unless somebody's server is what is measured.
 
     Raises:
-        BenchError, LoaderError
+        BenchError, LoaderError, NotSaved
     """
     cpus = pin(options.threads)
     if options.server_url is not None:
@@ -42,7 +43,8 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
         for part in parts:
             part()
     finally:
-        print(report.write(options.json_file), flush=True)
+        print(report.line(), flush=True)
+        save(options.json_file, report.text())
 
 
 def _parts(

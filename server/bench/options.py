@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, SecretStr
 
 import loaders
-from server.commands.options import json_option, precisions_option
+from server.commands.options import Output, json_option, precisions_option
 from server.settings import ModelSettings, Precisions, option
 
 OWN_SERVER = "a server of its own"
@@ -94,9 +94,9 @@ class Options(ModelSettings):
     contexts: Numbers | None = option(
         None, _MORE, "LENGTHS", "measure a token's cost after so many tokens, by comma", unset="not measured"
     )
-    plot: Path | None = option(None, _MORE, "FILE", "draw the costs by context, as SVG", unset="no plot")
+    plot: Output | None = option(None, _MORE, "FILE", "draw the costs by context, as SVG", unset="no plot")
     engines: bool = option(True, _MORE, None, "measure the engines; without, only what else is asked for")
-    json_file: Path | None = json_option(_MORE, "write all figures there as well", "only the last line")
+    json_file: Output | None = json_option(_MORE, "write all figures there as well", "only the last line")
 
     def shown(self) -> dict[str, Any]:
         """What a report tells of them: no path, no key."""

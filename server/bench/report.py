@@ -6,7 +6,6 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,13 +43,13 @@ class Report:
             **self.sections,
         }
 
-    def write(self, path: Path | None) -> str:
-        """The JSON line; written to the file, if there is to be one, for people to read."""
-        document = _plain(self.document())
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, indent=1) + "\n")
-        return json.dumps(document, separators=(",", ":"), allow_nan=False)
+    def line(self) -> str:
+        """All of it in one line of JSON."""
+        return json.dumps(_plain(self.document()), separators=(",", ":"), allow_nan=False)
+
+    def text(self) -> str:
+        """The same for people to read."""
+        return json.dumps(_plain(self.document()), indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from loaders.base import Checkpoint, LoaderError
 from server.bench.errors import BenchError
 from server.bench.options import Options
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.options import NotSaved
 from server.commands.progress import ProgressBars
 
 __all__ = ["Options", "main"]
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         bench(options, partial(_open, options), ProgressBars)
-    except (LoaderError, BenchError) as error:
+    except (LoaderError, BenchError, NotSaved) as error:
         complain("bench", error)
         return FAILED
     return 0

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -14,7 +13,7 @@ import loaders
 from loaders.base import LoaderError, ModelSpec
 from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.options import json_option, precisions_option
+from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import table
 from server.commands.sampling import SamplingSettings, encode
@@ -40,7 +39,7 @@ class Options(SamplingSettings):
     prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
     precisions: Precisions | None = precisions_option(_WHAT)
     reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are held against")
-    json_file: Path | None = json_option(_MORE, "write all figures and texts there", "nowhere")
+    json_file: Output | None = json_option(_MORE, "write all figures and texts there", "nowhere")
 
     def names(self) -> tuple[str, ...]:
         """The reference, then the precisions asked for; those this host can run if none were."""
@@ -53,19 +52,15 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(Options, "compare", arguments)
         require(options.names(), options.resolved_device())
         rows = asyncio.run(_compare(options))
-        if options.json_file is not None:
-            told = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
-            options.json_file.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+        _show(rows, shutil.get_terminal_size().columns)
+        told = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
+        save(options.json_file, json.dumps(told, ensure_ascii=False))
     except UsageError as error:
         complain("compare", error)
         return USAGE
-    except (LoaderError, ServiceError) as error:
+    except (LoaderError, ServiceError, NotSaved) as error:
         complain("compare", error)
         return FAILED
-    except OSError as error:
-        complain("compare", UsageError(f"--json: {error.strerror}"))
-        return FAILED
-    _show(rows, shutil.get_terminal_size().columns)
     return 0
 
 
@@ -76,7 +71,7 @@ async def _compare(options: Options) -> list[Compared]:
     spec = options.spec(checkpoint, slots=1)
     codec = TextCodec(load_tokenizer(checkpoint))
     most = min(spec.max_tokens, longest_prompt(checkpoint.vocabulary) + options.max_new_tokens)
-    ids = encode(codec, options.prompt, options.max_new_tokens, most)
+    ids = encode(codec, options.prompt, options.max_new_tokens, most, checkpoint.vocabulary)
 
     @asynccontextmanager
     async def use(name: str) -> AsyncIterator[Engine]:

@@ -8,11 +8,12 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
-from loaders.base import LoaderError
+from loaders.base import LoadedModel, LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import SamplingSettings, encode
 from server.engine import Engine
+from server.errors import ServiceError
 from server.settings import PrecisionSettings
 from server.text import TextCodec
 
@@ -28,27 +29,37 @@ class Options(SamplingSettings, PrecisionSettings):
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        return asyncio.run(_generate(parse(Options, "generate", arguments)))
+        options = parse(Options, "generate", arguments)
+        require([options.precision], options.resolved_device())
+        return _generate(options)
     except UsageError as error:
         complain("generate", error)
         return USAGE
-    except LoaderError as error:
+    except (LoaderError, ServiceError) as error:
         complain("generate", error)
         return FAILED
 
 
-async def _generate(options: Options) -> int:
-    require([options.precision], options.resolved_device())
+def _generate(options: Options) -> int:
     from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
 
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
     spec = options.spec(checkpoint, slots=1)
     codec = TextCodec(load_tokenizer(checkpoint))
-    ids = encode(codec, options.prompt, options.max_new_tokens, spec.max_tokens)
-    model = loaders.load(options.precision, spec, bars)
-    bars.close()
-    engine = Engine(model, eos_ids=checkpoint.eos_ids, threads=options.threads)
+    ids = encode(codec, options.prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
+    try:
+        # not in the event loop, which would let the load go on after Ctrl-C
+        model = loaders.load(options.precision, spec, bars)
+    finally:
+        bars.close()
+    return asyncio.run(_continue(model, checkpoint.eos_ids, codec, ids, options))
+
+
+async def _continue(
+    model: LoadedModel, eos_ids: frozenset[int], codec: TextCodec, ids: list[int], options: Options
+) -> int:
+    engine = Engine(model, eos_ids=eos_ids, threads=options.threads)
     await engine.start()
     try:
         return await _show(engine, codec, ids, options)

@@ -14,7 +14,7 @@ from loaders.quality import Quality, QualityError, held_out, measure, text_file
 from loaders.quality.greedy import PROMPTS
 from server import memory
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.options import json_option, precisions_option
+from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import layer_lines, quality_lines
 from server.settings import ModelSettings, Precisions, option
@@ -47,7 +47,7 @@ class Options(ModelSettings):
     stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     layers: bool = option(False, _MORE, None, "show every layer's quantization error too")
-    json_file: Path | None = json_option(_MORE, "write all figures there as well", "only the last line")
+    json_file: Output | None = json_option(_MORE, "write all figures there as well", "only the last line")
 
     def names(self) -> tuple[str, ...]:
         """The precisions asked for, fp32 first if it is among them; those this host can run if none were."""
@@ -90,11 +90,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
         _show(options, checkpoint, list(_rows(options, checkpoint)))
-    except (LoaderError, QualityError) as error:
+    except (LoaderError, QualityError, NotSaved) as error:
         complain("quality", error)
-        return FAILED
-    except OSError as error:
-        complain("quality", UsageError(f"--json: {error.strerror}"))
         return FAILED
     return 0
 
@@ -172,6 +169,5 @@ def _show(options: Options, checkpoint: Checkpoint, rows: Sequence[Row]) -> None
             print(f"\nWARNING: {row.layers.warning}")
     figures = [row.as_dict(options.layers) for row in rows]
     line = json.dumps({"model": checkpoint.model_id, "precisions": figures})
-    if options.json_file is not None:
-        options.json_file.write_text(line + "\n", encoding="utf-8")
     print(f"\n{line}")
+    save(options.json_file, line)

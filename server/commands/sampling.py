@@ -37,15 +37,23 @@ class SamplingSettings(ModelSettings):
         )
 
 
-def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int) -> list[int]:
+def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int, vocabulary: int) -> list[int]:
     """The prompt's ids.
 
+    Args:
+        context: most tokens of prompt and continuation.
+        vocabulary: ids are below it.
+
     Raises:
-        UsageError: they and the new tokens exceed the context.
+        UsageError: the prompt can't be continued by so many tokens.
     """
     ids = codec.encode(prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
+    if max(ids) >= vocabulary:
+        raise UsageError(
+            f"the model has no token {max(ids)} of the prompt: its tokenizer knows more tokens than it"
+        )
     if len(ids) + max_new_tokens > context:
         raise UsageError(
             f"{len(ids)} prompt tokens and --max-new-tokens {max_new_tokens} exceed the "

@@ -86,12 +86,13 @@ def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
 
 
 def _announce(options: Settings, port: int) -> None:
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    address = f"http://{host}:{port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key else ""
     body = json.dumps({"inputs": "The with statement", "precision": options.precision})
     print(
         f"\nbitdial is listening on {address} (interface description: {address}/docs)\n"
         f"  model {options.model_id}, default precision {options.precision}; try:\n\n"
-        f"  curl {address}/generate -H 'Content-Type: application/json' -d '{body}'\n",
+        f"  curl {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'\n",
         flush=True,
     )
