@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -36,6 +36,7 @@ from loaders.base import (
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -165,20 +166,20 @@ def _download(model_id: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelNotFound(f"the hub has no model {model_id}; a private one needs HF_TOKEN") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if error.errno in _NO_PLACE:
+            place = f"{constants.HF_HUB_CACHE}: {error.strerror}; HF_HOME names another place"
+            raise ModelNotFound(f"{model_id} can't be kept in {place}") from error
         raise ModelNotFound(
-            f"{_why_not(model_id, error)}; name a local folder, or MODEL_ID=bundled"
+            f"{model_id} is not in the local cache and the hub {_what_is_wrong(error)}; "
+            "name a local folder, or MODEL_ID=bundled"
         ) from error
 
 
-def _why_not(model_id: str, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space is left on the disk for {model_id} (HF_HOME says where downloads are kept)"
-    if error.errno in (errno.EACCES, errno.EROFS):
-        return f"{model_id} can't be stored: {error.strerror} (HF_HOME says where downloads are kept)"
+def _what_is_wrong(error: OSError) -> str:
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-        return f"{model_id} is not in the local cache and the hub answers {cause.response.status_code}"
-    return f"{model_id} is not in the local cache and the hub can't be reached"
+        return f"answers {cause.response.status_code}"
+    return "can't be reached"
 
 
 def _read_config(folder: Path, name: str) -> Any:

@@ -163,8 +163,11 @@ def hub_answers(status: int) -> OSError:
         (OSError("no route"), "can't be reached; name a local folder, or MODEL_ID=bundled"),
         (LocalEntryNotFoundError("nothing"), "not in the local cache and the hub can't be reached"),
         (hub_answers(503), "the hub answers 503"),
-        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk for owner/name"),
-        (PermissionError(errno.EACCES, "Permission denied"), "can't be stored: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "owner/name can't be kept in .*: No space left"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "Permission denied; HF_HOME names another place",
+        ),
     ],
 )
 def test_why_a_hub_model_cannot_be_had(error: OSError, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
