@@ -36,6 +36,7 @@ from loaders.base import (
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_NOT_OURS = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -158,7 +159,11 @@ def _locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Pa
 
 def _download(model_id: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS))
+        return Path(
+            snapshot_download(
+                model_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT_OURS
+            )
+        )
     except GatedRepoError as error:
         raise ModelNotFound(f"{model_id} is gated: accept its terms on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -176,7 +181,9 @@ def _download(model_id: str, revision: str | None) -> Path:
 
 
 def _what_is_wrong(error: OSError) -> str:
-    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    cause = error if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) else error.__cause__
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "is not asked, since HF_HUB_OFFLINE is set"
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return f"answers {cause.response.status_code}"
     return "can't be reached"
@@ -231,9 +238,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
             f"{name} has its weights in pickle files, which can run code and are never opened; convert them: "
-            "model.save_pretrained(folder, safe_serialization=True)"
+            "model.save_pretrained(folder)"
         )
-    raise CheckpointError(f"{name} has no {_SINGLE}")
+    raise CheckpointError(f"{name} has no {_SINGLE}; weights in another format are never opened")
 
 
 def _check_whole(file: Path) -> None:

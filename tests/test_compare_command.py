@@ -55,7 +55,8 @@ def test_the_same_tokens_are_said_to_be_so(model: str, capsys: pytest.CaptureFix
         (["a", "--precisions", "int3"], 2, "unknown precision 'int3'"),
         (["a", "--reference", "x"], 2, "unknown precision 'x'"),
         (["a", "--device", "cuda", "--precisions", "dynamic-int8"], 2, "can't run on this host"),
-        (["a", "--precisions", "fp32", "--json", "/no/such/folder/x"], 1, "--json: No such file"),
+        (["a", "--precisions", "fp32", "--json", "/dev/null/x"], 2, "'x' can't be written there"),
+        (["a", "--precisions", "fp32", "--json", "/dev/full"], 1, "--json: No space left on device"),
     ],
 )
 def test_what_goes_wrong_is_one_line(

@@ -83,7 +83,7 @@ def test_a_model_that_is_hardly_quantized_is_warned_of(
         (b"", [], "has 0 tokens"),
         (None, [], "t.txt is not a file"),
         (b"the cat", ["--window", "9999"], "a window has from 2 to 256 tokens"),
-        (b"the cat", ["--json", "/no/such/folder/x"], "--json: No such file or directory"),
+        (b"the cat", ["--json", "/dev/full"], "--json: No space left on device"),
     ],
 )
 def test_what_goes_wrong_is_one_line(

@@ -31,10 +31,12 @@ def main(arguments: Sequence[str]) -> int:
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
         set_up_logging(options.json_output)
-        from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+        # late: help and usage needn't wait for transformers
+        from loaders.checkpoint import load_tokenizer, open_checkpoint
 
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+        load_tokenizer(checkpoint)
         _require_room(options, checkpoint)
     except UsageError as error:
         complain("serve", error)
@@ -91,7 +93,8 @@ def _announce(options: Settings, port: int) -> None:
     key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key else ""
     body = json.dumps({"inputs": "The with statement", "precision": options.precision})
     print(
-        f"\nbitdial is listening on {address} (interface description: {address}/docs)\n"
+        f"\nbitdial is listening on {address}\n"
+        f"  every route: {address}/docs\n"
         f"  model {options.model_id}, default precision {options.precision}; try:\n\n"
         f"  curl {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'\n",
         flush=True,
