@@ -1,7 +1,13 @@
 """The ``bitdial`` command: one module of ``server.commands`` per subcommand, imported when it is called."""
 
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from server.version import VERSION
 
@@ -40,11 +46,34 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bitdial: no command {name!r}\n\n{usage()}", file=sys.stderr, end="")
         return 2
     try:
-        return int(import_module(f"server.commands.{name}").main(rest))
+        with interrupts_end_at_once():
+            return int(import_module(f"server.commands.{name}").main(rest))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `bitdial … | head`
         return 1
+
+
+@contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """In it, Ctrl-C ends the process there and then. A command that has something to put in order says so.
+
+    The large libraries, interrupted while they are imported, raise errors of their own; an event loop waits
+    for what is being computed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(sys.stderr.fileno(), b"\n")
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -63,3 +63,27 @@ def test_generate_in_the_terminal(folder: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("abc")
     assert re.search(r"\[nf4: \d tokens, first after", done.stderr)
+
+
+@pytest.mark.parametrize("moment", ["import transformers", "import server.engine"])
+def test_ctrl_c_ends_a_command_at_once_wherever_it_is(moment: str, folder: Path) -> None:
+    """Interrupted while being imported, transformers tells of a module that can't be found."""
+    script = f"""
+import builtins, os, signal, sys
+real = builtins.__import__
+
+def interrupted(name, *rest, **options):
+    if name.startswith({moment.split()[1]!r}):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest, **options)
+
+builtins.__import__ = interrupted
+from server.__main__ import main
+
+sys.exit(main(["generate", "abc", "--model", {str(folder)!r}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")

@@ -1,5 +1,6 @@
 """``bitdial bench``: the measurement of a model on this host."""
 
+import signal
 from collections.abc import Sequence
 from functools import partial
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         return USAGE
     from server.bench.main import bench  # late: help and usage needn't wait for transformers
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes beside it are to be ended too
     try:
         bench(options, partial(_open, options), ProgressBars)
     except (LoaderError, BenchError, NotSaved) as error:
