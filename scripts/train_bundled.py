@@ -66,7 +66,7 @@ def train_tokenizer(documents: list[corpus.Document]) -> PreTrainedTokenizerFast
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray[Any, Any]:
     """All texts as one array of token ids, each ended by the end token."""
-    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], 0]]
+    ids = [token for text in texts for token in [*tokenizer(text, verbose=False)["input_ids"], 0]]
     return np.array(ids, dtype=np.int64)
 
 

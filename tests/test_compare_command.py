@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.__main__ import main
+from server.commands.quality_table import Column, table
 from server.commands.side_by_side import MARK, columns, side_by_side, wrapped
 from tests import checkpoints
 
@@ -98,3 +99,20 @@ def test_wide_characters_take_two_columns() -> None:
 
 def test_equal_texts_are_marked_at_their_end() -> None:
     assert side_by_side(("a", "b"), ("same", "same"), 40)[2:] == [f"same{MARK}{' ' * 13} │ same{MARK}"]
+
+
+def test_a_table_too_wide_goes_on_below() -> None:
+    columns: list[Column] = [
+        (name, lambda row, at=at: row[at]) for at, name in enumerate(("name", "aaaa", "bb", "cccccc"))
+    ]
+    assert table(columns, [["x", "1", "22", "3"]], 14) == [
+        "name  aaaa  bb",
+        "x        1  22",
+        "",
+        "name  cccccc",
+        "x          3",
+    ]
+    assert table(columns, [["x", "1", "22", "3"]]) == ["name  aaaa  bb  cccccc", "x        1  22       3"]
+    assert max(map(len, table(columns, [["x", "1", "22", "3"]], 1))) == len(
+        "name  cccccc"
+    )  # as good as it gets

@@ -15,7 +15,7 @@ from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
-from server.commands.quality_table import table
+from server.commands.quality_table import table, terminal_width
 from server.commands.sampling import SamplingSettings, encode
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
 from server.comparison import Compared, Comparison, Wish
@@ -100,7 +100,7 @@ def _show(rows: Sequence[Compared], width: int) -> None:
     width = min(width, _WIDEST)
     reference, *others = rows
     columns = [(name, lambda row, at=at: cells(row)[at]) for at, name in enumerate(HEADINGS)]
-    print("\n".join(table(columns, rows)))
+    print("\n".join(table(columns, rows, terminal_width())))
     print("\n" + _LEGEND.format(reference.precision))
     print(f"\n{reference.precision} continues, {len(reference.written.ids)} tokens:\n")
     print("\n".join(wrapped(shown(reference.written.text), width)))

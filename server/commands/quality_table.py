@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,10 +33,12 @@ QUALITY: list[Column] = [
     ("s", lambda row: f"{row.quality.seconds:.1f}"),
 ]
 LEGEND = """\
-bits      of memory per parameter;  ratio ±: perplexity ÷ fp32's and its standard error (paired differences)
-KL        divergence from fp32's distribution, nats per token;  top-1: same most probable token
+bits      of memory per parameter
+ratio ±   perplexity ÷ fp32's, and its standard error (paired differences)
+KL        divergence from fp32's distribution, nats per token
+top-1     the same most probable token;  s: seconds of the passes
 RMS Δp    root mean square difference of the true token's probability
-same      tokens that greedy continuations share with fp32's before they part;  s: seconds of the passes"""
+same      tokens that greedy continuations share with fp32's before they part"""
 LAYERS: list[Column] = [
     ("layer", lambda layer: layer.name),
     ("before", lambda layer: layer.kind_before),
@@ -50,7 +54,7 @@ LAYERS: list[Column] = [
 
 
 def quality_lines(rows: Sequence[Row]) -> list[str]:
-    return [*table(QUALITY, rows), "", *LEGEND.splitlines()]
+    return [*table(QUALITY, rows, terminal_width()), "", *LEGEND.splitlines()]
 
 
 def layer_lines(report: LayerReport) -> list[str]:
@@ -61,21 +65,41 @@ def layer_lines(report: LayerReport) -> list[str]:
             reasons.setdefault(layer.reason, []).append(layer.name)
     return [
         f"{report.precision}: {report.quantized_share:.1%} of the linear weights quantized",
-        *table(LAYERS, report.layers),
+        *table(LAYERS, report.layers, terminal_width()),
         *(f"kept, because {reason}: {_some(names)}" for reason, names in reasons.items()),
     ]
 
 
-def table(columns: Sequence[Column], rows: Iterable[Any]) -> list[str]:
+def table(columns: Sequence[Column], rows: Iterable[Any], width: int | None = None) -> list[str]:
+    """A heading and a line for each row; what exceeds ``width`` goes below, under the first column again."""
     cells = [[name for name, _ in columns], *([show(row) for _, show in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
+    lines: list[str] = []
+    for part in _parts(widths, width):
+        lines += ["", *(_line(row, widths, part) for row in cells)]
+    return lines[1:]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], part: Sequence[int]) -> str:
+    padded = (cells[at].rjust(widths[at]) if at else cells[0].ljust(widths[0]) for at in part)
+    return "  ".join(padded).rstrip()
+
+
+def _parts(widths: Sequence[int], width: int | None) -> Iterator[list[int]]:
+    """Which columns stand beside each other; the first in every part, one more at least."""
+    part, used = [0], widths[0]
+    for at in range(1, len(widths)):
+        if width is not None and used + 2 + widths[at] > width and len(part) > 1:
+            yield part
+            part, used = [0], widths[0]
+        part.append(at)
+        used += 2 + widths[at]
+    yield part
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that is written to; None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
