@@ -64,7 +64,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         parameters,
         lambda module: isinstance(module, quantized),
         _state,
-        reasons(model, "the head is kept in full precision"),
+        reasons(model, f"the head is kept in {str(rest).removeprefix('torch.')}"),
     )
     details = {
         "rest": str(rest),
