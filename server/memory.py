@@ -7,17 +7,18 @@ import torch
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
+from server import cgroups
 
 _MARGIN = 0.9  # of what is free; the rest is for activations and for others
 
 
 def process_memory() -> dict[str, int | None]:
-    """The process's and the host's memory, and the card's where there is one (else None)."""
-    host = psutil.virtual_memory()
+    """The process's memory, the host's or the container's, and the card's where there is one (else None)."""
+    total, available = _host_memory()
     figures: dict[str, int | None] = {
         "process_rss_bytes": psutil.Process().memory_info().rss,
-        "total_bytes": host.total,
-        "available_bytes": host.available,
+        "total_bytes": total,
+        "available_bytes": available,
         "gpu_allocated_bytes": None,
         "gpu_reserved_bytes": None,
         "gpu_peak_bytes": None,
@@ -35,8 +36,15 @@ def process_memory() -> dict[str, int | None]:
 
 def free_bytes(device: Literal["cpu", "cuda"]) -> int:
     """What may still be taken on the device, with a margin."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _host_memory()[1]
     return int(free * _MARGIN)
+
+
+def _host_memory() -> tuple[int, int]:
+    """(total, available) of the host, or of what a container may take of it."""
+    host = psutil.virtual_memory()
+    limit, left = cgroups.memory() or (host.total, host.available)
+    return min(host.total, limit), min(host.available, left)
 
 
 def needed_bytes(precision: str, spec: ModelSpec) -> int:
