@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -176,4 +177,14 @@ def test_why_a_hub_model_cannot_be_had(error: OSError, message: str, monkeypatch
 
     monkeypatch.setattr("loaders.checkpoint.snapshot_download", fail)
     with pytest.raises(ModelNotFound, match=message):
+        open_checkpoint("owner/name")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_without_a_place_for_it_that_is_told(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/data/hub/models--owner--name")
+
+    monkeypatch.setattr("loaders.checkpoint.snapshot_download", full)
+    with pytest.raises(ModelNotFound, match=rf"can't be kept in .*: {os.strerror(number)}; HF_HOME names"):
         open_checkpoint("owner/name")
