@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
+from server import cgroups
 from server.version import VERSION
 
 COMMANDS = {
@@ -35,6 +36,8 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    _end_when_told()
+    _heed_quota()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0 if arguments else 2
@@ -74,6 +77,26 @@ def interrupts_end_at_once() -> Iterator[None]:
 def _leave(number: int, frame: FrameType | None) -> None:
     os.write(sys.stderr.fileno(), b"\n")
     os._exit(INTERRUPTED)
+
+
+def _end_when_told() -> None:
+    """A container's first process ends on SIGTERM like any other.
+
+    The system ignores a signal that process 1 has no handler for; so while libraries are imported, or a model
+    is downloaded, nothing but SIGKILL would end it. A server that listens has its own handler.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+
+
+def _heed_quota() -> None:
+    """Not more threads than a container has CPU time for, unless something else is asked for.
+
+    Said before torch is imported, which reads it once. Threads beyond the quota use it up while they wait for
+    those that have none left.
+    """
+    if (allowed := cgroups.cpus()) is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
 
 
 if __name__ == "__main__":

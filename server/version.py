@@ -1,8 +1,16 @@
-"""The version, in one place: what the package was installed as."""
+"""The version: pyproject.toml's, as the package was installed or as the folder says that this runs from."""
 
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-try:
-    VERSION = version("bitdial")
-except PackageNotFoundError:  # run from a folder without installing
-    VERSION = "0+unknown"
+
+def _find() -> str:
+    try:
+        return version("bitdial")
+    except PackageNotFoundError:
+        pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
+
+
+VERSION = _find()

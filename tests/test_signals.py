@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from server.__main__ import main
 from tests.fakes import fake_checkpoint
 from tests.test_process import ROOT, ask, environment
 
@@ -152,3 +154,24 @@ def test_one_while_loading(folder: Path) -> None:
         assert ask(port, "GET", "/health")[0] == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 0
+
+
+@pytest.fixture
+def handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("handler")
+def test_a_first_process_ends_when_told_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--version"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before  # any other has the system's default
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    assert main(["--version"]) == 0
+    signal.raise_signal(signal.SIGTERM)
+    assert ended == [143]
