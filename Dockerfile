@@ -49,13 +49,14 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       || { [ "$VARIANT" = cpu ] && $install --no-deps --index-url=https://download.pytorch.org/whl/cpu "$torch"; }; \
     fi \
  && $install --constraint constraints.txt --requirement run.txt
-# Not needed to serve: torch's tests and headers, and bitsandbytes' libraries for other CUDA versions and other cards.
+# Not needed to serve: torch's tests and headers (not every build has them), and bitsandbytes' libraries for other versions
+# of CUDA and other makers' cards.
 RUN site=$(echo /opt/venv/lib/python3*/site-packages) \
  && cuda=$(sed -n "s/^cuda.* = '\([0-9]*\).*/\1/p" "$site/torch/version.py") \
  && if [ "$VARIANT" = cuda ] && [ -z "$cuda" ]; then echo "that torch is built without CUDA" >&2; exit 1; fi \
+ && rm -rf "$site/torch/test" "$site/torch/include" \
  && find "$site/torch/bin" -type f ! -name torch_shm_manager -delete \
- && find "$site/bitsandbytes" -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name "*_cuda${cuda:-none}*.so" -delete \
- && rm -r "$site/torch/test" "$site/torch/include"
+ && find "$site/bitsandbytes" -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name "*_cuda${cuda:-none}*.so" -delete
 
 
 FROM ${BASE_IMAGE} AS kernels
@@ -103,7 +104,6 @@ ENV PATH=/opt/bitdial/bin:/opt/venv/bin:$PATH \
     MODEL_ID=openai-community/gpt2 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=packages /opt/venv /opt/venv
-COPY --from=code /opt/bitdial /opt/bitdial
 WORKDIR /data
 VOLUME ["/data"]
 EXPOSE 8080
@@ -111,6 +111,8 @@ USER 10001:0
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
   CMD ["python", "-P", "-m", "server.health_check"]
 ENTRYPOINT ["bitdial", "serve"]
+# what changes with every commit
+COPY --from=code /opt/bitdial /opt/bitdial
 ARG VERSION
 ARG GIT_REVISION=unknown
 ARG SOURCE_URL=

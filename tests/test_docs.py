@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README, API, SETTINGS, STRUCTURE = (
     ROOT / name for name in ("README.md", "docs/api.md", "docs/settings.md", "docs/structure.md")
 )
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLES = {name.upper() for name in Settings.model_fields} | {"MODEL"}
-NOT_OURS = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON"}
-"""Hugging Face's and the installer's."""
+NOT_OURS = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON", "VARIANT"}
+"""Hugging Face's, the installer's and the image's."""
 
 
 def test_the_table_of_settings_is_the_one_the_code_declares() -> None:

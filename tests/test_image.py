@@ -150,6 +150,21 @@ def test_the_kernels_are_built_from_all_of_their_files() -> None:
         assert any(fnmatchcase(f"loaders/kernels/{name}", pattern) for pattern in patterns), name
 
 
+def test_the_build_arguments_that_are_described_are_those_there_are() -> None:
+    table = (ROOT / "docs" / "docker.md").read_text().split("| build argument |")[1].split("\n\n")[0]
+    described = {
+        name for row in table.splitlines()[2:] for name in re.findall(r"`([A-Z_]+)`", row.split("|")[1])
+    }
+    there = {rest.split("=")[0] for name, rest in instructions() if name == "ARG"}
+    assert described == there - {"VERSION"}  # which isn't to be chosen
+
+
+def test_what_the_document_sets_the_server_reads() -> None:
+    text = (ROOT / "docs" / "docker.md").read_text()
+    named = set(re.findall(r"-e ([A-Z_]+)=", text)) | set(re.findall(r"^\| `([A-Z_]+)=", text, re.M))
+    assert {"PRECISIONS", "HF_HOME"} <= named <= VARIABLES | NOT_OURS
+
+
 def test_compose_passes_on_what_the_server_reads() -> None:
     for name, service in COMPOSE["services"].items():
         environment = service["environment"]
