@@ -151,11 +151,12 @@ class CapturedRunner:
         rows = buckets.smallest(self._batches, 1 + max(slots))
         visible = buckets.smallest(self._contexts, 1 + max(self._lengths[slot] for slot in slots))
         self._run(("decode", rows, visible))
-        for slot in slots:
+        logits = self._logits[: len(slots)]
+        if list(slots) != list(range(len(slots))):
+            logits = self._logits.index_select(0, self._decoding.chosen(len(slots)))
+        for slot in slots:  # last: a step that failed is tried again, and then writes to the same places
             self._lengths[slot] += 1
-        if list(slots) == list(range(len(slots))):
-            return self._logits[: len(slots)]
-        return self._logits.index_select(0, self._decoding.chosen(len(slots)))
+        return logits
 
     def _stretch(self, slot: int, ids: Sequence[int], logits: Logits) -> Tensor | None:
         start = self._lengths[slot]

@@ -16,6 +16,19 @@ _WARM_UPS = 2  # runs before a capture: libraries choose kernels and take worksp
 _ONE_AT_A_TIME = threading.Lock()  # a process captures one graph at a time; engines have a thread each
 
 
+def release_unused() -> None:
+    """Waits for what this thread has launched, and gives memory that nobody uses back to the driver.
+
+    Never while a thread captures. For the same reason it waits for its stream: waiting for the whole device
+    would break a capture on any of its streams.
+
+    Raises: what the device has to say of work that failed.
+    """
+    with _ONE_AT_A_TIME:
+        torch.cuda.current_stream().synchronize()
+        torch.cuda.empty_cache()
+
+
 class Graphs(Protocol):
     """What captures work of one thread."""
 
@@ -28,7 +41,7 @@ class Graphs(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that the graphs hold for what they compute between input and output."""
+        """Bytes of device memory that the graphs hold: what lies between input and output, and workspaces."""
         ...
 
 
@@ -56,9 +69,9 @@ class CudaGraphs:
 
     @property
     def nbytes(self) -> int:
-        pool = tuple(self._pool)
+        """Of all that was taken on the captures' stream: the pool, and the libraries' workspaces."""
         segments = torch.cuda.memory_snapshot()
-        return sum(int(s["total_size"]) for s in segments if tuple(s.get("segment_pool_id", ())) == pool)
+        return sum(int(s["total_size"]) for s in segments if s.get("stream") == self._stream.cuda_stream)
 
     def _warm_up(self, work: Callable[[], object]) -> None:
         """On the stream of the capture: cuBLAS keeps a workspace for each stream."""

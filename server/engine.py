@@ -178,6 +178,9 @@ class Engine:
         except Exception as error:
             self._tell(partial(_settle, ready, error))
             return
+        except BaseException as error:  # a future takes no other
+            self._tell(partial(_settle, ready, RuntimeError(f"{type(error).__name__} while warming up")))
+            return
         self._tell(partial(_settle, ready, None))
         try:
             while self._receive():

@@ -4,20 +4,31 @@ Order of the steps, as ``transformers`` and TGI have it: penalties and bias, tem
 typical-p, min-p, then one draw by inversion of the cumulative distribution.
 """
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.sequence import FinishReason, PromptToken, SamplingParams, Sequence, Token, TokenLogprob
+from server.device_sampler import Choice, Chosen, choose
+from server.faults import BadLogits, attempt
+from server.sequence import COLDEST, FinishReason, PromptToken, Sequence, Token, TokenLogprob
 
-_COLDEST = 1e-6  # below it, float32 quotients overflow; the distribution is a single token long before
 
+class Picks:
+    """Tokens that are being picked; on an accelerator the host can do other things until it needs them.
 
-class BadLogits(ArithmeticError):
-    """The model gave no usable distribution for this row (NaN, or nothing finite)."""
+    Args:
+        ids: (rows,) int64, on the device, where the next step can start from them; None if there are none.
+        wait: one token a row, or the error of that row.
+    """
+
+    def __init__(self, ids: Tensor | None, wait: Callable[[], list[Token | Exception]]) -> None:
+        self.ids, self.wait = ids, wait
 
 
 class Sampler:
@@ -32,20 +43,47 @@ class Sampler:
 
     def pick(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token | Exception]:
         """One token a row from (rows, vocabulary) float32 logits; an error in one row stays in its place."""
+        if logits.is_cuda:
+            return self.begin(logits, sequences).wait()
         greedy, finite = _largest(logits)
-        if logits.is_cuda and not all(_is_plain(s.params) for s in sequences):
-            logits = logits.cpu()
         picked: list[Token | Exception] = []
         for row, sequence in enumerate(sequences):
             try:
                 if not finite[row]:
                     raise BadLogits("the model returned logits that are not numbers")
-                plain = _is_plain(sequence.params)
-                chosen = greedy[row] if plain else _choose(logits[row], sequence)
+                chosen = greedy[row] if sequence.params.is_plain else _choose(logits[row], sequence)
                 picked.append(self._token(chosen, logits[row], sequence))
             except Exception as error:
                 picked.append(error)
         return picked
+
+    def begin(self, logits: Tensor, sequences: Rows[Sequence]) -> Picks:
+        """As ``pick``, all rows together where the logits are; raises nothing."""
+        # drawn once: rows that are tried again alone go on with the same numbers
+        points = [s.random.random() if s.params.do_sample else 0.0 for s in sequences]
+        choice, _ = attempt(partial(choose, logits, sequences, points))
+        if choice is not None:
+            return Picks(choice.ids, partial(self._arrived, choice, list(sequences)))
+        alone = [self._alone(logits[row], one, points[row]) for row, one in enumerate(sequences)]
+        return Picks(None, lambda: alone)
+
+    def _alone(self, logits: Tensor, sequence: Sequence, point: float) -> Token | Exception:
+        """Where all rows together could not be computed, for lack of memory as a rule."""
+        choice, fault = attempt(partial(choose, logits[None], [sequence], [point]))
+        if choice is None:
+            return fault or BadLogits("no token could be picked")
+        return self._arrived(choice, [sequence])[0]
+
+    def _arrived(self, choice: Choice, sequences: Rows[Sequence]) -> list[Token | Exception]:
+        return [self._as_token(*pair) for pair in zip(choice.wait(), sequences, strict=True)]
+
+    def _as_token(self, chosen: Chosen, sequence: Sequence) -> Token | Exception:
+        if not math.isfinite(chosen.highest):
+            return BadLogits("the model returned logits that are not numbers")
+        params = sequence.params
+        wanted = params.logprobs or params.top_n
+        top = tuple(TokenLogprob(*pair) for pair in chosen.top[: params.top_n])
+        return Token(chosen.id, chosen.logprob if wanted else None, top, self._finish(chosen.id, sequence))
 
     def _token(self, chosen: int, logits: Tensor, sequence: Sequence) -> Token:
         params, logprob = sequence.params, None
@@ -63,6 +101,8 @@ class Sampler:
 def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
     """What the model gave each of ``following`` (n ids) by the (n, vocabulary) logits before it."""
     tokens = []
+    if logits.is_cuda:
+        logits = logits.cpu()
     for row, id_ in zip(logits, following, strict=True):
         logprob, top = _logprobs(row, id_, top_n)
         tokens.append(PromptToken(id_, logprob, top))
@@ -73,7 +113,7 @@ def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
     """The (vocabulary,) probabilities that a sampling row draws from, float64, summing to 1."""
     params = sequence.params
     scores = _adjust(logits, sequence)
-    scores = (scores - scores.max()) / max(params.temperature, _COLDEST)
+    scores = (scores - scores.max()) / max(params.temperature, COLDEST)
     if params.top_k is not None and params.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
     weights = scores.exp()
@@ -89,17 +129,9 @@ def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
 
 def _largest(logits: Tensor) -> tuple[list[int], list[bool]]:
     """Where each row is largest, and whether that is finite: a NaN or an infinity would be found."""
-    if logits.is_cuda:
-        return logits.argmax(dim=-1).tolist(), torch.isfinite(logits.amax(dim=-1)).tolist()
     rows = logits.numpy()  # numpy's argmax takes a tenth of torch's time
     found = rows.argmax(axis=-1)
     return found.tolist(), np.isfinite(np.take_along_axis(rows, found[:, None], axis=-1)[:, 0]).tolist()
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    """Whether the row takes the largest logit as it is."""
-    penalized = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
-    return not (params.do_sample or penalized or params.logit_bias)
 
 
 def _choose(logits: Tensor, sequence: Sequence) -> int:
@@ -161,11 +193,11 @@ def _top_p(weights: Tensor, top_p: float) -> Tensor:
 
 def _typical_p(weights: Tensor, typical_p: float) -> Tensor:
     """Locally typical sampling (Meister et al. 2023): surprisals nearest to the entropy first."""
-    probabilities = weights / weights.sum()
+    probabilities = weights.double() / weights.sum(dtype=torch.float64)
     surprisal = -probabilities.log()
     entropy = (probabilities * surprisal).nan_to_num(0.0).sum()
     order = (surprisal - entropy).abs().argsort(stable=True)
-    mass = probabilities[order].double().cumsum(0)
+    mass = probabilities[order].cumsum(0)
     kept = order[: int((mass < typical_p).sum()) + 1]
     return torch.zeros_like(weights).index_copy(0, kept, weights[kept])
 

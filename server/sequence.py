@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal
 
+COLDEST = 1e-6  # temperatures below it overflow float32; the distribution is a single token long before
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
@@ -32,6 +33,16 @@ class SamplingParams:
     """Report the n most probable tokens beside each generated token, and beside the prompt's if asked for."""
     prompt_logprobs: bool = False
     """Report the prompt's own log-probabilities."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether picking a token needs those before it, which the model has looked at already."""
+        return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the largest logit is taken as it is."""
+        return not (self.do_sample or self.needs_history or self.logit_bias)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,20 @@
 """What the engine's thread does in one step: admit, prefill, decode, sample; faults stay with their row."""
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from loaders.base import MixedRunner, Runner
-from server.errors import DeadlinePassed, GenerationFailed, ServiceError
-from server.sampler import BadLogits, Sampler, prompt_logprobs
+from loaders.base import DeviceRunner, MixedRunner, Runner
+from server.errors import DeadlinePassed, ServiceError
+from server.faults import as_service_error, attempt
+from server.lookahead import Lookahead
+from server.sampler import Sampler, prompt_logprobs
 from server.scheduler import Chunk, Scheduler
-from server.sequence import PromptToken, Sequence, StepStats, Token
+from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Token
 from server.turn import Turn
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Worker:
     ) -> None:
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._turn = turn or nullcontext()
+        self._ahead = Lookahead(runner, sampler) if isinstance(runner, DeviceRunner) else None
         self.busy_since: float | None = None
         """When the step under way began, its wait for a turn included; None between steps."""
         self.longest_step = 0.0
@@ -53,10 +51,14 @@ class Worker:
         """One prefill and one decode: kernels are chosen and memory is taken now, not by a request."""
         with self._turn:
             self._runner.prefill(0, [0, 0])
-            self._runner.decode([0], [0])
+            logits = self._runner.decode([0], [0])
+            if logits.is_cuda:  # each kernel is loaded onto the device at its first use
+                params = SamplingParams(2, do_sample=True, top_k=2, top_p=0.5, typical_p=0.5, top_n=1)
+                self._sampler.pick(logits, [Sequence([0, 0], params)])
             self._runner.free(0)
 
     def close(self) -> None:
+        self._ahead = None  # it holds tensors of the device
         self._runner.close()
 
     def step(self, now: float) -> Step:
@@ -100,7 +102,7 @@ class Worker:
         ids = sequence.prompt[sequence.prefilled : sequence.prefilled + chunk.count]
         slots = [row.slot for row in rows if row.slot is not None]
         last = [row.generated[-1] for row in rows]
-        logits, _ = _attempt(partial(runner.advance, sequence.slot, ids, slots, last))
+        logits, _ = attempt(partial(runner.advance, sequence.slot, ids, slots, last))
         if logits is None:  # somebody is at fault: each by itself then
             return False
         sequence.prefilled += chunk.count
@@ -113,7 +115,7 @@ class Worker:
         done = 0
         for chunk in chunks:
             is_last = chunk.is_last
-            logits, fault = _attempt(partial(self._prefill_chunk, chunk))
+            logits, fault = attempt(partial(self._prefill_chunk, chunk))
             if fault is not None:
                 self._end(step, chunk.sequence, fault)
                 continue
@@ -151,8 +153,26 @@ class Worker:
     def _decode(self, step: Step) -> int:
         fresh = {event.sequence for event in step.events}  # got their first token in this very step
         rows = [sequence for sequence in self._scheduler.decodable() if sequence not in fresh]
+        if self._ahead is not None:
+            return self._decode_ahead(self._ahead, step, rows)
+        return self._decode_now(step, rows)
+
+    def _decode_ahead(self, ahead: Lookahead, step: Step, rows: list[Sequence]) -> int:
+        """Launches the rows' next step, then reads the tokens of the one before."""
+        before = ahead.take()
+        going = ahead.going_on(rows, before)
+        _, fault = attempt(partial(ahead.launch, going, before)) if going else (None, None)
+        if before is not None:
+            self._take(step, before.rows, before.picks.wait())
+        if going and fault is None:
+            ahead.drop_if_idle()
+            return len(going)
+        # somebody must be seen first, or is at fault
+        return self._decode_now(step, [row for row in rows if row.slot is not None])
+
+    def _decode_now(self, step: Step, rows: list[Sequence]) -> int:
         if rows:
-            logits, fault = _attempt(partial(self._forward, rows))
+            logits, fault = attempt(partial(self._forward, rows))
             if logits is not None:
                 self._sample(step, rows, logits)
             elif len(rows) == 1:
@@ -164,7 +184,7 @@ class Worker:
     def _decode_one_by_one(self, step: Step, rows: list[Sequence]) -> None:
         """The batch failed: each row alone, so that only those at fault are lost."""
         for row in rows:
-            logits, fault = _attempt(partial(self._forward, [row]))
+            logits, fault = attempt(partial(self._forward, [row]))
             if logits is not None:
                 self._sample(step, [row], logits)
             else:
@@ -175,11 +195,15 @@ class Worker:
         return self._runner.decode(slots, [row.generated[-1] for row in rows])
 
     def _sample(self, step: Step, rows: list[Sequence], logits: Tensor) -> None:
-        picked = self._sampler.pick(logits, rows)
+        self._take(step, rows, self._sampler.pick(logits, rows))
+
+    def _take(self, step: Step, rows: list[Sequence], picked: list[Token | Exception]) -> None:
         now = time.perf_counter()
         for row, item in zip(rows, picked, strict=True):
+            if row.slot is None:
+                continue  # it ended while this token was under way
             if isinstance(item, Exception):
-                self._end(step, row, _as_service_error(item))
+                self._end(step, row, as_service_error(item))
                 continue
             row.generated.append(item.id)
             if row.timeline.last_token is not None:
@@ -204,31 +228,3 @@ class Worker:
 def _wants_all(sequence: Sequence) -> bool:
     """Whether somebody looks at the logits of every prompt token."""
     return sequence.params.prompt_logprobs or sequence.observe is not None
-
-
-def _attempt(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:
-    """The result or the fault. The exception and the tensors its traceback held are gone on return."""
-    try:
-        return call(), None
-    except Exception as error:
-        fault = _as_service_error(error)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None, fault
-
-
-def _as_service_error(error: Exception) -> ServiceError:
-    if isinstance(error, ServiceError):
-        return error
-    if isinstance(error, BadLogits):
-        return GenerationFailed(str(error))
-    if _is_out_of_memory(error):
-        return GenerationFailed("out of memory while generating; ask for fewer tokens or try again")
-    return GenerationFailed(f"the model failed on this request ({type(error).__name__})")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
-    )

@@ -95,6 +95,31 @@ class FakeRunner:
         return ids[len(prompt) :]
 
 
+class FakeDeviceRunner(FakeRunner):
+    """As one of an accelerator: it goes on from tokens that the host has not seen.
+
+    What it is given and what it returns it keeps in tensors made once, as captured steps do: whoever reads
+    the logits after the next call reads those of that call.
+    """
+
+    working_bytes = 64
+
+    def __init__(self, slots: int = 4, context: int = 256) -> None:
+        super().__init__(slots, context)
+        self._static = torch.zeros(slots, self.vocabulary)
+        self.ahead = 0
+
+    def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
+        found = self._static[: len(slots)]
+        found.copy_(super().decode(slots, ids))
+        return found
+
+    def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
+        assert (tokens.dtype, tokens.shape) == (torch.int64, (len(slots),))
+        self.ahead += 1
+        return self.decode(slots, tokens.tolist())
+
+
 def fake_model(precision: str = "fp32", runner: FakeRunner | None = None) -> LoadedModel:
     footprint = Footprint(4000, {"float32": 4000}, {}, 4000, 32.0, 1000)
     return LoadedModel(precision, runner or FakeRunner(), footprint, load_seconds=0.01)

@@ -12,7 +12,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from server.sampler import BadLogits, Sampler, distribution, prompt_logprobs
+from server.faults import BadLogits
+from server.sampler import Sampler, distribution, prompt_logprobs
 from server.sequence import SamplingParams, Sequence, Token
 
 VOCABULARY = 500
