@@ -180,6 +180,11 @@ class MixedRunner(Protocol):
 class DeviceRunner(Protocol):
     """A runner on an accelerator, which can go on from tokens that the host has not seen yet."""
 
+    @property
+    def working_bytes(self) -> int:
+        """Bytes on the device beside weights and cache: what steps read, compute in, and return."""
+        ...
+
     def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
         """``decode`` with the ids as an int64 tensor on the device, (len(slots),). Nothing waits for it."""
         ...

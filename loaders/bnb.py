@@ -66,11 +66,15 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         _state,
         reasons(model, f"the head is kept in {str(rest).removeprefix('torch.')}"),
     )
-    details = {
+    details: dict[str, Any] = {
         "rest": str(rest),
         "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
         "kernels": kernels.describe() if spec.device == "cpu" else "bitsandbytes",
     }
+    if precision == "int8":
+        details["outlier_threshold"] = spec.int8_threshold
+    else:
+        details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
     return LoadedModel(precision, runner, footprint, details=details)
 
 
@@ -103,7 +107,7 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
     if spec.device == "cpu":
         lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
         return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
-    return torch.float16 if precision == "int8" else torch.bfloat16
+    return torch.float16 if precision == "int8" else _sixteen_bits()
 
 
 def _check_layers(model: nn.Module, precision: str, name: str) -> None:
@@ -136,9 +140,14 @@ def _native_compute(precision: str) -> str:
 
 def _compute_dtype(spec: ModelSpec) -> torch.dtype:
     """bf16 where there are instructions for it: with fp32, the fused kernels serve few rows only."""
-    if spec.device == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    if spec.device == "cuda":
+        return _sixteen_bits()
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _sixteen_bits() -> torch.dtype:
+    """What the card has instructions for: before Ampere it computes bf16 by way of fp32."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quantized_class(precision: str) -> type[nn.Module]:

@@ -6,6 +6,7 @@ first call comes, on the thread that makes all calls; where that fails they run 
 tensors, and ``report`` says why.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from loaders import buckets
 from loaders.base import Logits, ModelSpec
-from loaders.cuda_graphs import Graphs, Replay
+from loaders.cuda_graphs import Graphs, Replay, release_unused
 from loaders.memory import fitting_slots
 from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
 from loaders.static_inputs import DecodeInputs, PromptInputs
@@ -54,6 +55,7 @@ class CapturedRunner:
         self._device = model.device
         shape = _probe(self._step, self._device)
         columns = buckets.columns_for(self.context)
+        self._token_bytes = shape.token_bytes
         slot_bytes = shape.token_bytes * columns
         self.slots = spec.slots if free is None else fitting_slots(spec.slots, slot_bytes, free)
         self._cache: StaticCache | None = StaticCache(shape, self.slots, columns)
@@ -109,15 +111,27 @@ class CapturedRunner:
 
     def close(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()  # a graph must not go while it runs
         self._replays.clear()
         self._graphs = self._model = self._step = self._cache = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._logits = self._last = self._columns = torch.empty(0, dtype=torch.float32)
+        self._graph_bytes = 0
+        self._give_back()
 
     @property
     def kv_cache_bytes(self) -> int:
         return 0 if self._cache is None else self._cache.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self._token_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        """Inputs, logits, and what the graphs hold."""
+        tensors = (self._logits, self._last, self._columns)
+        return sum(t.nbytes for t in tensors) + self._graph_bytes
 
     @property
     def module(self) -> PreTrainedModel:
@@ -216,13 +230,18 @@ class CapturedRunner:
         try:
             for key in self._keys():
                 self._replays[key] = self._graphs.capture(self._work(key))
-            self._graph_bytes = self._graphs.nbytes
         except Exception as error:
             self._why_not = _in_short(error)
         if self._why_not is not None:  # out of the except block, whose traceback holds tensors
             self._replays.clear()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._give_back()
+            return
+        with contextlib.suppress(Exception):  # a figure, which no graph is worth
+            self._graph_bytes = self._graphs.nbytes
+
+    def _give_back(self) -> None:
+        if self._device.type == "cuda":
+            release_unused()
 
     def _keys(self) -> Iterator[tuple[object, ...]]:
         for visible in reversed(self._contexts):

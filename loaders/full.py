@@ -28,9 +28,8 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
-    if precision == "fp32":  # TensorFloat-32 keeps 10 bits of mantissa: not what was asked for
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+    if precision == "fp32":
+        keep_all_bits()
     where = device_map(spec, estimate_bytes(precision, spec))
     model = load_pretrained(spec, progress, dtype=DTYPES[precision], device_map=where)
     parameters = count_parameters(model)
@@ -45,3 +44,9 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if native and (library := kernels.get()) is not None:
         details["compute_dtype"] = f"torch.{library.computes_in(FORMATS[DTYPES[precision]])}"
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
+
+
+def keep_all_bits() -> None:
+    """TensorFloat-32 off, in the whole process: it keeps 10 bits of mantissa, which is not what fp32 says."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,11 +1,31 @@
 """The card's memory: what is free of it, and how much of that a KV cache may take. Bytes everywhere."""
 
+from typing import Any
+
 import torch
 
+from loaders import buckets
 from loaders.base import ModelSpec, OutOfMemory
 
 _MARGIN = 0.9  # of what is free; the rest is for activations, graphs and others
 _SHARE = 0.5  # of that, for the keys and values of one precision: others are loaded beside it
+
+
+def smallest_cache(config: Any, tokens: int) -> int:
+    """Keys and values of one sequence in float32, and of the rows of nobody: what a model can't run without.
+
+    Args:
+        config: the model's, of ``transformers``; 0 where it doesn't tell its heads.
+        tokens: most of one sequence.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    token: int = text.num_hidden_layers * 2 * kept * width * torch.float32.itemsize
+    return 2 * buckets.columns_for(tokens) * token
 
 
 def card_free(device: int | torch.device | None = None) -> int:
@@ -25,7 +45,9 @@ def device_map(spec: ModelSpec, needed: int) -> str:
     Args:
         needed: estimated bytes of the weights.
     """
-    return spec.device if spec.device == "cpu" else spread(needed, cards_free())
+    if spec.device == "cpu":
+        return spec.device
+    return spread(needed + smallest_cache(spec.checkpoint.config, spec.max_tokens), cards_free())
 
 
 def spread(needed: int, free: list[int]) -> str:

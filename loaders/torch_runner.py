@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loaders.base import Logits, ModelSpec
+from loaders.cuda_graphs import release_unused
 from loaders.masks import Masks
 from loaders.slot_cache import SlotCache
 
@@ -67,7 +68,7 @@ class TorchRunner:
         self._model = None
         self._cache.drop()
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_unused()
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -29,7 +29,7 @@ def _tables() -> str:
         groups.setdefault(shown["group"], []).append(_row(name, field))
     head = "| environment | option | default | meaning |\n|---|---|---|---|"
     return "".join(
-        f"\n## {title.capitalize()}\n\n{head}\n{''.join(rows)}\n" for title, rows in groups.items()
+        f"\n## {title[0].upper()}{title[1:]}\n\n{head}\n{''.join(rows)}\n" for title, rows in groups.items()
     )
 
 

@@ -138,17 +138,8 @@ class Pool:
             async with self._loading:
                 await self._make_room(state)
                 model = await self._in_thread(state)
-            engine = Engine(
-                model,
-                eos_ids=self.spec.checkpoint.eos_ids,
-                prefill_chunk=self._settings.prefill_chunk,
-                prefill_chunk_busy=self._settings.busy_chunk(),
-                threads=self._settings.threads,
-                on_step=partial(self._metrics.observe_step, state.name),
-                on_death=self._lifecycle.fail,
-                turn=self._turn,
-            )
-            await engine.start()
+                engine = self._engine_of(model)
+                await engine.start()  # on a GPU it captures, and what it then holds is counted in, too
         except Exception as error:
             state.state, state.failed_at = "failed", time.monotonic()
             foreseen = isinstance(error, LoaderError | ServiceError)
@@ -166,17 +157,30 @@ class Pool:
         _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
         return engine
 
+    def _engine_of(self, model: LoadedModel) -> Engine:
+        return Engine(
+            model,
+            eos_ids=self.spec.checkpoint.eos_ids,
+            prefill_chunk=self._settings.prefill_chunk,
+            prefill_chunk_busy=self._settings.busy_chunk(),
+            threads=self._settings.threads,
+            on_step=partial(self._metrics.observe_step, model.precision),
+            on_death=self._lifecycle.fail,
+            turn=self._turn,
+        )
+
     async def _in_thread(self, state: PrecisionState) -> LoadedModel:
         """Loads in a daemon thread: nothing can interrupt a load, and it must not keep the process alive."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[LoadedModel] = loop.create_future()
+        spec = memory.within(self._settings.memory_budget, self.used_bytes(), self.spec)
 
         def tell(stage: str, current: int, total: int) -> None:
             state.progress = LoadProgress(stage, current, total)
 
         def run() -> None:
             try:
-                result = self._load_model(state.name, self.spec, tell)
+                result = self._load_model(state.name, spec, tell)
             except Exception as error:
                 settle: Callable[[], None] = partial(_settle, future, None, error)
             else:
@@ -283,7 +287,11 @@ def _heard(load: "asyncio.Task[Engine]") -> None:
 
 
 def _memory(model: LoadedModel) -> dict[str, int]:
-    return {"weights": model.footprint.weights_bytes, "kv_cache": model.runner.kv_cache_bytes}
+    return {
+        "weights": model.footprint.weights_bytes,
+        "kv_cache": model.runner.kv_cache_bytes,
+        "working": memory.working_bytes(model),
+    }
 
 
 def _settle(

@@ -73,7 +73,7 @@ def option(
     return Field(default, description=text, json_schema_extra=shown, **rules)
 
 
-_MODEL, _QUANTIZATION, _LOADING = "model", "quantization", "loading"
+_MODEL, _QUANTIZATION, _GPU, _LOADING = "model", "quantization", "on a GPU", "loading"
 _NETWORK, _REQUESTS, _OPERATION = "network", "requests", "operation"
 
 
@@ -109,7 +109,12 @@ class ModelSettings(BaseSettings):
     )
     quantize_lm_head: bool = option(True, _QUANTIZATION, None, "dynamic-int8: quantize the output head too")
     int8_threshold: float = option(
-        0.0, _QUANTIZATION, "X", "int8: outlier threshold; above 0, batch-mates affect each other", ge=0
+        0.0,
+        _QUANTIZATION,
+        "X",
+        "int8: outlier threshold; above 0, batch-mates affect each other, and on a GPU every layer waits for "
+        "the host, so that no step is captured",
+        ge=0,
     )
     double_quantization: bool = option(
         False, _QUANTIZATION, None, "nf4, fp4: quantize the scales of the blocks too"
@@ -127,6 +132,20 @@ class ModelSettings(BaseSettings):
         "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone",
     )
 
+    cuda_graphs: bool = option(
+        True,
+        _GPU,
+        None,
+        "capture steps when a precision is loaded, and replay them; without, launch each kernel",
+    )
+    batch_invariant: bool = option(
+        True,
+        _GPU,
+        None,
+        "compute every step at its full size, so that a sequence gets the same tokens alone and among "
+        "others; without, the smallest size that fits, which is faster where few run",
+    )
+
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
 
@@ -134,15 +153,17 @@ class ModelSettings(BaseSettings):
         """What the loaders are told."""
         return ModelSpec(
             checkpoint,
-            self.resolved_device(),
-            slots,
-            self.max_total_tokens,
-            self.threads,
-            self.quantize_lm_head,
-            self.int8_threshold,
-            self.double_quantization,
-            self.unquantized_dtype,
-            self.kv_dtype,
+            device=self.resolved_device(),
+            slots=slots,
+            context=self.max_total_tokens,
+            threads=self.threads,
+            quantize_lm_head=self.quantize_lm_head,
+            int8_threshold=self.int8_threshold,
+            double_quantization=self.double_quantization,
+            unquantized_dtype=self.unquantized_dtype,
+            kv_dtype=self.kv_dtype,
+            batch_invariant=self.batch_invariant,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

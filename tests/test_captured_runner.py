@@ -1,5 +1,6 @@
 """The GPU's runner without a GPU: the same code on the CPU, its steps replayed by ``RecordedGraphs``."""
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loaders import buckets
-from loaders.base import ModelSpec, OutOfMemory
+from loaders.base import DeviceRunner, ModelSpec, OutOfMemory
 from loaders.captured_runner import CapturedRunner
 from loaders.memory import fitting_slots, spread
+from server.engine import Engine
+from server.sequence import SamplingParams
 from tests import checkpoints
 from tests.checkpoints import VOCABULARY
+from tests.fakes import fake_model
 from tests.recorded_graphs import RecordedGraphs
 from tests.test_torch_runner import reference, spec_of
 
@@ -147,12 +151,64 @@ def test_a_forward_pass_that_waits_for_the_host_is_not_captured() -> None:
     assert "not permitted when stream is capturing" in runner.report()["not_captured_because"]
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("steady", [True, False])
+def test_an_engine_a_step_ahead_gives_the_tokens_of_generate(make: Make, steady: bool) -> None:
+    """Seven prompts through four slots, in chunks, rows joining and leaving; some end unforeseen."""
+    model = make()
+    prompts = [[5, 6, 7], [10] * 90, [3], list(range(20, 60)), [9, 8], [7] * 150, [200, 100, 50]]
+    counts = [30, 12, 25, 8, 40, 5, 17]
+    expected = [reference(model, p, n) for p, n in zip(prompts, counts, strict=True)]
+    ends = frozenset({expected[0][11], expected[4][20]})
+
+    async def run() -> list[list[int]]:
+        loaded = fake_model()
+        runner = CapturedRunner(model, specified(model, steady=steady), RecordedGraphs())
+        assert isinstance(runner, DeviceRunner)
+        loaded.runner = runner
+        engine = Engine(loaded, eos_ids=ends, prefill_chunk=48)
+        await engine.start()
+
+        async def one(prompt: list[int], count: int) -> list[int]:
+            return [token.id async for token in engine.generate(prompt, SamplingParams(count))]
+
+        found = await asyncio.gather(*(one(p, n) for p, n in zip(prompts, counts, strict=True)))
+        await engine.stop()
+        return list(found)
+
+    for found, whole in zip(asyncio.run(run()), expected, strict=True):
+        end = next((i + 1 for i, id_ in enumerate(whole) if id_ in ends), len(whole))
+        assert found == whole[:end]
+
+
+def test_a_step_that_failed_is_tried_again_in_the_same_places() -> None:
+    model = checkpoints.gpt2()
+    runner = CapturedRunner(model, specified(model), None)
+    runner.prefill(0, [5, 6])
+    runner.prefill(2, [7, 8, 9])
+    run, broken = runner._run, [True]
+
+    def fail_once(key: tuple[object, ...]) -> None:
+        run(key)
+        if broken.pop() if broken else False:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runner._run = fail_once  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.decode([0, 2], [11, 12])
+    found = runner.decode([2, 0], [12, 11])
+    for row, ids in zip(found, ([7, 8, 9, 12], [5, 6, 11]), strict=True):
+        torch.testing.assert_close(row, runner.score(ids)[-1], atol=1e-4, rtol=1e-4)
+
+
 def test_the_cache_is_counted_and_dropped() -> None:
     model = checkpoints.gpt2()
     runner = CapturedRunner(model, specified(model), RecordedGraphs())
     assert runner.kv_cache_bytes == 2 * 2 * (4 + 1) * 256 * 64 * 4
+    assert runner.token_bytes == 2 * 2 * 64 * 4
+    assert runner.working_bytes == 4 * (4 + 1) * VOCABULARY + 8 * 256
     runner.close()
-    assert runner.kv_cache_bytes == 0
+    assert runner.kv_cache_bytes == runner.working_bytes == 0
     with pytest.raises(RuntimeError, match="closed"):
         runner.prefill(0, [1])
 

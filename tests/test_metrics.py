@@ -80,7 +80,7 @@ def test_every_family_has_its_type_and_labels(client: TestClient) -> None:
             assert set(sample.labels) - {"le"} == expected
             assert sample.labels["model"] == "fake"
     kinds = {s.labels["kind"] for s in families["bitdial_memory_bytes"].samples}
-    assert kinds == {"weights", "kv_cache"}
+    assert kinds == {"weights", "kv_cache", "working"}
 
 
 def test_counts_are_exact(client: TestClient) -> None:

@@ -10,6 +10,7 @@ import loaders
 from server.sequence import StepStats
 from server.version import VERSION
 from tests.conftest import Loads
+from tests.fakes import FakeDeviceRunner
 from tests.test_generate import ask
 
 PERCENTILES = {"p50", "p90", "p99", "mean"}
@@ -24,8 +25,8 @@ MEMORY = {"process_rss_bytes", "total_bytes", "available_bytes", "gpu_allocated_
           "gpu_peak_bytes", "gpu_total_bytes"}  # fmt: skip
 PRECISION = {"state", "reason", "memory", "layers", "load_seconds", "latency", "throughput",
              "speed_ratio_to_fp32", "note"}  # fmt: skip
-BYTES = {"weights_bytes", "by_dtype", "quantization_state_bytes", "kv_cache_bytes", "total_bytes",
-         "transformers_footprint_bytes", "bits_per_weight", "ratio_to_fp32"}  # fmt: skip
+BYTES = {"weights_bytes", "by_dtype", "quantization_state_bytes", "kv_cache_bytes", "working_bytes",
+         "total_bytes", "transformers_footprint_bytes", "bits_per_weight", "ratio_to_fp32"}  # fmt: skip
 
 
 def stats(client: TestClient, **query: str) -> Any:
@@ -67,6 +68,16 @@ def test_the_figures_are_those_of_the_model(client: TestClient, loads: Loads) ->
     assert (memory["bits_per_weight"], memory["ratio_to_fp32"]) == (32.0, 1.0)
     assert told["host"]["device"] == "cpu"
     assert told["host"]["memory"]["process_rss_bytes"] > 0
+
+
+def test_what_an_accelerators_runner_holds_and_says_is_told(client: TestClient) -> None:
+    state = client.app.state.pool.state("fp32")  # type: ignore[attr-defined]
+    runner = state.engine.model.runner = FakeDeviceRunner()
+    runner.report = lambda: {"captured": False, "not_captured_because": "wanted so"}  # type: ignore[attr-defined]
+    told = stats(client)["precisions"]["fp32"]
+    assert told["memory"]["working_bytes"] == runner.working_bytes == 64
+    assert told["memory"]["total_bytes"] == 4000 + runner.kv_cache_bytes + 64
+    assert told["details"] == {"captured": False, "not_captured_because": "wanted so"}
 
 
 def test_the_counts_are_those_of_what_was_sent(client: TestClient) -> None:

@@ -9,7 +9,7 @@ import torch
 from fastapi import APIRouter, Request, Response
 
 import loaders
-from loaders.base import LoadedModel
+from loaders.base import LoadedModel, ReportingRunner
 from server import memory
 from server.metrics import CONTENT_TYPE, Metrics
 from server.pool import Pool, PrecisionState
@@ -95,7 +95,7 @@ def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: i
         "reason": state.reason,
         "memory": _memory(model, reference) if model else None,
         "layers": _layers(model) if model else None,
-        "details": dict(model.details) if model else None,
+        "details": _details(model) if model else None,
         "load_seconds": state.load_seconds if model else None,
         "latency": metrics.latency(state.name),
         "throughput": metrics.throughput(state.name),
@@ -112,11 +112,18 @@ def _memory(model: LoadedModel, reference: int | None) -> dict[str, Any]:
         "quantization_state_bytes": footprint.quantization_state_bytes,
         "quantization_state": dict(footprint.quantization_state),
         "kv_cache_bytes": cache,
-        "total_bytes": footprint.weights_bytes + cache,
+        "working_bytes": memory.working_bytes(model),
+        "total_bytes": memory.used_bytes(model),
         "transformers_footprint_bytes": footprint.transformers_footprint_bytes,
         "bits_per_weight": round(footprint.bits_per_weight, 3),
         "ratio_to_fp32": reference and round(footprint.weights_bytes / reference, 4),
     }
+
+
+def _details(model: LoadedModel) -> dict[str, Any]:
+    """What the loader says of it, and its runner as it is now."""
+    runner = model.runner
+    return {**model.details, **(runner.report() if isinstance(runner, ReportingRunner) else {})}
 
 
 def _layers(model: LoadedModel) -> dict[str, Any]:
