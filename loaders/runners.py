@@ -51,8 +51,8 @@ def _not_to_be_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:
         return "CUDA_GRAPHS is off"
     if spec.int8_threshold and getattr(model, "is_loaded_in_8bit", False):
         return (
-            "INT8_THRESHOLD is above 0: every layer waits for the host to find outliers, and looks for them in "
-            "the whole batch, so that what runs beside a sequence changes its tokens"
+            "INT8_THRESHOLD is above 0: every layer waits for the host to find outliers, and looks for them "
+            "in the whole batch, so that what runs beside a sequence changes its tokens"
         )
     return None
 
