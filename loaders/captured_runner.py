@@ -23,6 +23,9 @@ from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
 from loaders.static_inputs import DecodeInputs, PromptInputs
 from loaders.steps import Step, step_for
 
+Key = tuple[Any, ...]
+"""A step: ("decode", rows, columns) or ("prefill", tokens, columns, logits)."""
+
 
 class CapturedRunner:
     """Implements ``loaders.base.Runner`` and ``DeviceRunner``.
@@ -68,7 +71,7 @@ class CapturedRunner:
         self._columns = torch.arange(columns, dtype=torch.int64, device=self._device)
         self._logits = torch.zeros((self.slots, self.vocabulary), dtype=torch.float32, device=self._device)
         self._last = torch.zeros((1, self.vocabulary), dtype=torch.float32, device=self._device)
-        self._replays: dict[tuple[object, ...], Replay] = {}
+        self._replays: dict[Key, Replay] = {}
         self._prepared, self._graph_bytes = False, 0
 
     @torch.inference_mode()
@@ -145,6 +148,11 @@ class CapturedRunner:
         """Whether its steps are replayed; False before the first call."""
         return bool(self._replays)
 
+    @property
+    def captured_steps(self) -> Mapping[Key, Replay]:
+        """What is replayed; for who measures a step."""
+        return self._replays
+
     def report(self) -> Mapping[str, Any]:
         """What ``/stats`` shows of it."""
         return {
@@ -187,13 +195,13 @@ class CapturedRunner:
         self._lengths[slot] += len(ids)
         return kept
 
-    def _run(self, key: tuple[object, ...]) -> None:
+    def _run(self, key: Key) -> None:
         replay = self._replays.get(key)
         (replay or self._work(key))()
 
-    def _work(self, key: tuple[object, ...]) -> Replay:
+    def _work(self, key: Key) -> Replay:
         kind, *arguments = key
-        return partial(self._decode_step if kind == "decode" else self._prompt_step, *arguments)  # type: ignore[arg-type]
+        return partial(self._decode_step if kind == "decode" else self._prompt_step, *arguments)
 
     def _decode_step(self, rows: int, visible: int) -> None:
         inputs = self._decoding
@@ -243,7 +251,7 @@ class CapturedRunner:
         if self._device.type == "cuda":
             release_unused()
 
-    def _keys(self) -> Iterator[tuple[object, ...]]:
+    def _keys(self) -> Iterator[Key]:
         for visible in reversed(self._contexts):
             for rows in reversed(self._batches):
                 yield "decode", rows, visible

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select"}
+_WAITS = {"item", "_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select"}
 """Operations whose result the host needs: a capture ends with an error there."""
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loaders import buckets
 from loaders.base import DeviceRunner, ModelSpec, OutOfMemory
-from loaders.captured_runner import CapturedRunner
+from loaders.captured_runner import CapturedRunner, Key
 from loaders.memory import fitting_slots, spread
 from server.engine import Engine
 from server.sequence import SamplingParams
@@ -188,7 +188,7 @@ def test_a_step_that_failed_is_tried_again_in_the_same_places() -> None:
     runner.prefill(2, [7, 8, 9])
     run, broken = runner._run, [True]
 
-    def fail_once(key: tuple[object, ...]) -> None:
+    def fail_once(key: Key) -> None:
         run(key)
         if broken.pop() if broken else False:
             raise torch.OutOfMemoryError("CUDA out of memory")

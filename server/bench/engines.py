@@ -64,6 +64,7 @@ class Engines:
                     speed=self._speed,
                     progress=progress,
                     show=self._show,
+                    device=self._spec.device,
                 )
                 asyncio.run(session.measure())
         print(f"\n{table.LEGEND}\n", flush=True)

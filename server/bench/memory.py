@@ -1,13 +1,44 @@
-"""Memory of this process: what is resident, and the most that was since a moment. Only Linux tells."""
+"""Memory of this process: what is held, and the most that was since a moment.
+
+On a CPU that is the resident set, of which only Linux tells; on a GPU what torch's allocator has given out.
+"""
 
 import ctypes
 import gc
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 _SELF = Path("/proc/self")
 _RESET_PEAK = "5"  # proc(5), clear_refs
+
+
+class Peak(Protocol):
+    """What has been taken since it was made, at its highest."""
+
+    def growth(self) -> int | None:
+        """Bytes; None where nobody tells."""
+        ...
+
+
+def peak_on(device: str) -> Peak:
+    """Of the memory that a model on this device takes."""
+    return DevicePeak() if device == "cuda" else PeakMemory()
+
+
+class DevicePeak:
+    """Growth of what torch's allocator has given out on the card."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def growth(self) -> int | None:
+        return torch.cuda.max_memory_allocated() - self._before
 
 
 class PeakMemory:

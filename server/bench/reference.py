@@ -15,7 +15,6 @@ from loaders.checkpoint import load_pretrained, open_checkpoint
 from loaders.conv1d import to_linear
 from loaders.full import DTYPES
 from server.bench.worker import BatchEngine, Worker
-from server.settings import ModelSettings
 
 
 def main() -> None:
@@ -27,6 +26,8 @@ def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine
     Args:
         settings: values of ``ModelSettings``.
     """
+    from server.settings import ModelSettings  # here: who measures without a server needs none of it
+
     torch.set_num_threads(threads)
     chosen = ModelSettings(**settings)
     return Generate(precision, chosen.spec(open_checkpoint(chosen.model_id, chosen.revision), slots=1))
@@ -35,8 +36,13 @@ def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine
 class Generate:
     """A plain ``transformers`` model in one precision; none of its layers is this project's."""
 
-    def __init__(self, precision: str, spec: ModelSpec) -> None:
+    def __init__(self, precision: str, spec: ModelSpec, **options: Any) -> None:
+        """
+        Args:
+            options: further arguments of ``generate``.
+        """
         self._model: Any = load_reference(precision, spec)
+        self._options = options
         self.weights_bytes: int | None = None  # get_memory_footprint leaves some out
         self._model.generation_config.eos_token_id = None  # every row goes on to the asked length
 
@@ -51,6 +57,7 @@ class Generate:
                 do_sample=False,
                 pad_token_id=0,
                 streamer=clock,
+                **self._options,
             )
         return clock.times, output[:, ids.shape[1] :].tolist()
 

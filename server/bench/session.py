@@ -10,7 +10,7 @@ from loaders.base import LoadedModel
 from server.bench.contenders import Contender, EngineContender, Prompts
 from server.bench.figures import Figures, Floor, Run, mean_context, summarize
 from server.bench.host import Bandwidth, MemorySpeed, middle
-from server.bench.memory import PeakMemory
+from server.bench.memory import Peak, peak_on
 
 _WARM_UP_TOKENS = 8
 _PAUSE = 0.3  # seconds after which the idle threads of the one before sleep: Intel's OpenMP waits 0.2 awake
@@ -71,10 +71,13 @@ class Session:
     speed: MemorySpeed
     progress: Progress
     show: Callable[[Row], None]
+    device: str = "cpu"
+    inspect: Callable[[LoadedModel], None] = lambda _: None
+    """Called with the loaded precision when all has been run, while it is idle."""
     rows: list[Row] = field(default_factory=list)
 
     async def measure(self) -> list[Row]:
-        peak = PeakMemory()
+        peak = peak_on(self.device)
         loaded = self.load()
         ours = await EngineContender(loaded, self.plan.threads).start()
         contenders: list[Contender] = [ours]
@@ -92,12 +95,13 @@ class Session:
                         row = replace(row, memory=memory, floor=floor, bandwidth=bandwidth)
                     self.rows.append(row)
                     self.show(row)
+            self.inspect(loaded)
         finally:
             for contender in contenders:
                 await contender.close()
         return self.rows
 
-    async def _peak(self, ours: Contender, size: int, peak: PeakMemory) -> int | None:
+    async def _peak(self, ours: Contender, size: int, peak: Peak) -> int | None:
         await ours.run(self._prompts(size), self.plan.tokens)
         return peak.growth()
 
@@ -163,5 +167,5 @@ def floor_of(loaded: LoadedModel, rows: int, plan: Plan, bandwidth: Bandwidth) -
 def floor_bytes(loaded: LoadedModel, cached_tokens: float) -> tuple[int, float]:
     """What a step must read: the weights that it multiplies with; keys and values of all tokens in play."""
     runner, footprint = loaded.runner, loaded.footprint
-    per_token = runner.kv_cache_bytes / (runner.slots * runner.context)
+    per_token = getattr(runner, "token_bytes", runner.kv_cache_bytes / (runner.slots * runner.context))
     return footprint.weights_bytes - footprint.lookup_bytes, cached_tokens * per_token

@@ -1,0 +1,58 @@
+"""A measurement that must end in time: it leaves out what no longer fits, and is stopped if it hangs."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_GRACE = 12.0  # seconds from being told to stop until the process is ended
+
+
+class TimeUp(BaseException):
+    """The time is over; no part may catch it as a fault of its own."""
+
+
+class Budget:
+    """So many seconds for all, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._started, self._seconds = time.monotonic(), seconds
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def left(self) -> float:
+        return self._seconds - self.spent
+
+    @contextmanager
+    def enforced(self, at_the_end: Callable[[], object]) -> Iterator[None]:
+        """Raises ``TimeUp`` in the main thread shortly before the time is over, so that everything is closed.
+
+        Where even that is not heard, as in a call that never returns, the process ends with status 2.
+
+        Args:
+            at_the_end: called before the process is ended so.
+        """
+
+        def stop(*_: object) -> None:
+            raise TimeUp
+
+        def end() -> None:
+            at_the_end()
+            os._exit(2)
+
+        before = signal.signal(signal.SIGALRM, stop)
+        last = threading.Timer(max(self.left, 1.0), end)
+        last.daemon = True
+        signal.setitimer(signal.ITIMER_REAL, max(self.left - _GRACE, 0.5))
+        last.start()
+        try:
+            yield
+        finally:
+            last.cancel()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)

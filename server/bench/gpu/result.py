@@ -1,0 +1,83 @@
+"""What a check has found so far: on the terminal as it comes, and in one JSON file that is always whole."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from server.bench import table
+from server.bench.report import Report
+from server.bench.session import Row
+
+
+class Result:
+    """Written anew after every finding, so that a check that is cut off leaves what it had.
+
+    Args:
+        report: the host, the model and the settings; takes the rows.
+        file: where to.
+    """
+
+    def __init__(self, report: Report, file: Path) -> None:
+        self._report, self._file = report, file
+        self.sections: dict[str, Any] = report.sections
+        self.sections |= {"complete": False, "failures": [], "skipped": []}
+        self.rows: list[tuple[str, Row]] = []
+        """By the name of their model."""
+
+    def note(self, section: str, found: Any) -> None:
+        """One finding of a section."""
+        self.sections.setdefault(section, []).append(found)
+        self.save()
+
+    def add(self, model: str, row: Row) -> None:
+        """A measured row, shown at once."""
+        self.rows.append((model, row))
+        self._report.add(row)
+        self._report.rows[-1]["model"] = model
+        print(table.line(row), flush=True)
+        self.save()
+
+    def compare(self, model: str, row: Row) -> Row:
+        """The row with its ratio to what was measured of this project at the same size, if it was."""
+        ours = self.ours(model, row.precision, row.batch)
+        if ours is None:
+            return row
+        rate = ours.figures.decode_tokens_per_second
+        return replace(row, ratio=rate / row.figures.decode_tokens_per_second)
+
+    def ours(self, model: str, precision: str, batch: int, engine: str = "bitdial") -> Row | None:
+        wanted = (model, precision, batch, engine)
+        return next((r for m, r in self.rows if (m, r.precision, r.batch, r.engine) == wanted), None)
+
+    def failed(self, what: str) -> None:
+        """Something is not as it must be: the check as a whole fails."""
+        print(f"FAILED  {what}", flush=True)
+        self.sections["failures"].append(what)
+        self.save()
+
+    def skipped(self, what: str, why: str) -> None:
+        print(f"left out  {what}: {why}", flush=True)
+        self.sections["skipped"].append({"what": what, "why": why})
+        self.save()
+
+    def finish(self) -> None:
+        self.sections["complete"] = True
+        self.save()
+
+    def save(self) -> str:
+        """Through a file beside it: what is there is never half written. Returns the JSON line."""
+        beside = self._file.with_suffix(".part")
+        line = self._report.write(beside)
+        beside.replace(self._file)
+        return line
+
+    @property
+    def sound(self) -> bool:
+        return not self.sections["failures"]
+
+
+def default_file(card: str) -> Path:
+    """docs/results/gpu-<card>-<date>.json"""
+    name = "-".join(card.lower().replace("/", " ").split())
+    return Path("docs", "results", f"gpu-{name}-{time.strftime('%Y-%m-%d', time.gmtime())}.json")

@@ -1,0 +1,59 @@
+"""The tests that need a card, run by pytest in a process of its own, without plugins."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+from server.bench.processes import ROOT
+
+FOLDER = "tests/gpu"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What pytest said."""
+
+    status: int | None
+    """Its exit status; None where it was stopped."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """By outcome: passed, failed, skipped, error."""
+    failed: list[str] = field(default_factory=list)
+    """Names and first lines of what failed."""
+
+    def faults(self) -> list[str]:
+        if self.status is None:
+            return ["the tests did not end in time"]
+        if self.status not in (0, 5):  # 5: there was none to run
+            return self.failed or [f"pytest ended with status {self.status}"]
+        return []
+
+
+def run(seconds: float) -> Suite | str:
+    """The result, or why there is none."""
+    if find_spec("pytest") is None:
+        return "pytest is not installed"
+    if not (ROOT / FOLDER).is_dir():
+        return f"{FOLDER} is not here: it is part of a checkout"
+    command = [
+        sys.executable, "-m", "pytest", FOLDER, "-m", "gpu", "-q", "-rfE", "--tb=short",
+        "-p", "no:cacheprovider", f"--confcutdir={FOLDER}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired as stopped:
+        return _read(None, stopped.stdout.decode() if isinstance(stopped.stdout, bytes) else "")
+    if done.returncode:
+        print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)
+    return _read(done.returncode, done.stdout)
+
+
+def _read(status: int | None, output: str) -> Suite:
+    last = output.strip().splitlines()[-1:] or [""]
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last[0])}
+    return Suite(status, counts, re.findall(r"^(?:FAILED|ERROR) (.*)", output, re.M))

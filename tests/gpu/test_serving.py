@@ -1,0 +1,181 @@
+"""Engines on a card: a step ahead of the host, several beside each other, faults that stay with their row."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from loaders.captured_runner import CapturedRunner
+from loaders.full import keep_all_bits
+from server.engine import Engine
+from server.errors import GenerationFailed
+from server.sampler import Sampler
+from server.sequence import SamplingParams, Token
+from tests.fakes import fake_model
+from tests.gpu.conftest import PRECISIONS, Load
+from tests.test_device_sampler import SETTINGS, made
+from tests.test_sampler import logits
+
+pytestmark = pytest.mark.gpu
+PROMPTS = [[5, 6, 7], [10] * 90, [3], list(range(20, 60)), [9, 8], [7] * 150, [200, 100, 50]]
+
+
+def engine_of(runner: CapturedRunner, ends: frozenset[int] = frozenset()) -> Engine:
+    loaded = fake_model()
+    loaded.runner = runner
+    return Engine(loaded, eos_ids=ends)
+
+
+async def tokens(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
+    asked = SamplingParams(**{"max_new_tokens": 24, "ignore_eos": True, **params})
+    return [token.id async for token in engine.generate(prompt, asked)]
+
+
+def with_engine(runner: CapturedRunner, work: Callable[[Engine], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        engine = engine_of(runner)
+        await engine.start()
+        try:
+            return await work(engine)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(main())
+
+
+def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    found: list[int] = output[0, len(prompt) :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("steady", [True, False])
+def test_the_tokens_of_generate_rows_joining_and_leaving(load: Load, family: str, steady: bool) -> None:
+    runner = load("fp32", family, slots=4, batch_invariant=steady)
+    expected = [generated(runner.module, prompt, 10 + 3 * i) for i, prompt in enumerate(PROMPTS)]
+
+    async def work(engine: Engine) -> list[list[int]]:
+        rows = [tokens(engine, prompt, max_new_tokens=10 + 3 * i) for i, prompt in enumerate(PROMPTS)]
+        return list(await asyncio.gather(*rows))
+
+    assert with_engine(runner, work) == expected
+    assert runner.slots == 4
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_seeded_requests_alone_and_among_fifteen(load: Load, precision: str) -> None:
+    names = list(SETTINGS)
+    asks = [{**SETTINGS[names[i % len(names)]], "seed": i} for i in range(16)]
+    asks = [{"do_sample": True, **ask} for ask in asks]
+
+    async def work(engine: Engine) -> tuple[list[list[int]], list[list[int]]]:
+        calls = [partial(tokens, engine, PROMPTS[i % 7], **ask) for i, ask in enumerate(asks)]
+        together = await asyncio.gather(*(call() for call in calls))
+        return list(together), [await call() for call in calls]
+
+    together, alone = with_engine(load(precision), work)
+    assert together == alone
+
+
+def test_the_device_chooses_what_the_host_would(device: str) -> None:
+    sampler = Sampler(frozenset())
+    for seed in range(20):
+        rows = logits(len(SETTINGS), seed=seed)
+        on_host = sampler.pick(rows, [made(name, seed) for name in SETTINGS])
+        on_device = sampler.begin(rows.to(device), [made(name, seed) for name in SETTINGS]).wait()
+        for name, one, other in zip(SETTINGS, on_host, on_device, strict=True):
+            assert isinstance(one, Token)
+            assert isinstance(other, Token)
+            assert one.id == other.id, name
+
+
+def test_an_engine_that_captures_beside_one_that_serves(load: Load) -> None:
+    """Each on its thread; the one that serves computes, samples and waits all the while."""
+
+    async def main() -> None:
+        serving = engine_of(load("fp32"))
+        await serving.start()
+        expected = await tokens(serving, PROMPTS[0], max_new_tokens=100)
+        done = asyncio.Event()
+
+        async def serve() -> int:
+            rounds = 0
+            while not done.is_set():
+                rows = [tokens(serving, PROMPTS[0], max_new_tokens=100) for _ in range(3)]
+                rows.append(tokens(serving, PROMPTS[1], do_sample=True, top_p=0.9, seed=1))
+                assert (await asyncio.gather(*rows))[:3] == [expected] * 3
+                rounds += 1
+            return rounds
+
+        busy = asyncio.create_task(serve())
+        for _ in range(3):
+            runner = load("bf16", slots=8)
+            other = engine_of(runner)
+            await other.start()
+            assert runner.captured, runner.report()
+            await tokens(other, PROMPTS[2])
+            await other.stop()
+        done.set()
+        assert await busy > 0
+        await serving.stop()
+
+    asyncio.run(main())
+
+
+def test_out_of_memory_fails_the_request_it_befell_and_memory_is_back(load: Load, device: str) -> None:
+    """The allocator itself refuses, on the worker's thread, in the midst of a prompt."""
+
+    def greedy(_: Any) -> None:
+        if device == "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(10**13, dtype=torch.float32, device=device)
+
+    async def work(engine: Engine) -> None:
+        expected = await tokens(engine, PROMPTS[0])
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        for _ in range(3):
+            others = [asyncio.create_task(tokens(engine, PROMPTS[0])) for _ in range(5)]
+            bad = engine.generate(PROMPTS[1], SamplingParams(5), observe=greedy)
+            with pytest.raises(GenerationFailed, match="out of memory"):
+                await anext(bad)
+            assert await asyncio.gather(*others) == [expected] * 5
+        if device == "cuda":
+            assert torch.cuda.memory_allocated() - before < 2**20
+        assert (engine.running, engine.waiting) == (0, 0)
+
+    with_engine(load("fp32"), work)
+
+
+def test_clients_that_go_leave_their_slots_as_new(load: Load) -> None:
+    async def work(engine: Engine) -> None:
+        expected = await tokens(engine, PROMPTS[3])
+        for leaves in range(1, 8):
+            gone = engine.generate(PROMPTS[1], SamplingParams(100, ignore_eos=True))
+            for _ in range(leaves):
+                await anext(gone)
+            await gone.aclose()
+            assert await tokens(engine, PROMPTS[3]) == expected
+
+    with_engine(load("fp32", slots=1), work)
+
+
+def test_fp32_products_keep_their_bits(device: str) -> None:
+    keep_all_bits()
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    exact = one.double() @ other.double()
+    error = (one.to(device) @ other.to(device)).cpu().double() - exact
+    assert float(error.abs().max()) < 1e-3  # TensorFloat-32 errs by some 3e-2 here
