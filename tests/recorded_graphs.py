@@ -8,6 +8,7 @@ input tensor, or keeps what changes in a Python variable, gives wrong answers he
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,6 +69,7 @@ class RecordedGraphs:
         with _Recorder() as recorder:
             work()
 
+        @torch.inference_mode()
         def replay() -> None:
             self.replays += 1
             for repeat in recorder.tape:

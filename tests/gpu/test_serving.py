@@ -102,7 +102,7 @@ def test_the_device_chooses_what_the_host_would(device: str) -> None:
             assert one.id == other.id, name
 
 
-def test_an_engine_that_captures_beside_one_that_serves(load: Load) -> None:
+def test_an_engine_that_captures_beside_one_that_serves(load: Load, device: str) -> None:
     """Each on its thread; the one that serves computes, samples and waits all the while."""
 
     async def main() -> None:
@@ -122,7 +122,7 @@ def test_an_engine_that_captures_beside_one_that_serves(load: Load) -> None:
 
         busy = asyncio.create_task(serve())
         for _ in range(3):
-            runner = load("bf16", slots=8)
+            runner = load("bf16" if device == "cuda" else "fp32", slots=8)
             other = engine_of(runner)
             await other.start()
             assert runner.captured, runner.report()

@@ -136,7 +136,7 @@ class Check:
 
         def check(precision: str) -> None:
             found = correctness.check(precision, spec)
-            print(asdict(found), flush=True)
+            print(found.line(), flush=True)
             self.result.note("correctness", asdict(found))
             for fault in found.faults(self._device == "cuda"):
                 self.result.failed(fault)

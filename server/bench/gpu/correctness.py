@@ -59,6 +59,17 @@ class Correctness:
     memory: Memory | None
     seconds: float
 
+    def line(self) -> str:
+        taken = (
+            f"{self.memory.told:,} bytes told, {self.memory.reserved:,} taken" if self.memory else "no card"
+        )
+        return (
+            f"{self.precision:<5} captured: {_word(self.captured)}, "
+            f"equal to launched: {_word(self.equals_eager)}, "
+            f"isolated: {_word(self.isolated)} ({self.farthest:.2g}), generate's tokens: "
+            f"{self.same_as_generate:.0%}; {taken}; {self.seconds:.1f} s"
+        )
+
     def faults(self, on_card: bool) -> list[str]:
         """What must not be."""
         found = []
@@ -75,6 +86,10 @@ class Correctness:
         if self.memory is not None and self.memory.left_behind > _ROUNDING:
             found.append(f"{self.memory.left_behind} bytes are still taken after unloading")
         return [f"{self.precision}: {fault}" for fault in found]
+
+
+def _word(answer: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "–"}[answer]
 
 
 def check(precision: str, spec: ModelSpec) -> Correctness:

@@ -42,7 +42,7 @@ def step_cost(runner: CapturedRunner, rows: int, tokens: int) -> StepCost | None
         return None
     size = buckets.smallest(sizes, rows)
     columns = buckets.smallest(buckets.contexts(runner.context), tokens)
-    return cost_of(steps["decode", size, columns], size, columns, "cuda")
+    return cost_of(steps["decode", size, columns], size, columns, runner.module.device.type)
 
 
 def cost_of(replay: Callable[[], object], rows: int, columns: int, device: str) -> StepCost:

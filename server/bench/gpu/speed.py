@@ -79,7 +79,16 @@ def _inspect(subject: Subject, name: str, loaded: LoadedModel) -> None:
             row = subject.result.ours(subject.model, loaded.precision, batch, name)
             if cost is not None and cost.kernels and row is not None:
                 found["steps"].append(_shares(batch, cost, row))
+    print("\n".join(map(_line, found["steps"])), flush=True)
     subject.result.note("loaded", found)
+
+
+def _line(step: dict[str, Any]) -> str:
+    return (
+        f"  a step of {step['batch']} rows: {step['end_to_end_ms']:.3f} ms end to end, "
+        f"{step['kernels']} kernels of {step['kernel_ms']:.3f} ms together ({step['share_of_kernels']:.0%}), "
+        f"replayed in {step['replay_ms']:.3f} ms"
+    )
 
 
 def _shares(batch: int, cost: StepCost, row: Row) -> dict[str, Any]:

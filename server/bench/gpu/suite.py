@@ -10,6 +10,11 @@ from importlib.util import find_spec
 from server.bench.processes import ROOT
 
 FOLDER = "tests/gpu"
+COMMAND = [
+    sys.executable, "-m", "pytest", FOLDER, "-m", "gpu", "-rfE", "--tb=short",
+    "-p", "no:cacheprovider", f"--confcutdir={FOLDER}",
+]  # fmt: skip
+"""The tests of the folder, and of the others' fixtures none: those need the server's packages."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,20 @@ def run(seconds: float) -> Suite | str:
         return "pytest is not installed"
     if not (ROOT / FOLDER).is_dir():
         return f"{FOLDER} is not here: it is part of a checkout"
-    command = [
-        sys.executable, "-m", "pytest", FOLDER, "-m", "gpu", "-q", "-rfE", "--tb=short",
-        "-p", "no:cacheprovider", f"--confcutdir={FOLDER}",
-    ]  # fmt: skip
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
+            COMMAND, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
         )
     except subprocess.TimeoutExpired as stopped:
-        return _read(None, stopped.stdout.decode() if isinstance(stopped.stdout, bytes) else "")
+        return read(None, stopped.stdout.decode() if isinstance(stopped.stdout, bytes) else "")
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)
-    return _read(done.returncode, done.stdout)
+    return read(done.returncode, done.stdout)
 
 
-def _read(status: int | None, output: str) -> Suite:
+def read(status: int | None, output: str) -> Suite:
+    """What its output says."""
     last = output.strip().splitlines()[-1:] or [""]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last[0])}
     return Suite(status, counts, re.findall(r"^(?:FAILED|ERROR) (.*)", output, re.M))
