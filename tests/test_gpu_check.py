@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from loaders.base import LoadedModel
 from loaders.captured_runner import CapturedRunner
 from loaders.checkpoint import open_checkpoint
 from server.bench.figures import Figures
@@ -20,6 +22,7 @@ from server.bench.gpu.options import PARTS, QUICK, parse
 from server.bench.gpu.result import default_file
 from server.bench.session import Row
 from tests import checkpoints
+from tests.fakes import fake_model
 from tests.recorded_graphs import RecordedGraphs
 from tests.test_captured_runner import specified
 from tests.test_process import ROOT
@@ -54,6 +57,7 @@ def test_all_parts_find_something(found: dict[str, Any]) -> None:
     assert rows(found, speed.STEADY) == [("tiny", 1), ("tiny", 4)]
     assert rows(found, rivals.CONTINUOUS) == [("tiny", 3)]
     assert rows(found, rivals.STATIC) == [("tiny", 1)]
+    assert [one["what"] for one in found["skipped"]] == ["kernels fp32"]
     assert [one["offered"] for one in found["http"]] == [1, 3]
     assert not any(one["errors"] for one in found["http"])
     assert found["stats"][0]["memory"]["weights_bytes"] > 0
@@ -195,16 +199,52 @@ def test_the_check_of_steps_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert farthest == pytest.approx(3e-3, rel=0.01)
 
 
-def test_the_cost_of_a_step_is_that_of_the_one_that_serves_it() -> None:
+def test_the_step_that_serves_so_many_rows_and_what_it_costs() -> None:
     model = checkpoints.gpt2()
     runner = CapturedRunner(model, specified(model, slots=4, steady=False), RecordedGraphs())
-    assert kernels.step_cost(runner, 3, 100) is None
+    assert kernels.captured_step(runner, 3, 100) is None
     runner.prefill(0, [1])
-    cost = kernels.step_cost(runner, 3, 100)
-    assert cost is not None
-    assert (cost.rows, cost.columns, cost.replay_ms) == (4, 256, None)
-    assert cost.kernels > 10
+    step = kernels.captured_step(runner, 3, 100)
+    assert step is not None
+    assert (step.rows, step.columns) == (4, 256)
+    assert kernels.replay_ms(step.replay) is None
+    one = torch.zeros(2)
+
+    def two_operations() -> None:
+        one.add_(1.0)
+        one.mul_(2.0)
+
+    cost = kernels.kernel_cost(two_operations, "cpu")
+    assert cost.kernels >= 2
     assert cost.kernel_ms > 0
+
+
+def test_what_came_of_the_kernels_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card's runner under the check, its graphs recorded."""
+    model = checkpoints.gpt2()
+    spec = replace(specified(model, slots=3), batch_invariant=False)
+
+    def load(precision: str, _: Any) -> LoadedModel:
+        loaded = fake_model(precision)
+        loaded.runner = CapturedRunner(model, spec, RecordedGraphs())
+        return loaded
+
+    monkeypatch.setattr("loaders.load", load)
+    monkeypatch.setattr(speed, "replay_ms", lambda replay: replay() or 0.5)
+    file = tmp_path / "gpu.json"
+    arguments = ["--precisions", "fp32", "--parts", "speed,kernels", "--out", str(file)]
+    assert check.main([*REHEARSAL, *arguments]) == 0
+    document = json.loads(file.read_text())
+    (loaded,) = document["loaded"]
+    assert loaded["runner"]["captured"]
+    assert loaded["working_bytes"] > 0
+    assert [step["batch"] for step in loaded["steps"]] == [1, 3]
+    for step, cost in zip(loaded["steps"], document["kernels"], strict=True):
+        assert step["share_of_replay"] == pytest.approx(0.5 / step["end_to_end_ms"])
+        assert cost["kernels"] > 10
+        assert cost["share_of_kernels"] == pytest.approx(cost["kernel_ms"] / step["end_to_end_ms"])
+    shares = [one["figure"] for one in document["targets"] if "kernels" in one["target"]]
+    assert shares == [cost["share_of_kernels"] for cost in document["kernels"]]
 
 
 def row(engine: str, batch: int, rate: float, ratio: float | None = None) -> tuple[str, Row]:
@@ -220,9 +260,8 @@ def test_targets() -> None:
         row(rivals.CONTINUOUS, 64, 30000.0, 2.0),
         row(rivals.STATIC, 1, 1000.0, 2.0),
     ]
-    steps = [{"batch": 8, "share_of_kernels": 0.7}]
-    loaded = [{"model": "gpt2", "precision": "nf4", "engine": "bitdial", "steps": steps}]
-    judged = targets.judged(measured, loaded, "gpt2")
+    step = {"model": "gpt2", "precision": "nf4", "batch": 8, "share_of_kernels": 0.7}
+    judged = targets.judged(measured, [step, {"kernels": 0}], "gpt2")
     assert [(one["batch"], one["figure"], one["reached"]) for one in judged] == [
         (1, 8.0, True), (64, 2.0, False), (8, 0.7, True), (1, 2000.0, True),
     ]  # fmt: skip

@@ -29,10 +29,10 @@ from server.bench.session import Plan
 
 _TESTS = 130.0  # seconds that the tests may take
 _ONE = {"correctness": 12.0, "speed": 25.0, "continuous": 20.0, "http": 45.0, "xl": 40.0, "steady": 12.0}
-_ONE |= {"compile": 75.0}
+_ONE |= {"kernels": 10.0, "compile": 75.0}
 """Seconds that a part may need for one precision: with fewer left it is not begun."""
 _FEW, _TWO = ("fp32", "int8", "nf4"), ("fp32", "nf4")
-_LARGE, _COMPILED = ("bf16", "nf4", "int8", "fp32"), ("bf16", "fp32")
+_FOUR, _COMPILED = ("bf16", "nf4", "int8", "fp32"), ("bf16", "fp32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +98,7 @@ class Check:
             "http": self._http,
             "xl": self._xl,
             "steady": self._steady,
+            "kernels": self._kernels,
             "compile": self._compile,
         }
         for name in self._options.parts:
@@ -108,7 +109,7 @@ class Check:
     def conclude(self) -> int:
         """Judges and tells."""
         sections = self.result.sections
-        judged = targets.judged(self.result.rows, sections.get("loaded", []), self._name)
+        judged = targets.judged(self.result.rows, sections.get("kernels", []), self._name)
         sections["targets"], sections["seconds"] = judged, round(self._budget.spent, 1)
         self.result.save()
         print("\n".join(["", table.LEGEND, "", *map(targets.line, judged), ""]))
@@ -148,7 +149,7 @@ class Check:
         self._each("speed", self._precisions, lambda name: speed.measure(self._subject, name))
 
     def _continuous(self) -> None:
-        self._rival("continuous", rivals.CONTINUOUS, self._precisions, self._sizes.batches[-1])
+        self._rival("continuous", rivals.CONTINUOUS, self._among(_FOUR), self._sizes.batches[-1])
 
     def _compile(self) -> None:
         self._rival("compile", rivals.STATIC, self._among(_COMPILED), 1)
@@ -157,13 +158,11 @@ class Check:
         if lacking := over_http.missing():
             self.result.skipped("http", f"{', '.join(lacking)} not installed")
             return
-        of, seconds = self._subject, self._sizes.load_seconds
+        streams, seconds = self._sizes.streams, self._sizes.load_seconds
         self._each(
             "http",
             self._among(_TWO),
-            lambda name: over_http.measure(
-                self.result, of.model, self._model, of.spec, of.plan, name, seconds
-            ),
+            lambda name: over_http.measure(self._subject, self._model, name, streams, seconds),
         )
 
     def _xl(self) -> None:
@@ -178,7 +177,7 @@ class Check:
         plan = Plan(sizes.large_batches, sizes.prompt, sizes.large_tokens, 1, vocabulary, threads)
         large = Subject(sizes.large.name, spec, plan, small.speed, self.result)
         print(table.heading(), flush=True)
-        self._each("xl", self._among(_LARGE), lambda name: speed.measure(large, name))
+        self._each("xl", self._among(_FOUR), lambda name: speed.measure(large, name))
 
     def _steady(self) -> None:
         """As a server is set by default."""
@@ -188,6 +187,9 @@ class Check:
         subject = Subject(of.model, spec, plan, of.speed, self.result)
         print(table.heading(), flush=True)
         self._each("steady", self._among(_FEW), lambda name: speed.measure_steady(subject, name))
+
+    def _kernels(self) -> None:
+        self._each("kernels", self._precisions, lambda name: speed.measure_kernels(self._subject, name))
 
     # what they share
 

@@ -1,5 +1,6 @@
-"""What a step costs on the device itself: the sum of its kernels' times, and a replay from end to end."""
+"""What a step costs on the device: a replay by the device's clock, and the sum of its kernels' times."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,32 +10,38 @@ from torch.profiler import ProfilerActivity, profile
 
 from loaders import buckets
 from loaders.captured_runner import CapturedRunner
+from loaders.cuda_graphs import Replay
 
 _REPEAT = 20
 _MICRO = 1e-3  # of a millisecond
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """Of one decode step of so many rows that look at so many columns of the cache."""
+class Captured:
+    """The decode step that serves so many rows."""
 
     rows: int
     columns: int
+    replay: Replay
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """Of a call."""
+
     kernels: int
-    """Kernels and copies of a step; 0 where the profiler is not allowed to see any."""
+    """Kernels and copies; 0 where the profiler is not allowed to see any."""
     kernel_ms: float
-    """The sum of their times: a replay can't be faster."""
-    replay_ms: float | None
-    """A replay among others, on the device's own clock; None without a device."""
+    """The sum of their times: it can't be faster."""
 
 
-def step_cost(runner: CapturedRunner, rows: int, tokens: int) -> StepCost | None:
+def captured_step(runner: CapturedRunner, rows: int, tokens: int) -> Captured | None:
     """
     Args:
-        rows: of the step; one that was captured for them is taken.
+        rows: of the step; the smallest that was captured for as many is taken.
         tokens: that each row holds at most.
 
-    Returns: None where the runner has no captured step.
+    Returns: None where nothing was captured.
     """
     steps = runner.captured_steps
     sizes = sorted({key[1] for key in steps if key[0] == "decode"})
@@ -42,19 +49,29 @@ def step_cost(runner: CapturedRunner, rows: int, tokens: int) -> StepCost | None
         return None
     size = buckets.smallest(sizes, rows)
     columns = buckets.smallest(buckets.contexts(runner.context), tokens)
-    return cost_of(steps["decode", size, columns], size, columns, runner.module.device.type)
+    return Captured(size, columns, steps["decode", size, columns])
 
 
-def cost_of(replay: Callable[[], object], rows: int, columns: int, device: str) -> StepCost:
-    """What a call costs, measured over several."""
+def replay_ms(replay: Replay) -> float | None:
+    """One among several, kernels and the gaps between them; None without a device."""
     replay()
-    kernels, kernel_ms = _profiled(replay, device)
-    return StepCost(rows, columns, kernels, kernel_ms, _timed(replay) if device == "cuda" else None)
+    if not torch.cuda.is_available():
+        return None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(_REPEAT):
+        replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / _REPEAT
 
 
-def _profiled(work: Callable[[], object], device: str) -> tuple[int, float]:
-    """How many kernels a call has, and milliseconds that they take together."""
+def kernel_cost(work: Callable[[], object], device: str) -> KernelCost:
+    """By torch's profiler, which slows down what is launched after it: measure speeds before."""
+    # it tears down what it has set up, and setting it up again crashes where graphs were captured between
+    os.environ["TEARDOWN_CUPTI"], os.environ["DISABLE_CUPTI_LAZY_REINIT"] = "0", "1"
     on_card = device == "cuda"
+    work()
     with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as found:
         for _ in range(_REPEAT):
             work()
@@ -63,14 +80,4 @@ def _profiled(work: Callable[[], object], device: str) -> tuple[int, float]:
     events: list[Any] = list(found.key_averages())
     seen = [event for event in events if event.device_type.name == ("CUDA" if on_card else "CPU")]
     micro = sum(e.self_device_time_total if on_card else e.self_cpu_time_total for e in seen)
-    return round(sum(event.count for event in seen) / _REPEAT), micro * _MICRO / _REPEAT
-
-
-def _timed(work: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(_REPEAT):
-        work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / _REPEAT
+    return KernelCost(round(sum(event.count for event in seen) / _REPEAT), micro * _MICRO / _REPEAT)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from server.bench.gpu.models import GPT2, GPT2_XL, TINY, TINY_XL, Shape
 
-PARTS = ("tests", "correctness", "speed", "continuous", "http", "xl", "steady", "compile")
+PARTS = ("tests", "correctness", "speed", "continuous", "http", "xl", "steady", "kernels", "compile")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 SECONDS = 465.0  # with the time that Python takes to start, eight minutes
 
@@ -27,12 +27,14 @@ class Sizes:
     repeat: int
     slots: int
     """Of the check of correctness, and of the server's default settings."""
+    streams: tuple[int, ...]
+    """Of the closed loops over HTTP."""
     load_seconds: float
     """How long the streams of each closed loop go on."""
 
 
-FULL = Sizes(GPT2, GPT2_XL, (1, 8, 32, 64), (1, 64), 512, 32, 128, 48, 2, 16, 4.0)
-QUICK = Sizes(TINY, TINY_XL, (1, 3), (2,), 128, 8, 48, 32, 1, 4, 0.3)
+FULL = Sizes(GPT2, GPT2_XL, (1, 8, 32, 64), (1, 64), 512, 32, 128, 48, 2, 16, (1, 16, 64), 4.0)
+QUICK = Sizes(TINY, TINY_XL, (1, 3), (2,), 128, 8, 32, 24, 1, 4, (1, 3), 0.3)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """A server of this project on the card, loaded over HTTP by more and more streams."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
-from loaders.base import ModelSpec
-from server.bench.gpu.result import Result
-from server.bench.session import Plan
+from server.bench.gpu.speed import Subject
 
 _NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "fastapi_offline")
 
@@ -17,19 +16,20 @@ def missing() -> list[str]:
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
-def measure(
-    result: Result, model: str, source: str, spec: ModelSpec, plan: Plan, precision: str, seconds: float
-) -> None:
-    """Closed loops of as many streams as the plan has rows, each for so many seconds.
+def measure(subject: Subject, source: str, precision: str, streams: Sequence[int], seconds: float) -> None:
+    """Closed loops of so many streams, each for so many seconds, on a server with its default settings.
+
+    Args:
+        source: the model as a server is told of it.
 
     Raises:
         BenchError: the server did not become ready.
     """
-    asyncio.run(_measure(result, model, source, spec, plan, precision, seconds))
+    asyncio.run(_measure(subject, source, precision, streams, seconds))
 
 
 async def _measure(
-    result: Result, model: str, source: str, spec: ModelSpec, plan: Plan, precision: str, seconds: float
+    subject: Subject, source: str, precision: str, streams: Sequence[int], seconds: float
 ) -> None:
     # here: on a host without the server's packages all else can be measured
     from server.bench.serving.load import Limits, Load, Shape
@@ -38,16 +38,17 @@ async def _measure(
     from server.bench.serving.texts import Texts
     from server.settings import ModelSettings
 
-    settings = ModelSettings(model_id=source, device=spec.device)
-    async with own_server(settings, precision, max(plan.batches), plan.threads) as client:
+    plan, which = subject.plan, {"model": subject.model, "precision": precision}
+    settings = ModelSettings(model_id=source, device=subject.spec.device)
+    async with own_server(settings, precision, max(streams), plan.threads) as client:
         load = Load(client, Texts(client), Shape(precision, plan.prompt, plan.tokens), Limits(1000.0, 200.0))
         await load.closed_loop(1, 0)  # the first pays for what only it needs
         print(f"\n{HEADING}", flush=True)
-        for streams in plan.batches:
-            figures = await load.closed_loop(streams, seconds)
+        for count in streams:
+            figures = await load.closed_loop(count, seconds)
             print(line(precision, figures), flush=True)
-            result.note("http", {"model": model, "precision": precision, **asdict(figures)})
-        result.note("stats", {"model": model, "precision": precision, **await _told(client, precision)})
+            subject.result.note("http", {**which, **asdict(figures)})
+        subject.result.note("stats", {**which, **await _told(client, precision)})
 
 
 async def _told(client: Any, precision: str) -> dict[str, Any]:

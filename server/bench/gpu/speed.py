@@ -1,6 +1,7 @@
 """The speed of a precision through its engine, beside ``generate``; and what its steps cost the card."""
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import loaders
 from loaders.base import DeviceRunner, LoadedModel, ModelSpec, ReportingRunner
 from loaders.captured_runner import CapturedRunner
 from server.bench.gpu import rivals
-from server.bench.gpu.kernels import StepCost, step_cost
+from server.bench.gpu.kernels import Captured, captured_step, kernel_cost, replay_ms
 from server.bench.gpu.result import Result
 from server.bench.host import MemorySpeed
 from server.bench.session import Plan, Row, Session
@@ -74,29 +75,58 @@ def _inspect(subject: Subject, name: str, loaded: LoadedModel) -> None:
         "steps": [],
     }
     if isinstance(runner, CapturedRunner):
-        for batch in plan.batches:
-            cost = step_cost(runner, batch, plan.prompt + plan.tokens)
-            row = subject.result.ours(subject.model, loaded.precision, batch, name)
-            if cost is not None and cost.kernels and row is not None:
-                found["steps"].append(_shares(batch, cost, row))
-    print("\n".join(map(_line, found["steps"])), flush=True)
+        found["steps"] = [step for batch in plan.batches for step in _replayed(subject, name, loaded, batch)]
     subject.result.note("loaded", found)
 
 
-def _line(step: dict[str, Any]) -> str:
-    return (
-        f"  a step of {step['batch']} rows: {step['end_to_end_ms']:.3f} ms end to end, "
-        f"{step['kernels']} kernels of {step['kernel_ms']:.3f} ms together ({step['share_of_kernels']:.0%}), "
-        f"replayed in {step['replay_ms']:.3f} ms"
+def _replayed(subject: Subject, name: str, loaded: LoadedModel, batch: int) -> Iterator[dict[str, Any]]:
+    """A step by the device's clock beside what came out end to end."""
+    assert isinstance(loaded.runner, CapturedRunner)
+    plan = subject.plan
+    step = captured_step(loaded.runner, batch, plan.prompt + plan.tokens)
+    row = subject.result.ours(subject.model, loaded.precision, batch, name)
+    took = replay_ms(step.replay) if step is not None else None
+    if took is None or row is None:
+        return
+    whole = _end_to_end_ms(row)
+    print(f"  a step of {batch} rows: {whole:.3f} ms end to end, {took:.3f} ms replayed", flush=True)
+    yield {"batch": batch, "replay_ms": took, "end_to_end_ms": whole, "share_of_replay": took / whole}
+
+
+def measure_kernels(subject: Subject, precision: str) -> None:
+    """The captured steps of the sizes that were measured, kernel by kernel."""
+    loaded = loaders.load(precision, replace(subject.spec, batch_invariant=False))
+    try:
+        runner, plan = loaded.runner, subject.plan
+        if not isinstance(runner, CapturedRunner):
+            subject.result.skipped(f"kernels {precision}", "its steps are not captured")
+            return
+        runner.prefill(0, [0])  # captures
+        for batch in plan.batches:
+            step = captured_step(runner, batch, plan.prompt + plan.tokens)
+            if step is not None:
+                _note_kernels(subject, precision, batch, step)
+    finally:
+        loaded.close()
+
+
+def _note_kernels(subject: Subject, precision: str, batch: int, step: Captured) -> None:
+    cost = kernel_cost(step.replay, subject.spec.device)
+    row = subject.result.ours(subject.model, precision, batch)
+    found: dict[str, Any] = {"model": subject.model, "precision": precision, "batch": batch}
+    found |= {"rows": step.rows, "columns": step.columns, **asdict(cost)}
+    if row is not None and cost.kernels:
+        whole = _end_to_end_ms(row)
+        found |= {"end_to_end_ms": whole, "share_of_kernels": cost.kernel_ms / whole}
+    share = found.get("share_of_kernels", float("nan"))
+    print(
+        f"{precision:<5} a step of {batch:>2} rows: {cost.kernels} kernels, "
+        f"{cost.kernel_ms:.3f} ms together, {share:.0%} of it end to end",
+        flush=True,
     )
+    subject.result.note("kernels", found)
 
 
-def _shares(batch: int, cost: StepCost, row: Row) -> dict[str, Any]:
-    """A step from end to end is the batch ÷ the decode rate: host, sampling and waiting included."""
-    step_ms = _MILLI * batch / row.figures.decode_tokens_per_second
-    return {
-        "batch": batch,
-        **asdict(cost),
-        "end_to_end_ms": step_ms,
-        "share_of_kernels": cost.kernel_ms / step_ms,
-    }
+def _end_to_end_ms(row: Row) -> float:
+    """A step with sampling, host and waiting: rows ÷ decode rate."""
+    return _MILLI * row.batch / row.figures.decode_tokens_per_second

@@ -9,14 +9,14 @@ from server.bench.session import Row
 GENERATE_TIMES, CONTINUOUS_TIMES, KERNEL_SHARE, TOKENS = 5.0, 3.0, 0.6, 1500.0
 
 
-def judged(rows: list[tuple[str, Row]], loaded: list[dict[str, Any]], small: str) -> list[dict[str, Any]]:
+def judged(rows: list[tuple[str, Row]], kernels: list[dict[str, Any]], small: str) -> list[dict[str, Any]]:
     """One entry for every precision and target that could be judged.
 
     Args:
-        loaded: what ``speed`` noted of the steps.
+        kernels: what was noted of the steps' kernels.
         small: name of the model that the absolute target is about.
     """
-    return [*_ratios(rows), *_shares(loaded), *_rates(rows, small)]
+    return [*_ratios(rows), *_shares(kernels), *_rates(rows, small)]
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -38,16 +38,14 @@ def _ratios(rows: list[tuple[str, Row]]) -> Iterator[dict[str, Any]]:
             yield _entry(model, row, text, row.ratio, CONTINUOUS_TIMES)
 
 
-def _shares(loaded: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for one in loaded:
-        for step in one["steps"]:
+def _shares(kernels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for step in kernels:
+        if (share := step.get("share_of_kernels")) is not None:
             yield {
-                "model": one["model"],
-                "precision": one["precision"],
-                "batch": step["batch"],
-                "target": f"share of the kernels' time ({one['engine']}), ≥ {KERNEL_SHARE:g}",
-                "figure": step["share_of_kernels"],
-                "reached": step["share_of_kernels"] >= KERNEL_SHARE,
+                **{key: step[key] for key in ("model", "precision", "batch")},
+                "target": f"share of the kernels' time, ≥ {KERNEL_SHARE:g}",
+                "figure": share,
+                "reached": share >= KERNEL_SHARE,
             }
 
 
