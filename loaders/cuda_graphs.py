@@ -14,6 +14,8 @@ import torch
 Replay = Callable[[], None]
 _WARM_UPS = 2  # runs before a capture: libraries choose kernels and take workspaces then
 _ONE_AT_A_TIME = threading.Lock()  # a process captures one graph at a time; engines have a thread each
+_NO_POOL = (0, 0)
+_streams: dict[int, Any] = {}
 
 
 def release_unused() -> None:
@@ -27,6 +29,15 @@ def release_unused() -> None:
     with _ONE_AT_A_TIME:
         torch.cuda.current_stream().synchronize()
         torch.cuda.empty_cache()
+
+
+def _stream_of(device: torch.device) -> Any:
+    """All captures of a device are on one: cuBLAS keeps a workspace for each stream that it has ever met."""
+    index = device.index or 0
+    with _ONE_AT_A_TIME:
+        if index not in _streams:
+            _streams[index] = torch.cuda.Stream(device)
+        return _streams[index]
 
 
 class Graphs(Protocol):
@@ -54,11 +65,14 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream_of(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._there_before: int | None = None
 
     def capture(self, work: Callable[[], object]) -> Replay:
         with _ONE_AT_A_TIME, torch.cuda.device(self._device):
+            if self._there_before is None:
+                self._there_before = self._taken(_NO_POOL)
             self._warm_up(work)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other engines compute, and other precisions load, while this one captures
@@ -69,9 +83,16 @@ class CudaGraphs:
 
     @property
     def nbytes(self) -> int:
-        """Of all that was taken on the captures' stream: the pool, and the libraries' workspaces."""
-        segments = torch.cuda.memory_snapshot()
-        return sum(int(s["total_size"]) for s in segments if s.get("stream") == self._stream.cuda_stream)
+        """The pool, and the libraries' workspaces that came with the captures; those outlive it."""
+        return self._taken(tuple(self._pool)) + self._taken(_NO_POOL) - (self._there_before or 0)
+
+    def _taken(self, pool: tuple[int, ...]) -> int:
+        """Bytes that the allocator holds for the captures' stream in a pool."""
+        return sum(
+            int(segment["total_size"])
+            for segment in torch.cuda.memory_snapshot()
+            if segment["stream"] == self._stream.cuda_stream and tuple(segment["segment_pool_id"]) == pool
+        )
 
     def _warm_up(self, work: Callable[[], object]) -> None:
         """On the stream of the capture: cuBLAS keeps a workspace for each stream."""

@@ -175,11 +175,11 @@ class Engine:
             torch.set_num_threads(self._threads)  # OpenMP keeps this per thread: set it where it computes
         try:
             self._worker.warm_up()
-        except Exception as error:
-            self._tell(partial(_settle, ready, error))
-            return
-        except BaseException as error:  # a future takes no other
-            self._tell(partial(_settle, ready, RuntimeError(f"{type(error).__name__} while warming up")))
+        except BaseException as error:
+            told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+            self._tell(partial(_settle, ready, told))  # a future takes no other
+            with contextlib.suppress(Exception):
+                self._worker.close()
             return
         self._tell(partial(_settle, ready, None))
         try:

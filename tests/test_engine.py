@@ -1,6 +1,6 @@
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 
 from server.engine import Engine, Generation
 from server.errors import DeadlinePassed, GenerationFailed, NotReady
+from server.faults import DeviceLost
 from server.sequence import SamplingParams, StepStats
 from server.turn import Turn
 from tests.fakes import FakeRunner, fake_model
@@ -155,6 +156,26 @@ def test_a_dead_worker_is_heard() -> None:
         runner.closed = True
 
     with_engine(check, on_death=deaths.append)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), DeviceLost("the device no longer works")])
+def test_an_engine_that_cannot_warm_up_says_so_and_drops_its_model(error: BaseException) -> None:
+    async def main() -> None:
+        runner = FakeRunner()
+
+        def fail(slot: int, ids: Sequence[int]) -> None:
+            raise error
+
+        runner.on_prefill = fail
+        with pytest.raises((MemoryError, RuntimeError)):
+            await asyncio.wait_for(Engine(fake_model(runner=runner), eos_ids=frozenset()).start(), 5)
+        for _ in range(100):
+            if runner.closed:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("the model is still there")
+
+    asyncio.run(main())
 
 
 def test_deadlines_end_what_runs_and_what_waits() -> None:
