@@ -72,6 +72,15 @@ def working_bytes(model: LoadedModel) -> int:
     return model.runner.working_bytes if isinstance(model.runner, DeviceRunner) else 0
 
 
+def by_kind(model: LoadedModel) -> dict[str, int]:
+    """What a loaded model holds, counted."""
+    return {
+        "weights": model.footprint.weights_bytes,
+        "kv_cache": model.runner.kv_cache_bytes,
+        "working": working_bytes(model),
+    }
+
+
 def used_bytes(model: LoadedModel) -> int:
-    """All that a loaded model holds, counted."""
-    return model.footprint.weights_bytes + model.runner.kv_cache_bytes + working_bytes(model)
+    """All of it together."""
+    return sum(by_kind(model).values())

@@ -153,7 +153,7 @@ class Pool:
         finally:
             self._loads.pop(state.name, None)
         state.engine, state.state, state.load_seconds = engine, "loaded", model.load_seconds
-        self._metrics.set_loaded(state.name, _memory(model), model.load_seconds)
+        self._metrics.set_loaded(state.name, memory.by_kind(model), model.load_seconds)
         _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
         return engine
 
@@ -238,7 +238,7 @@ class Pool:
             return
         state.state = "unloaded"
         await engine.stop()
-        self._metrics.set_loaded(state.name, dict.fromkeys(_memory(engine.model), 0), 0.0)
+        self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
         _log.info("%s unloaded", state.name)
 
     # life
@@ -284,14 +284,6 @@ def _heard(load: "asyncio.Task[Engine]") -> None:
     """Its fault is in the log and in the state, even where all who waited have gone."""
     if not load.cancelled():
         load.exception()
-
-
-def _memory(model: LoadedModel) -> dict[str, int]:
-    return {
-        "weights": model.footprint.weights_bytes,
-        "kv_cache": model.runner.kv_cache_bytes,
-        "working": memory.working_bytes(model),
-    }
 
 
 def _settle(

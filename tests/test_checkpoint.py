@@ -117,6 +117,7 @@ def test_an_adapter_is_no_model(folder: Path) -> None:
      ({"weight_map": {"a": "../model.safetensors"}}, "outside"), ({"weight_map": {"a": "/x"}}, "outside")],
 )  # fmt: skip
 def test_an_index_that_is_no_list_of_its_files(folder: Path, index: object, told: str) -> None:
+    (folder / "model.safetensors").rename(folder / "part.safetensors")  # whole in one file, it needs no index
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=told):
         open_checkpoint(str(folder))

@@ -1,6 +1,7 @@
 """``bitdial compare``: its table, its columns, its errors."""
 
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_equal_texts_are_marked_at_their_end() -> None:
 
 def test_a_table_too_wide_goes_on_below() -> None:
     columns: list[Column] = [
-        (name, lambda row, at=at: row[at]) for at, name in enumerate(("name", "aaaa", "bb", "cccccc"))
+        (name, itemgetter(at)) for at, name in enumerate(("name", "aaaa", "bb", "cccccc"))
     ]
     assert table(columns, [["x", "1", "22", "3"]], 14) == [
         "name  aaaa  bb",

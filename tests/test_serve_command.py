@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from server.__main__ import main
 from server.commands import serve
@@ -29,7 +30,7 @@ def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.Captu
 
 
 def test_the_line_asks_for_the_key_and_does_not_tell_it(capsys: pytest.CaptureFixture[str]) -> None:
-    serve._announce(Settings(api_key="opensesame"), 8099)
+    serve._announce(Settings(api_key=SecretStr("opensesame")), 8099)
     told = capsys.readouterr().out
     assert '-H "Authorization: Bearer $API_KEY"' in told
     assert "opensesame" not in told

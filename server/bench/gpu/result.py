@@ -68,9 +68,10 @@ class Result:
     def save(self) -> str:
         """Through a file beside it: what is there is never half written. Returns the JSON line."""
         beside = self._file.with_suffix(".part")
-        line = self._report.write(beside)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(self._report.text() + "\n")
         beside.replace(self._file)
-        return line
+        return self._report.line()
 
     @property
     def sound(self) -> bool:
