@@ -100,7 +100,7 @@ def test_a_seed_repeats_a_sample_and_the_drawn_one_is_told(client: TestClient) -
 
 @pytest.mark.parametrize("penalty", [1e-320, 1e-300, 1e300])
 def test_an_extreme_repetition_penalty_leaves_a_distribution(client: TestClient, penalty: float) -> None:
-    wish = {"repetition_penalty": penalty, "do_sample": True, "seed": 1, "details": True}
+    wish = {"repetition_penalty": penalty, "do_sample": True, "seed": 1, "details": True, "ignore_eos": True}
     assert ask(client, max_new_tokens=30, **wish)["details"]["finish_reason"] == "length"
 
 
