@@ -25,7 +25,8 @@ from server.metrics import Metrics
 from server.middleware import BodyLimits, Envelope
 from server.pool import Pool
 from server.replies import error_response
-from server.routes import compare, generate, health, openai, precisions, stats, tokenize
+from server.reports import Reports
+from server.routes import compare, generate, health, openai, precisions, report, stats, tokenize
 from server.settings import Settings
 from server.text import TextCodec
 from server.version import VERSION
@@ -58,6 +59,7 @@ def create_app(
             yield
         finally:
             watchdog.cancel()
+            await app.state.reports.stop()
             await app.state.pool.stop()
             if app.state.tracing is not None:
                 await app.state.tracing.close()
@@ -74,7 +76,7 @@ def create_app(
     app.state.settings = settings
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for module in (generate, openai, compare, tokenize, stats, precisions, health):
+    for module in (generate, openai, compare, report, tokenize, stats, precisions, health):
         app.include_router(module.router)
     app.include_router(generate.root_router)
     describe(app, settings)
@@ -99,6 +101,14 @@ async def _furnish(
     observer = state.tracing or state.metrics
     state.comparing = asyncio.Lock()
     state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
+    state.reports = Reports(settings, state.pool.spec, lambda: _is_busy(app))
+    await state.reports.find_subject()
+
+
+def _is_busy(app: FastAPI) -> bool:
+    """Whether a request runs or waits, or a precision is being loaded."""
+    states = app.state.pool.states()
+    return app.state.service.in_flight > 0 or any(one.state == "loading" for one in states)
 
 
 def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":

@@ -61,6 +61,25 @@ Stop = Annotated[
 ]
 
 
+_MOST_NAMES = 64  # with aliases and repeats
+
+
+def _names_or_all(value: Any) -> Any:
+    if value is None or value == "all":
+        return value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a list of names, or "all"')
+    if not 1 <= len(value) <= _MOST_NAMES:
+        raise ValueError(f"must name from 1 to {_MOST_NAMES}")
+    return value
+
+
+_Name = Annotated[str, Field(json_schema_extra={"enum": PRECISION_NAMES})]
+_Listed = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_NAMES)]
+_All = Annotated[str, Field(pattern="^all$")]
+NamesOrAll = Annotated[Any, BeforeValidator(_names_or_all, json_schema_input_type=_All | _Listed)]
+
+
 class Strict(BaseModel):
     """No conversions, no unknown fields, no infinities."""
 
