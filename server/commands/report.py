@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 from loaders.base import LoaderError
 from loaders.quality import QualityError, text_file
 from loaders.quality.greedy import PROMPTS
+from server.bench.errors import BenchError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     except PlotsUnavailable as error:
         complain("report", UsageError(f"{error}; or --no-plots"))
         return USAGE
-    except (LoaderError, ServiceError, QualityError) as error:
+    except (LoaderError, ServiceError, QualityError, BenchError) as error:
         complain("report", error)
         return FAILED
     except OSError as error:

@@ -10,6 +10,7 @@ TOLERABLE = 0.02
 """Share by which the perplexity may rise where nobody has said how much: hardly seen in a text."""
 _LEVEL = 0.02  # ratios nearer to 1 than this are called equal
 _REFERENCE = "fp32"
+Cost = Callable[[Row], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ def perplexity(row: Row) -> str:
 
 
 def _signed(percent: float) -> str:
-    """Two digits that count, or three places: +12, +1.9, +0.05, −0.003."""
-    places = max(0, min(3, 1 - math.floor(math.log10(abs(percent))))) if abs(percent) >= 0.0005 else 0
-    if not round(percent, places):
+    """Two digits that count: +12, +1.9, +0.05; what is below 0.0005 is ±0."""
+    if abs(percent) < 0.0005:
         return "±0"
-    return f"{percent:+.{places}f}".replace("-", "−")
+    shown = f"{percent:+.0f}" if abs(percent) >= 10 else f"{percent:+.2g}"
+    return shown.replace("-", "−")
 
 
 def _times(ratio: float, more: str, less: str) -> str:
@@ -101,10 +102,10 @@ def _times(ratio: float, more: str, less: str) -> str:
 
 def _alternatives(rows: Sequence[Row], reference: Row, chosen: Row) -> list[str]:
     """When another is the better choice; one sentence for each precision, whatever it is best at."""
-    wishes: list[tuple[str, Callable[[Row], float]]] = [
-        ("memory is what is short", lambda row: row.weights_bytes),
-        ("one stream must be fast", lambda row: -row.speed_ratio),
-        ("many streams share the host", lambda row: -row.batch_ratio),
+    wishes: list[tuple[str, Cost]] = [
+        ("memory is what is short", lambda row: (row.weights_bytes, row.mean_kl or 0.0)),
+        ("one stream must be fast", lambda row: (-row.speed_ratio,)),
+        ("many streams share the host", lambda row: (-row.batch_ratio,)),
     ]
     if all(row.mean_kl is not None for row in rows):
         wishes.insert(0, ("nothing may be lost", _loss_then_size(rows)))
@@ -128,16 +129,16 @@ def _compared(row: Row, reference: Row) -> str:
     return described(row, reference) + batch
 
 
-def _loss_then_size(rows: Sequence[Row]) -> Callable[[Row], float]:
+def _loss_then_size(rows: Sequence[Row]) -> Cost:
     """The smallest of those that can't be told from fp32: within two standard errors of its perplexity."""
 
-    def cost(row: Row) -> float:
+    def cost(row: Row) -> tuple[float, ...]:
         assert row.increase is not None
         error = row.perplexity_ratio_error or 0.0
         lossless = row.precision == _REFERENCE or (
             row.increase <= 2 * error and (row.top1_agreement or 0) >= _SAME
         )
-        return row.weights_bytes if lossless else math.inf
+        return (row.weights_bytes if lossless else math.inf,)
 
     return cost
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from loaders.base import LoaderError
 from loaders.quality import QualityError, Text
+from server.bench.errors import BenchError
 from server.errors import ServiceError
 from server.report.job import Wishes, make
 from server.report.measure import Place
@@ -35,7 +36,7 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     try:
         _say({"kept": _make(order, pauses)})
-    except (PlotsUnavailable, LoaderError, ServiceError, QualityError) as error:
+    except (PlotsUnavailable, LoaderError, ServiceError, QualityError, BenchError) as error:
         _say({"error": str(error)})
     except OSError as error:
         _say({"error": f"the report can't be kept: {error.strerror}"})

@@ -146,14 +146,13 @@ def _reason(rows: Sequence[Row], bounds: Bounds, chosen: Row, decided: tuple[str
         tolerable = f" that costs at most {TOLERABLE:.0%} of perplexity" if decided == ("balance",) else ""
         return f"{chosen.precision} is the {wish}{tolerable} of the {len(rows)} measured here"
     kept = " and ".join(
-        f"{name} {bounds.given()[name]:g} (it has {_SHOWN[name](_OF[name](chosen) or 0.0)})"
-        for name in limits
+        f"{name} {bounds.given()[name]} (it has {_SHOWN[name](_OF[name](chosen) or 0.0)})" for name in limits
     )
     return f"{chosen.precision} is the {wish} within {kept}"
 
 
 def _refusal(rows: Sequence[Row], bounds: Bounds) -> str:
-    asked = " and ".join(f"{name} {value:g}" for name, value in bounds.given().items())
+    asked = " and ".join(f"{name} {value}" for name, value in bounds.given().items())
     judged = [row for row in rows if float("inf") not in broken(row, bounds).values()]
     if not judged:
         return f"quality was not measured, so that no precision can be chosen by {asked}"

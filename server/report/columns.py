@@ -18,8 +18,7 @@ _SIZE: list[Column] = [
 ]
 _QUALITY: list[Column] = [
     ("perplexity", lambda row: shown(row.perplexity, ".5g")),
-    ("ratio", lambda row: shown(row.perplexity_ratio, ".4f")),
-    ("±", lambda row: shown(row.perplexity_ratio_error, ".4f")),
+    ("ratio ±", lambda row: _ratio(row)),
     ("mean KL", lambda row: shown(row.mean_kl, ".2e")),
     ("top-1", lambda row: shown(row.top1_agreement, ".2%")),
 ]
@@ -39,6 +38,12 @@ TTFT         time to first token, one row; tok/s: decoded by one row, and by eig
 *            on the Pareto front: no other is as good in memory, speed and quality, and better in one"""
 
 
+def _ratio(row: Row) -> str:
+    if row.perplexity_ratio is None or not row.perplexity_ratio_error:
+        return shown(row.perplexity_ratio, ".4f")
+    return f"{row.perplexity_ratio:.4f} ± {row.perplexity_ratio_error:.4f}"
+
+
 def shown(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
 
@@ -52,9 +57,7 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
 
 def legend(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(term, meaning) of what the table has."""
-    there = {heading for heading, _ in columns(document)} | {"*", "disk", "weights", "ratio ±", "TTFT"}
-    if not quality_means_something(document):
-        there -= {"ratio ±", "mean KL"}
+    there = {heading for heading, _ in columns(document)} | {"*", "disk", "weights", "TTFT"}
     pairs = [(line[:13].strip(), line[13:]) for line in LEGEND.splitlines()]
     return [(term, meaning) for term, meaning in pairs if term in there]
 

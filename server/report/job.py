@@ -47,7 +47,7 @@ def make(
     """Measures what is missing and draws the plots.
 
     Raises:
-        PlotsUnavailable, LoaderError, ServiceError, QualityError
+        PlotsUnavailable, LoaderError, ServiceError, QualityError, BenchError
         OSError: it can't be kept.
     """
     if wishes.plots:

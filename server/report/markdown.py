@@ -45,16 +45,25 @@ def layers(document: Mapping[str, Any]) -> list[str]:
         done = [one for one in proof["layers"] if one["quantized"]]
         noise = [one["sqnr_db"] for one in done if one["sqnr_db"] is not None]
         kept = dict.fromkeys(one["reason"] for one in proof["layers"] if one["reason"])
-        text = f"{row.precision}: {proof['quantized_share']:.1%} of the linear weights quantized"
+        text = f"{row.precision}: {quantized(proof)}"
         text += f" ({len(done)} layers, SQNR {min(noise):.1f} to {max(noise):.1f} dB)" if noise else ""
         found.append(f"- {text}" + (f"; kept, because {'; '.join(kept)}" if done and kept else ""))
     return found
 
 
+def quantized(proof: Mapping[str, Any]) -> str:
+    share: float = proof["quantized_share"]
+    return f"{share:.1%} of the linear weights quantized" if share else "nothing is quantized"
+
+
+def threads(host: Mapping[str, Any]) -> str:
+    return "1 thread" if host["threads"] == 1 else f"{host['threads']} threads"
+
+
 def facts(document: Mapping[str, Any]) -> list[str]:
     """What a reader must know to compare the figures with others."""
     model, host, text, versions = (document[name] for name in ("model", "host", "text", "versions"))
-    where = host["gpu"] or f"{host['cpu']}, {host['threads']} threads"
+    where = host["gpu"] or f"{host['cpu']}, {threads(host)}"
     revision = f", revision {model['revision']}" if model["revision"] else ""
     found = [
         f"model: {model['name']} ({model['architecture']}{revision}), "

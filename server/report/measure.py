@@ -18,6 +18,7 @@ from loaders.base import LoadedModel, LoaderError, ModelSpec, Progress, ignore_p
 from loaders.checkpoint import BUNDLED, open_checkpoint
 from loaders.layer_errors import layer_errors
 from loaders.quality import QualityError, Text
+from server.bench.errors import BenchError
 from server.bench.host import apart
 from server.bench.report import plain
 from server.errors import ServiceError
@@ -96,7 +97,7 @@ class Measurement:
 
     def run(self) -> None:
         """Raises:
-        LoaderError, ServiceError: fp32 can't be had, or fails; of another precision that is noted.
+        LoaderError, ServiceError, BenchError: fp32 can't be had, or fails; of another precision that is noted.
         QualityError: the text can't be measured.
         """
         asyncio.run(self._alone())
@@ -116,7 +117,7 @@ class Measurement:
         """A failure of any but fp32 is a line in the report, not the end of it."""
         try:
             yield
-        except (LoaderError, ServiceError, QualityError) as error:
+        except (LoaderError, ServiceError, QualityError, BenchError) as error:
             if name == REFERENCE:
                 raise
             self._kept.fail(name, str(error))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.report.columns import NONE, cells, legend, shown
-from server.report.markdown import advice_of, facts
+from server.report.markdown import advice_of, facts, quantized, threads
 from server.report.plots import TITLES, drawn
 from server.report.rows import rows_of
 
@@ -25,7 +25,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
     model, host = document["model"], document["host"]
     advice = advice_of(document)
     first, *others = (escape(sentence) for sentence in advice.sentences)
-    where = host["gpu"] or f"{host['cpu']}, {host['threads']} threads"
+    where = host["gpu"] or f"{host['cpu']}, {threads(host)}"
     title = f"{model['name']}: which precision?"
     under = f"{model['architecture']} on {where}; {document['finished'] or 'unfinished'}"
     parts = [
@@ -98,8 +98,8 @@ def _layers(document: Mapping[str, Any]) -> str:
         lines = "".join(_line(_layer(one)) for one in proof["layers"])
         head = _line(_LAYER_HEADS, cell="th")
         found.append(
-            f"<details><summary><b>{escape(row.precision)}</b>: {proof['quantized_share']:.1%} of the linear "
-            f'weights quantized{alarm}</summary><div class="wide"><table><thead>{head}</thead>'
+            f"<details><summary><b>{escape(row.precision)}</b>: {escape(quantized(proof))}{alarm}</summary>"
+            f'<div class="wide"><table><thead>{head}</thead>'
             f"<tbody>{lines}</tbody></table></div></details>"
         )
     return "".join(found)

@@ -59,7 +59,8 @@ class Kept:
         self.document["failed"][precision] = reason
 
     def finish(self) -> None:
-        self.document["finished"] = now()
+        if self.document["finished"] is None:
+            self.document["finished"] = now()
         self.write()
 
     def write(self) -> None:
