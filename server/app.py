@@ -17,6 +17,7 @@ import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
 from server.auth import Auth
+from server.automatic import resolved
 from server.description import describe
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.generation import Service
@@ -24,6 +25,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import BodyLimits, Envelope
 from server.pool import Pool
+from server.proof import Proofs
 from server.replies import error_response
 from server.reports import Reports
 from server.routes import compare, generate, health, openai, precisions, report, stats, tokenize
@@ -95,14 +97,15 @@ async def _furnish(
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
     state.codec = TextCodec(tokenizer)
+    state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app))
+    await state.reports.find_subject()
+    settings, state.default_choice = resolved(settings, state.reports)
     state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
     state.tracing = _trace(settings, state.metrics, state.checkpoint)
     observer = state.tracing or state.metrics
-    state.comparing = asyncio.Lock()
+    state.comparing, state.proofs = asyncio.Lock(), Proofs(state.pool)
     state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
-    state.reports = Reports(settings, state.pool.spec, lambda: _is_busy(app))
-    await state.reports.find_subject()
 
 
 def _is_busy(app: FastAPI) -> bool:

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import torch
 
-from loaders.base import ModelSpec
+from loaders.base import Checkpoint
 from server import memory
 from server.bench.processes import start_command
 from server.errors import GenerationFailed, NotReady, Overloaded
 from server.report import store
-from server.report.measure import REFERENCE
+from server.report.measure import REFERENCE, slots
 from server.report.rows import Row, rows_of
 from server.report.subject import Subject, subject_of
 from server.settings import ModelSettings
@@ -46,23 +46,25 @@ class Reports:
         busy: whether the server has anything to do; a measurement under way stands still meanwhile.
     """
 
-    def __init__(self, settings: ModelSettings, spec: ModelSpec, busy: Callable[[], bool]) -> None:
-        self._settings, self._spec, self._busy = settings, spec, busy
-        self._subject: Subject | None = None
+    def __init__(
+        self, settings: ModelSettings, checkpoint: Checkpoint, busy: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._settings, self._spec, self._busy = settings, settings.spec(checkpoint, slots()), busy
+        self.subject: Subject | None = None
         self._seen: tuple[Any, Report | None] = (None, None)
         self._making = False
         self._process: Process | None = None
 
     async def find_subject(self) -> None:
         """To be awaited before anything else."""
-        self._subject = await asyncio.to_thread(subject_of, self._spec)
+        self.subject = await asyncio.to_thread(subject_of, self._spec)
 
     def latest(self) -> Report | None:
         """The one that was finished last, by whomever: looked for again where something has changed."""
-        assert self._subject is not None
-        stamps = _stamps(store.folder_of(self._subject))
+        assert self.subject is not None
+        stamps = _stamps(store.folder_of(self.subject))
         if self._seen[0] != stamps:
-            found = store.latest(self._subject)
+            found = store.latest(self.subject)
             report = None if found is None else Report(*found, rows_of(found[0]))
             self._seen = (stamps, report)
         return self._seen[1]

@@ -16,6 +16,7 @@ from pydantic import (
 
 import loaders
 from server.errors import Invalid
+from server.setting_types import AUTO
 from server.settings import Settings
 
 MAX_STOP_LENGTH = 256
@@ -86,6 +87,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class AutoBounds(Strict):
+    """With precision ``auto``: what the chosen one must keep to, by the kept report."""
+
+    max_memory_bytes: int | None = Field(None, ge=1, description="weights and KV cache")
+    max_perplexity_increase: float | None = Field(None, ge=0, description="0.02 is two per cent of fp32's")
+    max_kl: float | None = Field(None, ge=0, description="mean divergence from fp32, nats a token")
+    min_tokens_per_second: float | None = Field(None, gt=0, description="decoded by one stream")
+    prefer: Literal["quality", "speed", "memory"] | None = None
+
+
 class Sampling(Strict):
     """How to continue a prompt."""
 
@@ -138,7 +149,8 @@ class GenerateBody(Parameters):
     """``POST /generate``; the parameters may also stand inside ``parameters``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
-    precision: Any = Field(None, examples=["int8"], json_schema_extra={"enum": PRECISION_NAMES})
+    precision: Any = Field(None, examples=["int8"], json_schema_extra={"enum": [*PRECISION_NAMES, AUTO]})
+    auto: AutoBounds | None = None
     stream: bool | None = None
     fallback: bool | None = None
 
@@ -181,7 +193,8 @@ class OpenAIBody(Strict):
     presence_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None
-    precision: Any = Field(None, json_schema_extra={"enum": PRECISION_NAMES})
+    precision: Any = Field(None, json_schema_extra={"enum": [*PRECISION_NAMES, AUTO]})
+    auto: AutoBounds | None = None
     fallback: bool | None = None
     ignore_eos: bool | None = None
 

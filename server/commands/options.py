@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import AliasChoices
 
-from server.settings import option
+from server.setting_types import option
 
 
 def json_option(group: str, text: str, unset: str) -> Any:

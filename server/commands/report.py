@@ -16,7 +16,8 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError
 from server.report.plots import PlotsUnavailable
-from server.settings import ModelSettings, Precisions, option, parse_names
+from server.setting_types import Precisions, option, parse_names
+from server.settings import ModelSettings
 
 _WHAT, _HOW, _MORE = "what is measured", "how", "what is written"
 _ALL = "all"
@@ -30,8 +31,9 @@ def _names_or_all(value: Any) -> Any:
 class Options(ModelSettings):
     """Measure every precision of a model on this host and say which one to run.
 
-    What was measured is kept: interrupted, it goes on where it was. A server of the same model on this host
-    shows it at /report and in /stats, and chooses by it for precision "auto".
+    What was measured is kept: interrupted, it goes on where it was.
+    A server of the same model on this host shows it at /report and in
+    /stats, and chooses by it for precision "auto".
     """
 
     precisions: Annotated[Precisions | None, BeforeValidator(_names_or_all)] = option(

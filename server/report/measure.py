@@ -97,7 +97,7 @@ class Measurement:
 
     def run(self) -> None:
         """Raises:
-        LoaderError, ServiceError, BenchError: fp32 can't be had, or fails; of another precision that is noted.
+        LoaderError, ServiceError, BenchError: fp32 can't be had, or fails; of another, that is noted.
         QualityError: the text can't be measured.
         """
         asyncio.run(self._alone())

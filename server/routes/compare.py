@@ -95,7 +95,7 @@ def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str
 
 
 async def _wish(state: State, body: CompareBody) -> Wish:
-    request = make_request(body.inputs, body, precision=None, fallback=None, seed=body.seed)
+    request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     ids = await state.service.encode(request)
     most = longest_prompt(state.checkpoint.vocabulary)
     if len(ids) > most:
