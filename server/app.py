@@ -30,6 +30,7 @@ from server.replies import error_response
 from server.reports import Reports
 from server.routes import compare, generate, health, openai, precisions, report, stats, tokenize
 from server.settings import Settings
+from server.shadow import Shadow
 from server.text import TextCodec
 from server.version import VERSION
 from server.watchdog import watch
@@ -56,11 +57,14 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await _furnish(app, settings, open_checkpoint, load)
         app.state.pool.start()
-        watchdog = asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))
+        tasks = [asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))]
+        if app.state.shadow is not None:
+            tasks.append(asyncio.create_task(app.state.shadow.run()))
         try:
             yield
         finally:
-            watchdog.cancel()
+            for task in tasks:
+                task.cancel()
             await app.state.reports.stop()
             await app.state.pool.stop()
             if app.state.tracing is not None:
@@ -97,7 +101,7 @@ async def _furnish(
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
     state.codec = TextCodec(tokenizer)
-    state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app))
+    state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app) or _is_replaying(app))
     await state.reports.find_subject()
     settings, state.default_choice = resolved(settings, state.reports)
     state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
@@ -106,6 +110,20 @@ async def _furnish(
     observer = state.tracing or state.metrics
     state.comparing, state.proofs = asyncio.Lock(), Proofs(state.pool)
     state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
+    state.shadow = _shadow(app, settings)
+
+
+def _shadow(app: FastAPI, settings: Settings) -> Shadow | None:
+    state = app.state
+    if settings.shadow_precision is None:
+        return None
+    shadow = Shadow(settings.shadow_precision, settings, state.pool, state.metrics, lambda: _is_busy(app))
+    state.service.on_arrival, state.service.on_success = shadow.arrival, shadow.finished
+    return shadow
+
+
+def _is_replaying(app: FastAPI) -> bool:
+    return app.state.shadow is not None and app.state.shadow.active
 
 
 def _is_busy(app: FastAPI) -> bool:

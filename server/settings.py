@@ -23,6 +23,7 @@ _BUSY_CHUNK_ON_CPU = 16  # doubles the time of a step of eight rows, about
 
 
 _MODEL, _QUANTIZATION, _LOADING = "model", "quantization", "loading"
+_SHADOW = "shadow"
 _CHOOSING, _NETWORK, _REQUESTS, _OPERATION = "precision auto", "network", "requests", "operation"
 
 
@@ -152,6 +153,15 @@ class Settings(PrecisionSettings):
         unset="the balance of size and speed",
     )
 
+    shadow_precision: Precision | None = option(
+        None,
+        _SHADOW,
+        "NAME",
+        "replay some requests through this one while nothing else runs, and count how far they are from it",
+        unset="none is replayed",
+    )
+    shadow_fraction: float = option(0.01, _SHADOW, "SHARE", "of finished requests, from 0 to 1", ge=0, le=1)
+
     host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")
     port: int = option(8080, _NETWORK, "N", "port to listen on; 0 takes a free one", ge=0, le=65535)
     api_key: SecretStr | None = option(
@@ -227,8 +237,9 @@ class Settings(PrecisionSettings):
         return self._named(self.precisions or ())
 
     def _named(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The default and these, each once; what ``auto`` stands for is not known here."""
-        return tuple(name for name in dict.fromkeys((self.precision, *names)) if name != AUTO)
+        """The default, these and the shadow's, each once; what ``auto`` stands for is not known here."""
+        shadow = () if self.shadow_precision is None else (self.shadow_precision,)
+        return tuple(name for name in dict.fromkeys((self.precision, *names, *shadow)) if name != AUTO)
 
     def busy_chunk(self) -> int:
         """Prompt tokens of a step that decodes, too. On a GPU as many as ever: they hardly delay it."""

@@ -19,6 +19,7 @@ SHAPE: dict[str, Any] = {
     "uptime_seconds": None,
     "queue": {"running", "waiting", "in_flight", "capacity"},
     "report": {"finished", "note", "recommendation", "precisions"},
+    "shadow": None,
     "precisions": set(loaders.PRECISIONS),
 }
 MEMORY = {"process_rss_bytes", "total_bytes", "available_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes",

@@ -64,6 +64,7 @@ async def stats(
             "capacity": state.settings.max_concurrent_requests,
         },
         "report": _report(state.reports),
+        "shadow": state.shadow and state.shadow.figures(),
         "precisions": {
             name: _precision(pool, pool.state(name), metrics, reference)
             | ({"proof": await state.proofs.of(name)} if layers == "true" else {})
