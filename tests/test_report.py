@@ -14,6 +14,8 @@ from loaders.base import LoadedModel, ModelSpec, OutOfMemory, Progress, ignore_p
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.quality import Text, text_file
 from server.__main__ import main
+from server.bench.errors import BenchError
+from server.bench.figures import Run
 from server.report import plots, speed, store
 from server.report.measure import Measurement, Place, Plan, slots
 from server.report.speed import Pauses, Speeds
@@ -31,6 +33,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "TOKENS", 12)
     monkeypatch.setattr(speed, "REPEAT", 1)
     monkeypatch.setattr(speed, "PAUSE", 0.0)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,30 @@ def test_a_run_during_which_the_process_stood_still_is_run_again(monkeypatch: py
     alone = runner.batches.count(1)
     assert alone == 1 + 7 + 2 * 15  # the engine's first token, warming up, and the run twice
     assert runner.closed
+
+
+class Staggered:
+    """Rows that begin a tenth of a second after each other; each then has a token every hundredth."""
+
+    name, weights_bytes = "staggered", None
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def run(self, prompts: Any, tokens: int) -> Run:
+        self.asked.append(tokens)
+        rows = [[0.1 * row + 0.01 * step for step in range(tokens)] for row in range(len(prompts))]
+        return Run(rows, rows[-1][0])
+
+
+def test_rows_that_hardly_meet_generate_more() -> None:
+    engine: Any = Staggered()
+    speeds = Speeds(1, Pauses(), lambda: fake_model())
+    (rounds,) = asyncio.run(speeds._rounds([engine], [[1]] * 8, 48, 1000))
+    assert engine.asked == [8, 48, 96, 192]  # the last begins 70 tokens after the first
+    assert 780 < rounds[0].decode_rate < 820
+    with pytest.raises(BenchError, match="8 rows end before all have begun"):
+        asyncio.run(speeds._rounds([engine], [[1]] * 8, 48, 60))
 
 
 def run(folder: Path, text: Text, *more: str) -> int:

@@ -32,10 +32,10 @@ def speed_of(ratio: float) -> dict[str, Any]:
         "decode_tokens_per_second": 100 * ratio,
         "ratio_to_fp32": ratio,
         "ttft_ms": 5.0,
-        "spread": 0.05,
+        "decode_rates": [100 * ratio],
         "inter_token_ms": [10 / ratio] * 101,
     }
-    return {"prompt": 32, "tokens": 48, "repeat": 3, "batches": {"1": batch, "8": batch}}
+    return {"prompt": 32, "tokens": 48, "batches": {"1": batch, "8": batch}}
 
 
 def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, float]] = FIGURES) -> None:

@@ -76,7 +76,7 @@ def facts(document: Mapping[str, Any]) -> list[str]:
             speed = steps["speed"]
             found.append(
                 f"speed: {speed['prompt']} prompt tokens, {speed['tokens']} generated, greedy, medians of "
-                f"{speed['repeat']} runs, each precision in turn with fp32; {spreads(document)}"
+                f"several runs, each precision in turn with fp32; {spreads(document)}"
             )
             break
     quality = (document["precisions"].get("fp32") or {}).get("quality")
@@ -91,11 +91,16 @@ def facts(document: Mapping[str, Any]) -> list[str]:
 
 
 def spreads(document: Mapping[str, Any]) -> str:
-    """How far the runs lay apart: what a difference of speeds is worth."""
+    """How far the middle half of the runs lay apart: what a difference of speeds is worth."""
     found = [
-        batch["spread"]
+        _middle_half(batch["decode_rates"])
         for steps in document["precisions"].values()
         if "speed" in steps
         for batch in steps["speed"]["batches"].values()
     ]
-    return f"runs of one batch lay up to {max(found):.0%} apart" if found else "not measured"
+    return f"the middle half of a batch's runs lay up to {max(found):.0%} apart"
+
+
+def _middle_half(rates: Sequence[float]) -> float:
+    ordered = sorted(rates)
+    return (ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]) / ordered[len(ordered) // 2]

@@ -10,11 +10,15 @@ from typing import Any
 
 from loaders.base import LoadedModel, Progress
 from server.bench.contenders import EngineContender, Prompts
+from server.bench.errors import BenchError
 from server.bench.figures import MILLISECONDS, Run, percentile, summarize
-from server.bench.session import PAUSE, prompts_of
+from server.bench.session import prompts_of
 
 BATCHES = (1, 8)
-PROMPT, TOKENS, REPEAT = 32, 48, 3
+PROMPT, TOKENS = 32, 48
+REPEAT, MOST_REPEAT = 3, 20
+SECONDS, PAUSE = 1.5, 0.05
+"""What a small model's many runs take together at least; between runs, so that idle threads go to sleep."""
 _WARM_UP = 8
 
 
@@ -69,22 +73,41 @@ class Speeds:
     async def _measure(
         self, model: LoadedModel, engines: Sequence[EngineContender], progress: Progress
     ) -> dict[str, Any]:
-        context, total = model.runner.context, len(BATCHES) * REPEAT
+        context = model.runner.context
         prompt = max(1, min(PROMPT, context // 2))
         tokens = max(2, min(TOKENS, context - prompt))
-        found: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "repeat": REPEAT, "batches": {}}
+        found: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "batches": {}}
         for number, rows in enumerate(BATCHES):
+            progress("measuring speed", number, len(BATCHES))
             prompts = prompts_of(rows, prompt, model.runner.vocabulary)
-            for engine in engines:
-                await engine.run(prompts, min(_WARM_UP, tokens))
-            rounds: list[list[Run]] = []
-            while len(rounds) < REPEAT:
-                progress("measuring speed", number * REPEAT + len(rounds), total)
-                if (runs := await self._round(engines, prompts, tokens)) is not None:
-                    rounds.append(runs)
+            rounds = await self._rounds(engines, prompts, tokens, context - prompt)
             found["batches"][str(rows)] = _figures(rounds, prompt)
-        progress("measuring speed", total, total)
+        progress("measuring speed", len(BATCHES), len(BATCHES))
         return found
+
+    async def _rounds(
+        self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int, most: int
+    ) -> list[list[Run]]:
+        """Enough of them; each row generates so many tokens, or more where a fast model's rows hardly meet.
+
+        Raises:
+            BenchError: they don't meet within the context.
+        """
+        for engine in engines:
+            await engine.run(prompts, min(_WARM_UP, tokens))
+        rounds: list[list[Run]] = []
+        wasted = 0
+        while not _enough(rounds):
+            runs = await self._round(engines, prompts, tokens)
+            if runs is None:
+                continue
+            if all(_together(run) for run in runs):
+                rounds.append(runs)
+            elif tokens < most:
+                tokens, rounds = min(2 * tokens, most), []
+            elif (wasted := wasted + 1) > MOST_REPEAT:
+                raise BenchError(f"{len(prompts)} rows end before all have begun: the context is too short")
+        return rounds
 
     async def _round(
         self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int
@@ -95,6 +118,18 @@ class Speeds:
             await asyncio.sleep(PAUSE)
             runs.append(await engine.run(prompts, tokens))
         return runs if self._pauses.count == before else None
+
+
+def _together(run: Run) -> bool:
+    """Whether all rows decode at the same time for half of their tokens."""
+    begin, end = run.window
+    within = sum(begin < time <= end for row in run.arrivals for time in row)
+    return 2 * within >= sum(len(row) - 1 for row in run.arrivals)
+
+
+def _enough(rounds: Sequence[Sequence[Run]]) -> bool:
+    seconds = sum(max(row[-1] for row in run.arrivals) for runs in rounds for run in runs)
+    return len(rounds) >= REPEAT and (seconds >= SECONDS or len(rounds) >= MOST_REPEAT)
 
 
 def _figures(rounds: Sequence[Sequence[Run]], prompt: int) -> dict[str, Any]:
