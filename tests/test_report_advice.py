@@ -7,7 +7,7 @@ import pytest
 
 from server.report.advice import advise
 from server.report.choice import Bounds, NoneFits, choose
-from server.report.rows import Row, dominates, front, quality_means_something, rows_of
+from server.report.rows import Row, dominates, front, quality_means_something, rows_of, why_no_quality
 
 
 def row(
@@ -52,7 +52,7 @@ def test_without_quality_the_front_is_of_size_and_speed() -> None:
 
 
 def test_the_best_balance_at_tolerable_quality_is_recommended() -> None:
-    advice = advise(ALL, meaningful=True)
+    advice = advise(ALL)
     assert advice.precision == "nf4"
     first, *others = advice.sentences
     assert first == "Run nf4: 4.0 × smaller, perplexity +1.9 %, 2.2 × faster here."
@@ -66,11 +66,11 @@ def test_the_best_balance_at_tolerable_quality_is_recommended() -> None:
 
 def test_what_costs_too_much_quality_is_not_recommended_however_small() -> None:
     worse = replace(NF4, perplexity_ratio=1.021)
-    assert advise([FP32, BF16, INT8, worse], meaningful=True).precision == "int8"
+    assert advise([FP32, BF16, INT8, worse]).precision == "int8"
 
 
 def test_where_everything_costs_too_much_fp32_stays() -> None:
-    advice = advise([FP32, FP4], meaningful=True)
+    advice = advise([FP32, FP4])
     assert advice.precision == "fp32"
     assert advice.sentences[0].startswith("Run fp32: no other precision is a better balance")
     assert any(
@@ -80,7 +80,7 @@ def test_where_everything_costs_too_much_fp32_stays() -> None:
 
 def test_a_slower_one_is_said_to_be() -> None:
     slow = row("int8", 200, 0.5, increase=0.0001, kl=1e-3)
-    advice = advise([FP32, slow], meaningful=True)
+    advice = advise([FP32, slow])
     assert "int8 is slower than fp32 here: 0.50 × its speed." in advice.sentences
     assert any("2.0 × slower here" in one for one in advice.sentences)
 
@@ -89,20 +89,20 @@ def test_a_precision_that_hardly_quantizes_is_warned_of() -> None:
     hollow = replace(INT8, warning="int8 has quantized only 16% of this model's linear weights")
     assert (
         "Beware: int8 has quantized only 16% of this model's linear weights."
-        in advise([FP32, hollow], meaningful=True).sentences
+        in advise([FP32, hollow]).sentences
     )
 
 
 def test_without_quality_nothing_is_said_of_it_and_that_is_said() -> None:
     blind = [replace(one, mean_kl=None, perplexity_ratio=None, perplexity_ratio_error=None) for one in ALL]
-    advice = advise(blind, meaningful=False)
+    advice = advise(blind, "it was not measured")
     assert advice.precision == "nf4"
     assert not any("perplexity" in one or "lost" in one for one in advice.sentences)
-    assert any(one.startswith("Nothing is said here about quality") for one in advice.sentences)
+    assert "Nothing is said here about quality: it was not measured." in advice.sentences
 
 
 def test_without_fp32_there_is_no_advice() -> None:
-    assert advise([NF4], meaningful=True).precision is None
+    assert advise([NF4]).precision is None
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_without_fp32_there_is_no_advice() -> None:
 )
 def test_an_increase_is_told_in_two_digits(increase: float, shown: str) -> None:
     small = row("nf4", 100, 2.0, increase=increase, kl=1e-2)
-    assert any(f"perplexity {shown}" in one for one in advise([FP32, small], meaningful=True).sentences)
+    assert any(f"perplexity {shown}" in one for one in advise([FP32, small]).sentences)
 
 
 def document(perplexity: float | None, vocabulary: int = 50257) -> dict[str, Any]:
@@ -139,6 +139,9 @@ def test_a_model_that_guesses_has_no_quality() -> None:
     assert quality_means_something(document(29.9))
     assert not quality_means_something(document(52000.0))
     assert not quality_means_something(document(None))
+    assert "no better than chance (perplexity 52,000 a token, of a vocabulary of 50,257)" in str(
+        why_no_quality(document(52000.0))
+    )
     (guessing,) = rows_of(document(52000.0))
     assert guessing.mean_kl is guessing.perplexity is None
     (trained,) = rows_of(document(29.9))  # nf4's speed is not known yet

@@ -43,11 +43,11 @@ def best_balanced(rows: Sequence[Row], reference: Row) -> Row:
     return max(eligible, key=lambda row: balance(row, reference))
 
 
-def advise(rows: Sequence[Row], meaningful: bool) -> Advice:
+def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
     """
     Args:
         rows: fp32 among them.
-        meaningful: whether quality was measured and says something.
+        no_quality: why nothing is to be said about quality, if nothing is.
     """
     reference = next((row for row in rows if row.precision == _REFERENCE), None)
     if reference is None:
@@ -59,17 +59,11 @@ def advise(rows: Sequence[Row], meaningful: bool) -> Advice:
             "Run fp32: no other precision is a better balance of size and speed at tolerable quality here."
         )
     others = [
-        *([] if meaningful else [_UNMEASURED]),
+        *([] if no_quality is None else [f"Nothing is said here about quality: {no_quality}."]),
         *_alternatives(rows, reference, chosen),
         *_beware(rows, reference),
     ]
     return Advice(chosen.precision, (first, *others))
-
-
-_UNMEASURED = (
-    "Nothing is said here about quality: it was not measured, or the model guesses no better than chance "
-    "on this text, as weights drawn at random do."
-)
 
 
 def described(row: Row, reference: Row) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 from server.report.advice import Advice, advise
 from server.report.columns import cells, legend
 from server.report.plots import TITLES
-from server.report.rows import quality_means_something, rows_of
+from server.report.rows import rows_of, why_no_quality
 
 
 def advice_of(document: Mapping[str, Any]) -> Advice:
-    return advise(rows_of(document), quality_means_something(document))
+    return advise(rows_of(document), why_no_quality(document))
 
 
 def markdown(document: Mapping[str, Any], plots: Sequence[str] = (), folder: str = "") -> str:

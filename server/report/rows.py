@@ -111,13 +111,26 @@ def _without_quality(row: Row) -> Row:
 
 
 def quality_means_something(document: Mapping[str, Any]) -> bool:
-    """Whether quality was measured, of a model that predicts the text better than chance does.
+    """Whether quality was measured, of a model that predicts the text better than chance does."""
+    return why_no_quality(document) is None
 
-    Weights drawn at random give every token about the same probability, one over the vocabulary; how near
-    another precision comes to that says nothing about a trained model.
+
+def why_no_quality(document: Mapping[str, Any]) -> str | None:
+    """Why nothing is said about quality, if nothing is.
+
+    Weights drawn at random give every token about the same probability, one over the vocabulary.
     """
     perplexity = ((document["precisions"].get(_REFERENCE) or {}).get("quality") or {}).get("perplexity")
-    return perplexity is not None and perplexity < _CHANCE * document["model"]["vocabulary"]
+    vocabulary = document["model"]["vocabulary"]
+    if perplexity is None:
+        return "it was not measured"
+    if perplexity < _CHANCE * vocabulary:
+        return None
+    return (
+        f"the model predicts this text no better than chance (perplexity {perplexity:,.0f} a token, of a "
+        f"vocabulary of {vocabulary:,}), as weights drawn at random do; how near another precision comes to "
+        "guessing says nothing about a trained model"
+    )
 
 
 def front(rows: Sequence[Row]) -> frozenset[str]:
