@@ -53,7 +53,11 @@ async def kept(request: Request) -> Response:
     return JSONResponse(as_json(report.document))
 
 
-@router.post("/report", openapi_extra=body_of(ReportBody))
+_BODY = body_of(ReportBody)
+_BODY["requestBody"]["required"] = False
+
+
+@router.post("/report", openapi_extra=_BODY)
 async def make(request: Request) -> Response:
     """Measures every precision in a process of its own; server-sent events tell the progress."""
     state = request.app.state
