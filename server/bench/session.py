@@ -13,7 +13,7 @@ from server.bench.host import Bandwidth, MemorySpeed, middle
 from server.bench.memory import PeakMemory
 
 _WARM_UP_TOKENS = 8
-PAUSE = 0.3  # seconds after which the idle threads of the one before sleep: Intel's OpenMP waits 0.2 awake
+_PAUSE = 0.3  # seconds after which the idle threads of the one before sleep: Intel's OpenMP waits 0.2 awake
 MakeContender = Callable[[], Awaitable[Contender]]
 Progress = Callable[[str, int, int], None]
 
@@ -112,7 +112,7 @@ class Session:
         for done in range(self.plan.repeat):
             self.progress(f"measuring, {size} rows", done, self.plan.repeat)
             for contender in contenders if done % 2 == 0 else reversed(contenders):
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(_PAUSE)
                 runs[contender.name].append(await contender.run(prompts, self.plan.tokens))
             bandwidths.append(self.speed.measure())
         return runs, middle(bandwidths)
