@@ -66,7 +66,7 @@ _MOST_NAMES = 64  # with aliases and repeats
 
 
 def _names_or_all(value: Any) -> Any:
-    if value is None or value == "all":
+    if value == "all":
         return value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError('must be a list of names, or "all"')
