@@ -101,6 +101,10 @@ def test_without_quality_nothing_is_said_of_it_and_that_is_said() -> None:
     assert "Nothing is said here about quality: it was not measured." in advice.sentences
 
 
+def test_fp32_alone_is_compared_with_nothing() -> None:
+    assert advise([FP32]).sentences == ("Run fp32: nothing else was measured.",)
+
+
 def test_without_fp32_there_is_no_advice() -> None:
     assert advise([NF4]).precision is None
 

@@ -52,6 +52,8 @@ def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
     reference = next((row for row in rows if row.precision == _REFERENCE), None)
     if reference is None:
         return Advice(None, ("Nothing can be advised: fp32 was not measured.",))
+    if len(rows) == 1:
+        return Advice(_REFERENCE, ("Run fp32: nothing else was measured.",))
     chosen = best_balanced(rows, reference)
     first = f"Run {chosen.precision}: {described(chosen, reference)}."
     if chosen is reference:
