@@ -228,6 +228,8 @@ class Footprint:
     quantized: Sequence[str] = ()
     """Names of the quantized weight matrices."""
     kept: Sequence[KeptLayer] = ()
+    quantized_share: float = 0.0
+    """Of the weights that are multiplied (embeddings are looked up), by their number."""
 
     @property
     def quantization_state_bytes(self) -> int:

@@ -39,14 +39,17 @@ def measure(
     bytes_ = _Bytes()
     state: dict[str, int] = defaultdict(int)
     quantized, kept = [], []
+    multiplied: dict[bool, int] = defaultdict(int)
     for name, module in model.named_modules():
         native = isinstance(module, NativeLinear)
         for role, tensor in module.state() if native else state_of(module):
             state[role] += bytes_.count(tensor)
         if module.is_quantized if native else is_quantized(module):
             quantized.append(name)
+            multiplied[True] += _products(module)
         elif _is_matrix(module):
             kept.append(KeptLayer(name, reason(module)))
+            multiplied[False] += _products(module)
         else:
             kept += [KeptLayer(matrix, reason(module)) for matrix in _own_matrices(name, module)]
     for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
@@ -62,6 +65,16 @@ def measure(
         lookup_bytes=_lookup_bytes(model),
         quantized=quantized,
         kept=kept,
+        quantized_share=multiplied[True] / max(1, sum(multiplied.values())),
+    )
+
+
+def _products(module: Any) -> int:
+    """Weights that a row of inputs is multiplied with."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    return int(
+        module.weight.numel() if isinstance(module, Conv1D) else module.in_features * module.out_features
     )
 
 

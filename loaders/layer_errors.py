@@ -17,7 +17,6 @@ from loaders.stored import StoredMatrix, stored
 
 _LITTLE = 0.5  # a share of the linear weights below which "quantized" is hardly the word
 _ROWS = 2**22  # weights compared at a time
-_LOOKED_UP = "Embedding"
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def layer_errors(
             original = originals.weight(name)
             found.append(_layer(name, kinds, kept, original, reasons.get(name), owner))
             progress("comparing weights", done, len(names))
-    share = _share(found)
-    return LayerReport(model.precision, tuple(found), share, _warning(model.precision, share))
+    return LayerReport(model.precision, tuple(found), model.footprint.quantized_share, hollow(model))
 
 
 def _layer(
@@ -150,17 +148,13 @@ def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None
     return math.sqrt(noise / signal), largest, 10 * math.log10(signal / noise)
 
 
-def _share(layers: list[LayerError]) -> float:
-    linear = [layer for layer in layers if layer.kind_before != _LOOKED_UP]
-    total = sum(math.prod(layer.shape) for layer in linear)
-    return sum(math.prod(layer.shape) for layer in linear if layer.quantized) / total if total else 0.0
-
-
-def _warning(precision: str, share: float) -> str | None:
-    if precision in DTYPES or share >= _LITTLE:
+def hollow(model: LoadedModel) -> str | None:
+    """What to say, loudly, of a precision that calls itself quantized and hardly is; None of any other."""
+    share = model.footprint.quantized_share
+    if model.precision in DTYPES or share >= _LITTLE:
         return None
     return (
-        f"{precision} has quantized only {share:.0%} of this model's linear weights: "
+        f"{model.precision} has quantized only {share:.0%} of this model's linear weights: "
         "expect little of its memory and speed"
     )
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "continue a prompt in this terminal, in one precision",
     "precisions": "what this host can run, and why not the rest",
     "compare": "one prompt in several precisions, side by side",
+    "report": "measure every precision here and say which one to run",
     "quality": "measure what each precision costs in quality",
     "bench": "measure speed and memory of every precision on this host",
 }

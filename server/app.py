@@ -17,6 +17,7 @@ import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
 from server.auth import Auth
+from server.automatic import resolved
 from server.description import describe
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.generation import Service
@@ -24,9 +25,12 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import BodyLimits, Envelope
 from server.pool import Pool
+from server.proof import Proofs
 from server.replies import error_response
-from server.routes import compare, generate, health, openai, precisions, stats, tokenize
+from server.reports import Reports
+from server.routes import compare, generate, health, openai, precisions, report, stats, tokenize
 from server.settings import Settings
+from server.shadow import Shadow
 from server.text import TextCodec
 from server.version import VERSION
 from server.watchdog import watch
@@ -53,11 +57,15 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await _furnish(app, settings, open_checkpoint, load)
         app.state.pool.start()
-        watchdog = asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))
+        tasks = [asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))]
+        if app.state.shadow is not None:
+            tasks.append(asyncio.create_task(app.state.shadow.run()))
         try:
             yield
         finally:
-            watchdog.cancel()
+            for task in tasks:
+                task.cancel()
+            await app.state.reports.stop()
             await app.state.pool.stop()
             if app.state.tracing is not None:
                 await app.state.tracing.close()
@@ -74,7 +82,7 @@ def create_app(
     app.state.settings = settings
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for module in (generate, openai, compare, tokenize, stats, precisions, health):
+    for module in (generate, openai, compare, report, tokenize, stats, precisions, health):
         app.include_router(module.router)
     app.include_router(generate.root_router)
     describe(app, settings)
@@ -93,12 +101,35 @@ async def _furnish(
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
     state.codec = TextCodec(tokenizer)
+    state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app) or _is_replaying(app))
+    await state.reports.find_subject()
+    settings, state.default_choice = resolved(settings, state.reports)
     state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
     state.tracing = _trace(settings, state.metrics, state.checkpoint)
     observer = state.tracing or state.metrics
-    state.comparing = asyncio.Lock()
+    state.comparing, state.proofs = asyncio.Lock(), Proofs(state.pool)
     state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
+    state.shadow = _shadow(app, settings)
+
+
+def _shadow(app: FastAPI, settings: Settings) -> Shadow | None:
+    state = app.state
+    if settings.shadow_precision is None:
+        return None
+    shadow = Shadow(settings.shadow_precision, settings, state.pool, state.metrics, lambda: _is_busy(app))
+    state.service.on_arrival, state.service.on_success = shadow.arrival, shadow.finished
+    return shadow
+
+
+def _is_replaying(app: FastAPI) -> bool:
+    return app.state.shadow is not None and app.state.shadow.active
+
+
+def _is_busy(app: FastAPI) -> bool:
+    """Whether a request runs or waits, or a precision is being loaded."""
+    states = app.state.pool.states()
+    return app.state.service.in_flight > 0 or any(one.state == "loading" for one in states)
 
 
 def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":

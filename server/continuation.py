@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 from server.engine import Engine, Generation
 from server.errors import ServiceError
+from server.report.choice import Choice
 from server.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
+from server.setting_types import AUTO
 from server.text import TextCodec
 
 DEFAULT_NEW_TOKENS = 64
@@ -38,6 +40,8 @@ class GenerationRequest:
     """64, or the context left if that is less, if None."""
     seed: int | None = None
     """Drawn if None."""
+    choice: Choice | None = None
+    """Why it is that precision, where the server chose it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class Continuation:
     ) -> None:
         self._service, self._lease, self._generation = service, lease, generation
         self.precision = engine.precision
-        self.precision_requested = request.precision
+        self.precision_requested = request.precision if request.choice is None else AUTO
+        self.choice = request.choice
         self.fallback_reason = fallback_reason
         self.seed = params.seed
         self.prompt_ids = prompt_ids

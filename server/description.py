@@ -12,13 +12,14 @@ from server.settings import Settings
 TAGS = {
     "generate": "Text Generation Inference's dialect.",
     "openai": "OpenAI's dialect.",
-    "comparing": "One prompt in several precisions.",
+    "comparing": "One prompt in several precisions; all of them measured, and which one to run.",
     "looking": "What is loaded, what it takes, how fast it is.",
     "precisions": "What this host can run; loading and unloading.",
     "health": "For supervisors and load balancers. Never needs a key.",
 }
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _MEDIA = {
+    "/report": [_JSON, "text/markdown", "text/html", _EVENTS],
     "/metrics": ["text/plain"],
     "/compare": [_JSON, "text/markdown"],
     "/precisions/{name}/load": [_EVENTS],

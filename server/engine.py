@@ -106,6 +106,7 @@ class Engine:
         params: SamplingParams,
         deadline: float | None = None,
         observe: Callable[[Tensor], None] | None = None,
+        chunk: int | None = None,
     ) -> Generation:
         """Queues a sequence; its tokens come by iterating over what is returned.
 
@@ -113,13 +114,14 @@ class Engine:
             ids: the prompt; it and ``max_new_tokens`` together fit the context.
             deadline: ``time.perf_counter()`` seconds after which it is given up, queued or running.
             observe: told the prompt's logits, on the worker's thread (see ``Sequence.observe``).
+            chunk: most prompt tokens computed in a step (see ``Sequence.chunk``).
 
         Raises:
             NotReady: the worker is dead or stopping.
         """
         if self._dead is not None:
             raise NotReady(f"{self.precision} is not running: {self._dead}")
-        sequence = Sequence(list(ids), params, deadline, observe=observe)
+        sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk)
         generation = self._live[sequence] = Generation(self, sequence)
         self.last_used = time.perf_counter()
         self._inbox.put(("add", sequence))

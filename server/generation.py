@@ -6,7 +6,7 @@ Lengths are checked, a place is taken, the prompt encoded, the engine found; the
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
@@ -73,6 +73,9 @@ class Service:
         self.codec = codec
         self._settings, self._checkpoint = settings, checkpoint
         self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
+        self.on_arrival: Callable[[], None] = lambda: None
+        self.on_success: Callable[[Continuation], None] = lambda done: None
+        """Told of every request that was served to its end."""
         self.in_flight = 0
         """Places taken: continuations open or opening, and what else holds one."""
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
@@ -111,6 +114,8 @@ class Service:
         self.in_flight -= 1
         prompt = len(continuation.prompt_ids)
         self.observe(continuation.precision, outcome, continuation.timeline, prompt)
+        if outcome == "success":
+            self.on_success(continuation)
 
     def observe(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
         """Counts a generation that has ended."""
@@ -134,6 +139,7 @@ class Service:
         if self.in_flight + places > self._settings.max_concurrent_requests:
             raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
         self.in_flight += places
+        self.on_arrival()
         return places
 
     async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:

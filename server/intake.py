@@ -1,22 +1,37 @@
 """From a validated body to what the service is asked: one way for both dialects."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 
 import loaders
 from loaders.base import LoaderError
+from server.automatic import bounds_of, choose_by_report
 from server.errors import BadPrecision, Invalid, ModelUnknown
 from server.generation import Conversation, GenerationRequest
-from server.schemas import Sampling, printable
+from server.report.choice import Bounds, Choice
+from server.schemas import AutoBounds, Sampling, printable
 from server.sequence import SamplingParams
+from server.setting_types import AUTO
 
 _ANY_MODEL = ("tgi", "dummy")
 """What Hugging Face's client and its documentation call the served model when only an address is known."""
 
 _STRONGEST = 1e20
 """Repetition penalty: it has long decided everything, and beyond it float32 overflows into no numbers."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The precision that a request gets, None for the default; and why, where the server chose it."""
+
+    precision: str | None = None
+    choice: Choice | None = None
+
+
+_DEFAULT = Asked()
 
 
 def model_names(model_id: str) -> tuple[str, ...]:
@@ -39,7 +54,7 @@ def precision_of_model(name: str | None, model_id: str) -> str | None:
 
 
 def choose_precision(request: Request, body: Mapping[str, Any], model: str | None = None) -> str | None:
-    """The precision asked for, None where nothing asks for one.
+    """The precision asked for, perhaps ``AUTO``; None where nothing asks for one.
 
     It may stand in the body, the header, the query and the model's name (in the path or ``model``).
 
@@ -52,14 +67,33 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: str | Non
     asked: list[object] = [body["precision"]] if "precision" in body else []
     asked += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
     asked += [found for name in names if (found := precision_of_model(name, model_id)) is not None]
-    chosen = {known_precision(name): None for name in asked}
+    chosen = {name if name == AUTO else known_precision(name): None for name in asked}
     if len(chosen) > 1:
         raise BadPrecision(f"the request names different precisions: {', '.join(chosen)}")
     return next(iter(chosen), None)
 
 
+def settle(request: Request, name: str | None, wish: AutoBounds | None) -> Asked:
+    """What a request gets that asked for ``name``, with bounds of its own or those of the server.
+
+    Raises:
+        Invalid: bounds beside the name of a precision; or none keeps to them.
+        Unavailable: there is no report to choose by.
+    """
+    state = request.app.state
+    if name not in (None, AUTO) and wish is not None:
+        raise Invalid('auto goes with precision "auto", not with a named one', param="auto")
+    if name is None and wish is None:
+        return Asked(None, state.default_choice)
+    if name not in (None, AUTO):
+        return Asked(name)
+    bounds = bounds_of(state.settings) if wish is None else Bounds(**wish.model_dump())
+    choice = choose_by_report(state.reports, state.pool.able, bounds)
+    return Asked(choice.precision, choice)
+
+
 def known_precision(name: object) -> str:
-    if name == "auto":
+    if name == AUTO:
         raise BadPrecision("precision 'auto' is not offered here; name one")
     try:
         return loaders.canonical(name)
@@ -91,7 +125,7 @@ def make_request(
     prompt: str | list[int] | Conversation,
     wishes: Sampling,
     *,
-    precision: str | None,
+    asked: Asked = _DEFAULT,
     fallback: bool | None,
     seed: int | None,
     logprobs: bool = False,
@@ -120,10 +154,11 @@ def make_request(
     return GenerationRequest(
         prompt,
         params,
-        precision,
+        asked.precision,
         bool(fallback),
         tuple(wishes.stop or ()),
         wishes.truncate,
         wishes.max_new_tokens,
         seed,
+        asked.choice,
     )

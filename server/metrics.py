@@ -19,6 +19,8 @@ from server.sequence import StepStats, Timeline
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _WINDOW = 1024  # latest events that percentiles are taken over
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_NATS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
+_SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.999, 1)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 # a time of creation beside every series would double them and tell nothing here
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -77,6 +79,22 @@ class Metrics:
             "memory_bytes", "Bytes counted from live tensors", ["model", "precision", "kind"]
         )
         self._load = gauge("load_seconds", "Seconds that loading took")
+        outcomes = ["model", "precision", "outcome"]
+        self._shadowed = counter("shadow_requests", "Requests chosen for a replay, by outcome", outcomes)
+        self._drift = Histogram(
+            "bitdial_shadow_kl",
+            "KL divergence from the reference at a generated token, nats",
+            label,
+            buckets=_NATS,
+            registry=self._registry,
+        )
+        self._agreement = Histogram(
+            "bitdial_shadow_agreement",
+            "Share of a request's tokens at which the reference finds the same one the most probable",
+            label,
+            buckets=_SHARES,
+            registry=self._registry,
+        )
         self._batch = Histogram(
             "bitdial_batch_size", "Rows decoded together", label, buckets=_BATCHES, registry=self._registry
         )
@@ -108,6 +126,16 @@ class Metrics:
         self._queue.labels(self._model, precision).observe(timeline.queue_seconds)
         self._first.labels(self._model, precision).observe(first)
         self._duration.labels(self._model, precision).observe(timeline.total_seconds)
+
+    def observe_shadow(self, precision: str, outcome: str) -> None:
+        self._shadowed.labels(self._model, precision, outcome).inc()
+
+    def observe_drift(self, precision: str, kl: Sequence[float], agreement: float) -> None:
+        """Of one replayed request: each token's divergence, and the share of the same top tokens."""
+        histogram = self._drift.labels(self._model, precision)
+        for value in kl:
+            histogram.observe(value)
+        self._agreement.labels(self._model, precision).observe(agreement)
 
     def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
         """``memory``: bytes by kind; zeros when it was unloaded."""

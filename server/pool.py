@@ -13,6 +13,7 @@ from typing import Literal
 
 import loaders
 from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec
+from loaders.layer_errors import hollow
 from server import memory
 from server.engine import Engine
 from server.errors import NotReady, ServiceError, Unavailable
@@ -95,6 +96,11 @@ class Pool:
         return list(self._states.values())
 
     @property
+    def able(self) -> frozenset[str]:
+        """The precisions that this host can run."""
+        return frozenset(state.name for state in self._states.values() if state.state != "unavailable")
+
+    @property
     def engines(self) -> list[Engine]:
         return [state.engine for state in self._states.values() if state.engine is not None]
 
@@ -154,6 +160,8 @@ class Pool:
             self._loads.pop(state.name, None)
         state.engine, state.state, state.load_seconds = engine, "loaded", model.load_seconds
         self._metrics.set_loaded(state.name, memory.by_kind(model), model.load_seconds)
+        if (warning := hollow(model)) is not None:
+            _log.warning("%s", warning)
         _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
         return engine
 

@@ -53,7 +53,7 @@ class Scheduler:
         chunks = []
         for sequence in self._running.values():
             if budget and sequence.remaining_prompt:
-                chunk = Chunk(sequence, min(budget, sequence.remaining_prompt))
+                chunk = Chunk(sequence, min(budget, sequence.remaining_prompt, sequence.chunk or budget))
                 chunks.append(chunk)
                 budget -= chunk.count
         return chunks

@@ -16,6 +16,7 @@ from pydantic import (
 
 import loaders
 from server.errors import Invalid
+from server.setting_types import AUTO
 from server.settings import Settings
 
 MAX_STOP_LENGTH = 256
@@ -61,10 +62,39 @@ Stop = Annotated[
 ]
 
 
+_MOST_NAMES = 64  # with aliases and repeats
+
+
+def _names_or_all(value: Any) -> Any:
+    if value == "all":
+        return value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a list of names, or "all"')
+    if not 1 <= len(value) <= _MOST_NAMES:
+        raise ValueError(f"must name from 1 to {_MOST_NAMES}")
+    return value
+
+
+_Name = Annotated[str, Field(json_schema_extra={"enum": PRECISION_NAMES})]
+_Listed = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_NAMES)]
+_All = Annotated[str, Field(pattern="^all$")]
+NamesOrAll = Annotated[Any, BeforeValidator(_names_or_all, json_schema_input_type=_All | _Listed)]
+
+
 class Strict(BaseModel):
     """No conversions, no unknown fields, no infinities."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class AutoBounds(Strict):
+    """With precision ``auto``: what the chosen one must keep to, by the kept report."""
+
+    max_memory_bytes: int | None = Field(None, ge=1, description="weights and KV cache")
+    max_perplexity_increase: float | None = Field(None, ge=0, description="0.02 is two per cent of fp32's")
+    max_kl: float | None = Field(None, ge=0, description="mean divergence from fp32, nats a token")
+    min_tokens_per_second: float | None = Field(None, gt=0, description="decoded by one stream")
+    prefer: Literal["quality", "speed", "memory"] | None = None
 
 
 class Sampling(Strict):
@@ -119,7 +149,8 @@ class GenerateBody(Parameters):
     """``POST /generate``; the parameters may also stand inside ``parameters``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
-    precision: Any = Field(None, examples=["int8"], json_schema_extra={"enum": PRECISION_NAMES})
+    precision: Any = Field(None, examples=["int8"], json_schema_extra={"enum": [*PRECISION_NAMES, AUTO]})
+    auto: AutoBounds | None = None
     stream: bool | None = None
     fallback: bool | None = None
 
@@ -162,7 +193,8 @@ class OpenAIBody(Strict):
     presence_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = None
     user: str | None = None
-    precision: Any = Field(None, json_schema_extra={"enum": PRECISION_NAMES})
+    precision: Any = Field(None, json_schema_extra={"enum": [*PRECISION_NAMES, AUTO]})
+    auto: AutoBounds | None = None
     fallback: bool | None = None
     ignore_eos: bool | None = None
 

@@ -123,6 +123,8 @@ class Sequence:
     observe: Callable[[Any], None] | None = None
     """Told, on the worker's thread, the (tokens, vocabulary) logits of each stretch of the prompt, in order.
     They are valid during the call; what it raises ends the sequence."""
+    chunk: int | None = None
+    """Most tokens of its prompt computed in a step, for work that must delay nobody; None: as usual."""
     timeline: Timeline = field(default_factory=Timeline)
     bias: Any = field(default=None, init=False, repr=False)
     """The sampler's note of ``logit_bias`` in the form that it needs."""

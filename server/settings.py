@@ -1,80 +1,30 @@
 """Every setting, declared once. A command-line flag beats an environment variable beats the default."""
 
-import re
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
+from pydantic import AliasChoices, BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-import loaders
 from loaders.base import Checkpoint, ModelSpec, default_device
+from server.setting_types import (
+    AUTO,
+    Bytes,
+    Endpoint,
+    Precision,
+    PrecisionOrAuto,
+    Precisions,
+    option,
+    parse_names,
+)
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32", "int8", "nf4")
 _BUSY_CHUNK_ON_CPU = 16  # doubles the time of a step of eight rows, about
 
 
-def parse_bytes(value: Any) -> Any:
-    """``"12GiB"``, ``"500 MB"`` or a plain number → bytes."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{value!r} is not a size such as 2000000, 500MB or 12GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def parse_names(value: Any) -> Any:
-    """``"fp32, int8"`` → ``("fp32", "int8")``."""
-    if isinstance(value, str):
-        return tuple(name.strip() for name in value.split(",") if name.strip())
-    return value
-
-
-def known_precision(value: Any) -> Any:
-    """A canonical precision name for any of its aliases; an error that lists the choices otherwise."""
-    try:
-        return loaders.canonical(value)
-    except loaders.LoaderError as error:
-        raise ValueError(str(error)) from None
-
-
-def parse_endpoint(value: Any) -> Any:
-    """A collector's address; without a path it gets the one that OTLP prescribes for traces."""
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except (TypeError, ValueError, AttributeError):
-        usable = False
-    if not usable:
-        raise ValueError("it must be an address such as http://collector:4318")
-    return value if parts.path.strip("/") else parts._replace(path="/v1/traces").geturl()
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Precision = Annotated[str, BeforeValidator(known_precision)]
-Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names)]
-Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
-
-
-def option(
-    default: Any, group: str, metavar: str | None, text: str, *, unset: str | None = None, **rules: Any
-) -> Any:
-    """A setting and what ``--help`` shows of it.
-
-    Args:
-        group: the heading it stands under.
-        metavar: what its value is called; None for a switch.
-        unset: what is done where the default is None.
-        rules: further arguments of ``pydantic.Field``.
-    """
-    shown: dict[str, Any] = {"group": group, "metavar": metavar, "unset": unset}
-    return Field(default, description=text, json_schema_extra=shown, **rules)
-
-
 _MODEL, _QUANTIZATION, _GPU, _LOADING = "model", "quantization", "on a GPU", "loading"
-_NETWORK, _REQUESTS, _OPERATION = "network", "requests", "operation"
+_SHADOW = "shadow"
+_CHOOSING, _NETWORK, _REQUESTS, _OPERATION = "precision auto", "network", "requests", "operation"
 
 
 class ModelSettings(BaseSettings):
@@ -176,6 +126,10 @@ class PrecisionSettings(ModelSettings):
 class Settings(PrecisionSettings):
     """How to serve one model."""
 
+    precision: PrecisionOrAuto = option(
+        "fp32", _MODEL, "NAME", "the precision used where none is asked for; auto chooses by the report"
+    )
+
     precisions: Precisions | None = option(
         None,
         _LOADING,
@@ -199,6 +153,40 @@ class Settings(PrecisionSettings):
         unset="never",
         gt=0,
     )
+
+    auto_max_memory: Bytes | None = option(
+        None, _CHOOSING, "BYTES", "most weights and KV cache, such as 500MB", unset="no bound", ge=1
+    )
+    auto_max_perplexity_increase: float | None = option(
+        None,
+        _CHOOSING,
+        "SHARE",
+        "most that perplexity may rise above fp32's: 0.02 is two per cent",
+        unset="0.02 while no quality is bounded",
+        ge=0,
+    )
+    auto_max_kl: float | None = option(
+        None, _CHOOSING, "NATS", "largest mean divergence from fp32 a token", unset="no bound", ge=0
+    )
+    auto_min_tokens_per_second: float | None = option(
+        None, _CHOOSING, "N", "slowest decoding of one stream", unset="no bound", gt=0
+    )
+    auto_prefer: Literal["quality", "speed", "memory"] | None = option(
+        None,
+        _CHOOSING,
+        "quality|speed|memory",
+        "by what to choose within the bounds",
+        unset="the balance of size and speed",
+    )
+
+    shadow_precision: Precision | None = option(
+        None,
+        _SHADOW,
+        "NAME",
+        "replay some requests through this one while nothing else runs, and count how far they are from it",
+        unset="none is replayed",
+    )
+    shadow_fraction: float = option(0.01, _SHADOW, "SHARE", "of finished requests, from 0 to 1", ge=0, le=1)
 
     host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")
     port: int = option(8080, _NETWORK, "N", "port to listen on; 0 takes a free one", ge=0, le=65535)
@@ -268,13 +256,16 @@ class Settings(PrecisionSettings):
     def first_precisions(self) -> tuple[str, ...]:
         """Loaded at start, the default first."""
         usual = _FIRST_ON_CPU if self.resolved_device() == "cpu" else _FIRST_ON_CUDA
-        return tuple(
-            dict.fromkeys((self.precision, *(usual if self.precisions is None else self.precisions)))
-        )
+        return self._named(usual if self.precisions is None else self.precisions)
 
     def required_precisions(self) -> tuple[str, ...]:
         """Those that must be there: the default, and what was asked for by name."""
-        return tuple(dict.fromkeys((self.precision, *(self.precisions or ()))))
+        return self._named(self.precisions or ())
+
+    def _named(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The default, these and the shadow's, each once; what ``auto`` stands for is not known here."""
+        shadow = () if self.shadow_precision is None else (self.shadow_precision,)
+        return tuple(name for name in dict.fromkeys((self.precision, *names, *shadow)) if name != AUTO)
 
     def busy_chunk(self) -> int:
         """Prompt tokens of a step that decodes, too. On a GPU as many as ever: they hardly delay it."""

@@ -34,6 +34,14 @@ def process_logging() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache with nothing in it."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="module", params=kernels.runnable())
 def library(request: pytest.FixtureRequest) -> kernels.Library:
     """Every library that this CPU can run, not the best alone."""

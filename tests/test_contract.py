@@ -1,6 +1,7 @@
 """The interface against its own description: what /openapi.json allows, forbids and promises."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.testclient import TestClient
 from server.description import EXAMPLES, TAGS
 from tests.conftest import Loads, serving
 from tests.fakes import fake_checkpoint
+from tests.test_report_route import keep_report
 
 CHECKS = [
     not_a_server_error,
@@ -38,12 +40,18 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from server.settings import Settings
 
     folder = tmp_path_factory.mktemp("fake")
+    made_at_once = [sys.executable, "-c", 'print(\'{"kept": ""}\')']
     app = create_app(
         Settings(precisions="fp32", device="cpu"),
         open_checkpoint=lambda *_: fake_checkpoint(folder),
         load=Loads(),
     )
-    with serving(app) as address:
+    with pytest.MonkeyPatch.context() as patch, serving(app) as address:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr("server.reports.start_command", lambda *_: made_at_once)
+        keep_report(app.state.reports)
+        report = app.state.reports.latest()
+        patch.setattr(app.state.reports, "latest", lambda: report)  # every test has a cache of its own
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 

@@ -12,13 +12,14 @@ import loaders
 from loaders import checkpoint
 from loaders.base import Availability, ModelNotFound
 from server.__main__ import COMMANDS, main
-from server.commands import bench, compare, generate, precisions, quality, serve
+from server.commands import bench, compare, generate, precisions, quality, report, serve
 
 OPTIONS: dict[str, type[BaseSettings]] = {
     "serve": serve.Options,
     "generate": generate.Options,
     "precisions": precisions.Options,
     "compare": compare.Options,
+    "report": report.Options,
     "quality": quality.Options,
     "bench": bench.Options,
 }

@@ -30,6 +30,9 @@ TYPES = {
     "requests_waiting": "gauge",
     "memory_bytes": "gauge",
     "load_seconds": "gauge",
+    "shadow_requests": "counter",
+    "shadow_kl": "histogram",
+    "shadow_agreement": "histogram",
 }
 LATENCIES = ["request_duration_seconds", "queue_duration_seconds", "time_to_first_token_seconds"]
 
@@ -72,7 +75,7 @@ def test_every_family_has_its_type_and_labels(client: TestClient) -> None:
     client.post("/generate", json={"inputs": "abc", "max_new_tokens": 3})
     families = scrape(client).families
     assert {name.removeprefix("bitdial_"): family.type for name, family in families.items()} == TYPES
-    extra = {"requests": {"outcome"}, "memory_bytes": {"kind"}}
+    extra = {"requests": {"outcome"}, "shadow_requests": {"outcome"}, "memory_bytes": {"kind"}}
     for name, family in families.items():
         assert family.documentation
         for sample in family.samples:

@@ -19,12 +19,14 @@ SHAPE: dict[str, Any] = {
     "host": {"device", "device_name", "cpu_threads", "memory"},
     "uptime_seconds": None,
     "queue": {"running", "waiting", "in_flight", "capacity"},
+    "report": {"finished", "note", "recommendation", "precisions"},
+    "shadow": None,
     "precisions": set(loaders.PRECISIONS),
 }
 MEMORY = {"process_rss_bytes", "total_bytes", "available_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes",
           "gpu_peak_bytes", "gpu_total_bytes"}  # fmt: skip
 PRECISION = {"state", "reason", "memory", "layers", "load_seconds", "latency", "throughput",
-             "speed_ratio_to_fp32", "note"}  # fmt: skip
+             "speed_ratio_to_fp32", "note", "warning"}  # fmt: skip
 BYTES = {"weights_bytes", "by_dtype", "quantization_state_bytes", "kv_cache_bytes", "working_bytes",
          "total_bytes", "transformers_footprint_bytes", "bits_per_weight", "ratio_to_fp32"}  # fmt: skip
 
@@ -38,7 +40,7 @@ def stats(client: TestClient, **query: str) -> Any:
 def test_the_shape(client: TestClient) -> None:
     told = stats(client)
     assert set(told) == set(SHAPE)
-    for key in ("model", "host", "queue", "precisions"):
+    for key in ("model", "host", "queue", "report", "precisions"):
         assert set(told[key]) == SHAPE[key]
     assert set(told["host"]["memory"]) == MEMORY
     for name, one in told["precisions"].items():

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, SecretStr
 
 import loaders
 from server.commands.options import Output, json_option, precisions_option
-from server.settings import ModelSettings, Precisions, option
+from server.setting_types import Precisions, option
+from server.settings import ModelSettings
 
 OWN_SERVER = "a server of its own"
 _PRIVATE = {"model_id", "json_file", "plot", "peers_venv", "http_key"}

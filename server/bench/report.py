@@ -45,19 +45,19 @@ class Report:
 
     def line(self) -> str:
         """All of it in one line of JSON."""
-        return json.dumps(_plain(self.document()), separators=(",", ":"), allow_nan=False)
+        return json.dumps(plain(self.document()), separators=(",", ":"), allow_nan=False)
 
     def text(self) -> str:
         """The same for people to read."""
-        return json.dumps(_plain(self.document()), indent=1, allow_nan=False)
+        return json.dumps(plain(self.document()), indent=1, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same with None for what is no number: JSON knows no NaN."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -22,7 +22,7 @@ from server.comparison import Compared, Comparison, Wish
 from server.comparison_table import HEADINGS, cells, figures
 from server.engine import Engine
 from server.errors import ServiceError
-from server.settings import Precision, Precisions, option
+from server.setting_types import Precision, Precisions, option
 from server.text import TextCodec
 
 _WHAT, _MORE = "what is compared", "more"

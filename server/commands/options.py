@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices
 
-from server.settings import option
+from server.setting_types import option
 
 
 class NotSaved(Exception):

@@ -3,19 +3,30 @@
 from collections.abc import Sequence
 
 import loaders
-from loaders.base import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, parse
+from loaders.base import Checkpoint, LoaderError, ModelSpec
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
+from server.commands.quality_table import layer_lines
+from server.setting_types import Precisions, option
 from server.settings import ModelSettings
 
 
 class Options(ModelSettings):
     """List every precision: can this host run it, why not, and what its weights take."""
 
+    layers: Precisions | None = option(
+        None,
+        "more",
+        "NAMES",
+        "load these, by comma, and prove layer by layer what they have quantized",
+        unset="none is loaded",
+    )
+
 
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "precisions", arguments)
+        require(options.layers or (), options.resolved_device())
         from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
 
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
@@ -26,6 +37,17 @@ def main(arguments: Sequence[str]) -> int:
         complain("precisions", error)
         return FAILED
     spec = options.spec(checkpoint, slots=1)
+    _list(checkpoint, spec)
+    try:
+        for name in options.layers or ():
+            _prove(name, spec)
+    except LoaderError as error:
+        complain("precisions", error)
+        return FAILED
+    return 0
+
+
+def _list(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     device = spec.device
     print(
         f"{checkpoint.model_id} ({checkpoint.architecture}) on {device}; weights before loading, estimated\n"
@@ -38,7 +60,25 @@ def main(arguments: Sequence[str]) -> int:
         mend = f"; mend it with: {able.install}" if able.install else ""
         here = "yes" if able.ok else f"no: {able.reason}{mend}"
         print(f"{name:<14}{size:>12}  {_aliases(name):<{wide}}  {here}")
-    return 0
+
+
+def _prove(name: str, spec: ModelSpec) -> None:
+    from loaders.layer_errors import layer_errors
+
+    bars = ProgressBars(name)
+    try:
+        model = loaders.load(name, spec, bars)
+        report = layer_errors(model, spec, bars)
+    finally:
+        bars.close()
+    print()
+    if report is None:
+        print(f"{name}: what computes it can't be looked into")
+    else:
+        print("\n".join(layer_lines(report)))
+        if report.warning is not None:
+            print(f"\nWARNING: {report.warning}")
+    model.close()
 
 
 def _aliases(name: str) -> str:

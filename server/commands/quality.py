@@ -17,7 +17,8 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import layer_lines, quality_lines
-from server.settings import ModelSettings, Precisions, option
+from server.setting_types import Precisions, option
+from server.settings import ModelSettings
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport

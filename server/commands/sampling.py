@@ -4,7 +4,8 @@ from typing import Any
 
 from server.commands import UsageError
 from server.sequence import SamplingParams
-from server.settings import ModelSettings, option
+from server.setting_types import option
+from server.settings import ModelSettings
 from server.text import TextCodec
 
 _GENERATION = "generation"

@@ -11,7 +11,9 @@ from typing import Any
 from loaders.base import Checkpoint, LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
+from server.errors import ServiceError
 from server.logs import set_up_logging
+from server.setting_types import AUTO
 from server.settings import Settings
 
 _INSTALL_OTLP = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
         load_tokenizer(checkpoint)
-        _require_room(options, checkpoint)
+        settings = _resolved(options, checkpoint)
+        _require_room(settings, checkpoint)
     except UsageError as error:
         complain("serve", error)
         return USAGE
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return checkpoint
 
     def listening(port: int) -> None:
-        _announce(options, port)
+        _announce(settings, port)
         if sys.stderr.isatty():
             app.state.bars = asyncio.create_task(show_loading(app.state.pool.states))
 
@@ -70,6 +73,23 @@ def _require_tracing(options: Settings) -> None:
         import_module("server.tracing")
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
+
+
+def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:
+    """With the name of a precision in the place of ``auto``."""
+    if options.precision != AUTO:
+        return options
+    from server.automatic import resolved
+    from server.reports import Reports
+
+    reports = Reports(options, checkpoint)
+    asyncio.run(reports.find_subject())
+    try:
+        settings, choice = resolved(options, reports)
+    except ServiceError as error:
+        raise UsageError(f"--precision (or PRECISION) auto: {error.message}") from None
+    print(f"auto: {choice.reason if choice else settings.precision}", flush=True)
+    return settings
 
 
 def _require_room(options: Settings, checkpoint: Checkpoint) -> None:

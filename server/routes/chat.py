@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.generation import Continuation, Conversation, GenerationRequest
-from server.intake import make_request
+from server.intake import Asked, make_request
 from server.openai_format import chat_logprobs, finish, usage
 from server.replies import EventStream, event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all
+from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
 from server.schemas import ChatBody
 from server.text import TextCodec
 
@@ -27,7 +27,7 @@ class Chat:
 
     request: Request
     body: ChatBody
-    precision: str | None
+    asked: Asked
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -48,7 +48,7 @@ class Chat:
             make_request(
                 prompt,
                 wishes,
-                precision=self.precision,
+                asked=self.asked,
                 fallback=body.fallback,
                 seed=(first + i) % SEEDS,
                 logprobs=bool(body.logprobs),
@@ -79,9 +79,7 @@ class Chat:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "precision": one.precision,
-            "precision_requested": one.precision_requested,
-            "fallback_reason": one.fallback_reason,
+            **served(one),
         }
 
     async def _stream(self) -> Response:

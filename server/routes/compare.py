@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,34 +20,19 @@ from server.intake import known_precision, make_request, merge_parameters
 from server.pool import Pool
 from server.replies import until_disconnect
 from server.routes.shared import body_of
-from server.schemas import PRECISION_NAMES, Sampling, validate
+from server.schemas import PRECISION_NAMES, NamesOrAll, Sampling, validate
 
 router = APIRouter(tags=["comparing"])
 _ALL = "all"
-_MOST_NAMES = 64  # with aliases and repeats
-
-
-def _names(value: Any) -> Any:
-    if value is None or value == _ALL:
-        return value
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError('must be a list of names, or "all"')
-    if not 1 <= len(value) <= _MOST_NAMES:
-        raise ValueError(f"must name from 1 to {_MOST_NAMES}")
-    return value
-
-
-_Name = Annotated[str, Field(json_schema_extra={"enum": PRECISION_NAMES})]
-_Listed = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_NAMES)]
 
 
 class CompareBody(Sampling):
     """``POST /compare``; the sampling parameters may also stand inside ``parameters``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
-    precisions: Annotated[
-        Any, BeforeValidator(_names, json_schema_input_type=Annotated[str, Field(pattern="^all$")] | _Listed)
-    ] = Field(None, description="those loaded now, if it is left out", examples=[["fp32", "nf4"]])
+    precisions: NamesOrAll = Field(
+        None, description="those loaded now, if it is left out", examples=[["fp32", "nf4"]]
+    )
     reference: str = Field("fp32", json_schema_extra={"enum": PRECISION_NAMES})
 
 
@@ -110,7 +95,7 @@ def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str
 
 
 async def _wish(state: State, body: CompareBody) -> Wish:
-    request = make_request(body.inputs, body, precision=None, fallback=None, seed=body.seed)
+    request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     ids = await state.service.encode(request)
     most = longest_prompt(state.checkpoint.vocabulary)
     if len(ids) > most:

@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from server.errors import Invalid
 from server.generation import Continuation, GenerationRequest, Piece
-from server.intake import make_request
+from server.intake import Asked, make_request
 from server.openai_format import CompletionLogprobs, finish, joined, usage
 from server.replies import EventStream, event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all
+from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
 from server.schemas import CompletionBody
 from server.settings import Settings
 from server.text import TextCodec
@@ -67,7 +67,7 @@ class Completion:
 
     request: Request
     body: CompletionBody
-    precision: str | None
+    asked: Asked
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -95,7 +95,7 @@ class Completion:
             make_request(
                 prompt,
                 wishes,
-                precision=self.precision,
+                asked=self.asked,
                 fallback=self.body.fallback,
                 seed=(first + i) % SEEDS,
                 logprobs=self.body.logprobs is not None or self.each > self.n,
@@ -129,9 +129,7 @@ class Completion:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "precision": one.precision,
-            "precision_requested": one.precision_requested,
-            "fallback_reason": one.fallback_reason,
+            **served(one),
         }
 
     def _choice(self, index: int, done: Continuation) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
 from server.generation import Continuation, GenerationRequest, Piece
-from server.intake import choose_precision, make_request, merge_parameters
+from server.intake import Asked, choose_precision, make_request, merge_parameters, settle
 from server.replies import EventStream, event
 from server.routes.shared import (
     SEEDS,
@@ -22,6 +22,7 @@ from server.routes.shared import (
     opening_headers,
     precision_parameters,
     run_all,
+    served,
     timings,
 )
 from server.schemas import GenerateBody, Parameters, validate
@@ -68,16 +69,17 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
     state = request.app.state
     precision = choose_precision(request, values)
     body = validate(GenerateBody, values, state.settings)
+    asked = settle(request, precision, body.auto)
     if stream or body.stream:
         body.check_stream()
-        return await _stream(request, body, precision)
-    done = await run_all(request, _wanted(body, precision))
+        return await _stream(request, body, asked)
+    done = await run_all(request, _wanted(body, asked))
     done.sort(key=_mean_logprob, reverse=True)
     reply = _reply(body, done, state.codec)
     return JSONResponse([reply] if listed else reply, headers=headers(done[0]))
 
 
-def _wanted(body: GenerateBody, precision: str | None) -> list[GenerationRequest]:
+def _wanted(body: GenerateBody, asked: Asked) -> list[GenerationRequest]:
     count = body.best_of or 1
     first = secrets.randbits(64) if body.seed is None else body.seed
     detailed = bool(body.details or body.decoder_input_details)
@@ -85,7 +87,7 @@ def _wanted(body: GenerateBody, precision: str | None) -> list[GenerationRequest
         make_request(
             body.inputs,
             body,
-            precision=precision,
+            asked=asked,
             fallback=body.fallback,
             seed=(first + i) % SEEDS,
             logprobs=detailed or count > 1 or bool(body.stream),
@@ -108,12 +110,10 @@ def _reply(body: GenerateBody, done: list[Continuation], codec: TextCodec) -> di
         details["best_of_sequences"] = others or None
     return {
         "generated_text": _text(body, best),
-        "precision": best.precision,
         "details": details,
         "usage": {"prompt_tokens": len(best.prompt_ids), "generated_tokens": len(best.pieces)},
         "timings": timings(best),
-        "precision_requested": best.precision_requested,
-        "fallback_reason": best.fallback_reason,
+        **served(best),
     }
 
 
@@ -167,10 +167,10 @@ def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
     ]
 
 
-async def _stream(request: Request, body: GenerateBody, precision: str | None) -> Response:
+async def _stream(request: Request, body: GenerateBody, asked: Asked) -> Response:
     state = request.app.state
     body.stream = True
-    opened = await open_all(request, _wanted(body, precision))
+    opened = await open_all(request, _wanted(body, asked))
     return EventStream(
         _events(body, opened[0], state.codec),
         partial(close_all, opened),
@@ -193,8 +193,6 @@ def _ending(body: GenerateBody, done: Continuation) -> dict[str, Any]:
     return {
         "generated_text": _text(body, done),
         "details": {**_summary(done), "input_length": len(done.prompt_ids)},
-        "precision": done.precision,
-        "precision_requested": done.precision_requested,
-        "fallback_reason": done.fallback_reason,
+        **served(done),
         "timings": timings(done),
     }

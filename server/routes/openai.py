@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
 from server.errors import BadPrecision, BadRequest, ModelUnknown
-from server.intake import choose_precision, known_precision, precision_of_model
+from server.intake import Asked, choose_precision, known_precision, precision_of_model, settle
 from server.routes.chat import Chat
 from server.routes.completions import Completion
 from server.routes.shared import body_of, precision_parameters
@@ -65,7 +65,7 @@ async def completions(request: Request) -> Response:
     """Continues one or several prompts."""
     values = await read_object(request)
     body = _validated(request, CompletionBody, values)
-    return await Completion(request, body, choose_precision(request, values, body.model)).answer()
+    return await Completion(request, body, _asked(request, values, body)).answer()
 
 
 @router.post("/v1/chat/completions", openapi_extra=precision_parameters(_CHAT))
@@ -78,7 +78,11 @@ async def chat(request: Request) -> Response:
     if not request.app.state.codec.has_chat_template:
         raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
     body = _validated(request, ChatBody, values)
-    return await Chat(request, body, choose_precision(request, values, body.model)).answer()
+    return await Chat(request, body, _asked(request, values, body)).answer()
+
+
+def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> Asked:
+    return settle(request, choose_precision(request, values, body.model), body.auto)
 
 
 def _validated(request: Request, model: type[Body], values: dict[str, Any]) -> Body:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from server.generation import Continuation, GenerationRequest
 from server.replies import cancelled, until_disconnect
 from server.schemas import PRECISION_NAMES
+from server.setting_types import AUTO
 
 SEEDS = 2**64
 
@@ -53,6 +54,18 @@ def timings(done: Continuation) -> dict[str, float]:
     }
 
 
+def served(done: Continuation) -> dict[str, Any]:
+    """What served it; where the server chose that, why."""
+    told: dict[str, Any] = {
+        "precision": done.precision,
+        "precision_requested": done.precision_requested,
+        "fallback_reason": done.fallback_reason,
+    }
+    if done.choice is not None:
+        told["auto"] = {"decided_by": list(done.choice.decided_by), "reason": done.choice.reason}
+    return told
+
+
 def headers(done: Continuation) -> dict[str, str]:
     """The figures of a finished request, in milliseconds."""
     timeline, count = done.timeline, len(done.pieces)
@@ -87,7 +100,7 @@ def body_of(model: type[BaseModel], **extra: Any) -> dict[str, Any]:
 
 def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[str, Any]:
     """``extra`` with the other places of a precision; ``named``: the path has a model's name."""
-    choice = {"type": "string", "enum": PRECISION_NAMES}
+    choice = {"type": "string", "enum": [*PRECISION_NAMES, AUTO]}
     parameters = [_parameter("query", "precision", choice), _parameter("header", "X-Precision", choice)]
     model = _parameter("path", "model", {"type": "string"})
     return {**extra, "parameters": [*parameters, *([model] if named else [])]}

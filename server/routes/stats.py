@@ -3,26 +3,39 @@
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from fastapi import APIRouter, Request, Response
+from pydantic import WithJsonSchema
 
 import loaders
 from loaders.base import LoadedModel, ReportingRunner
+from loaders.layer_errors import hollow
 from server import memory
+from server.errors import Invalid
 from server.metrics import CONTENT_TYPE, Metrics
 from server.pool import Pool, PrecisionState
+from server.report.markdown import advice_of
+from server.reports import Reports
 from server.routes.precisions import PrecisionName, known
 from server.version import VERSION
 
 router = APIRouter(tags=["looking"])
+Switch = Annotated[str, WithJsonSchema({"type": "string", "enum": ["true", "false"]})]
 _STARTED = time.monotonic()
 
 
 @router.get("/stats")
-async def stats(request: Request, precision: PrecisionName | None = None) -> dict[str, Any]:
-    """Memory counted from live tensors; latencies of requests that ran. ``?precision=`` narrows it."""
+async def stats(
+    request: Request, precision: PrecisionName | None = None, layers: Switch | None = None
+) -> dict[str, Any]:
+    """Memory counted from live tensors; latencies of requests that ran. ``?precision=`` narrows it.
+
+    ``?layers=true`` adds the proof of every loaded precision's quantization, layer by layer.
+    """
+    if layers not in (None, "true", "false"):
+        raise Invalid("layers is true or false", param="layers")
     state = request.app.state
     pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint
     names = loaders.PRECISIONS if precision is None else [known(precision)]
@@ -50,7 +63,38 @@ async def stats(request: Request, precision: PrecisionName | None = None) -> dic
             "in_flight": state.service.in_flight,
             "capacity": state.settings.max_concurrent_requests,
         },
-        "precisions": {name: _precision(pool, pool.state(name), metrics, reference) for name in names},
+        "report": _report(state.reports),
+        "shadow": state.shadow and state.shadow.figures(),
+        "precisions": {
+            name: _precision(pool, pool.state(name), metrics, reference)
+            | ({"proof": await state.proofs.of(name)} if layers == "true" else {})
+            for name in names
+        },
+    }
+
+
+def _report(reports: Reports) -> dict[str, Any]:
+    """The kept one in short, or how to make one."""
+    if (report := reports.latest()) is None:
+        return {"finished": None, "note": reports.how_to_make_one(), "recommendation": None, "precisions": {}}
+    advice = advice_of(report.document)
+    return {
+        "finished": report.document["finished"],
+        "note": " ".join(advice.sentences),
+        "recommendation": advice.precision,
+        "precisions": {
+            row.precision: {
+                "weights_bytes": row.weights_bytes,
+                "load_seconds": round(row.load_seconds, 3),
+                "ttft_ms": row.ttft_ms,
+                "tokens_per_second": dict(row.tokens_per_second),
+                "speed_ratio_to_fp32": row.speed_ratio,
+                "perplexity_ratio": row.perplexity_ratio,
+                "mean_kl": row.mean_kl,
+                "top1_agreement": row.top1_agreement,
+            }
+            for row in report.rows
+        },
     }
 
 
@@ -101,6 +145,7 @@ def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: i
         "throughput": metrics.throughput(state.name),
         "speed_ratio_to_fp32": ratio,
         "note": note,
+        "warning": hollow(model) if model else None,
     }
 
 
@@ -130,6 +175,7 @@ def _layers(model: LoadedModel) -> dict[str, Any]:
     footprint = model.footprint
     return {
         "quantized": len(footprint.quantized),
+        "quantized_share": round(footprint.quantized_share, 4),
         "quantized_names": list(footprint.quantized),
         "kept": [{"name": layer.name, "reason": layer.reason} for layer in footprint.kept],
     }

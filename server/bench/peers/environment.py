@@ -1,10 +1,10 @@
 """The peers' own virtual environment: made once, in the user's cache, so that ours stays as it is."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from server import cache
 from server.bench.errors import BenchError
 
 REQUIREMENTS = ["numpy>=2", "gguf>=0.19", "ctranslate2>=4.8", "llama-cpp-python>=0.3.36"]
@@ -13,8 +13,7 @@ _TRIAL = "import ctranslate2, gguf, llama_cpp, numpy"
 
 
 def default_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "bitdial" / "peers-venv"
+    return cache.folder("peers-venv")
 
 
 def ensure(folder: Path | None = None) -> Path:

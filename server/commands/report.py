@@ -1,0 +1,136 @@
+"""``bitdial report``: every precision measured, and which one to run."""
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from loaders.base import LoaderError
+from loaders.quality import QualityError, text_file
+from loaders.quality.greedy import PROMPTS
+from server.bench.errors import BenchError
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.progress import ProgressBars
+from server.errors import ServiceError
+from server.report.plots import PlotsUnavailable
+from server.setting_types import Precisions, option, parse_names
+from server.settings import ModelSettings
+
+_WHAT, _HOW, _MORE = "what is measured", "how", "what is written"
+_ALL = "all"
+
+
+def _names_or_all(value: Any) -> Any:
+    names = parse_names(value)
+    return None if names in ((_ALL,), [_ALL]) else names
+
+
+class Options(ModelSettings):
+    """Measure every precision of a model on this host and say which one to run.
+
+    What was measured is kept: interrupted, it goes on where it was.
+    A server of the same model on this host shows it at /report and in
+    /stats, and chooses by it for precision "auto".
+    """
+
+    precisions: Annotated[Precisions | None, BeforeValidator(_names_or_all)] = option(
+        None, _WHAT, "NAMES", "by comma, beside fp32, or all", unset="all that this host can run"
+    )
+    text: Path | None = option(
+        None,
+        _WHAT,
+        "FILE",
+        "a text in UTF-8 that quality is measured on",
+        unset="documentation that the bundled model was not trained on",
+    )
+    quality: bool = option(True, _WHAT, None, "measure quality; without, sizes and speeds alone")
+    window: int | None = option(
+        None, _HOW, "N", "tokens computed in one pass over the text", unset="the model's context", ge=2
+    )
+    stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
+    prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
+    fresh: bool = option(False, _HOW, None, "measure anew what was measured before")
+    out: Path | None = option(
+        None, _MORE, "FOLDER", "Markdown, JSON, an HTML page and the plots", unset="only what is kept"
+    )
+    plots: bool = option(True, _MORE, None, "draw plots, which needs matplotlib")
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        options = parse(Options, "report", arguments)
+        require(("fp32", *(options.precisions or ())), options.resolved_device())
+        _report(options)
+    except UsageError as error:
+        complain("report", error)
+        return USAGE
+    except PlotsUnavailable as error:
+        complain("report", UsageError(f"{error}; or --no-plots"))
+        return USAGE
+    except (LoaderError, ServiceError, QualityError, BenchError) as error:
+        complain("report", error)
+        return FAILED
+    except OSError as error:
+        complain("report", UsageError(f"it can't be written: {error.strerror}"))
+        return FAILED
+    return 0
+
+
+def _report(options: Options) -> None:
+    from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+    from server.report import files, job
+
+    wishes = job.Wishes(
+        tuple(options.precisions or ()),
+        None if options.text is None else text_file(options.text),
+        options.quality,
+        options.plots,
+        options.fresh,
+        options.window,
+        options.stride,
+        options.prompts,
+    )
+    bars = _Bars()
+    try:
+        checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+        kept = job.make(options, checkpoint, wishes, bars)
+    finally:
+        bars.close()
+    _show(kept.document)
+    if options.out is not None:
+        written = files.write(kept.document, kept.folder, options.out)
+        print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+class _Bars:
+    """A bar for every stage of every step."""
+
+    def __init__(self) -> None:
+        self._title, self._bars = "", ProgressBars("")
+
+    def __call__(self, place: Any) -> None:
+        title = f"[{place.step}/{place.steps}] {place.precision}"
+        if title != self._title:
+            self.close()
+            self._title, self._bars = title, ProgressBars(title)
+        self._bars(place.stage, place.current, place.total)
+
+    def close(self) -> None:
+        self._bars.close()
+
+
+def _show(document: dict[str, Any]) -> None:
+    from server.commands.quality_table import table
+    from server.report.columns import columns, legend
+    from server.report.markdown import advice_of, facts
+    from server.report.rows import rows_of
+
+    print("\n".join(table(columns(document), rows_of(document))) + "\n")
+    print("\n".join(f"{term:<13}{meaning}" for term, meaning in legend(document)) + "\n")
+    width = min(shutil.get_terminal_size().columns, 110)
+    print("\n".join(textwrap.fill(fact, width, subsequent_indent="  ") for fact in facts(document)) + "\n")
+    for sentence in advice_of(document).sentences:
+        print(textwrap.fill(sentence, width, initial_indent="▸ ", subsequent_indent="  "))

@@ -1,0 +1,158 @@
+"""Which precision to run, in words that follow from the measured figures. No figure is made up here."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from server.report.rows import Row, dominates
+
+TOLERABLE = 0.02
+"""Share by which the perplexity may rise where nobody has said how much: hardly seen in a text."""
+_LEVEL = 0.02  # ratios nearer to 1 than this are called equal
+_REFERENCE = "fp32"
+Cost = Callable[[Row], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to run, and why.
+
+    Args:
+        precision: the one to choose if nothing else is known; None if nothing was measured.
+        sentences: the first says it; the others when to choose another, and what to beware of.
+    """
+
+    precision: str | None
+    sentences: tuple[str, ...]
+
+
+def balance(row: Row, reference: Row) -> float:
+    """How much smaller and faster than the reference, both alike: the geometric mean of the two ratios."""
+    return math.sqrt(reference.weights_bytes / row.weights_bytes * row.speed_ratio)
+
+
+def best_balanced(rows: Sequence[Row], reference: Row) -> Row:
+    """The best balance of size and speed among those whose quality is tolerable, or was not measured.
+
+    If none is tolerable, the one nearest to the reference.
+    """
+    unknown = all(row.mean_kl is None for row in rows)
+    eligible = [row for row in rows if unknown or (row.increase is not None and row.increase <= TOLERABLE)]
+    if not eligible:
+        return min(rows, key=lambda row: math.inf if row.mean_kl is None else row.mean_kl)
+    return max(eligible, key=lambda row: balance(row, reference))
+
+
+def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
+    """
+    Args:
+        rows: fp32 among them.
+        no_quality: why nothing is to be said about quality, if nothing is.
+    """
+    reference = next((row for row in rows if row.precision == _REFERENCE), None)
+    if reference is None:
+        return Advice(None, ("Nothing can be advised: fp32 was not measured.",))
+    if len(rows) == 1:
+        return Advice(_REFERENCE, ("Run fp32: nothing else was measured.",))
+    chosen = best_balanced(rows, reference)
+    first = f"Run {chosen.precision}: {described(chosen, reference)}."
+    if chosen is reference:
+        first = (
+            "Run fp32: no other precision is a better balance of size and speed at tolerable quality here."
+        )
+    others = [
+        *([] if no_quality is None else [f"Nothing is said here about quality: {no_quality}."]),
+        *_alternatives(rows, reference, chosen),
+        *_beware(rows, reference),
+    ]
+    return Advice(chosen.precision, (first, *others))
+
+
+def described(row: Row, reference: Row) -> str:
+    """``2.5 × smaller, perplexity +1.9 %, 1.4 × faster here``; of the weights, and of one row."""
+    parts = [_times(reference.weights_bytes / row.weights_bytes, "smaller", "larger")]
+    if row.increase is not None:
+        parts.append(perplexity(row))
+    parts.append(_times(row.speed_ratio, "faster", "slower") + " here")
+    return ", ".join(parts)
+
+
+def perplexity(row: Row) -> str:
+    assert row.increase is not None
+    return f"perplexity {_signed(100 * row.increase)} %"
+
+
+def _signed(percent: float) -> str:
+    """Two digits that count: +12, +1.9, +0.05; what is below 0.0005 is ±0."""
+    if abs(percent) < 0.0005:
+        return "±0"
+    shown = f"{percent:+.0f}" if abs(percent) >= 10 else f"{percent:+.2g}"
+    return shown.replace("-", "−")
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    if abs(ratio - 1) < _LEVEL:
+        return {"smaller": "as large", "faster": "as fast"}[more]
+    return f"{ratio:.1f} × {more}" if ratio >= 1 else f"{1 / ratio:.1f} × {less}"
+
+
+def _alternatives(rows: Sequence[Row], reference: Row, chosen: Row) -> list[str]:
+    """When another is the better choice; one sentence for each precision, whatever it is best at."""
+    wishes: list[tuple[str, Cost]] = [
+        ("memory is what is short", lambda row: (row.weights_bytes, row.mean_kl or 0.0)),
+        ("one stream must be fast", lambda row: (-row.speed_ratio,)),
+        ("many streams share the host", lambda row: (-row.batch_ratio,)),
+    ]
+    if all(row.mean_kl is not None for row in rows):
+        wishes.insert(0, ("nothing may be lost", _loss_then_size(rows)))
+    found: dict[str, list[str]] = {}
+    by_name = {row.precision: row for row in rows}
+    for wish, cost in wishes:
+        best = min(rows, key=cost)
+        if best is not chosen and cost(best) < cost(chosen):
+            found.setdefault(best.precision, []).append(wish)
+    return [
+        f"Choose {name} if {' or '.join(wishes)}: {_compared(by_name[name], reference)}."
+        for name, wishes in found.items()
+    ]
+
+
+def _compared(row: Row, reference: Row) -> str:
+    if row is reference:
+        return f"{row.weights_bytes / 1e6:,.1f} MB of weights, {row.speed:,.0f} tokens a second"
+    many = max(row.speed_ratios)
+    batch = f", {_times(row.batch_ratio, 'faster', 'slower')} at {many} streams" if many > 1 else ""
+    return described(row, reference) + batch
+
+
+def _loss_then_size(rows: Sequence[Row]) -> Cost:
+    """The smallest of those that can't be told from fp32: within two standard errors of its perplexity."""
+
+    def cost(row: Row) -> tuple[float, ...]:
+        assert row.increase is not None
+        error = row.perplexity_ratio_error or 0.0
+        lossless = row.precision == _REFERENCE or (
+            row.increase <= 2 * error and (row.top1_agreement or 0) >= _SAME
+        )
+        return (row.weights_bytes if lossless else math.inf,)
+
+    return cost
+
+
+_SAME = 0.99  # of the most probable tokens, for "nothing lost"
+
+
+def _beware(rows: Sequence[Row], reference: Row) -> list[str]:
+    found = []
+    for row in rows:
+        better = [other for other in rows if dominates(other, row)]
+        if row.warning is not None:
+            found.append(f"Beware: {row.warning}.")
+        if row is not reference and row.speed_ratio < 1 - _LEVEL:
+            found.append(f"{row.precision} is slower than fp32 here: {row.speed_ratio:.2f} × its speed.")
+        if better:
+            best = min(better, key=lambda other: other.weights_bytes)
+            found.append(
+                f"{best.precision} is as good as {row.precision} or better in every respect measured."
+            )
+    return found

@@ -1,0 +1,167 @@
+"""Which precision a request gets that leaves it to the server: by bounds, among measured ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from server.report.advice import TOLERABLE, best_balanced
+from server.report.rows import Row
+
+Preference = Literal["quality", "speed", "memory"]
+_REFERENCE = "fp32"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a precision must keep to, by its measured figures; None: anything goes.
+
+    Args:
+        max_memory_bytes: weights and KV cache as the report has them.
+        max_perplexity_increase: as a share of fp32's: 0.02 is two per cent.
+        max_kl: mean divergence from fp32, nats a token.
+        min_tokens_per_second: decoded by one row alone.
+        prefer: what to choose by among those that fit; the balance of size and speed if None.
+    """
+
+    max_memory_bytes: int | None = None
+    max_perplexity_increase: float | None = None
+    max_kl: float | None = None
+    min_tokens_per_second: float | None = None
+    prefer: Preference | None = None
+
+    def given(self) -> dict[str, float]:
+        """Those that are set, without the preference."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "prefer"}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Args:
+        decided_by: the bounds without which another had been chosen; if none, ``prefer`` or ``balance``.
+        reason: the same in words.
+    """
+
+    precision: str
+    decided_by: tuple[str, ...]
+    reason: str
+
+
+class NoneFits(Exception):
+    """No precision keeps to the bounds; the message names the one that comes nearest."""
+
+
+_OF: Mapping[str, Callable[[Row], float | None]] = {
+    "max_memory_bytes": lambda row: row.memory_bytes,
+    "max_perplexity_increase": lambda row: row.increase,
+    "max_kl": lambda row: row.mean_kl,
+    "min_tokens_per_second": lambda row: row.speed,
+}
+_SHOWN: Mapping[str, Callable[[float], str]] = {
+    "max_memory_bytes": lambda value: f"{value:,.0f} bytes",
+    "max_perplexity_increase": lambda value: f"perplexity {100 * value:+.2f} %".replace("-", "−"),
+    "max_kl": lambda value: f"mean KL {value:.2e}",
+    "min_tokens_per_second": lambda value: f"{value:,.1f} tokens a second",
+}
+_QUALITY = ("max_perplexity_increase", "max_kl")
+
+
+def choose(rows: Sequence[Row], bounds: Bounds) -> Choice:
+    """
+    Args:
+        rows: the candidates that can run, fp32 perhaps not among them.
+
+    Raises:
+        NoneFits: there are no candidates, or none that keeps to the bounds.
+    """
+    if not rows:
+        raise NoneFits("none of the measured precisions can run here")
+    chosen = _best(rows, bounds)
+    if chosen is None:
+        raise NoneFits(_refusal(rows, bounds))
+    decided = _deciding(rows, bounds, chosen)
+    return Choice(chosen.precision, decided, _reason(rows, bounds, chosen, decided))
+
+
+def _best(rows: Sequence[Row], bounds: Bounds) -> Row | None:
+    fitting = [row for row in rows if not broken(row, bounds)]
+    if not fitting:
+        return None
+    if bounds.prefer == "memory":
+        return min(fitting, key=lambda row: row.weights_bytes)
+    if bounds.prefer == "speed":
+        return max(fitting, key=lambda row: row.speed_ratio)
+    known = [row for row in fitting if row.mean_kl is not None]
+    if bounds.prefer == "quality" and known:
+        return min(known, key=lambda row: (row.mean_kl or 0.0, row.weights_bytes))
+    if bounds.prefer == "quality":  # nothing is known of it: the widest is the nearest to the original
+        return max(fitting, key=lambda row: row.bits_per_weight)
+    if any(name in bounds.given() for name in _QUALITY):  # what is tolerable has been said
+        fitting = [replace(row, perplexity_ratio=1.0) for row in fitting]
+    chosen = best_balanced(fitting, _scale(rows))
+    return next(row for row in rows if row.precision == chosen.precision)
+
+
+def _scale(rows: Sequence[Row]) -> Row:
+    """What sizes and speeds are divided by; which of them matters to no order."""
+    return next((row for row in rows if row.precision == _REFERENCE), rows[0])
+
+
+def broken(row: Row, bounds: Bounds) -> dict[str, float]:
+    """The bounds that it doesn't keep, and by which share each is missed; infinite where not measured."""
+    found = {}
+    for name, limit in bounds.given().items():
+        value = _OF[name](row)
+        if value is None:
+            found[name] = float("inf")
+        elif name.startswith("max_") and value > limit:
+            found[name] = (value - limit) / max(abs(limit), 1e-9)
+        elif name.startswith("min_") and value < limit:
+            found[name] = (limit - value) / limit
+    return found
+
+
+def _deciding(rows: Sequence[Row], bounds: Bounds, chosen: Row) -> tuple[str, ...]:
+    """The bounds that, left out alone, change the choice; if none does, those that the favourite breaks."""
+    alone = [name for name in bounds.given() if _best(rows, replace(bounds, **{name: None})) is not chosen]
+    if alone:
+        return tuple(alone)
+    favourite = _best(rows, Bounds(prefer=bounds.prefer))
+    if favourite is not None and favourite is not chosen:
+        return tuple(broken(favourite, bounds)) or tuple(bounds.given())
+    return ("prefer",) if bounds.prefer else ("balance",)
+
+
+def _reason(rows: Sequence[Row], bounds: Bounds, chosen: Row, decided: tuple[str, ...]) -> str:
+    wish = {
+        "quality": "nearest to fp32",
+        "speed": "fastest",
+        "memory": "smallest",
+        None: "best balance of size and speed",
+    }[bounds.prefer]
+    limits = [name for name in decided if name in _OF]
+    if not limits:
+        tolerable = f" that costs at most {TOLERABLE:.0%} of perplexity" if decided == ("balance",) else ""
+        return f"{chosen.precision} is the {wish}{tolerable} of the {len(rows)} measured here"
+    kept = " and ".join(
+        f"{name} {bounds.given()[name]} (it has {_SHOWN[name](_OF[name](chosen) or 0.0)})" for name in limits
+    )
+    return f"{chosen.precision} is the {wish} within {kept}"
+
+
+def _refusal(rows: Sequence[Row], bounds: Bounds) -> str:
+    asked = " and ".join(f"{name} {value}" for name, value in bounds.given().items())
+    judged = [row for row in rows if float("inf") not in broken(row, bounds).values()]
+    if not judged:
+        return f"quality was not measured, so that no precision can be chosen by {asked}"
+    nearest = min(judged, key=lambda row: (len(broken(row, bounds)), sum(broken(row, bounds).values())))
+    missed = " and ".join(_missed(name, nearest, bounds) for name in broken(nearest, bounds))
+    return f"no precision keeps to {asked}; the nearest is {nearest.precision}, with {missed}"
+
+
+def _missed(name: str, row: Row, bounds: Bounds) -> str:
+    value = _OF[name](row)
+    assert value is not None
+    return f"{_SHOWN[name](value)} (asked for: {_SHOWN[name](bounds.given()[name])})"

@@ -1,0 +1,153 @@
+"""A report's document as rows that can be compared: a precision each, and which of them are worth having."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+_REFERENCE = "fp32"
+_CHANCE = 0.5  # of the vocabulary: a perplexity above it is that of guessing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision. What was not measured is None.
+
+    Args:
+        disk_bytes: of the checkpoint that it is made from while loading.
+        weights_bytes: of its tensors, scales included.
+        memory_bytes: weights and the KV cache.
+        load_seconds: from the checkpoint to a model that can run.
+        tokens_per_second: decoded, by rows decoded together.
+        speed_ratios: to fp32's, the same way; measured in turn with it, so that they compare precisions
+            better than their rates do, which were taken at different times.
+        ttft_ms: time to first token, one row, after a prompt as the document says.
+        perplexity_ratio, perplexity_ratio_error: to fp32's, and its standard error.
+        warning: loudly to be said: "quantized", and hardly is.
+    """
+
+    precision: str
+    disk_bytes: int
+    weights_bytes: int
+    memory_bytes: int
+    bits_per_weight: float
+    load_seconds: float
+    tokens_per_second: Mapping[int, float]
+    speed_ratios: Mapping[int, float]
+    ttft_ms: float | None = None
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_error: float | None = None
+    mean_kl: float | None = None
+    p99_kl: float | None = None
+    top1_agreement: float | None = None
+    warning: str | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of one row."""
+        return self.tokens_per_second[1]
+
+    @property
+    def speed_ratio(self) -> float:
+        """Of one row, to fp32's."""
+        return self.speed_ratios[1]
+
+    @property
+    def batch_ratio(self) -> float:
+        """Of the most rows that were measured."""
+        return self.speed_ratios[max(self.speed_ratios)]
+
+    @property
+    def increase(self) -> float | None:
+        """Of the perplexity, as a share of fp32's."""
+        return None if self.perplexity_ratio is None else self.perplexity_ratio - 1
+
+
+def rows_of(document: Mapping[str, Any]) -> list[Row]:
+    """Those whose bytes and speed are known, fp32 first, then by weights, the largest first."""
+    measured = {
+        name: steps for name, steps in document["precisions"].items() if {"loading", "speed"} <= steps.keys()
+    }
+    rows = [_row(name, steps) for name, steps in measured.items()]
+    if not quality_means_something(document):
+        rows = [_without_quality(row) for row in rows]
+    return sorted(rows, key=lambda row: (row.precision != _REFERENCE, -row.weights_bytes, row.precision))
+
+
+def _row(name: str, steps: Mapping[str, Any]) -> Row:
+    loading, quality = steps["loading"], steps.get("quality") or {}
+    proof, batches = loading["proof"] or {}, steps["speed"]["batches"]
+    return Row(
+        name,
+        loading["disk_bytes"],
+        loading["weights_bytes"],
+        loading["weights_bytes"] + loading["kv_cache_bytes"],
+        loading["bits_per_weight"],
+        loading["load_seconds"],
+        {int(rows): figures["decode_tokens_per_second"] for rows, figures in batches.items()},
+        {int(rows): figures["ratio_to_fp32"] for rows, figures in batches.items()},
+        batches["1"]["ttft_ms"],
+        quality.get("perplexity"),
+        quality.get("perplexity_ratio"),
+        quality.get("perplexity_ratio_error"),
+        quality.get("mean_kl"),
+        quality.get("p99_kl"),
+        quality.get("top1_agreement"),
+        proof.get("warning"),
+    )
+
+
+def _without_quality(row: Row) -> Row:
+    names = (
+        "perplexity",
+        "perplexity_ratio",
+        "perplexity_ratio_error",
+        "mean_kl",
+        "p99_kl",
+        "top1_agreement",
+    )
+    return replace(row, **dict.fromkeys(names))  # type: ignore[arg-type]
+
+
+def quality_means_something(document: Mapping[str, Any]) -> bool:
+    """Whether quality was measured, of a model that predicts the text better than chance does."""
+    return why_no_quality(document) is None
+
+
+def why_no_quality(document: Mapping[str, Any]) -> str | None:
+    """Why nothing is said about quality, if nothing is.
+
+    Weights drawn at random give every token about the same probability, one over the vocabulary.
+    """
+    perplexity = ((document["precisions"].get(_REFERENCE) or {}).get("quality") or {}).get("perplexity")
+    vocabulary = document["model"]["vocabulary"]
+    if perplexity is None:
+        return "it was not measured"
+    if perplexity < _CHANCE * vocabulary:
+        return None
+    return (
+        f"the model predicts this text no better than chance (perplexity {perplexity:,.0f} a token, of a "
+        f"vocabulary of {vocabulary:,}), as weights drawn at random do; how near another precision comes to "
+        "guessing says nothing about a trained model"
+    )
+
+
+def front(rows: Sequence[Row]) -> frozenset[str]:
+    """The precisions of the Pareto front: no other is as good in every respect and better in one.
+
+    Respects: bytes of the weights, speed of one row and of the largest batch, KL divergence where measured.
+    """
+    return frozenset(row.precision for row in rows if not any(dominates(other, row) for other in rows))
+
+
+def dominates(one: Row, other: Row) -> bool:
+    """Whether ``one`` is as good as ``other`` in every respect and better in one."""
+    pairs = list(zip(_respects(one), _respects(other), strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _respects(row: Row) -> tuple[float, ...]:
+    """Less is better."""
+    distance = math.inf if row.mean_kl is None else row.mean_kl
+    return row.weights_bytes, -row.speed_ratio, -row.batch_ratio, distance

@@ -1,0 +1,144 @@
+"""How fast precisions are through their engines: one row and several, and how long single tokens take."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from loaders.base import LoadedModel, Progress
+from server.bench.contenders import EngineContender, Prompts
+from server.bench.errors import BenchError
+from server.bench.figures import MILLISECONDS, Run, percentile, summarize
+from server.bench.session import prompts_of
+
+BATCHES = (1, 8)
+PROMPT, TOKENS = 32, 48
+REPEAT, MOST_REPEAT = 3, 20
+SECONDS, PAUSE = 1.5, 0.05
+"""What a small model's many runs take together at least; between runs, so that idle threads go to sleep."""
+_WARM_UP = 8
+
+
+class Pauses:
+    """Counts how often the process was stopped and went on: a time that was taken meanwhile is none."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def watch(self) -> "Pauses":
+        """From now on, where the system has such a signal and this is the main thread."""
+        if hasattr(signal, "SIGCONT") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCONT, self._went_on)
+        return self
+
+    def _went_on(self, *_: object) -> None:
+        self.count += 1
+
+
+class Speeds:
+    """Measures precisions one after the other, each in turn with fp32: a busy minute is unfair to none.
+
+    Made on an event loop, and closed there.
+
+    Args:
+        load_reference: loads fp32, when it is first needed.
+    """
+
+    def __init__(self, threads: int, pauses: Pauses, load_reference: Callable[[], LoadedModel]) -> None:
+        self._threads, self._pauses, self._load_reference = threads, pauses, load_reference
+        self._reference: EngineContender | None = None
+
+    async def of_reference(self, model: LoadedModel, progress: Progress) -> dict[str, Any]:
+        """fp32's figures, by batch size as text. It stays loaded for the others until this is closed."""
+        self._reference = await EngineContender(model, self._threads).start()
+        return await self._measure(model, [self._reference], progress)
+
+    async def of(self, model: LoadedModel, progress: Progress) -> dict[str, Any]:
+        """Another precision's; it is closed at the end."""
+        if self._reference is None:
+            self._reference = await EngineContender(self._load_reference(), self._threads).start()
+        engine = await EngineContender(model, self._threads).start()
+        try:
+            return await self._measure(model, [engine, self._reference], progress)
+        finally:
+            await engine.close()
+
+    async def close(self) -> None:
+        if self._reference is not None:
+            await self._reference.close()
+
+    async def _measure(
+        self, model: LoadedModel, engines: Sequence[EngineContender], progress: Progress
+    ) -> dict[str, Any]:
+        context = model.runner.context
+        prompt = max(1, min(PROMPT, context // 2))
+        tokens = max(2, min(TOKENS, context - prompt))
+        found: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "batches": {}}
+        for number, rows in enumerate(BATCHES):
+            progress("measuring speed", number, len(BATCHES))
+            prompts = prompts_of(rows, prompt, model.runner.vocabulary)
+            rounds = await self._rounds(engines, prompts, tokens, context - prompt)
+            found["batches"][str(rows)] = _figures(rounds, prompt)
+        progress("measuring speed", len(BATCHES), len(BATCHES))
+        return found
+
+    async def _rounds(
+        self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int, most: int
+    ) -> list[list[Run]]:
+        """Enough of them; each row generates so many tokens, or more where a fast model's rows hardly meet.
+
+        Raises:
+            BenchError: they don't meet within the context.
+        """
+        for engine in engines:
+            await engine.run(prompts, min(_WARM_UP, tokens))
+        rounds: list[list[Run]] = []
+        wasted = 0
+        while not _enough(rounds):
+            runs = await self._round(engines, prompts, tokens)
+            if runs is None:
+                continue
+            if all(_together(run) for run in runs):
+                rounds.append(runs)
+            elif tokens < most:
+                tokens, rounds = min(2 * tokens, most), []
+            elif (wasted := wasted + 1) > MOST_REPEAT:
+                raise BenchError(f"{len(prompts)} rows end before all have begun: the context is too short")
+        return rounds
+
+    async def _round(
+        self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int
+    ) -> list[Run] | None:
+        """A run of each; None if the process was stopped meanwhile."""
+        before, runs = self._pauses.count, []
+        for engine in engines:
+            await asyncio.sleep(PAUSE)
+            runs.append(await engine.run(prompts, tokens))
+        return runs if self._pauses.count == before else None
+
+
+def _together(run: Run) -> bool:
+    """Whether all rows decode at the same time for half of their tokens."""
+    begin, end = run.window
+    within = sum(begin < time <= end for row in run.arrivals for time in row)
+    return 2 * within >= sum(len(row) - 1 for row in run.arrivals)
+
+
+def _enough(rounds: Sequence[Sequence[Run]]) -> bool:
+    seconds = sum(max(row[-1] for row in run.arrivals) for runs in rounds for run in runs)
+    return len(rounds) >= REPEAT and (seconds >= SECONDS or len(rounds) >= MOST_REPEAT)
+
+
+def _figures(rounds: Sequence[Sequence[Run]], prompt: int) -> dict[str, Any]:
+    """Of the first of each round; ``ratio_to_fp32`` is the median of its rates ÷ the last one's."""
+    own = [runs[0] for runs in rounds]
+    gaps = sorted(MILLISECONDS * gap for run in own for gap in run.gaps)
+    percentiles = [percentile(gaps, share / 100) for share in range(101)] if gaps else []
+    return {
+        **asdict(summarize(own, prompt)),
+        "ratio_to_fp32": median(runs[0].decode_rate / runs[-1].decode_rate for runs in rounds),
+        "inter_token_ms": [round(one, 4) for one in percentiles],
+    }

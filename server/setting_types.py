@@ -1,0 +1,77 @@
+"""What a setting may be: a size, names, a precision, an address; and how ``--help`` shows it."""
+
+import re
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field
+
+import loaders
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+AUTO = "auto"
+"""In place of a precision's name: chosen by the kept report."""
+
+
+def parse_bytes(value: Any) -> Any:
+    """``"12GiB"``, ``"500 MB"`` or a plain number → bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{value!r} is not a size such as 2000000, 500MB or 12GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_names(value: Any) -> Any:
+    """``"fp32, int8"`` → ``("fp32", "int8")``."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return value
+
+
+def known_precision(value: Any) -> Any:
+    """A canonical precision name for any of its aliases; an error that lists the choices otherwise."""
+    try:
+        return loaders.canonical(value)
+    except loaders.LoaderError as error:
+        raise ValueError(str(error)) from None
+
+
+def parse_endpoint(value: Any) -> Any:
+    """A collector's address; without a path it gets the one that OTLP prescribes for traces."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except (TypeError, ValueError, AttributeError):
+        usable = False
+    if not usable:
+        raise ValueError("it must be an address such as http://collector:4318")
+    return value if parts.path.strip("/") else parts._replace(path="/v1/traces").geturl()
+
+
+def known_or_auto(value: Any) -> Any:
+    """As ``known_precision``, or ``AUTO``."""
+    return value if value == AUTO else known_precision(value)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Precision = Annotated[str, BeforeValidator(known_precision)]
+PrecisionOrAuto = Annotated[str, BeforeValidator(known_or_auto)]
+Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names)]
+Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
+
+
+def option(
+    default: Any, group: str, metavar: str | None, text: str, *, unset: str | None = None, **rules: Any
+) -> Any:
+    """A setting and what ``--help`` shows of it.
+
+    Args:
+        group: the heading it stands under.
+        metavar: what its value is called; None for a switch.
+        unset: what is done where the default is None.
+        rules: further arguments of ``pydantic.Field``.
+    """
+    shown: dict[str, Any] = {"group": group, "metavar": metavar, "unset": unset}
+    return Field(default, description=text, json_schema_extra=shown, **rules)
