@@ -111,7 +111,7 @@ def _announce(options: Settings, port: int) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key else ""
-    body = json.dumps({"inputs": "The with statement", "precision": options.precision})
+    body = json.dumps({"inputs": "If the argument is", "precision": options.precision})
     print(
         f"\nbitdial is listening on {address}\n"
         f"  every route: {address}/docs\n"
