@@ -173,8 +173,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if (folder / _INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            plain = all(Path(file).name == file for file in names)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{_INDEX} of {name} is not readable") from error
+        if not plain:
+            raise CheckpointError(f"{_INDEX} of {name} names files outside of its folder")
         if missing := [file for file in names if not (folder / file).is_file()]:
             raise CheckpointError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} in all)")
         return [folder / file for file in names]

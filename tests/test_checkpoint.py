@@ -53,6 +53,17 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("index", "told"),
+    [({"weight_map": {"a": 5}}, "not readable"), ({"weight_map": []}, "not readable"), ([], "not readable"),
+     ({"weight_map": {"a": "../model.safetensors"}}, "outside"), ({"weight_map": {"a": "/x"}}, "outside")],
+)  # fmt: skip
+def test_an_index_that_is_no_list_of_its_files(folder: Path, index: object, told: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=told):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
     "config", ["{", "[]", '{"model_type": "bert-of-mine", "auto_map": {}}', '{"model_type": "t5"}']
 )
 def test_a_configuration_that_is_no_causal_lm(folder: Path, config: str) -> None:
