@@ -131,11 +131,18 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         penalty = params.frequency_penalty * weights + params.presence_penalty
         logits = logits.index_add(0, ids, -penalty)
     if params.logit_bias:
-        ids = torch.tensor([id_ for id_, _ in params.logit_bias])
-        logits = logits.index_add(
-            0, ids, torch.tensor([bias for _, bias in params.logit_bias], dtype=logits.dtype)
-        )
+        ids, biases = _bias(sequence)
+        logits = logits.index_add(0, ids, biases.to(logits.dtype))
     return logits
+
+
+def _bias(sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Ids and biases as tensors, made once: there may be one for every token of the vocabulary."""
+    if sequence.bias is None:
+        ids, biases = zip(*sequence.params.logit_bias, strict=True)
+        sequence.bias = torch.tensor(ids), torch.tensor(biases)
+    made: tuple[Tensor, Tensor] = sequence.bias
+    return made
 
 
 def _top_p(weights: Tensor, top_p: float) -> Tensor:

@@ -113,6 +113,8 @@ class Sequence:
     """Told, on the worker's thread, the (tokens, vocabulary) logits of each stretch of the prompt, in order.
     They are valid during the call; what it raises ends the sequence."""
     timeline: Timeline = field(default_factory=Timeline)
+    bias: Any = field(default=None, init=False, repr=False)
+    """The sampler's note of ``logit_bias`` in the form that it needs."""
     random: Random = field(init=False, repr=False)
     """Its own random stream: what it draws depends on its seed and on nothing else that runs."""
 

@@ -154,3 +154,11 @@ def test_the_end_token_and_the_length_finish_a_sequence() -> None:
     assert finish() == "eos_token"
     assert finish(ignore_eos=True) is None
     assert finish(ignore_eos=True, max_new_tokens=1) == "length"
+
+
+def test_a_bias_is_made_into_tensors_once() -> None:
+    row = sequence(do_sample=False, logit_bias=tuple((id_, -100.0) for id_ in range(VOCABULARY - 1)))
+    assert tokens(Sampler(frozenset()).pick(logits(), [row])) == [VOCABULARY - 1]
+    made = row.bias
+    assert tokens(Sampler(frozenset()).pick(logits(seed=1), [row])) == [VOCABULARY - 1]
+    assert row.bias is made
