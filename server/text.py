@@ -1,11 +1,12 @@
-"""Text ↔ token ids: encoding, decoding token by token, stop strings. All on the event loop."""
+"""Text ↔ token ids: encoding, decoding token by token, stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
-_LONGEST_CHARACTER = 4  # bytes, so at most as many tokens may wait for a character's end
+_LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
+_MOST_PENDING = 16  # tokens of which none ended with a whole character: they are no text
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
+        self._texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
@@ -39,17 +41,18 @@ class TextCodec:
         return text
 
     def token_text(self, id_: int) -> str:
-        """One token by itself, special ones by name."""
-        text: str = self._tokenizer.decode([id_], skip_special_tokens=False)
-        return text
+        """One token by itself, special ones by name. Remembered: an answer may tell of a hundred thousand."""
+        if id_ not in self._texts:
+            self._texts[id_] = self._tokenizer.decode([id_], skip_special_tokens=False)
+        return self._texts[id_]
 
     def is_special(self, id_: int) -> bool:
         return id_ in self._special
 
-    def tokenize(self, text: str) -> list[TokenSpan]:
+    def tokenize(self, text: str) -> Iterator[TokenSpan]:
         encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
-        pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        return [TokenSpan(id_, text[start:stop], start, stop) for id_, (start, stop) in pairs]
+        for id_, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            yield TokenSpan(id_, text[start:stop], start, stop)
 
     @property
     def has_chat_template(self) -> bool:
@@ -76,7 +79,8 @@ class IncrementalDecoder:
         self._codec, self._stop = codec, tuple(stop)
         self._ids = list(prompt[-_LONGEST_CHARACTER:])
         self._context = 0  # first id decoded along, for its neighbours' sake
-        self._read = len(self._ids)  # ids before this one have been turned into text
+        self._read = len(self._ids)  # where text last ended with a whole character
+        self._given = len(codec.decode(self._ids))  # characters, from the context on, that are given out
         self._held = ""  # text that may yet turn out to begin a stop string
         self.stopped = False
         """Whether a stop string has come."""
@@ -91,13 +95,16 @@ class IncrementalDecoder:
         return self._release(self._decode(final=True), final=True)
 
     def _decode(self, final: bool) -> str:
-        before = self._codec.decode(self._ids[self._context : self._read])
         text = self._codec.decode(self._ids[self._context :])
         pending = len(self._ids) - self._read
-        if text.endswith(_REPLACEMENT) and not final and pending < _LONGEST_CHARACTER:
-            return ""
-        self._context, self._read = self._read, len(self._ids)
-        return text[len(before) :]
+        certain = text if final or pending >= _MOST_PENDING else text.rstrip(_REPLACEMENT)
+        new = certain[self._given :]
+        if len(certain) == len(text):
+            self._context, self._read = self._read, len(self._ids)
+            self._given = len(self._codec.decode(self._ids[self._context :]))
+        else:
+            self._given += len(new)
+        return new
 
     def _release(self, text: str, final: bool) -> str:
         if self.stopped:

@@ -1,8 +1,11 @@
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.text import TextCodec
+from server.text import IncrementalDecoder, TextCodec
 from tests.checkpoints import byte_tokenizer
 
 CODEC = TextCodec(byte_tokenizer())
@@ -61,8 +64,37 @@ def test_special_tokens_leave_no_text() -> None:
     assert CODEC.token_text(0) == "<|endoftext|>"
 
 
+class Bytes:
+    """In the place of a codec whose tokens are any bytes; their ids are their places in a list."""
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.tokens = tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.tokens[id_] for id_ in ids).decode(errors="replace")
+
+
+CROSSING = [b"\xe4\xb8", b"\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad"]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=5) | st.sampled_from(CROSSING), max_size=12))
+@example(CROSSING)
+@settings(max_examples=300, deadline=None)
+def test_tokens_that_end_amid_characters_make_the_text_that_they_make_together(tokens: list[bytes]) -> None:
+    codec: Any = Bytes(tokens)
+    decoder = IncrementalDecoder(codec, [])
+    pieces = [decoder.push(id_) for id_ in range(len(tokens))]
+    assert "".join([*pieces, decoder.finish()]) == b"".join(tokens).decode(errors="replace")
+
+
+def test_what_is_no_text_is_not_held_back_for_ever() -> None:
+    codec: Any = Bytes([b"\xe4"])
+    decoder = IncrementalDecoder(codec, [])
+    assert "".join(decoder.push(0) for _ in range(50)).count("\ufffd") > 25
+
+
 @pytest.mark.parametrize("text", ["the theatre", "é😀 a"])
 def test_tokenize_gives_each_token_its_place(text: str) -> None:
-    spans = CODEC.tokenize(text)
+    spans = list(CODEC.tokenize(text))
     assert [span.id for span in spans] == CODEC.encode(text)
     assert all(text[span.start : span.stop] == span.text for span in spans)
