@@ -140,7 +140,7 @@ class Engine:
 
     @property
     def stalled_seconds(self) -> float:
-        """How long the current step has been computing; 0 between steps."""
+        """How long the current step has been under way; 0 between steps."""
         since = self._worker.busy_since
         return 0.0 if since is None else time.perf_counter() - since
 

@@ -2,6 +2,11 @@
 
 from collections.abc import Callable
 
+from server.errors import NotReady
+
+EXIT_FAILED, EXIT_SOFTWARE = 1, 70
+"""Exit codes: it could not start; it went wrong while it served."""
+
 
 class Lifecycle:
     """Read by the routes (draining refuses new work), written by signal handlers and watchdogs."""
@@ -9,6 +14,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.draining = False
         self.fatal: str | None = None
+        self.exit_code = 0
         self._callbacks: list[Callable[[], None]] = []
 
     def drain(self) -> None:
@@ -16,11 +22,22 @@ class Lifecycle:
         self.draining = True
         self._notify()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, exit_code: int = EXIT_SOFTWARE) -> None:
         """The process can't go on: requests are refused, and it is to exit with an error."""
         if self.fatal is None:
-            self.fatal = reason
+            self.fatal, self.exit_code = reason, exit_code
             self._notify()
+
+    def check(self) -> None:
+        """Whether new work may begin.
+
+        Raises:
+            NotReady
+        """
+        if self.fatal is not None:
+            raise NotReady(f"the server has failed: {self.fatal}")
+        if self.draining:
+            raise NotReady("the server is shutting down")
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         """``callback`` is called after every change."""

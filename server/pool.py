@@ -16,7 +16,7 @@ from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, Mod
 from server import memory
 from server.engine import Engine
 from server.errors import NotReady, ServiceError, Unavailable
-from server.lifecycle import Lifecycle
+from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.metrics import Metrics
 from server.settings import Settings
 from server.turn import Turn
@@ -151,10 +151,10 @@ class Pool:
             await engine.start()
         except Exception as error:
             state.state, state.failed_at = "failed", time.monotonic()
-            state.reason = (
-                str(error) if isinstance(error, LoaderError | ServiceError) else type(error).__name__
-            )
-            _log.warning("%s could not be loaded: %s", state.name, state.reason)
+            foreseen = isinstance(error, LoaderError | ServiceError)
+            state.reason = str(error) if foreseen else type(error).__name__
+            told = None if foreseen else error  # with its traceback; clients get its name alone
+            _log.warning("%s could not be loaded: %s", state.name, state.reason, exc_info=told)
             if isinstance(error, ServiceError):
                 state.state = "unloaded"  # no room now; there may be some later
                 raise
@@ -191,10 +191,13 @@ class Pool:
         """Unloads idle precisions, least recently used first, until the new one fits."""
         needed = memory.needed_bytes(state.name, self.spec)
         while needed > (free := self._free_bytes()):
-            idle = [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
-            if not idle:
+            if not (idle := self._idle()):
                 raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
             await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
+
+    def _idle(self) -> list[PrecisionState]:
+        """What may be unloaded. Never the default: without it the server is not ready, and nobody asks it."""
+        return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
 
     def _free_bytes(self) -> int:
         free = memory.free_bytes(self.device)
@@ -205,7 +208,7 @@ class Pool:
         """Loads it, reporting progress; ends when it is ready.
 
         Raises:
-            Unavailable, NotReady: as ``use``.
+            Unavailable, NotReady: as ``use``; also when the server is to end, which no load keeps up.
         """
         state = self.state(precision)
         if state.engine is not None:
@@ -214,6 +217,7 @@ class Pool:
         seen: LoadProgress | None = None
         try:
             while not task.done():
+                self._lifecycle.check()
                 if state.progress != seen:
                     seen = state.progress
                     yield seen
@@ -252,13 +256,15 @@ class Pool:
             with contextlib.suppress(ServiceError):  # told in the state, and logged
                 async with self.use(name):
                     pass
+            if name == self.default and state.state == "failed":
+                self._lifecycle.fail(f"{name} could not be loaded: {state.reason}", EXIT_FAILED)
 
     async def _unload_idle(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(min(seconds / 4, 10))
-            for state in self._states.values():
-                idle = state.engine is not None and not state.users
-                if idle and state.engine and time.perf_counter() - state.engine.last_used > seconds:
+            for state in self._idle():
+                engine = None if state.users else state.engine  # it may have got a user while another ended
+                if engine and time.perf_counter() - engine.last_used > seconds:
                     await self.unload(state.name)
 
     async def stop(self) -> None:

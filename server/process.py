@@ -1,15 +1,17 @@
 """The process around the app: listening, signals, exit codes.
 
 The first SIGTERM or SIGINT drains: new requests get a 503, running ones may finish within the grace time.
-The second ends at once. A server that can't go on (``Lifecycle.fail``) exits with code 70, so that a
-supervisor restarts it.
+The second ends at once. A server that can't go on (``Lifecycle.fail``) exits with a code other than 0, so
+that a supervisor restarts it.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,10 +19,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.connection import ServerConfig
-from server.lifecycle import Lifecycle
+from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.settings import Settings
 
-EXIT_FAILED, EXIT_SOFTWARE = 1, 70
 _FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
 _log = logging.getLogger(__name__)
 
@@ -42,9 +43,7 @@ class Process(uvicorn.Server):
         except SystemExit:  # the server beneath has said why
             _log.error("can't listen on %s, port %d", self._settings.host, self._settings.port)
             return EXIT_FAILED
-        if not self.started:
-            return EXIT_FAILED
-        return EXIT_SOFTWARE if self._lifecycle.fatal else 0
+        return self._lifecycle.exit_code if self.started else EXIT_FAILED
 
     @property
     def _lifecycle(self) -> Lifecycle:
@@ -57,6 +56,8 @@ class Process(uvicorn.Server):
             self._lifecycle.subscribe(self._on_change)
             port = self.servers[0].sockets[0].getsockname()[1] if self.servers else self._settings.port
             self._on_listening(port)
+            if self._lifecycle.fatal is not None:  # sooner than anybody listened
+                self._on_change()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -71,10 +72,15 @@ class Process(uvicorn.Server):
 
     async def _drain(self) -> None:
         lifecycle = self._lifecycle
+        if lifecycle.fatal is not None:
+            _log.error("%s: ending with code %d", lifecycle.fatal, lifecycle.exit_code)
         grace = _FLUSH_SECONDS if lifecycle.fatal else self._settings.graceful_termination_timeout
+        until = time.monotonic() + grace
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 while self._app.state.service.in_flight:
                     await asyncio.sleep(0.05)
         await asyncio.sleep(_FLUSH_SECONDS if lifecycle.fatal else 0)
+        # all is computed; what was answered may still be on its way to a slow reader
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(until - time.monotonic()))
         self.should_exit = True

@@ -171,7 +171,12 @@ class Settings(PrecisionSettings):
         ge=1,
     )
     idle_unload_seconds: float | None = option(
-        None, _LOADING, "SECONDS", "unload a precision that nobody used for so long", unset="never", gt=0
+        None,
+        _LOADING,
+        "SECONDS",
+        "unload a precision, but not the default, that nobody used for so long",
+        unset="never",
+        gt=0,
     )
 
     host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")

@@ -46,7 +46,7 @@ class Worker:
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._turn = turn or nullcontext()
         self.busy_since: float | None = None
-        """When the step under way began to compute; None between steps."""
+        """When the step under way began, its wait for a turn included; None between steps."""
         self.longest_step = 0.0
 
     def warm_up(self) -> None:
@@ -66,12 +66,14 @@ class Worker:
         self._scheduler.admit(now)
         if not self._scheduler.running:
             return step
+        self.busy_since = begun = time.perf_counter()
         with self._turn:
-            self.busy_since = started = time.perf_counter()
+            started = time.perf_counter()
             prompt_tokens, batch = self._advance(step)
-            seconds = time.perf_counter() - started
-            self.busy_since = None
-        self.longest_step = max(self.longest_step, seconds)
+        ended = time.perf_counter()
+        self.busy_since = None
+        self.longest_step = max(self.longest_step, ended - begun)
+        seconds = ended - started
         generated = sum(isinstance(event.item, Token) for event in step.events)
         step.stats = StepStats(batch, prompt_tokens, generated, seconds, tuple(step.gaps))
         return step

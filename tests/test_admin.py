@@ -176,6 +176,16 @@ def test_what_the_host_cannot_run(
     assert "fake:nf4" not in names
 
 
+def test_nothing_is_loaded_while_the_server_is_shutting_down(client: TestClient, loads: Held) -> None:
+    app: Any = client.app
+    app.state.lifecycle.drain()
+    for path in ("/precisions/int8/load", "/tokenize"):
+        reply = client.post(path, json={"inputs": PROMPT})
+        assert (reply.status_code, reply.json()["error_type"]) == (503, "unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+    assert "int8" not in loads.names
+
+
 @pytest.mark.parametrize("action", ["load", "unload"])
 def test_unknown_precisions_and_wrong_methods(client: TestClient, action: str) -> None:
     reply = client.post(f"/precisions/int3/{action}")

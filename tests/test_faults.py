@@ -16,6 +16,7 @@ from tests.checkpoints import byte_tokenizer
 from tests.conftest import Loads, at_rest, entered, until, wait_until
 from tests.fakes import FakeRunner
 from tests.test_generate import PROMPT, events, greedy
+from tests.test_overload import Gate
 from tests.test_process import ROOT, environment
 
 MakeApp = Callable[..., FastAPI]
@@ -114,6 +115,33 @@ def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
             assert (await client.get("/health/live")).status_code == 200
             assert app.state.service.in_flight == 0
 
+    app = make_app()
+    asyncio.run(main())
+
+
+def test_a_worker_that_waits_for_one_that_hangs_is_not_ready(
+    make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU they take turns: where one hangs, none makes progress."""
+
+    async def main() -> None:
+        async with entered(app) as client:
+            gate = Gate(loads.runners["bf16"])
+            hanging = asyncio.create_task(client.post("/generate?precision=bf16", json={"inputs": PROMPT}))
+            await until(lambda: gate.prompts)
+            assert (await client.get("/health")).status_code == 200
+            waiting = asyncio.create_task(client.post("/generate", json={"inputs": PROMPT}))
+            await until(lambda: app.state.service.in_flight == 2)
+            await asyncio.sleep(0.4)
+            reply = await client.get("/health")
+            assert reply.status_code == 503
+            assert "no progress" in reply.json()["error"]
+            gate.opened.set()
+            assert (await hanging).status_code == (await waiting).status_code == 200
+            assert (await client.get("/health")).status_code == 200
+            await at_rest(app, client)
+
+    monkeypatch.setattr("server.engine._SLOWEST_GRACE", 0.2)
     app = make_app()
     asyncio.run(main())
 

@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.pool import LoadProgress, Pool
 from server.settings import Settings
 from server.watchdog import watch
+from tests.conftest import until
 from tests.fakes import FakeRunner, fake_checkpoint, fake_load
 
 
@@ -198,16 +199,16 @@ def test_start_loads_the_default_first(tmp_path: Path) -> None:
     with_pool(tmp_path, check, precision="4bit", precisions="bf16,fp16")
 
 
-def test_idle_precisions_are_unloaded(tmp_path: Path) -> None:
+def test_idle_precisions_are_unloaded_but_the_default_is_not(tmp_path: Path) -> None:
+    """Without its default the server would not be ready, and would never be asked again."""
+
     async def check(pool: Pool, loads: Loads) -> None:
         pool.start()
-        for _ in range(300):
-            if loads.names and pool.state("fp32").state == "unloaded":
-                break
-            await asyncio.sleep(0.01)
-        assert pool.state("fp32").state == "unloaded"
+        await until(lambda: len(loads.names) == 2 and pool.state("bf16").state == "unloaded")
+        await asyncio.sleep(0.3)
+        assert pool.state("fp32").state == "loaded"
 
-    with_pool(tmp_path, check, precisions="fp32", idle_unload_seconds=0.2)
+    with_pool(tmp_path, check, precisions="fp32,bf16", idle_unload_seconds=0.2)
 
 
 def test_a_hung_worker_fails_its_requests_and_the_process(tmp_path: Path) -> None:

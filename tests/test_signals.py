@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,6 +101,51 @@ def test_the_second_one_ends_at_once(folder: Path) -> None:
         process.wait(timeout=5)
         assert time.monotonic() - begun < 2
         stream.close()
+
+
+def test_what_was_answered_still_reaches_a_slow_reader(folder: Path) -> None:
+    with serving(folder) as (process, port), socket.socket() as slow:
+        ready(port)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", port))
+        body = json.dumps({"inputs": "a" * 100_000}).encode()
+        head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        slow.sendall(head.encode() + body)
+        said = slow.recv(1024)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)  # slow enough by now
+        while part := slow.recv(1 << 20):
+            said += part
+        assert len(json.loads(said.partition(b"\r\n\r\n")[2])) == 100_000
+        assert process.wait(timeout=5) == 0
+
+
+def test_who_watches_a_load_does_not_keep_the_process_up(folder: Path) -> None:
+    slowly = "if arguments[0] != 'fp32': time.sleep(60)"
+    with serving(folder, loading=slowly) as (process, port):
+        ready(port)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/precisions/bf16/load")
+        stream = connection.getresponse()
+        stream.readline()
+        process.send_signal(signal.SIGTERM)
+        last = [line for line in stream.read().decode().splitlines() if line][-1]
+        assert '"status": "failed"' in last
+        assert "shutting down" in last
+        assert process.wait(timeout=5) == 0
+
+
+@pytest.mark.parametrize("error", ["CheckpointError('the weights are cut short')", "MemoryError()"])
+def test_a_default_that_cannot_be_loaded_ends_it_with_the_reason(folder: Path, error: str) -> None:
+    failing = f"from loaders.base import CheckpointError; raise {error}"
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE.format(loading=failing), str(folder)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    reason = "the weights are cut short" if "Checkpoint" in error else "MemoryError"
+    assert f"fp32 could not be loaded: {reason}: ending with code 1" in done.stderr
 
 
 def test_one_while_loading(folder: Path) -> None:

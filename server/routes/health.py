@@ -18,10 +18,7 @@ async def live() -> dict[str, str]:
 async def ready(request: Request) -> dict[str, str]:
     """The default precision is loaded, warm and making progress; 503 with the reason otherwise."""
     state = request.app.state
-    if state.lifecycle.fatal is not None:
-        raise NotReady(f"the server has failed: {state.lifecycle.fatal}")
-    if state.lifecycle.draining:
-        raise NotReady("the server is shutting down")
+    state.lifecycle.check()
     default = state.pool.state(state.pool.default)
     if default.engine is None:
         raise NotReady(f"{default.name} is {default.state}{f': {default.reason}' if default.reason else ''}")

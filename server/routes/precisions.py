@@ -40,6 +40,7 @@ async def list_precisions(request: Request) -> list[dict[str, Any]]:
 async def load(request: Request, name: PrecisionName) -> StreamingResponse:
     """Loads a precision; server-sent events tell the progress."""
     pool: Pool = request.app.state.pool
+    request.app.state.lifecycle.check()
     state = pool.state(known(name))
     if state.state == "unavailable":
         raise state.refusal()
