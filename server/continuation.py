@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.engine import Engine, Generation
 from server.errors import ServiceError
@@ -14,10 +14,17 @@ DEFAULT_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """Messages as the model's chat template takes them: ``role``, ``content`` and what it knows besides."""
+
+    messages: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """What a client asked for, each value within its range."""
 
-    prompt: str | list[int]
+    prompt: str | list[int] | Conversation
     params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=DEFAULT_NEW_TOKENS))
     """``max_new_tokens`` and ``seed`` in it are overridden by the two below."""
     precision: str | None = None

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import loaders
 from loaders.base import Checkpoint, LoaderError
-from server.continuation import DEFAULT_NEW_TOKENS, Continuation, GenerationRequest, Piece
+from server.continuation import DEFAULT_NEW_TOKENS, Continuation, Conversation, GenerationRequest, Piece
 from server.engine import Engine
 from server.errors import (
     BadPrecision,
@@ -30,7 +30,16 @@ from server.sequence import SamplingParams, Timeline
 from server.settings import Settings
 from server.text import TextCodec
 
-__all__ = ["DEFAULT_NEW_TOKENS", "Continuation", "GenerationRequest", "MetricsLike", "Piece", "Service"]
+__all__ = [
+    "DEFAULT_NEW_TOKENS",
+    "Continuation",
+    "Conversation",
+    "GenerationRequest",
+    "MetricsLike",
+    "Piece",
+    "Service",
+]
+_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
 
 
 class PoolLike(Protocol):
@@ -121,10 +130,7 @@ class Service:
             self.in_flight -= 1
 
     def _reserve(self, places: int) -> int:
-        if self._lifecycle.fatal is not None:
-            raise NotReady("the server has failed and is about to restart")
-        if self._lifecycle.draining:
-            raise NotReady("the server is shutting down")
+        self._lifecycle.check()
         if self.in_flight + places > self._settings.max_concurrent_requests:
             raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
         self.in_flight += places
@@ -147,17 +153,26 @@ class Service:
         Raises:
             Invalid
         """
-        ids = request.prompt
-        if isinstance(ids, str):
-            if not ids:
-                raise Invalid("the input is empty", param="inputs")
-            long = len(ids) > 20_000  # some ten milliseconds: too long to keep the event loop
-            ids = await asyncio.to_thread(self.codec.encode, ids) if long else self.codec.encode(ids)
+        if (request.truncate or 0) > self.max_total_tokens:
+            raise Invalid(f"truncate: at most {self.max_total_tokens} tokens", param="truncate")
+        ids = await self._ids(request.prompt)
         if not ids:
             raise Invalid("the input has no tokens", param="inputs")
         if min(ids) < 0 or max(ids) >= self._checkpoint.vocabulary:
-            raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="prompt")
+            raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="inputs")
         return ids[-request.truncate :] if request.truncate else ids
+
+    async def _ids(self, prompt: str | list[int] | Conversation) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        if isinstance(prompt, Conversation):
+            try:
+                return await asyncio.to_thread(self.codec.encode_chat, prompt.messages)
+            except Exception:  # a template is a program of the model's author, and refuses in its own ways
+                raise Invalid("the model's chat template refuses these messages", param="inputs") from None
+        if len(prompt) > _LONG:
+            return await asyncio.to_thread(self.codec.encode, prompt)
+        return self.codec.encode(prompt)
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
         """The parameters with length and seed settled, for a prompt of so many tokens.

@@ -1,6 +1,6 @@
 """From a validated body to what the service is asked: one way for both dialects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -8,12 +8,15 @@ from starlette.requests import Request
 import loaders
 from loaders.base import LoaderError
 from server.errors import BadPrecision, Invalid, ModelUnknown
-from server.generation import GenerationRequest
+from server.generation import Conversation, GenerationRequest
 from server.schemas import Sampling, printable
 from server.sequence import SamplingParams
 
 _ANY_MODEL = ("tgi", "dummy")
 """What Hugging Face's client and its documentation call the served model when only an address is known."""
+
+_STRONGEST = 1e20
+"""Repetition penalty: it has long decided everything, and beyond it float32 overflows into no numbers."""
 
 
 def model_names(model_id: str) -> tuple[str, ...]:
@@ -67,7 +70,7 @@ def known_precision(name: object) -> str:
 def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """The native body with ``parameters`` spread out and ``prompt`` renamed to ``inputs``."""
     flat = dict(values)
-    parameters = flat.pop("parameters", None) or {}
+    parameters = {} if (given := flat.pop("parameters", None)) is None else given
     if not isinstance(parameters, dict):
         raise Invalid("parameters must be an object", param="parameters")
     for name, value in parameters.items():
@@ -85,7 +88,7 @@ def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_request(
-    prompt: str | Sequence[int],
+    prompt: str | list[int] | Conversation,
     wishes: Sampling,
     *,
     precision: str | None,
@@ -105,7 +108,7 @@ def make_request(
         top_p=wishes.top_p,
         typical_p=wishes.typical_p,
         min_p=wishes.min_p,
-        repetition_penalty=wishes.repetition_penalty or 1.0,
+        repetition_penalty=min(max(wishes.repetition_penalty or 1.0, 1 / _STRONGEST), _STRONGEST),
         frequency_penalty=wishes.frequency_penalty or 0.0,
         presence_penalty=wishes.presence_penalty or 0.0,
         logit_bias=logit_bias,
@@ -115,7 +118,7 @@ def make_request(
         prompt_logprobs=prompt_logprobs,
     )
     return GenerationRequest(
-        prompt if isinstance(prompt, str) else list(prompt),
+        prompt,
         params,
         precision,
         bool(fallback),

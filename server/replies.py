@@ -26,11 +26,17 @@ def is_openai(path: str) -> bool:
     return path == "/v1" or path.startswith("/v1/") or (path.startswith("/models/") and "/v1/" in path)
 
 
+_OPENAI_NAMES = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
+_CHAT_NAMES = {**_OPENAI_NAMES, "inputs": "messages"}
+
+
 def error_body(error: ServiceError, path: str, request_id: str) -> dict[str, Any]:
-    """The body that tells of ``error`` in the dialect of ``path``."""
+    """The body that tells of ``error`` in the dialect of ``path``, whose names for fields it uses."""
     if is_openai(path):
+        names = _CHAT_NAMES if path.endswith("/chat/completions") else _OPENAI_NAMES
+        param = names.get(error.param or "", error.param)
         kind, code = error.openai_type, error.openai_code
-        return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+        return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
     return {"error": error.message, "error_type": error.error_type, "request_id": request_id}
 
 
@@ -66,7 +72,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone
         return task.result()
     finally:
-        await _cancelled(task, gone)
+        await cancelled(task, gone)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -74,7 +80,8 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+async def cancelled(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels them and waits for their end; what they raise is not told."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -117,7 +124,7 @@ class EventStream(Response):
                     with suppress(TimeoutError, OSError):  # the reader stopped reading, or left
                         sending.result()
             finally:
-                await _cancelled(sending, gone)
+                await cancelled(sending, gone)
         finally:
             await self._close()
 

@@ -37,12 +37,11 @@ def _settings(info: ValidationInfo) -> Settings:
 
 def _stop_list(value: Any, info: ValidationInfo) -> Any:
     """One string or a list of them; a long list is refused before its items are looked at."""
-    if isinstance(value, str):
-        return [value]
+    listed = [value] if isinstance(value, str) else value
     most = _settings(info).max_stop_sequences
-    if isinstance(value, list) and len(value) > most:
+    if isinstance(listed, list) and len(listed) > most:
         raise ValueError(f"at most {most} stop strings")
-    return value
+    return listed
 
 
 def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:
@@ -55,6 +54,7 @@ def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     list[_StopString], BeforeValidator(_stop_list, json_schema_input_type=_StopString | list[_StopString])
@@ -160,7 +160,7 @@ class OpenAIBody(Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Bias] | None = None
     user: str | None = None
     precision: Any = Field(None, json_schema_extra={"enum": PRECISION_NAMES})
     fallback: bool | None = None
@@ -168,13 +168,16 @@ class OpenAIBody(Strict):
 
     _n = field_validator("n")(_within_best_of)
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _token_ids(cls, value: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
+    def _token_ids(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refused at the first that is wrong: there may be as many as fit into a body."""
         last = info.context["vocabulary"] - 1 if info.context else 0
-        for key in value or {}:
+        for key, bias in value.items() if isinstance(value, dict) else ():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) <= last):
                 raise ValueError(f"token ids go from 0 to {last}")
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise ValueError("a bias is a number from -100 to 100")
         return value
 
     def parameters(self, max_tokens: int | None) -> Parameters:
@@ -211,12 +214,27 @@ class CompletionBody(OpenAIBody):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 needs echo")
+            raise Invalid("max_tokens 0 needs echo", param="max_tokens")
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError("best_of must not be less than n")
+            raise Invalid("best_of must not be less than n", param="best_of")
         if self.stream and (self.best_of or 1) > (self.n or 1):
-            raise ValueError("best_of above n can't be streamed")
+            raise Invalid("best_of above n can't be streamed", param="best_of")
         return self
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+def _joined(value: Any) -> Any:
+    """The text of a content that comes in parts."""
+    if not isinstance(value, list):
+        return value
+    try:
+        return "".join(TextPart.model_validate(part).text for part in value)
+    except ValidationError:
+        raise ValueError("a part must be {type: text, text: …}") from None
 
 
 class Message(BaseModel):
@@ -224,7 +242,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
 class ChatBody(OpenAIBody):
@@ -246,15 +264,22 @@ def validate(model: type[Body], values: dict[str, Any], settings: Settings, voca
     Raises:
         Invalid: names the field and the rule, never the value.
     """
+    for name in values:  # before pydantic, which would describe every one of a hundred thousand
+        if name not in model.model_fields:
+            raise _unknown(printable(name))
     try:
         return model.model_validate(values, context={"settings": settings, "vocabulary": vocabulary})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = ".".join(printable(str(part)) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":
-        raise Invalid(f"unknown field {field!r}", param=field)
+        raise _unknown(str(field))
     message = first["msg"].removeprefix("Value error, ")
     raise Invalid(f"{field}: {message}" if field else message, param=field)
+
+
+def _unknown(field: str) -> Invalid:
+    return Invalid(f"unknown field {field!r}", param=field)
 
 
 def printable(name: str) -> str:

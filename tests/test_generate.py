@@ -84,11 +84,24 @@ def test_stop_strings_end_the_text_and_are_not_shown(client: TestClient) -> None
     assert answer["details"]["finish_reason"] == "stop_sequence"
 
 
+def test_no_stop_string_where_none_is_allowed(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(max_stop_sequences=0)
+    for stop in ("a", ["a"]):
+        assert client.post("/generate", json={"inputs": PROMPT, "stop": stop}).status_code == 422
+    assert ask(client, max_new_tokens=2, stop=[])["generated_text"] == greedy(2)
+
+
 def test_a_seed_repeats_a_sample_and_the_drawn_one_is_told(client: TestClient) -> None:
     first = ask(client, max_new_tokens=12, temperature=5.0, details=True)
     seed = first["details"]["seed"]
     again = ask(client, max_new_tokens=12, temperature=5.0, seed=seed)
     assert again["generated_text"] == first["generated_text"]
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e-300])
+def test_an_extreme_repetition_penalty_leaves_a_distribution(client: TestClient, penalty: float) -> None:
+    wish = {"repetition_penalty": penalty, "do_sample": True, "seed": 1, "details": True}
+    assert ask(client, max_new_tokens=30, **wish)["details"]["finish_reason"] == "length"
 
 
 def test_best_of_returns_the_likeliest_first(client: TestClient) -> None:
@@ -186,7 +199,8 @@ def test_unknown_precisions(client: TestClient, precision: object) -> None:
     + [{"top_p": value} for value in (0, 1, 1.1)] + [{"typical_p": 1}, {"min_p": 1}, {"top_k": -5}]
     + [{"seed": value} for value in (-1, 2**64)] + [{"stop": [""]}, {"stop": ["a"] * 5}, {"stop": "a" * 257}]
     + [{"best_of": 10**7}, {"best_of": 2}, {"best_of": 5, "do_sample": True}]
-    + [{"truncate": 0}, {"top_n_tokens": 6}, {"repetition_penalty": 0}, {"frequency_penalty": 2.1}]
+    + [{"truncate": 0}, {"truncate": 257}, {"top_n_tokens": 6}, {"repetition_penalty": 0}]
+    + [{"frequency_penalty": 2.1}]
     + [{"watermark": True}, {"grammar": {"type": "json"}}, {"adapter_id": "x"}, {"tools": [1]}]
     + [{"unheard_of": 1}, {"details": "yes"}],
 )  # fmt: skip
@@ -214,6 +228,9 @@ def test_extreme_but_allowed(client: TestClient, parameters: dict[str, Any]) -> 
         {"inputs": "\ud800"},
         {"inputs": PROMPT, "seed": 1, "parameters": {"seed": 1}},
         {"inputs": PROMPT, "parameters": 5},
+        {"inputs": PROMPT, "parameters": []},
+        {"inputs": PROMPT, "parameters": ""},
+        {"inputs": PROMPT, "parameters": False},
         {"inputs": PROMPT, "parameters": {"stream": True}},
         {"inputs": PROMPT, "stream": True, "do_sample": True, "best_of": 2},
         {"inputs": PROMPT, "stream": True, "decoder_input_details": True},

@@ -18,6 +18,7 @@ from tests.test_http_robustness import JSON, still_serves
 
 QUICK = 0.05  # seconds for an answer to what nobody should compute
 MANY_STOPS = ["ab"] * 100_000
+MANY_FIELDS = {str(field): [1] for field in range(30_000)}
 
 
 def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
@@ -42,10 +43,13 @@ def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
         ("/v1/completions", {"prompt": ["a"] * 1_000_000}, 413),
         ("/v1/completions", {"prompt": ["a"] * 300_000}, 400),
         ("/generate", {"inputs": PROMPT, "x" * 1_000_000: 1}, 422),
+        ("/generate", {"inputs": PROMPT, "parameters": MANY_FIELDS}, 422),
+        ("/v1/completions", {"prompt": PROMPT, "logit_bias": MANY_FIELDS}, 400),
+        ("/v1/completions", {"prompt": "a" * 1_000_000 + "\ud800"}, 400),
         ("/generate", {"inputs": PROMPT, "precision": "x" * 1_000_000}, 422),
         ("/models/" + "x" * 10_000 + "/generate", {"inputs": PROMPT}, 404),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_too_much_is_refused_at_once(client: TestClient, path: str, body: Any, status: int) -> None:
     seconds, reply = quickest(client, path, body)

@@ -8,6 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.checkpoints import byte_tokenizer
+from tests.conftest import Loads
 from tests.test_generate import PROMPT, greedy
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -29,7 +30,9 @@ def test_models(client: TestClient) -> None:
     listed = client.get("/v1/models").json()["data"]
     ids = [model["id"] for model in listed]
     assert {"fake", "fake:fp32", "fake:bf16"} <= set(ids)
-    assert client.get("/v1/models/fake:bf16").json()["id"] == "fake:bf16"
+    for asked, id_ in {"fake:bf16": "fake:bf16", "fake:8bit": "fake:int8", "tgi": "fake"}.items():
+        assert client.get(f"/v1/models/{asked}").json()["id"] == id_
+    assert client.get("/v1/models/fake:int3").status_code == 404
     missing = client.get("/v1/models/other")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
@@ -100,6 +103,16 @@ def test_a_stream_tells_its_usage_if_asked(client: TestClient) -> None:
     assert told[-1]["usage"]["completion_tokens"] == 16
 
 
+def test_a_choice_that_is_stopped_is_computed_no_further(client: TestClient, loads: Loads) -> None:
+    other = "Another"
+    stop = next(a for a in greedy(5, other) if a not in greedy(200))
+    body = {"prompt": [PROMPT, other], "temperature": 0, "max_tokens": 200, "stop": stop}
+    choices = complete(client, **body)["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["length", "stop"]
+    batches = loads.runners["fp32"].batches
+    assert batches.count(2) < 100 < batches.count(1)
+
+
 def test_stop_seed_and_bias(client: TestClient) -> None:
     stop = greedy(16)[4:6]
     stopped = complete(client, temperature=0, stop=stop)["choices"][0]
@@ -139,10 +152,29 @@ def test_bad_requests(client: TestClient, body: dict[str, Any]) -> None:
     assert len(reply.content) < 1000
 
 
-def test_too_long_a_prompt_has_its_code(client: TestClient) -> None:
-    reply = client.post("/v1/completions", json={"prompt": "x" * 400})
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"prompt": "x" * 400}, "prompt", "context_length_exceeded"),
+        ({"prompt": [1] * 300}, "prompt", "context_length_exceeded"),
+        ({"max_tokens": 10**9}, "max_tokens", "context_length_exceeded"),
+        ({"prompt": ""}, "prompt", None),
+        ({"prompt": [320]}, "prompt", None),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"n": 3, "best_of": 2}, "best_of", None),
+        ({"logit_bias": {"1": 1, "320": 1}}, "logit_bias", None),
+        ({"logit_bias": {"1": "x"}}, "logit_bias", None),
+        ({"logit_bias": [1]}, "logit_bias", None),
+        ({"model": "fake:int3"}, "precision", None),
+    ],
+)
+def test_an_error_names_its_field_as_this_dialect_does(
+    client: TestClient, body: dict[str, Any], param: str, code: str | None
+) -> None:
+    reply = client.post("/v1/completions", json={"prompt": PROMPT, **body})
     assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    told = reply.json()["error"]
+    assert (told["param"], told["code"]) == (param, code)
 
 
 def test_chat_needs_a_template(client: TestClient) -> None:
@@ -152,10 +184,52 @@ def test_chat_needs_a_template(client: TestClient) -> None:
     assert "chat template" in reply.json()["error"]["message"]
 
 
-def test_chat(make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> None:
-    client = make_client()
+@pytest.fixture
+def chatty(make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A client of a model that has a chat template."""
+    client = make_client(max_concurrent_requests=2)
     app: Any = client.app
     monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
+    return client
+
+
+def test_a_conversation_is_not_encoded_before_there_is_a_place(
+    chatty: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app: Any = chatty.app
+    body = {"messages": [{"role": "user", "content": "Hi"}], "n": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(app.state.codec, "encode_chat", pytest.fail)
+        assert chatty.post("/v1/chat/completions", json=body).status_code == 429
+
+
+def test_what_the_template_refuses_or_the_context_does_not_hold(
+    chatty: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app: Any = chatty.app
+    told = chatty.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 400}]})
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "messages")
+    assert told.json()["error"]["code"] == "context_length_exceeded"
+    monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", "{{ raise_exception('secret') }}")
+    told = chatty.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "messages")
+    assert "secret" not in told.text
+
+
+def test_contents_in_parts(chatty: TestClient) -> None:
+    def asked(content: Any) -> Any:
+        body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 4}
+        return chatty.post("/v1/chat/completions", json=body)
+
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert asked(parts).json()["choices"][0]["message"]["content"] == greedy(4, "user: Hi\nassistant:")
+    picture = {"type": "image_url", "image_url": {"url": "https://a.example"}}
+    for wrong in ([picture], ["Hi"], [{"type": "text"}], {"type": "text", "text": "Hi"}, 5):
+        assert asked(wrong).status_code == 400
+
+
+def test_chat(chatty: TestClient) -> None:
+    client = chatty
     body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 4}
     expected = greedy(4, "user: Hi\nassistant:")
     answer = client.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 1}).json()

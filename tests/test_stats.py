@@ -154,6 +154,7 @@ def test_info(make_client: Callable[..., TestClient]) -> None:
         "max_best_of": 3,
         "max_stop_sequences": 2,
         "max_concurrent_requests": 128,
+        "max_client_batch_size": 1,
         "version": VERSION,
         "precision": "bf16",
         "precisions": able,

@@ -11,8 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import Invalid
-from server.generation import Continuation, GenerationRequest
+from server.generation import Continuation, Conversation, GenerationRequest
 from server.intake import make_request
 from server.openai_format import chat_logprobs, finish, usage
 from server.replies import EventStream, event
@@ -41,7 +40,8 @@ class Chat:
         return await (self._stream() if self.body.stream else self._whole())
 
     def _wanted(self) -> list[GenerationRequest]:
-        prompt, body = self._prompt(), self.body
+        body = self.body
+        prompt = Conversation([message.model_dump() for message in body.messages])
         first = secrets.randbits(64) if body.seed is None else body.seed
         wishes = body.parameters(body.max_completion_tokens or body.max_tokens)
         return [
@@ -57,12 +57,6 @@ class Chat:
             )
             for i in range(body.n or 1)
         ]
-
-    def _prompt(self) -> list[int]:
-        try:
-            return self.codec.encode_chat([message.model_dump() for message in self.body.messages])
-        except Exception:  # a template is a program of the model's author, and refuses in its own ways
-            raise Invalid("the model's chat template refuses these messages", param="messages") from None
 
     async def _whole(self) -> Response:
         done = await run_all(self.request, self._wanted())

@@ -1,5 +1,6 @@
 """``POST /v1/completions``: the prompts, the choices, the stream."""
 
+import asyncio
 import secrets
 import time
 import uuid
@@ -47,7 +48,13 @@ def _is_prompt(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     """A string without lone surrogates, which no tokenizer takes."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _are_ids(value: list[Any]) -> bool:
@@ -107,7 +114,11 @@ class Completion:
             for at in range(0, len(done), self.each)
             for best in sorted(done[at : at + self.each], key=_mean_logprob, reverse=True)[: self.n]
         ]
-        reply = self._frame([self._choice(i, one) for i, one in enumerate(shown)], done[0])
+        choices = []
+        for i, one in enumerate(shown):
+            choices.append(self._choice(i, one))
+            await asyncio.sleep(0)  # a hundred with log-probabilities take half a second: others go on
+        reply = self._frame(choices, done[0])
         reply["usage"] = usage(done[:: self.each], done)
         return JSONResponse(reply, headers=headers(done[0]))
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 from server.generation import Continuation, Piece
+from server.replies import cancelled
 
 
 async def merged(continuations: Sequence[Continuation]) -> AsyncIterator[tuple[int, Piece | None]]:
@@ -22,9 +23,7 @@ async def merged(continuations: Sequence[Continuation]) -> AsyncIterator[tuple[i
             else:
                 yield item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled(*tasks)
 
 
 async def _pump(

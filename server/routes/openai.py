@@ -1,5 +1,6 @@
 """The OpenAI dialect: models, completions, chat."""
 
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -7,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
-from server.errors import BadRequest, ModelUnknown
-from server.intake import choose_precision
+from server.errors import BadPrecision, BadRequest, ModelUnknown
+from server.intake import choose_precision, known_precision, precision_of_model
 from server.routes.chat import Chat
 from server.routes.completions import Completion
 from server.routes.shared import body_of, precision_parameters
@@ -30,10 +31,18 @@ async def models(request: Request) -> Response:
 @router.get("/v1/models/{id:path}")
 async def model(request: Request, id: str) -> Response:
     """One entry of the list of models."""
-    found = _models(request).get(id)
+    found = _models(request).get(_entry(id, request.app.state.checkpoint.model_id))
     if found is None:
         raise ModelUnknown("no such model here", param="model")
     return JSONResponse(found)
+
+
+def _entry(name: str, model_id: str) -> str:
+    """The id in the list of models of what goes by ``name``, whichever name a request may use for it."""
+    precision = precision_of_model(name, model_id)
+    with suppress(BadPrecision):
+        return model_id if precision is None else f"{model_id}:{known_precision(precision)}"
+    return name
 
 
 def _models(request: Request) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What the generating routes have in common: running, timing, describing bodies in the API document."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.generation import Continuation, GenerationRequest
-from server.replies import until_disconnect
+from server.replies import cancelled, until_disconnect
 from server.schemas import PRECISION_NAMES
 
 SEEDS = 2**64
@@ -17,10 +18,12 @@ async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list
     """Runs them together to their end and closes them; stops when the client goes."""
 
     async def work() -> list[Continuation]:
-        continuations = await request.app.state.service.open_all(wanted)
+        continuations: list[Continuation] = await request.app.state.service.open_all(wanted)
+        runs = [asyncio.ensure_future(continuation.run()) for continuation in continuations]
         try:
-            return [await continuation.run() for continuation in continuations]
+            return await asyncio.gather(*runs)  # each read as it comes: a stop string ends it there and then
         finally:
+            await cancelled(*runs)
             await close_all(continuations)
 
     return await until_disconnect(request, work())

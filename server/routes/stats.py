@@ -78,7 +78,7 @@ async def info(request: Request) -> dict[str, Any]:
         "max_best_of": settings.max_best_of,
         "max_stop_sequences": settings.max_stop_sequences,
         "max_concurrent_requests": settings.max_concurrent_requests,
-        "max_client_batch_size": settings.max_best_of,
+        "max_client_batch_size": 1,
         "version": VERSION,
         "router": "bitdial",
         "precision": pool.default,

@@ -1,17 +1,19 @@
 """``POST /tokenize``: a text's tokens, as Text Generation Inference shows them."""
 
 import asyncio
-from dataclasses import asdict
+import json
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.body import read_object
 from server.routes.shared import body_of
 from server.schemas import TokenizeBody, validate
+from server.text import TextCodec
 
 router = APIRouter(tags=["looking"])
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @router.post("/tokenize", openapi_extra=body_of(TokenizeBody))
@@ -19,5 +21,11 @@ async def tokenize(request: Request) -> Response:
     """The tokens of a text and where each stands in it."""
     values, state = await read_object(request), request.app.state
     body = validate(TokenizeBody, values, state.settings)
-    spans = await asyncio.to_thread(state.codec.tokenize, body.inputs)
-    return JSONResponse([asdict(span) for span in spans])
+    with state.service.place():
+        content = await asyncio.to_thread(_rendered, state.codec, body.inputs)
+    return Response(content, media_type="application/json")
+
+
+def _rendered(codec: TextCodec, text: str) -> bytes:
+    """Token by token: a long text's, encoded in one go, would keep the event loop waiting for seconds."""
+    return f"[{','.join(_encode(vars(span)) for span in codec.tokenize(text))}]".encode()
