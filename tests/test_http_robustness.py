@@ -136,8 +136,12 @@ def test_wrong_keys(make_client: Callable[..., TestClient], key: bytes) -> None:
     client = make_client(api_key="right")
     assert client.get("/v1/models", headers=[(b"authorization", key)]).status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer right"}).status_code == 200
-    in_query = client.get("/v1/models?api_key=right", headers={"Authorization": "Bearer right"})
-    assert in_query.status_code == 401
+    for query in ("api_key=right", "token=x", "x-whatever=right", "a=1&b=%72ight"):
+        in_query = client.get(f"/v1/models?{query}", headers={"Authorization": "Bearer right"})
+        assert in_query.status_code == 401
+    for query in ("a=%ff", "%ff", "a=\u00e9", "precision=fp32"):
+        others = client.get(f"/v1/models?{query}", headers={"Authorization": "Bearer right"})
+        assert others.status_code == 200
     assert client.get("/v1/models", headers={"X-Forwarded-For": "127.0.0.1"}).status_code == 401
 
 
@@ -166,6 +170,21 @@ def test_no_cors_unless_configured(make_client: Callable[..., TestClient]) -> No
     told = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
     assert told["access-control-allow-origin"] == "https://a.example"
     assert "access-control-allow-credentials" not in told
+
+
+def test_a_browser_may_send_what_its_client_library_sends(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(cors_allow_origin="https://a.example", api_key="right")
+    asked = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-precision,x-stainless-lang",
+    }
+    reply = client.options("/v1/completions", headers=asked)
+    assert reply.status_code == 200
+    assert "x-stainless-lang" in reply.headers["access-control-allow-headers"]
+    refused = client.options("/v1/completions", headers={**asked, "Origin": "https://b.example"})
+    assert refused.status_code == 400
+    assert "access-control-allow-origin" not in refused.headers
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
