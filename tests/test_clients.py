@@ -1,11 +1,17 @@
 """The clients people already have, unchanged, against a real socket."""
 
+from collections.abc import Callable
+from typing import Any
+
 import openai
 import pytest
+from fastapi import FastAPI
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import UnknownError, ValidationError
 
+from tests.conftest import serving
 from tests.test_generate import PROMPT, greedy
+from tests.test_openai import TEMPLATE
 
 
 def openai_client(address: str) -> openai.OpenAI:
@@ -68,3 +74,42 @@ def test_openai_errors(live: str) -> None:
     assert told.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="chat template"):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hi"}])
+
+
+def test_their_keys(make_app: Callable[..., FastAPI]) -> None:
+    with serving(make_app(api_key="right")) as address:
+        assert InferenceClient(address, token="right").text_generation(PROMPT, max_new_tokens=3) == greedy(3)
+        with pytest.raises(UnknownError, match="key"):
+            InferenceClient(address, token="wrong").text_generation(PROMPT)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="right", max_retries=0)
+        assert client.completions.create(model="fake", prompt=PROMPT, temperature=0).choices[
+            0
+        ].text == greedy(16)
+        with pytest.raises(openai.AuthenticationError, match="key"):
+            client.with_options(api_key="wrong").models.list()
+
+
+def test_what_huggingface_asks_of_an_endpoint(live: str) -> None:
+    client = InferenceClient(provider="hf-inference")
+    assert client.health_check(model=live)
+    assert client.get_endpoint_info(model=live)["model_id"] == "fake"
+
+
+def test_a_conversation(make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make_app()
+    with serving(app) as address:
+        monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
+        said = [{"role": "user", "content": "Hi"}]
+        expected = greedy(4, "user: Hi\nassistant:")
+        face = InferenceClient(address)
+        whole = face.chat_completion(said, max_tokens=4, temperature=0)
+        assert whole.choices[0].message.content == expected
+        chunks = face.chat_completion(said, max_tokens=4, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+        asked: Any = {"model": "fake:bf16", "messages": said, "max_tokens": 4, "temperature": 0}
+        client = openai_client(address)
+        assert client.chat.completions.create(**asked).choices[0].message.content == expected
+        stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        *told, last = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == expected
+        assert last.usage.completion_tokens == 4
