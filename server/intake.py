@@ -12,9 +12,10 @@ from server.automatic import bounds_of, choose_by_report
 from server.errors import BadPrecision, Invalid, ModelUnknown
 from server.generation import Conversation, GenerationRequest
 from server.report.choice import Bounds, Choice
-from server.schemas import AutoBounds, Sampling, printable
+from server.schemas import AutoBounds, Sampling
 from server.sequence import SamplingParams
 from server.setting_types import AUTO
+from server.validation import printable
 
 _ANY_MODEL = ("tgi", "dummy")
 """What Hugging Face's client and its documentation call the served model when only an address is known."""

@@ -7,55 +7,24 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import loaders
 from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec
 from loaders.layer_errors import hollow
 from server import memory
 from server.engine import Engine
-from server.errors import NotReady, ServiceError, Unavailable
+from server.errors import NotReady, ServiceError
 from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.metrics import Metrics
+from server.precision_state import LoadProgress, PrecisionState
 from server.settings import Settings
 from server.turn import Turn
 
-State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
 Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
 _RETRY_SECONDS = 5.0  # a load that failed is not tried again sooner
 _STOP_SECONDS = 5.0  # an engine gets to finish its step
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadProgress:
-    """How far a load has come; total 0 where it isn't known."""
-
-    stage: str
-    current: int
-    total: int
-
-
-@dataclass
-class PrecisionState:
-    """One precision of the registry as it stands now."""
-
-    name: str
-    state: State = "unloaded"
-    reason: str | None = None
-    install: str | None = None
-    engine: Engine | None = None
-    load_seconds: float | None = None
-    progress: LoadProgress = field(default_factory=lambda: LoadProgress("waiting", 0, 0))
-    users: int = 0
-    failed_at: float = 0.0
-
-    def refusal(self) -> Unavailable:
-        """What to raise where the precision can't run here."""
-        mend = f" (mend it with: {self.install})" if self.install else ""
-        return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
 
 
 class Pool:

@@ -1,6 +1,6 @@
 """What clients may send: every field and every limit, once. Limits that are settings come as the context."""
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ import loaders
 from server.errors import Invalid
 from server.setting_types import AUTO
 from server.settings import Settings
+from server.validation import Strict
 
 MAX_STOP_LENGTH = 256
 _IDS: dict[str, JsonValue] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -79,12 +80,6 @@ _Name = Annotated[str, Field(json_schema_extra={"enum": PRECISION_NAMES})]
 _Listed = Annotated[list[_Name], Field(min_length=1, max_length=_MOST_NAMES)]
 _All = Annotated[str, Field(pattern="^all$")]
 NamesOrAll = Annotated[Any, BeforeValidator(_names_or_all, json_schema_input_type=_All | _Listed)]
-
-
-class Strict(BaseModel):
-    """No conversions, no unknown fields, no infinities."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class AutoBounds(Strict):
@@ -285,35 +280,3 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=5)
-
-
-Body = TypeVar("Body", bound=Strict)
-
-
-def validate(model: type[Body], values: dict[str, Any], settings: Settings, vocabulary: int = 0) -> Body:
-    """``values`` as a ``model``.
-
-    Raises:
-        Invalid: names the field and the rule, never the value.
-    """
-    for name in values:  # before pydantic, which would describe every one of a hundred thousand
-        if name not in model.model_fields:
-            raise _unknown(printable(name))
-    try:
-        return model.model_validate(values, context={"settings": settings, "vocabulary": vocabulary})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = ".".join(printable(str(part)) for part in first["loc"]) or None
-    if first["type"] == "extra_forbidden":
-        raise _unknown(str(field))
-    message = first["msg"].removeprefix("Value error, ")
-    raise Invalid(f"{field}: {message}" if field else message, param=field)
-
-
-def _unknown(field: str) -> Invalid:
-    return Invalid(f"unknown field {field!r}", param=field)
-
-
-def printable(name: str) -> str:
-    """A client's field name, fit for an error message."""
-    return name[:40].encode("ascii", "backslashreplace").decode()

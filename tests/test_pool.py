@@ -12,7 +12,8 @@ from server import memory
 from server.errors import NotReady, Unavailable
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
-from server.pool import LoadProgress, Pool
+from server.pool import Pool
+from server.precision_state import LoadProgress
 from server.settings import Settings
 from server.watchdog import watch
 from tests.conftest import until

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 import pytest
 
 from server.commands.progress import ProgressBars, show_loading
-from server.pool import LoadProgress, PrecisionState
+from server.precision_state import LoadProgress, PrecisionState
 
 
 class Terminal(io.StringIO):

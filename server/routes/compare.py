@@ -20,7 +20,8 @@ from server.intake import known_precision, make_request, merge_parameters
 from server.pool import Pool
 from server.replies import until_disconnect
 from server.routes.shared import body_of
-from server.schemas import PRECISION_NAMES, NamesOrAll, Sampling, validate
+from server.schemas import PRECISION_NAMES, NamesOrAll, Sampling
+from server.validation import validate
 
 router = APIRouter(tags=["comparing"])
 _ALL = "all"

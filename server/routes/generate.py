@@ -25,9 +25,10 @@ from server.routes.shared import (
     served,
     timings,
 )
-from server.schemas import GenerateBody, Parameters, validate
+from server.schemas import GenerateBody, Parameters
 from server.sequence import PromptToken, Token
 from server.text import TextCodec
+from server.validation import validate
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()

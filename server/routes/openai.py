@@ -13,7 +13,8 @@ from server.intake import Asked, choose_precision, known_precision, precision_of
 from server.routes.chat import Chat
 from server.routes.completions import Completion
 from server.routes.shared import body_of, precision_parameters
-from server.schemas import ChatBody, CompletionBody, OpenAIBody, validate
+from server.schemas import ChatBody, CompletionBody, OpenAIBody
+from server.validation import validate
 
 router = APIRouter(tags=["openai"])
 Body = TypeVar("Body", bound=OpenAIBody)

@@ -11,7 +11,8 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.base import LoaderError
 from server.errors import BadPrecision, ServiceError
-from server.pool import Pool, PrecisionState
+from server.pool import Pool
+from server.precision_state import PrecisionState
 from server.schemas import PRECISION_NAMES
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])

@@ -19,7 +19,8 @@ from server.report.files import as_json
 from server.report.markdown import advice_of, markdown
 from server.report.page import page
 from server.routes.shared import body_of
-from server.schemas import NamesOrAll, Strict, validate
+from server.schemas import NamesOrAll
+from server.validation import Strict, validate
 
 router = APIRouter(tags=["comparing"])
 _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"

@@ -15,7 +15,8 @@ from loaders.layer_errors import hollow
 from server import memory
 from server.errors import Invalid
 from server.metrics import CONTENT_TYPE, Metrics
-from server.pool import Pool, PrecisionState
+from server.pool import Pool
+from server.precision_state import PrecisionState
 from server.report.markdown import advice_of
 from server.reports import Reports
 from server.routes.precisions import PrecisionName, known

@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from server.body import read_object
 from server.routes.shared import body_of
-from server.schemas import TokenizeBody, validate
+from server.schemas import TokenizeBody
 from server.text import TextCodec
+from server.validation import validate
 
 router = APIRouter(tags=["looking"])
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
