@@ -51,7 +51,9 @@ def measure(
             kept.append(KeptLayer(name, reason(module)))
             multiplied[False] += _products(module)
         else:
-            kept += [KeptLayer(matrix, reason(module)) for matrix in _own_matrices(name, module)]
+            for matrix, weights in _own_matrices(name, module):
+                kept.append(KeptLayer(matrix, reason(module)))
+                multiplied[False] += weights
     for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
         bytes_.count(tensor)
     total = sum(bytes_.by_dtype.values())
@@ -103,11 +105,11 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D | nn.Embedding | NativeLinear)
 
 
-def _own_matrices(name: str, module: nn.Module) -> Iterator[str]:
-    """What a module multiplies with by itself, such as all experts of a mixture in one tensor."""
+def _own_matrices(name: str, module: nn.Module) -> Iterator[tuple[str, int]]:
+    """What a module multiplies with by itself, such as a mixture's experts in one tensor: name, weights."""
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 2:
-            yield f"{name}.{own}"
+            yield f"{name}.{own}", parameter.numel()
 
 
 class _Bytes:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import loaders
 from loaders.base import CheckpointError, LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
+from loaders.layer_errors import hollow
 from tests import checkpoints
 
 SIZES: dict[str, Any] = {
@@ -81,6 +82,15 @@ def test_every_linear_layer_is_quantized_and_the_rest_is_told(
     assert bool(experts) == (family == "mixtral")
     head = set() if precision == "dynamic-int8" else {heads.get(family, "lm_head")}
     assert kept.keys() - embeddings - experts == head
+
+
+def test_experts_that_were_not_quantized_are_most_of_a_mixture(tmp_path: Path) -> None:
+    loaded = loaders.load("nf4", spec_of("mixtral", FAMILIES["mixtral"], tmp_path))
+    assert 0 < loaded.footprint.quantized_share < 0.5
+    warning = hollow(loaded)
+    assert warning is not None
+    assert warning.startswith("nf4 has quantized only")
+    assert hollow(loaders.load("nf4", spec_of("qwen2", FAMILIES["qwen2"], tmp_path))) is None
 
 
 @pytest.mark.parametrize(
