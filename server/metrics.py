@@ -108,8 +108,9 @@ class Metrics:
             record.single_row_gaps.extend(step.gaps)
         self._generated.labels(self._model, precision).inc(step.generated_tokens)
         self._prompt.labels(self._model, precision).inc(step.prompt_tokens)
+        histogram = self._gap.labels(self._model, precision)
         for gap in step.gaps:
-            self._gap.labels(self._model, precision).observe(gap)
+            histogram.observe(gap)
         if step.batch:
             self._batch.labels(self._model, precision).observe(step.batch)
 

@@ -87,18 +87,22 @@ async def cancelled(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+_encoded = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # made once, not for every token
+
+
 def event(data: Mapping[str, Any] | str) -> bytes:
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
-    return b"data: " + text.encode() + b"\n\n"
+    text = data if isinstance(data, str) else _encoded(data)
+    return f"data: {text}\n\n".encode()
 
 
 class EventStream(Response):
     """Server-sent events. Whatever happens, even before the first one, ``close`` is awaited.
 
+    A reader that stops reading is the connection's business (``server.connection``): it is cut off.
+
     Args:
         events: each already encoded; a ``ServiceError`` raised by it becomes the last event.
         close: frees what the events come from.
-        send_timeout: seconds a reader may leave one event unread.
     """
 
     media_type = "text/event-stream"
@@ -108,11 +112,10 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         close: Callable[[], Awaitable[None]],
         headers: Mapping[str, str],
-        send_timeout: float = 30.0,
     ) -> None:
         super().__init__(headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache", **headers})
         del self.headers["content-length"]
-        self._events, self._close, self._send_timeout = events, close, send_timeout
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -121,7 +124,7 @@ class EventStream(Response):
             try:
                 await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if sending.done():
-                    with suppress(TimeoutError, OSError):  # the reader stopped reading, or left
+                    with suppress(OSError):  # the reader left
                         sending.result()
             finally:
                 await cancelled(sending, gone)
@@ -131,8 +134,7 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for chunk in self._guarded(scope):
-            async with asyncio.timeout(self._send_timeout):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _guarded(self, scope: Scope) -> AsyncIterator[bytes]:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from loaders import kernels
+from loaders.kernels import summarize
 from server.device_sampler import Choice, Chosen, choose
 from server.faults import BadLogits, attempt
 from server.sequence import COLDEST, FinishReason, PromptToken, Sequence, Token, TokenLogprob
@@ -45,14 +46,17 @@ class Sampler:
         """One token a row from (rows, vocabulary) float32 logits; an error in one row stays in its place."""
         if logits.is_cuda:
             return self.begin(logits, sequences).wait()
-        greedy, finite = _largest(logits)
+        told = any(_reports(sequence) for sequence in sequences)
+        summary = summarize(logits, told, kernels.get())
         picked: list[Token | Exception] = []
         for row, sequence in enumerate(sequences):
             try:
-                if not finite[row]:
+                if not summary.finite[row]:
                     raise BadLogits("the model returned logits that are not numbers")
-                chosen = greedy[row] if sequence.params.is_plain else _choose(logits[row], sequence)
-                picked.append(self._token(chosen, logits[row], sequence))
+                plain = sequence.params.is_plain
+                chosen = summary.ids[row] if plain else _choose(logits[row], sequence)
+                log_total = summary.log_totals[row] if summary.log_totals else 0.0
+                picked.append(self._token(chosen, logits[row], log_total, sequence))
             except Exception as error:
                 picked.append(error)
         return picked
@@ -80,16 +84,14 @@ class Sampler:
     def _as_token(self, chosen: Chosen, sequence: Sequence) -> Token | Exception:
         if not math.isfinite(chosen.highest):
             return BadLogits("the model returned logits that are not numbers")
-        params = sequence.params
-        wanted = params.logprobs or params.top_n
-        top = tuple(TokenLogprob(*pair) for pair in chosen.top[: params.top_n])
-        return Token(chosen.id, chosen.logprob if wanted else None, top, self._finish(chosen.id, sequence))
+        top = tuple(TokenLogprob(*pair) for pair in chosen.top[: sequence.params.top_n])
+        logprob = chosen.logprob if _reports(sequence) else None
+        return Token(chosen.id, logprob, top, self._finish(chosen.id, sequence))
 
-    def _token(self, chosen: int, logits: Tensor, sequence: Sequence) -> Token:
-        params, logprob = sequence.params, None
-        top: tuple[TokenLogprob, ...] = ()
-        if params.logprobs or params.top_n:
-            logprob, top = _logprobs(logits, chosen, params.top_n)
+    def _token(self, chosen: int, logits: Tensor, log_total: float, sequence: Sequence) -> Token:
+        logprob, top = None, ()
+        if _reports(sequence):
+            logprob, top = _logprobs(logits, chosen, log_total, sequence.params.top_n)
         return Token(chosen, logprob, top, self._finish(chosen, sequence))
 
     def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
@@ -100,13 +102,12 @@ class Sampler:
 
 def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
     """What the model gave each of ``following`` (n ids) by the (n, vocabulary) logits before it."""
-    tokens = []
-    if logits.is_cuda:
-        logits = logits.cpu()
-    for row, id_ in zip(logits, following, strict=True):
-        logprob, top = _logprobs(row, id_, top_n)
-        tokens.append(PromptToken(id_, logprob, top))
-    return tokens
+    if not following:
+        return []
+    logits = logits.cpu()
+    log_totals = summarize(logits, True, kernels.get()).log_totals or []
+    found = zip(logits, following, log_totals, strict=True)
+    return [PromptToken(id_, *_logprobs(row, id_, log_total, top_n)) for row, id_, log_total in found]
 
 
 def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
@@ -125,13 +126,6 @@ def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
         weights = weights.masked_fill(weights < params.min_p * weights.max(), 0.0)
     probabilities = weights.double()
     return probabilities / probabilities.sum()
-
-
-def _largest(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """Where each row is largest, and whether that is finite: a NaN or an infinity would be found."""
-    rows = logits.numpy()  # numpy's argmax takes a fraction of torch's time
-    found = rows.argmax(axis=-1)
-    return found.tolist(), np.isfinite(np.take_along_axis(rows, found[:, None], axis=-1)[:, 0]).tolist()
 
 
 def _choose(logits: Tensor, sequence: Sequence) -> int:
@@ -202,12 +196,18 @@ def _typical_p(weights: Tensor, typical_p: float) -> Tensor:
     return torch.zeros_like(weights).index_copy(0, kept, weights[kept])
 
 
-def _logprobs(logits: Tensor, chosen: int, top_n: int) -> tuple[float, tuple[TokenLogprob, ...]]:
-    """Natural log-probabilities under the model's own distribution."""
-    total = float(logits.logsumexp(dim=-1))
+def _reports(sequence: Sequence) -> bool:
+    """Whether log-probabilities are told with its tokens."""
+    return bool(sequence.params.logprobs or sequence.params.top_n)
+
+
+def _logprobs(
+    logits: Tensor, chosen: int, log_total: float, top_n: int
+) -> tuple[float, tuple[TokenLogprob, ...]]:
+    """Natural log-probabilities under the model's own distribution, whose logits come to ``log_total``."""
     top: tuple[TokenLogprob, ...] = ()
     if top_n:
         values, ids = logits.topk(min(top_n, len(logits)))
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        top = tuple(TokenLogprob(id_, min(value - total, 0.0)) for id_, value in pairs)
-    return min(float(logits[chosen]) - total, 0.0), top
+        top = tuple(TokenLogprob(id_, min(value - log_total, 0.0)) for id_, value in pairs)
+    return min(float(logits[chosen]) - log_total, 0.0), top

@@ -1,8 +1,11 @@
 """Text ↔ token ids: encoding, decoding token by token, stop strings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from transformers import TokenizersBackend
 
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 _LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
@@ -30,6 +33,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
         self._texts: dict[int, str] = {}
+        self._decode = _decoder(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
@@ -37,8 +41,7 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self._decode(list(ids))
 
     def token_text(self, id_: int) -> str:
         """One token by itself, special ones by name. Remembered: an answer may tell of a hundred thousand."""
@@ -66,6 +69,16 @@ class TextCodec:
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
         return IncrementalDecoder(self, prompt, stop)
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Ids → text without special tokens. Where ``transformers`` adds nothing to what the tokenizer beneath it
+    does, that one is called: twice for every token of every stream, its checks cost more than its work."""
+    beneath = getattr(tokenizer, "backend_tokenizer", None)
+    adds = type(tokenizer)._decode is not TokenizersBackend._decode or tokenizer.clean_up_tokenization_spaces
+    if beneath is None or adds:
+        return partial(tokenizer.decode, skip_special_tokens=True)
+    return partial(beneath.decode, skip_special_tokens=True)
 
 
 class IncrementalDecoder:

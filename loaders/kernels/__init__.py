@@ -11,9 +11,10 @@ from loaders.kernels.build import compiled
 from loaders.kernels.gpt2 import GPT2, KeyValues, Layer, Norm
 from loaders.kernels.library import Format, Library
 from loaders.kernels.matrix import FourBit, PackedMatrix
+from loaders.kernels.summary import Summary, summarize
 
-__all__ = ["GPT2", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm", "PackedMatrix"]
-__all__ += ["describe", "find", "get", "load", "runnable", "supports"]
+__all__ = ["GPT2", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm", "PackedMatrix", "Summary"]
+__all__ += ["describe", "find", "get", "load", "runnable", "summarize", "supports"]
 
 # what each library's instructions are called by the operating system, best first
 _NEEDS = {

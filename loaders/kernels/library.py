@@ -23,6 +23,8 @@ class Library:
         self.linear, self.gpt2 = loaded.bitdial_linear, loaded.bitdial_gpt2
         self.linear.argtypes = [P, P, I64, P, P, ctypes.c_int]
         self.gpt2.argtypes = [P, P, P, I64, P, ctypes.c_int]
+        self.summarize = loaded.bitdial_summarize
+        self.summarize.argtypes = [P, I64, I64, P, P, P, ctypes.c_int]
         for query in (loaded.bitdial_multiple, loaded.bitdial_computes_in):
             query.argtypes, query.restype = [I64], I64
         self._multiple, self._computes_in = loaded.bitdial_multiple, loaded.bitdial_computes_in

@@ -84,10 +84,7 @@ class Chat:
 
     async def _stream(self) -> Response:
         opened = await open_all(self.request, self._wanted())
-        timeout = self.request.app.state.settings.receive_timeout
-        return EventStream(
-            self._events(opened), partial(close_all, opened), opening_headers(opened[0]), timeout
-        )
+        return EventStream(self._events(opened), partial(close_all, opened), opening_headers(opened[0]))
 
     async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
         for index, one in enumerate(opened):

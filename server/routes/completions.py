@@ -149,7 +149,7 @@ class Completion:
     async def _stream(self) -> Response:
         opened = await open_all(self.request, self._wanted())
         close, told = partial(close_all, opened), opening_headers(opened[0])
-        return EventStream(self._events(opened), close, told, self.settings.receive_timeout)
+        return EventStream(self._events(opened), close, told)
 
     async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
         top = self.body.logprobs or 0

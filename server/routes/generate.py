@@ -176,7 +176,6 @@ async def _stream(request: Request, body: GenerateBody, asked: Asked) -> Respons
         _events(body, opened[0], state.codec),
         partial(close_all, opened),
         opening_headers(opened[0]),
-        state.settings.receive_timeout,
     )
 
 

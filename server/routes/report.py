@@ -77,7 +77,7 @@ async def make(request: Request) -> Response:
             raise Unavailable(f'{error}; or send "plots": false') from None
     events = state.reports.make(wishes, body.text)
     first = await anext(events, None)  # refusals have their own status
-    return EventStream(_told(state, first, events), events.aclose, {}, state.settings.receive_timeout)
+    return EventStream(_told(state, first, events), events.aclose, {})
 
 
 async def _told(
