@@ -18,6 +18,7 @@ from loaders.base import (
     UnknownPrecision,
     ignore_progress,
 )
+from loaders.heap import large_blocks_returned
 
 __all__ = [
     "ALIASES",
@@ -106,6 +107,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
     if not able.ok:
         raise PrecisionUnavailable(name, able)
     started = time.perf_counter()
-    model = loader(name).load(name, spec, progress)
+    with large_blocks_returned():
+        model = loader(name).load(name, spec, progress)
     model.load_seconds = time.perf_counter() - started
     return model

@@ -89,7 +89,8 @@ class Sampler:
         return Token(chosen.id, logprob, top, self._finish(chosen.id, sequence))
 
     def _token(self, chosen: int, logits: Tensor, log_total: float, sequence: Sequence) -> Token:
-        logprob, top = None, ()
+        logprob: float | None = None
+        top: tuple[TokenLogprob, ...] = ()
         if _reports(sequence):
             logprob, top = _logprobs(logits, chosen, log_total, sequence.params.top_n)
         return Token(chosen, logprob, top, self._finish(chosen, sequence))

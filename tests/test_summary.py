@@ -55,7 +55,7 @@ def test_masked_tokens_add_nothing(computes: Library | None) -> None:
     logits[0, 17] = logits[0, 8000] = 2.0
     found = summarize(logits, True, computes)
     assert (found.ids, found.finite) == ([17], [True])
-    assert found.log_totals == [pytest.approx(2.0 + math.log(2))]
+    assert (found.log_totals or [0.0])[0] == pytest.approx(2.0 + math.log(2))
 
 
 def test_the_first_of_equals(computes: Library | None) -> None:
