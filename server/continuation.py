@@ -104,6 +104,11 @@ class Continuation:
         """The generated text so far."""
         return "".join(piece.text for piece in self.pieces)
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens so far; what the best of several is chosen by."""
+        return sum(piece.token.logprob or 0.0 for piece in self.pieces) / max(len(self.pieces), 1)
+
     async def run(self) -> "Continuation":
         """To the end; for answers that come in one piece."""
         async for _ in self:

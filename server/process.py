@@ -76,11 +76,20 @@ class Process(uvicorn.Server):
             _log.error("%s: ending with code %d", lifecycle.fatal, lifecycle.exit_code)
         grace = _FLUSH_SECONDS if lifecycle.fatal else self._settings.graceful_termination_timeout
         until = time.monotonic() + grace
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                while self._app.state.service.in_flight:
-                    await asyncio.sleep(0.05)
-        await asyncio.sleep(_FLUSH_SECONDS if lifecycle.fatal else 0)
+        done = await self._answered(grace)
+        if not done and lifecycle.fatal is None:
+            for engine in self._app.state.pool.engines:  # their readers are told, not cut off
+                engine.fail("the server is shutting down")
+        await asyncio.sleep(_FLUSH_SECONDS if lifecycle.fatal or not done else 0)
         # all is computed; what was answered may still be on its way to a slow reader
         self.config.timeout_graceful_shutdown = max(1, math.ceil(until - time.monotonic()))
         self.should_exit = True
+
+    async def _answered(self, seconds: float) -> bool:
+        """Whether all requests came to their end within that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._app.state.service.in_flight:
+                    await asyncio.sleep(0.05)
+                return True
+        return False

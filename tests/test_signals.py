@@ -39,11 +39,14 @@ TOKENS = 75  # a second and a half
 
 
 @contextmanager
-def serving(folder: Path, loading: str = "") -> Iterator[tuple["subprocess.Popen[str]", int]]:
+def serving(
+    folder: Path, loading: str = "", grace: str = "30"
+) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """The process, and its port as soon as it listens."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE.format(loading=loading), str(folder)],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=ROOT, env=environment() | {"GRACEFUL_TERMINATION_TIMEOUT": grace},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -89,6 +92,18 @@ def test_the_first_one_drains(folder: Path, signal_: signal.Signals) -> None:
         assert ask(port, "GET", "/health/live")[0] == 200
         last = [line for line in stream.read().decode().splitlines() if line][-1]
         assert f'"generated_tokens": {TOKENS}' in last
+        assert process.wait(timeout=5) == 0
+
+
+def test_what_does_not_end_within_the_grace_time_is_told(folder: Path) -> None:
+    with serving(folder, grace="0.5") as (process, port):
+        ready(port)
+        stream = open_stream(port)
+        process.send_signal(signal.SIGTERM)
+        last = [line for line in stream.read().decode().splitlines() if line][-1]
+        told = json.loads(last.removeprefix("data: "))
+        assert told["error_type"] == "generation"
+        assert "shutting down" in told["error"]
         assert process.wait(timeout=5) == 0
 
 

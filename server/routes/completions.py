@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from starlette.requests import Request
@@ -112,7 +113,9 @@ class Completion:
         shown = [
             best
             for at in range(0, len(done), self.each)
-            for best in sorted(done[at : at + self.each], key=_mean_logprob, reverse=True)[: self.n]
+            for best in sorted(done[at : at + self.each], key=attrgetter("mean_logprob"), reverse=True)[
+                : self.n
+            ]
         ]
         choices = []
         for i, one in enumerate(shown):
@@ -178,7 +181,3 @@ class Completion:
 
 def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _mean_logprob(done: Continuation) -> float:
-    return sum(piece.token.logprob or 0.0 for piece in done.pieces) / max(len(done.pieces), 1)

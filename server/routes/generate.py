@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import AsyncIterator
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from fastapi import APIRouter
@@ -75,7 +76,7 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
         body.check_stream()
         return await _stream(request, body, asked)
     done = await run_all(request, _wanted(body, asked))
-    done.sort(key=_mean_logprob, reverse=True)
+    done.sort(key=attrgetter("mean_logprob"), reverse=True)
     reply = _reply(body, done, state.codec)
     return JSONResponse([reply] if listed else reply, headers=headers(done[0]))
 
@@ -97,10 +98,6 @@ def _wanted(body: GenerateBody, asked: Asked) -> list[GenerationRequest]:
         )
         for i in range(count)
     ]
-
-
-def _mean_logprob(done: Continuation) -> float:
-    return sum(piece.token.logprob or 0.0 for piece in done.pieces) / max(len(done.pieces), 1)
 
 
 def _reply(body: GenerateBody, done: list[Continuation], codec: TextCodec) -> dict[str, Any]:
