@@ -6,8 +6,7 @@ ServiceError
 │   ├── PromptTooLong     422  more tokens than the context holds              (/v1: 400)
 │   └── BadPrecision      422  no such precision                               (/v1: 400)
 ├── Unauthorized          401
-├── NotFound              404  unknown route
-│   └── ModelUnknown      404
+├── NotFound              404  unknown route or model
 ├── MethodNotAllowed      405
 ├── RequestTimeout        408  the request took too long to arrive
 ├── Unavailable           409  this host can't run the asked precision
@@ -68,12 +67,10 @@ class Unauthorized(ServiceError):
 
 
 class NotFound(ServiceError):
+    """No such model, or no such route."""
+
     status, error_type = 404, "not_found"
-    openai_type = "invalid_request_error"
-
-
-class ModelUnknown(NotFound):
-    openai_code = "model_not_found"
+    openai_type, openai_code = "invalid_request_error", "model_not_found"
 
 
 class MethodNotAllowed(ServiceError):

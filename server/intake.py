@@ -9,7 +9,7 @@ from starlette.requests import Request
 import loaders
 from loaders.base import LoaderError
 from server.automatic import bounds_of, choose_by_report
-from server.errors import BadPrecision, Invalid, ModelUnknown
+from server.errors import BadPrecision, Invalid, NotFound
 from server.generation import Conversation, GenerationRequest
 from server.report.choice import Bounds, Choice
 from server.schemas import AutoBounds, Sampling
@@ -44,13 +44,13 @@ def precision_of_model(name: str | None, model_id: str) -> str | None:
     """The precision a model name asks for: ``gpt2:int8`` → ``int8``, ``gpt2`` → None.
 
     Raises:
-        ModelUnknown: not the served model.
+        NotFound: not the served model.
     """
     if name is None or name in _ANY_MODEL or name in model_names(model_id):
         return None
     base, colon, precision = name.rpartition(":")
     if not colon or base not in (*model_names(model_id), *_ANY_MODEL):
-        raise ModelUnknown(f"no such model here; this server has {model_id}", param="model")
+        raise NotFound(f"no such model here; this server has {model_id}", param="model")
     return precision
 
 
@@ -61,7 +61,7 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: str | Non
 
     Raises:
         BadPrecision: no such precision, or two places disagree.
-        ModelUnknown: the name is not the served model's.
+        NotFound: the name is not the served model's.
     """
     model_id = request.app.state.checkpoint.model_id
     names = [name for name in (request.path_params.get("model"), model) if name is not None]

@@ -36,6 +36,8 @@ def test_models(client: TestClient) -> None:
     missing = client.get("/v1/models/other")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+    nowhere = client.get("/v1/nothing")
+    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_a_completion(client: TestClient) -> None:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
-from server.errors import BadPrecision, BadRequest, ModelUnknown
+from server.errors import BadPrecision, BadRequest, NotFound
 from server.intake import Asked, choose_precision, known_precision, precision_of_model, settle
 from server.routes.chat import Chat
 from server.routes.completions import Completion
@@ -34,7 +34,7 @@ async def model(request: Request, id: str) -> Response:
     """One entry of the list of models."""
     found = _models(request).get(_entry(id, request.app.state.checkpoint.model_id))
     if found is None:
-        raise ModelUnknown("no such model here", param="model")
+        raise NotFound("no such model here", param="model")
     return JSONResponse(found)
 
 
