@@ -1,7 +1,8 @@
 """How far one model's distributions are from another's, token by token, summed up in constant memory."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ class TokenFigures:
     kl: Tensor
     agrees: Tensor
     delta_p: Tensor
+
+    @classmethod
+    def joined(cls, parts: Iterable["TokenFigures"]) -> "TokenFigures":
+        return cls(*map(torch.cat, zip(*(part._columns() for part in parts), strict=True)))
+
+    def split(self, sizes: Sequence[int]) -> "Iterator[TokenFigures]":
+        """So many tokens each."""
+        parts = zip(*(column.split(sizes) for column in self._columns()), strict=True)
+        return (TokenFigures(*part) for part in parts)
+
+    def _columns(self) -> list[Tensor]:
+        return [getattr(self, one.name) for one in fields(self)]
 
 
 def compare(reference: Tensor, other: Tensor, targets: Tensor) -> TokenFigures:
