@@ -8,7 +8,8 @@ memory is short.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,12 +201,30 @@ def _compare(reference: Scorer, tallies: Sequence[_Tally], batch: Sequence[Windo
     for expected in reference.logits(batch):
         following, targets = targets[: len(expected)], targets[len(expected) :]
         for part, other in zip(parts, others, strict=True):
-            part.append(compare(expected, expected if other is None else next(other), following))
+            found = expected if other is None else next(other)
+            with _few_threads():
+                part.append(compare(expected, found, following))
+            del found  # not beside the next candidate's
         del expected  # not beside the next one
     for tally, part in zip(tallies, parts, strict=True):
         # window by window: blocks of tokens that resemble each other don't reach over its end
         for figures in TokenFigures.joined(part).split([len(window.scored) for window in batch]):
             tally.add(figures)
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    """One, where there are two at most.
+
+    The comparison is a dozen short operations again and again, after each of which threads wait for each
+    other. Two were no faster than one, and twenty times slower beside another busy process.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads <= 2 else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _continue(
