@@ -56,7 +56,7 @@ async def served(options: argparse.Namespace, environment: dict[str, str]) -> As
 async def load(client: Client, texts: list[str], options: argparse.Namespace, turn: int) -> list[Answer]:
     """Poisson arrivals, the same for the same turn."""
     random, started, moment = Random(turn), time.perf_counter(), 0.0
-    sending = []
+    sending: list[asyncio.Task[Answer]] = []
     while moment < options.seconds:
         await asyncio.sleep(max(started + moment - time.perf_counter(), 0))
         text = texts[len(sending) % len(texts)]
