@@ -150,6 +150,13 @@ class Runner(Protocol):
         """Teacher-forced logits (len(ids), vocabulary) of a text no longer than ``context``; no slot used."""
         ...
 
+    def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        """``score`` of texts of one length, in one pass and after the last ``kept`` ids of each alone.
+
+        Returns (len(texts), kept, vocabulary) logits.
+        """
+        ...
+
     def free(self, slot: int) -> None:
         """Empties the slot. Freeing an empty one does nothing."""
         ...

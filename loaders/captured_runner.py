@@ -107,6 +107,13 @@ class CapturedRunner:
         return logits[0].float()
 
     @torch.inference_mode()
+    def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        self._check(len(texts[0]))
+        ids = torch.tensor(texts, dtype=torch.int64, device=self._device)
+        logits: Tensor = self.module(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        return logits.float()
+
+    @torch.inference_mode()
     def free(self, slot: int) -> None:
         if self._lengths[slot] and self._cache is not None:
             self._cache.clear(slot, self._lengths[slot])

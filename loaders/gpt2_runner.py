@@ -126,6 +126,23 @@ class GPT2Runner:
         alone = self._key_values(1, len(ids))
         return self._live(alone, [0] * len(ids), range(len(ids)), ids, len(ids))
 
+    def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        count, length = len(texts), len(texts[0])
+        self._check(length)
+        alone, skipped = self._key_values(count, length), length - kept
+        if skipped:  # in a pass of its own: of a pass, the rows without logits are the first ones
+            self._stretches(alone, texts, 0, skipped, wanted=0)
+        logits = self._stretches(alone, texts, skipped, length, wanted=count * kept)
+        return logits.view(count, kept, self.vocabulary)
+
+    def _stretches(
+        self, cache: kernels.KeyValues, texts: Sequence[Sequence[int]], start: int, end: int, wanted: int
+    ) -> Tensor:
+        """The same stretch of every text, the text's number being its slot."""
+        slots = [slot for slot in range(len(texts)) for _ in range(start, end)]
+        ids = [id_ for text in texts for id_ in text[start:end]]
+        return self._live(cache, slots, [*range(start, end)] * len(texts), ids, wanted)
+
     def free(self, slot: int) -> None:
         self._lengths[slot] = 0  # a row never looks beyond what its own sequence wrote
 

@@ -61,6 +61,12 @@ class TorchRunner:
         return logits[0].float()
 
     @torch.inference_mode()
+    def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        ids = torch.tensor(texts, device=self._device)
+        logits: Tensor = self._live(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        return logits.float()
+
+    @torch.inference_mode()
     def free(self, slot: int) -> None:
         self._cache.clear(slot)
 

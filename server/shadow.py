@@ -185,8 +185,7 @@ class Shadow:
                 raise _Interrupted
             rows = slice(at, at + _ROWS)
             parts.append(compare(expected[rows], found[rows], targets[rows]))
-        columns = ([getattr(part, name) for part in parts] for name in TokenFigures.__dataclass_fields__)
-        return TokenFigures(*(torch.cat(column) for column in columns))
+        return TokenFigures.joined(parts)
 
     def _again(self, request: Request) -> None:
         """Later; not for ever."""

@@ -72,6 +72,9 @@ class FakeRunner:
     def score(self, ids: Sequence[int]) -> Tensor:
         return torch.stack([self._logits(ids[: end + 1]) for end in range(len(ids))])
 
+    def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        return torch.stack([self.score(ids)[-kept:] for ids in texts])
+
     def free(self, slot: int) -> None:
         self.held.pop(slot, None)
 

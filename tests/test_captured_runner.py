@@ -96,6 +96,9 @@ def test_contexts_grow_from_one_captured_size_to_the_next() -> None:
     prefilled = runner.prefill(1, ids[:250], "all")
     assert prefilled is not None
     torch.testing.assert_close(prefilled, whole[:250], atol=1e-3, rtol=1e-3)
+    together = runner.score_together([ids[:300], ids[300:]], 40)
+    torch.testing.assert_close(together[0], whole[260:300], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(together[1], runner.score(ids[300:])[-40:], atol=1e-3, rtol=1e-3)
     for i in range(250, 262):
         torch.testing.assert_close(runner.decode([1], [ids[i]])[0], whole[i], atol=1e-3, rtol=1e-3)
     last = runner.prefill(1, ids[262:])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
+from loaders.gpt2_runner import GPT2Runner
 from loaders.quality import Quality, QualityError, Text, held_out, measure, text_file
 from loaders.quality.divergence import BLOCK
 from tests import checkpoints
@@ -115,9 +116,11 @@ def test_every_figure_equals_the_obvious_computation(
     (found,) = measure(
         reference, [candidate], text_of(content, tmp_path), tokenizer, window=length, stride=stride
     )
+    # windows are computed together, which transformers' own forward rounds differently
+    near = 1e-7 if isinstance(reference.runner, GPT2Runner) else 1e-4
     for name, value in expected.items():
         histogram = name in ("median_kl", "p99_kl")
-        assert getattr(found, name) == pytest.approx(value, rel=0.003 if histogram else 1e-7), name
+        assert getattr(found, name) == pytest.approx(value, rel=0.003 if histogram else near), name
     assert (found.window, found.stride, found.reference) == (length, stride, "fp32")
 
 

@@ -29,18 +29,24 @@ def test_table_layers_and_json(
     model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    arguments = ["--precisions", "nf4,fp32", "--window", "128", "--prompts", "3", "--layers"]
+    arguments = ["--precisions", "nf4,fp32", "--window", "128", "--batch", "2", "--layers"]
+    arguments += ["--prompts", "3"]
     assert main(["quality", "--model", model, "--text", text, "--json", str(out), *arguments]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    assert "windows of 128 at stride 64" in lines[0]
+    assert "windows of 128 at stride 64, 2 at a time" in lines[0]
     head, full, nf4 = (line.split() for line in lines[2:5])
     assert (head[0], full[0], nf4[0]) == ("precision", "fp32", "nf4")
     found = json.loads(lines[-1])
     assert found == json.loads(out.read_text())
     one, other = found["precisions"]
     assert (one["precision"], one["perplexity_ratio"], one["mean_kl"]) == ("fp32", 1.0, 0.0)
-    assert (other["precision"], other["greedy"]["prompts"], other["window"]) == ("nf4", 3, 128)
+    assert (other["precision"], other["greedy"]["prompts"], other["window"], other["batch"]) == (
+        "nf4",
+        3,
+        128,
+        2,
+    )
     assert other["mean_kl"] > 0
     assert f"{other['perplexity_ratio']:.5f}" in nf4
     assert [layer["name"] for layer in other["layers"]][-1] == "lm_head"

@@ -1,25 +1,35 @@
 """Quality of loaded models against a reference, on the same text, from their logits.
 
-One teacher-forced pass of every model, window by window. A window holds the reference's and one candidate's
-logits at a time, so memory depends on the window and the vocabulary, not on the text. All models given are
-resident together; at least the reference and one candidate must be, since a divergence needs both
-distributions: measure one candidate after the other where memory is short.
+One teacher-forced pass of every model, a batch of windows at a time. The reference's and one candidate's
+logits of a batch, or of a stretch of one long window, are held at a time, and are bounded (see ``passes``);
+memory does not depend on the text. All models given are resident together; at least the reference and one
+candidate must be, since a divergence needs both distributions: measure one candidate after the other where
+memory is short.
 """
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loaders.base import LoadedModel, Progress, ignore_progress
 from loaders.quality import greedy
 from loaders.quality.divergence import Mean, Quantiles, TokenFigures, compare
 from loaders.quality.greedy import GreedyDivergence
-from loaders.quality.text import QualityError, Text, TokenStream, Window, held_out, text_file, windows
+from loaders.quality.passes import Passes, Scorer
+from loaders.quality.text import (
+    QualityError,
+    Text,
+    TokenStream,
+    Window,
+    batches,
+    held_out,
+    text_file,
+    windows,
+)
 
 __all__ = [
     "GreedyDivergence",
@@ -34,30 +44,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Passes:
-    """How a text is cut: windows of ``window`` tokens, each ``stride`` further on than the one before."""
-
-    window: int
-    stride: int
-
-    @classmethod
-    def of(cls, models: Sequence[LoadedModel], window: int | None, stride: int | None) -> "Passes":
-        """What fits all the models: by default their context, and half of that.
-
-        Raises:
-            QualityError: it does not fit.
-        """
-        context = min(model.runner.context for model in models)
-        window = context if window is None else window
-        stride = max(1, window // 2) if stride is None else stride
-        if not 2 <= window <= context:
-            raise QualityError(f"a window has from 2 to {context} tokens, the models' context; not {window}")
-        if not 1 <= stride <= window:
-            raise QualityError(f"the stride goes from 1 to the window's {window} tokens; not {stride}")
-        return cls(window, stride)
-
-
-@dataclass(frozen=True)
 class Quality:
     """One model against the reference.
 
@@ -67,6 +53,7 @@ class Quality:
         tokens: of the text.
         scored: tokens that count, all but those at the beginning of a window with no context.
         window, stride: in tokens.
+        batch: windows computed together, at most.
         perplexity, reference_perplexity: per token: exp of the mean −ln p.
         bits_per_byte: mean −log₂ p a token × tokens ÷ bytes of the text.
         perplexity_ratio: perplexity ÷ the reference's.
@@ -87,6 +74,7 @@ class Quality:
     scored: int
     window: int
     stride: int
+    batch: int
     perplexity: float
     reference_perplexity: float
     bits_per_byte: float
@@ -107,9 +95,8 @@ class Quality:
 class _Tally:
     """What is known of one candidate so far."""
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
-        self.seconds = 0.0
+    def __init__(self, scorer: Scorer) -> None:
+        self.model, self.scorer = scorer.model, scorer
         self.nll, self.reference_nll, self.excess = Mean(), Mean(), Mean()
         self.kl, self.agrees, self.squared_delta_p = Mean(), Mean(), Mean()
         self.kl_quantiles = Quantiles()
@@ -153,6 +140,7 @@ def measure(
     *,
     window: int | None = None,
     stride: int | None = None,
+    batch: int | None = None,
     prompts: int = greedy.PROMPTS,
     progress: Progress = ignore_progress,
 ) -> list[Quality]:
@@ -162,21 +150,25 @@ def measure(
         tokenizer: of the checkpoint that all of them come from.
         window: tokens of a pass; the models' context if None.
         stride: tokens between passes; half the window if None.
+        batch: windows computed together; as many as pay if None, and never more than memory is bounded to.
         prompts: taken from the text at even distances and continued greedily; 0: none.
         progress: told ("scoring", tokens, tokens of the text as estimated), then ("continuing", …).
 
     Raises:
         QualityError: the text is empty, too short or not UTF-8; window or stride don't fit; logits are NaN.
     """
-    passes = Passes.of([reference, *candidates], window, stride)
+    passes = Passes.of([reference, *candidates], window, stride, batch)
     stream = TokenStream(text, tokenizer)
-    tallies = [_Tally(model) for model in candidates]
+    scorer = Scorer(reference, passes)
+    # the reference is not computed a second time to be held against itself
+    tallies = [_Tally(scorer if model is reference else Scorer(model, passes)) for model in candidates]
     chosen = greedy.Prompts(prompts, passes.window)
-    reference_seconds, done = 0.0, 1
-    for one in windows(stream, passes.window, passes.stride):
-        reference_seconds += _compare(reference, tallies, one)
-        chosen.offer(one)
-        done += len(one.scored)
+    done = 1
+    for several in batches(windows(stream, passes.window, passes.stride), passes.batch):
+        _compare(scorer, tallies, several)
+        for one in several:
+            chosen.offer(one)
+            done += len(one.scored)
         progress("scoring", done, stream.expected_tokens())
     if done == 1:
         raise QualityError(f"{text.name} has {stream.tokens} tokens; at least two are needed")
@@ -184,7 +176,7 @@ def measure(
     shared: dict[str, Any] = {
         "reference": reference.precision,
         "text": text.name,
-        "reference_seconds": reference_seconds,
+        "reference_seconds": scorer.seconds,
     }
     return [
         Quality(
@@ -192,33 +184,47 @@ def measure(
             precision=tally.model.precision,
             window=passes.window,
             stride=passes.stride,
+            batch=passes.batch,
             **tally.figures(stream),
             greedy=length,
-            seconds=tally.seconds,
+            seconds=tally.scorer.seconds,
         )
         for tally, length in zip(tallies, continued, strict=True)
     ]
 
 
-def _compare(reference: LoadedModel, tallies: Sequence[_Tally], window: Window) -> float:
-    """Adds one window to every tally; the seconds of the reference's pass. No logits outlive it."""
-    expected, reference_seconds = _score(reference, window)
-    targets = torch.tensor(window.scored)
-    for tally in tallies:
-        found, seconds = _score(tally.model, window)
-        tally.seconds += seconds
-        tally.add(compare(expected, found, targets))
-        del found  # not beside the next candidate's
-    return reference_seconds
+def _compare(reference: Scorer, tallies: Sequence[_Tally], batch: Sequence[Window]) -> None:
+    """Adds a batch to every tally. No logits outlive it."""
+    targets = torch.tensor([id_ for window in batch for id_ in window.scored])
+    others = [None if tally.scorer is reference else tally.scorer.logits(batch) for tally in tallies]
+    parts: list[list[TokenFigures]] = [[] for _ in tallies]
+    for expected in reference.logits(batch):
+        following, targets = targets[: len(expected)], targets[len(expected) :]
+        for part, other in zip(parts, others, strict=True):
+            found = expected if other is None else next(other)
+            with _few_threads():
+                part.append(compare(expected, found, following))
+            del found  # not beside the next candidate's
+        del expected  # not beside the next one
+    for tally, part in zip(tallies, parts, strict=True):
+        # window by window: blocks of tokens that resemble each other don't reach over its end
+        for figures in TokenFigures.joined(part).split([len(window.scored) for window in batch]):
+            tally.add(figures)
 
 
-def _score(model: LoadedModel, window: Window) -> tuple[Tensor, float]:
-    """The logits that predict the window's scored tokens, and the seconds the pass took."""
-    started = time.perf_counter()
-    logits = model.runner.score(window.ids)[window.first - 1 : -1]
-    if logits.is_cuda:
-        torch.cuda.synchronize()
-    return logits, time.perf_counter() - started
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    """One, where there are two at most.
+
+    The comparison is a dozen short operations again and again, after each of which threads wait for each
+    other. Two were no faster than one, and twenty times slower beside another busy process.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads <= 2 else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _continue(

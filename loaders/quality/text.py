@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,6 +128,16 @@ def windows(ids: Iterable[int], length: int, stride: int) -> Iterator[Window]:
         fresh = list(islice(stream, stride))
         held = held[stride:] + fresh
         first = max(len(held) - len(fresh), 1)
+
+
+def batches(found: Iterable[Window], most: int) -> Iterator[list[Window]]:
+    """Windows that can be computed together, since all of a batch are as long and count from the same token.
+
+    Those of a text are, but for the first and the last.
+    """
+    for _, alike in groupby(found, key=lambda window: (len(window.ids), window.first)):
+        while batch := list(islice(alike, most)):
+            yield batch
 
 
 def _last_word_end(text: str) -> int:

@@ -46,6 +46,9 @@ class Options(ModelSettings):
         None, _HOW, "N", "tokens computed in one pass", unset="the model's context", ge=2
     )
     stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
+    batch: int | None = option(
+        None, _HOW, "N", "windows computed together, at most", unset="as many as pay on this device", ge=1
+    )
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     layers: bool = option(False, _MORE, None, "show every layer's quantization error too")
     json_file: Output | None = json_option(_MORE, "write all figures there as well", "only the last line")
@@ -118,6 +121,7 @@ def _rows(options: Options, checkpoint: Checkpoint) -> Iterator[Row]:
                 tokenizer,
                 window=options.window,
                 stride=options.stride,
+                batch=options.batch,
                 prompts=options.prompts,
                 progress=bars,
             ),
@@ -159,7 +163,7 @@ def _show(options: Options, checkpoint: Checkpoint, rows: Sequence[Row]) -> None
     first = rows[0].quality
     print(
         f"{checkpoint.model_id} on {first.text}: {first.tokens:,} tokens, windows of {first.window} "
-        f"at stride {first.stride}\n"
+        f"at stride {first.stride}, {first.batch} at a time\n"
     )
     print("\n".join(quality_lines(rows)))
     for row in rows:

@@ -1,0 +1,108 @@
+"""How a text goes through a model: in windows, some of them together, and how much memory that may take."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loaders.base import DeviceRunner, LoadedModel
+from loaders.quality.text import QualityError, Window
+
+MOST_LOGITS = 2**26
+"""Of one model that are held at a time, in float32: 256 MB, and as much of the one it is held against."""
+MOST_TOKENS = 2**14
+"""Of one pass, whatever is asked for: what a model keeps of each on the way through its layers."""
+PAYS, PAYS_ON_A_DEVICE = 2**10, 2**13
+"""Tokens of one pass, above which more hardly pay: on two cores, measured; on an accelerator, supposed."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a text is cut: windows of ``window`` tokens, each ``stride`` further on than the one before.
+
+    At most ``batch`` of them are computed together, and ``rows`` tokens have their logits at a time.
+    """
+
+    window: int
+    stride: int
+    batch: int
+    rows: int
+
+    @classmethod
+    def of(
+        cls, models: Sequence[LoadedModel], window: int | None, stride: int | None, batch: int | None = None
+    ) -> "Passes":
+        """What fits all the models: by default their context, half of that, and as many as pay.
+
+        Raises:
+            QualityError: it does not fit.
+        """
+        context = min(model.runner.context for model in models)
+        window = context if window is None else window
+        stride = max(1, window // 2) if stride is None else stride
+        if not 2 <= window <= context:
+            raise QualityError(f"a window has from 2 to {context} tokens, the models' context; not {window}")
+        if not 1 <= stride <= window:
+            raise QualityError(f"the stride goes from 1 to the window's {window} tokens; not {stride}")
+        if batch is not None and batch < 1:
+            raise QualityError(f"at least one window is computed at a time; not {batch}")
+        rows = max(1, MOST_LOGITS // max(model.runner.vocabulary for model in models))
+        fitting = min(MOST_TOKENS // window, rows // min(stride, window - 1))
+        return cls(window, stride, max(1, min(fitting, batch or _paying(models, window))), rows)
+
+
+def _paying(models: Sequence[LoadedModel], window: int) -> int:
+    """Windows that are worth computing together."""
+    if any(model.details.get("outlier_threshold") for model in models):
+        return 1  # int8 picks its outlier columns over the whole pass: windows would change each other
+    on_a_device = all(isinstance(model.runner, DeviceRunner) for model in models)
+    return (PAYS_ON_A_DEVICE if on_a_device else PAYS) // window
+
+
+class Scorer:
+    """One model's passes over the windows, and the seconds that they took."""
+
+    def __init__(self, model: LoadedModel, passes: Passes) -> None:
+        self.model, self.seconds = model, 0.0
+        self._rows = passes.rows
+
+    def logits(self, batch: Sequence[Window]) -> Iterator[Tensor]:
+        """Those that predict the scored tokens of all windows in turn, (tokens, vocabulary) a piece.
+
+        The pieces' sizes are the same for every model. They are the caller's alone: none is held here.
+        """
+        for piece in self._pieces(batch):
+            yield self._timed(piece)
+
+    def _timed(self, piece: Callable[[], Tensor]) -> Tensor:
+        started = time.perf_counter()
+        found = piece()
+        if found.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def _pieces(self, batch: Sequence[Window]) -> Iterator[Callable[[], Tensor]]:
+        texts = [window.ids[:-1] for window in batch]  # nothing is predicted by the last token
+        first, kept = batch[0].first - 1, len(batch[0].scored)
+        if len(batch) * kept <= self._rows:
+            yield lambda: self.model.runner.score_together(texts, kept).flatten(0, 1)
+            return
+        for ids in texts:
+            for start in range(first, len(ids), self._rows):
+                yield partial(self._stretch, ids, first, start)
+
+    def _stretch(self, ids: Sequence[int], first: int, start: int) -> Tensor:
+        """Of a window with more logits than may be held at a time, by way of a slot."""
+        runner, rows = self.model.runner, self._rows
+        if start == first:
+            for at in range(0, first, rows):
+                runner.prefill(0, ids[at : min(at + rows, first)], "none")
+        logits = runner.prefill(0, ids[start : start + rows], "all")
+        assert logits is not None
+        if start + rows >= len(ids):
+            runner.free(0)
+        return logits
