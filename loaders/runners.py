@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loaders import gpt2_runner
-from loaders.base import ModelSpec, Runner
+from loaders.base import CheckpointError, ModelSpec, Runner
 from loaders.captured_runner import CapturedRunner
 from loaders.cuda_graphs import CudaGraphs
 from loaders.memory import card_free
@@ -44,7 +44,7 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
         if not LeanGPT2.serves(model):
             _try_steps(model, spec)
         return CapturedRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
-    except Unsuitable as error:
+    except (Unsuitable, CheckpointError) as error:
         return _tried_out(TorchRunner(model, spec, str(error)), spec)
 
 
