@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from loaders import buckets
 from loaders.base import Logits, ModelSpec
-from loaders.cuda_graphs import Graphs, Replay, release_unused
+from loaders.cuda_graphs import Graphs, Replay, forget, release_unused
 from loaders.memory import fitting_slots
 from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
 from loaders.static_inputs import DecodeInputs, PromptInputs
@@ -122,7 +122,7 @@ class CapturedRunner:
     def close(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # a graph must not go while it runs
-        self._replays.clear()
+        forget(self._replays)
         self._graphs = self._model = self._step = self._cache = None
         self._logits = self._last = self._columns = torch.empty(0, dtype=torch.float32)
         self._graph_bytes = 0
@@ -248,7 +248,7 @@ class CapturedRunner:
         except Exception as error:
             self._why_not = _in_short(error)
         if self._why_not is not None:  # out of the except block, whose traceback holds tensors
-            self._replays.clear()
+            forget(self._replays)
             self._give_back()
             return
         with contextlib.suppress(Exception):  # a figure, which no graph is worth

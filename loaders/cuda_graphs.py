@@ -6,7 +6,7 @@ become of the names that they had; so everything that changes from step to step 
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,16 @@ def release_unused() -> None:
     with _ONE_AT_A_TIME:
         torch.cuda.current_stream().synchronize()
         torch.cuda.empty_cache()
+
+
+def forget(replays: MutableMapping[Any, Replay]) -> None:
+    """Lets graphs go, never while a thread captures.
+
+    torch's generator keeps a list of the graphs that there are, and a capture adds to it without a lock and
+    without the interpreter's.
+    """
+    with _ONE_AT_A_TIME:
+        replays.clear()
 
 
 def _stream_of(device: torch.device) -> Any:
@@ -77,8 +87,12 @@ class CudaGraphs:
             graph = torch.cuda.CUDAGraph()
             # thread_local: other engines compute, and other precisions load, while this one captures
             mode = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-            with self._recovering(), torch.cuda.graph(graph, **mode):
-                work()
+            with self._recovering() as faults, torch.cuda.graph(graph, **mode):
+                try:
+                    work()
+                except BaseException as fault:
+                    faults.append(fault)
+                    raise
         return graph.replay
 
     @property
@@ -103,16 +117,35 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     @contextlib.contextmanager
-    def _recovering(self) -> Iterator[None]:
-        """After a capture that failed: the thread's own stream again, and an allocator that has let go of it.
+    def _recovering(self) -> Iterator[list[BaseException]]:
+        """After a capture that failed: the thread's own stream, allocator and generator as before it.
 
-        ``torch.cuda.graph`` does neither where ending the capture raises, as it does after any fault.
+        ``torch.cuda.graph`` does none of it where ending the capture raises, as it does after most faults.
+        What it raises then takes the place of the fault, which is therefore to be put into the list.
         """
         before = torch.cuda.current_stream()
+        faults: list[BaseException] = []
         try:
-            yield
+            yield faults
         except BaseException:
             torch.cuda.set_stream(before)
             with contextlib.suppress(Exception):
-                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
-            raise
+                self._let_go()
+            with contextlib.suppress(Exception):
+                _out_of_capture(self._device.index or 0)
+            if not faults:
+                raise
+            raise faults.pop() from None  # in no list any more, with all the tensors of its traceback
+
+    def _let_go(self) -> None:
+        """Ends what the capture began: a graph that was never made keeps its share of the pool."""
+        pool = self._device.index or 0, self._pool
+        torch._C._cuda_endAllocateToPool(*pool)  # raises where the capture had ended after all
+        torch._C._cuda_releasePool(*pool)
+
+
+def _out_of_capture(device: int) -> None:
+    """torch before 2.13 takes the generator for one in a capture until the next one succeeds, and refuses to
+    draw from it; a copy of its state is in none."""
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())

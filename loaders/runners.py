@@ -1,16 +1,21 @@
 """Which Runner computes a loaded ``transformers`` model."""
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
 from loaders import gpt2_runner
-from loaders.base import ModelSpec, Runner
+from loaders.base import CheckpointError, ModelSpec, Runner
 from loaders.captured_runner import CapturedRunner
 from loaders.cuda_graphs import CudaGraphs
 from loaders.memory import card_free
 from loaders.row_check import check_rows
 from loaders.static_cache import Unsuitable
+from loaders.steps import LeanGPT2
 from loaders.torch_runner import TorchRunner
+
+_TRIED = 2  # slots that trying an architecture out takes
 
 
 def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
@@ -36,9 +41,21 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     why_not = _not_to_be_captured(model, spec)
     graphs = None if why_not else CudaGraphs(model.device)
     try:
+        if not LeanGPT2.serves(model):
+            _try_steps(model, spec)
         return CapturedRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
-    except Unsuitable as error:
+    except (Unsuitable, CheckpointError) as error:
         return _tried_out(TorchRunner(model, spec, str(error)), spec)
+
+
+def _try_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """With a small cache that goes again, and uncaptured: that is for the thread that will make the calls."""
+    few = replace(spec, slots=min(spec.slots, _TRIED))
+    runner = CapturedRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
+    try:
+        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+    finally:
+        runner.close()
 
 
 def _tried_out(runner: TorchRunner, spec: ModelSpec) -> TorchRunner:

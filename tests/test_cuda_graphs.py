@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loaders import cuda_graphs
-from loaders.cuda_graphs import CudaGraphs, release_unused
+from loaders.cuda_graphs import CudaGraphs, forget, release_unused
 
 DEVICE = torch.device("cuda", 0)
 
@@ -26,6 +26,17 @@ class FakeStream:
         self._cuda.said.append(f"host waits for {self.cuda_stream}")
 
 
+class FakeGenerator:
+    def __init__(self, cuda: "Cuda") -> None:
+        self._cuda = cuda
+
+    def clone_state(self) -> str:
+        return "a copy of its state"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self._cuda.said.append(f"generator: {state}")
+
+
 class Cuda:
     """``torch.cuda``, as far as captures ask it for something."""
 
@@ -33,6 +44,7 @@ class Cuda:
         self.said: list[str] = []
         self.segments: list[dict[str, Any]] = []
         self.broken = False
+        self.default_generators = (FakeGenerator(self),)
         self._streams = [FakeStream(self, 0)]
         self._now = self._streams[0]
 
@@ -85,7 +97,10 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = Cuda()
-    library = SimpleNamespace(_cuda_endAllocateToPool=lambda *ended: made.said.append(f"lets go of {ended}"))
+    library = SimpleNamespace(
+        _cuda_endAllocateToPool=lambda *ended: made.said.append(f"lets go of {ended}"),
+        _cuda_releasePool=lambda *ended: made.said.append(f"gives back its share of {ended}"),
+    )
     monkeypatch.setattr(cuda_graphs, "torch", SimpleNamespace(cuda=made, _C=library))
     monkeypatch.setattr(cuda_graphs, "_streams", {})
     return made
@@ -107,13 +122,54 @@ def test_work_is_warmed_up_on_the_stream_of_its_capture(cuda: Cuda) -> None:
     assert cuda.current_stream().cuda_stream == 0
 
 
-def test_a_broken_capture_leaves_the_thread_on_its_stream_and_the_allocator_free(cuda: Cuda) -> None:
+def test_a_broken_capture_leaves_stream_allocator_and_generator_as_they_were(cuda: Cuda) -> None:
     graphs, cuda.broken = CudaGraphs(DEVICE), True
     with pytest.raises(RuntimeError, match="invalidated"):
         graphs.capture(lambda: None)
-    assert cuda.said[-2:] == ["back on 0", "lets go of (0, (0, 5))"]
+    assert cuda.said[-4:] == [
+        "back on 0",
+        "lets go of (0, (0, 5))",
+        "gives back its share of (0, (0, 5))",
+        "generator: a copy of its state",
+    ]
     cuda.broken = False
     CudaGraphs(DEVICE).capture(lambda: None)  # the lock is free, too
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_what_broke_a_capture_is_told_not_that_it_could_not_be_ended(cuda: Cuda, broken: bool) -> None:
+    runs = []
+
+    def work() -> None:
+        runs.append(1)
+        if len(runs) == 3:  # after the warm-ups
+            raise ValueError("it waits for the host")
+
+    cuda.broken = broken
+    with pytest.raises(ValueError, match="waits for the host"):
+        CudaGraphs(DEVICE).capture(work)
+    assert cuda.current_stream().cuda_stream == 0
+
+
+def test_graphs_don_t_go_while_another_thread_captures(cuda: Cuda) -> None:
+    capturing, finish = threading.Event(), threading.Event()
+
+    def work() -> None:
+        capturing.set()
+        finish.wait(10)
+
+    replays: dict[Any, Any] = {"a step": lambda: None}
+    thread = threading.Thread(target=lambda: CudaGraphs(DEVICE).capture(work))
+    thread.start()
+    capturing.wait(10)
+    other = threading.Thread(target=forget, args=(replays,))
+    other.start()
+    other.join(0.2)
+    assert replays
+    finish.set()
+    for one in (thread, other):
+        one.join(10)
+    assert not replays
 
 
 def test_the_captures_of_all_engines_share_a_stream(cuda: Cuda) -> None:

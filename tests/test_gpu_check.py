@@ -138,6 +138,21 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: py
     assert [one["precision"] for one in document["correctness"]] == ["bf16"]
 
 
+def test_a_part_that_can_not_begin_is_told_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(check.Check, "_xl", full)
+    monkeypatch.setattr(check.Check, "_steady", lambda self: self.result.note("steady", "done"))
+    file = tmp_path / "gpu.json"
+    assert check.main([*REHEARSAL, "--parts", "xl,steady", "--out", str(file)]) == 1
+    document = json.loads(file.read_text())
+    assert document["failures"] == ["xl: OSError: no space left on device"]
+    assert (document["steady"], document["complete"]) == (["done"], True)
+
+
 def test_what_no_longer_fits_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--parts", "speed,xl", "--seconds", "20", "--out", str(file)]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from loaders import bnb, full, runners
-from loaders.base import LoadedModel, ModelSpec, OutOfMemory, Progress
+from loaders.base import CheckpointError, LoadedModel, ModelSpec, OutOfMemory, Progress
 from loaders.captured_runner import CapturedRunner
 from loaders.memory import device_map, smallest_cache
 from loaders.torch_runner import TorchRunner
@@ -25,6 +25,7 @@ from tests import checkpoints
 from tests.fakes import FakeDeviceRunner, fake_checkpoint, fake_load, fake_model
 from tests.recorded_graphs import RecordedGraphs
 from tests.test_captured_runner import specified
+from tests.test_families import LOCAL, SIZES
 
 SLOT = 2 * 2 * 256 * 64 * 4
 """Bytes of a slot of the small GPT-2: layers, keys and values, columns, width, float32."""
@@ -86,6 +87,22 @@ def test_an_outlier_threshold_keeps_int8_from_being_captured_and_its_price_is_to
     told = runners.runner_for(model, spec_for(model, int8_threshold=6.0)).report()["not_captured_because"]  # type: ignore[attr-defined]
     assert "waits for the host" in told
     assert "beside a sequence changes its tokens" in told
+
+
+def test_what_cannot_be_batched_is_refused_on_a_card_too(card: Callable[[int], None]) -> None:
+    """GPT-Neo's local layers take their mask from the length of the cache, which is that of a step here."""
+    card(10**9)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_neo", **SIZES, **LOCAL)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(CheckpointError, match="can't be batched here: its rows disturb each other"):
+        runners.runner_for(model, replace(specified(model, context=128), device="cuda"))
+    llama = checkpoints.llama()
+    runner = runners.runner_for(llama, spec_for(llama))
+    assert isinstance(runner, CapturedRunner)
+    assert not runner.captured  # that is for the thread that makes all calls
+    runner.prefill(0, [1])
+    assert runner.captured
 
 
 def test_settings_reach_the_loader(tmp_path: Path) -> None:

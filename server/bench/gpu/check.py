@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
@@ -103,7 +104,7 @@ class Check:
         }
         for name in self._options.parts:
             print(f"\n{name}, after {self._budget.spent:.0f} s\n{'─' * 40}", flush=True)
-            parts[name]()
+            self._guarded(name, parts[name])
         self.result.finish()
 
     def conclude(self) -> int:
@@ -208,15 +209,19 @@ class Check:
             if not self._options.quick and self._budget.left < _ONE[part]:
                 self.result.skipped(f"{part} {name}", "no time was left")
                 continue
-            try:
-                work(name)
-            except Exception as error:
-                traceback.print_exc()
-                lines = str(error).splitlines() or [""]
-                self.result.failed(f"{part} {name}: {type(error).__name__}: {lines[0][:300]}")
+            self._guarded(f"{part} {name}", partial(work, name))
             gc.collect()
             if self._device == "cuda":
                 release_unused()
+
+    def _guarded(self, what: str, work: Callable[[], None]) -> None:
+        """A fault is told, and what follows is done all the same."""
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            lines = str(error).splitlines() or [""]
+            self.result.failed(f"{what}: {type(error).__name__}: {lines[0][:300]}")
 
     def _among(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._precisions]
