@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loaders import buckets
-from loaders.base import Logits, ModelSpec
+from loaders.base import Logits, ModelSpec, OutOfMemory
 from loaders.cuda_graphs import Graphs, Replay, forget, release_unused
 from loaders.memory import fitting_slots
 from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
@@ -283,6 +283,8 @@ def _probe(step: Step, device: torch.device) -> Shape:
     probe, zero = ShapeProbe(), torch.zeros((1, 1), dtype=torch.int64, device=device)
     try:
         step(zero, zero, zero[0], probe, "none")
+    except torch.OutOfMemoryError as error:  # a RuntimeError, but no word about the architecture
+        raise OutOfMemory("no room on the device for a forward pass") from error
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise Unsuitable(f"its forward pass takes no cache of ours ({type(error).__name__})") from error
     return probe.shape()
