@@ -17,7 +17,6 @@ import math
 import platform
 import sys
 import time
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ngram import KneserNey
+
 from loaders import corpus
 
 END = "<|endoftext|>"
@@ -36,7 +37,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 2048, "n_positions": 512, "n_embd": 192, "n_layer": 5, "n_head": 3,
     "bos_token_id": 0, "eos_token_id": 0,
     "activation_function": "gelu_pytorch_tanh",  # the same function as gelu_new, in one kernel
-    "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0,  # the prose is seen some thirty times
+    "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0,  # until the learning rate decays
 }  # fmt: skip
 BATCH, LENGTH = 8, 512
 PROSE_SHARE = 0.75  # of each batch: help topics and docstrings; the rest is library source
@@ -85,12 +86,16 @@ def batch_for(step: int, prose: np.ndarray[Any, Any], source: np.ndarray[Any, An
 
 def schedule(step: int, steps: int) -> float:
     """The share of the full learning rate that a step is taken with."""
-    decay_from = steps * (1 - DECAY_SHARE)
     if step < WARMUP:
         return (step + 1) / WARMUP
-    if step < decay_from:
+    if step < (start := decay_start(steps)):
         return 1.0
-    return max(0.02, (steps - step) / (steps - decay_from))
+    return max(0.02, (steps - step) / (steps - start))
+
+
+def decay_start(steps: int) -> float:
+    """The step from which on the learning rate falls."""
+    return steps * (1 - DECAY_SHARE)
 
 
 class Optimizers:
@@ -151,41 +156,6 @@ def held_out_nats(model: GPT2LMHeadModel, ids: np.ndarray[Any, Any]) -> float:
     return total
 
 
-class KneserNey:
-    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1999, eq. 4.2), the baseline."""
-
-    def __init__(self, ids: list[int], order: int, vocabulary: int, discount: float = 0.75) -> None:
-        self.order, self.vocabulary, self.discount = order, vocabulary, discount
-        # counts[n][context of n tokens][token]; below the highest order, counts of distinct left contexts
-        self.counts: list[dict[tuple[int, ...], Counter[int]]] = []
-        for n in range(order):
-            table: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-            if n == order - 1:
-                for gram in zip(*(ids[i:] for i in range(order)), strict=False):
-                    table[gram[:-1]][gram[-1]] += 1
-            else:
-                for gram in set(zip(*(ids[i:] for i in range(n + 2)), strict=False)):
-                    table[gram[1:-1]][gram[-1]] += 1
-            self.counts.append(table)
-        self.totals = [{c: sum(t.values()) for c, t in table.items()} for table in self.counts]
-
-    def probability(self, context: tuple[int, ...], token: int) -> float:
-        p = 1.0 / self.vocabulary
-        for n in range(self.order):
-            key = context[len(context) - n :]
-            if (seen := self.counts[n].get(key)) is None:
-                continue
-            total = self.totals[n][key]
-            p = (max(seen[token] - self.discount, 0.0) + self.discount * len(seen) * p) / total
-        return p
-
-    def nats(self, ids: list[int]) -> float:
-        width = self.order - 1
-        return -sum(
-            math.log(self.probability(tuple(ids[max(0, i - width) : i]), ids[i])) for i in range(1, len(ids))
-        )
-
-
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(20261123)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -208,6 +178,10 @@ def train(args: argparse.Namespace) -> None:
     model.train()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
     for step in bar:
+        if step >= decay_start(args.steps):  # what is learned now is to stay: nothing is dropped any more
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
         loss = loss_of(model, batch_for(step, prose, source), args.bf16)
         loss.backward()
         optimizers.step(schedule(step, args.steps))
