@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loaders import kernels
-from loaders.kernels import summarize
+from loaders.kernels import Summary, summarize
 from server.device_sampler import Choice, Chosen, choose
 from server.faults import BadLogits, attempt
 from server.sequence import COLDEST, FinishReason, PromptToken, Sequence, Token, TokenLogprob
@@ -51,15 +51,25 @@ class Sampler:
         picked: list[Token | Exception] = []
         for row, sequence in enumerate(sequences):
             try:
-                if not summary.finite[row]:
-                    raise BadLogits("the model returned logits that are not numbers")
-                plain = sequence.params.is_plain
-                chosen = summary.ids[row] if plain else _choose(logits[row], sequence)
-                log_total = summary.log_totals[row] if summary.log_totals else 0.0
-                picked.append(self._token(chosen, logits[row], log_total, sequence))
+                picked.append(self._from(summary, logits, row, sequence))
             except Exception as error:
                 picked.append(error)
         return picked
+
+    def _from(self, summary: Summary, logits: Tensor, row: int, sequence: Sequence) -> Token:
+        """The token of one row, by as few calls into torch as there can be: each costs more than it does."""
+        chosen, logit = summary.ids[row], summary.largest[row]
+        if not math.isfinite(logit):
+            raise BadLogits("the model returned logits that are not numbers")
+        if not sequence.params.is_plain:
+            chosen = _choose(logits[row], sequence)
+            logit = float(logits[row, chosen])
+        finish = self._finish(chosen, sequence)
+        if summary.log_totals is None or not _reports(sequence):
+            return Token(chosen, None, (), finish)
+        log_total = summary.log_totals[row]
+        top = _top(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
+        return Token(chosen, min(logit - log_total, 0.0), top, finish)
 
     def begin(self, logits: Tensor, sequences: Rows[Sequence]) -> Picks:
         """As ``pick``, all rows together where the logits are; raises nothing."""
@@ -88,13 +98,6 @@ class Sampler:
         logprob = chosen.logprob if _reports(sequence) else None
         return Token(chosen.id, logprob, top, self._finish(chosen.id, sequence))
 
-    def _token(self, chosen: int, logits: Tensor, log_total: float, sequence: Sequence) -> Token:
-        logprob: float | None = None
-        top: tuple[TokenLogprob, ...] = ()
-        if _reports(sequence):
-            logprob, top = _logprobs(logits, chosen, log_total, sequence.params.top_n)
-        return Token(chosen, logprob, top, self._finish(chosen, sequence))
-
     def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
         if chosen in self._eos_ids and not sequence.params.ignore_eos:
             return "eos_token"
@@ -107,8 +110,11 @@ def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[Pr
         return []
     logits = logits.cpu()
     log_totals = summarize(logits, True, kernels.get()).log_totals or []
-    found = zip(logits, following, log_totals, strict=True)
-    return [PromptToken(id_, *_logprobs(row, id_, log_total, top_n)) for row, id_, log_total in found]
+    chosen = logits.gather(1, torch.tensor(following)[:, None])[:, 0].tolist()
+    return [
+        PromptToken(id_, min(logit - log_total, 0.0), _top(row, log_total, top_n) if top_n else ())
+        for id_, logit, log_total, row in zip(following, chosen, log_totals, logits, strict=True)
+    ]
 
 
 def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
@@ -202,13 +208,8 @@ def _reports(sequence: Sequence) -> bool:
     return bool(sequence.params.logprobs or sequence.params.top_n)
 
 
-def _logprobs(
-    logits: Tensor, chosen: int, log_total: float, top_n: int
-) -> tuple[float, tuple[TokenLogprob, ...]]:
-    """Natural log-probabilities under the model's own distribution, whose logits come to ``log_total``."""
-    top: tuple[TokenLogprob, ...] = ()
-    if top_n:
-        values, ids = logits.topk(min(top_n, len(logits)))
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        top = tuple(TokenLogprob(id_, min(value - log_total, 0.0)) for id_, value in pairs)
-    return min(float(logits[chosen]) - log_total, 0.0), top
+def _top(logits: Tensor, log_total: float, count: int) -> tuple[TokenLogprob, ...]:
+    """The most probable tokens with their natural log-probabilities under the model's own distribution."""
+    values, ids = logits.topk(min(count, len(logits)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return tuple(TokenLogprob(id_, min(value - log_total, 0.0)) for id_, value in pairs)

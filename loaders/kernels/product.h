@@ -119,10 +119,11 @@ static void compute_rows(tile *t, enum format type, int64_t row, int64_t end) {
 }
 
 static void compute_group(tile *t, enum format type, int64_t row, int64_t end, char *scratch) {
-    t->bias = _mm_setzero_ps();
+    t->bias = t->scale = _mm_setzero_ps();
     for (int c = 0; c < CHANNELS; c++) {
         t->w[c] = c < t->channels ? row_of(t->m, t->output + c) : t->w[0];
         if (c < t->channels && t->m->bias) t->bias[c] = bias_of(t->m, t->output + c);
+        if (c < t->channels && type == INT8) t->scale[c] = t->m->scales[t->output + c];
     }
     if (end - row == 1 && stream(t, row)) return;
     for (int c = 0; c < CHANNELS; c++)

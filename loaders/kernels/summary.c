@@ -6,7 +6,10 @@
 
 #include "vector.h"
 
-enum { STRETCH = 4096 }; /* floats taken together; it is read twice, the second time out of the nearest cache */
+enum {
+    STRETCH = 4096, /* floats taken together; it is read twice, the second time out of the nearest cache */
+    MANY = 512      /* stretches that are worth waking other threads for: one takes half a microsecond to two */
+};
 
 /* A stretch of a row: its largest value (NaN if there is any) and Σ e^(value - largest). */
 typedef struct {
@@ -46,7 +49,7 @@ int bitdial_summarize(const float *logits, int64_t rows, int64_t count, int64_t 
     int64_t stretches = (count + STRETCH - 1) / STRETCH;
     part *parts = malloc(sizeof(part) * rows * stretches);
     if (!parts) return -1;
-#pragma omp parallel for num_threads(threads) if (rows * stretches > 1)
+#pragma omp parallel for num_threads(threads) if (rows * stretches > MANY)
     for (int64_t i = 0; i < rows * stretches; i++) {
         int64_t start = i % stretches * STRETCH, left = count - start;
         parts[i] = summed_up(logits + i / stretches * count + start, left < STRETCH ? left : STRETCH, logs != NULL);

@@ -1,12 +1,13 @@
 """Rows of logits, summed up: where each is largest, and what its probabilities are relative to."""
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.kernels.library import Library
+from loaders.kernels.library import I64, Library
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Summary:
 
     ids: list[int]
     """Where it is largest: the first place, if there are several; meaningless in a row with a NaN."""
-    finite: list[bool]
-    """Whether the largest value is: a row that holds a NaN or +∞ is not."""
+    largest: list[float]
+    """The logit there. A row that holds a NaN has NaN, one with an infinity above zero that."""
     log_totals: list[float] | None
     """log Σ e^logit: a logit less this is its natural log-probability. None if not asked for."""
 
@@ -25,7 +26,7 @@ def summarize(logits: Tensor, log_totals: bool, library: Library | None) -> Summ
     """
     Args:
         logits: (rows, vocabulary) float32, on the CPU.
-        library: computes in one pass and on every thread; None: numpy and torch do.
+        library: computes in one pass, of many rows on every thread; None: numpy and torch do.
 
     Raises:
         MemoryError
@@ -34,23 +35,19 @@ def summarize(logits: Tensor, log_totals: bool, library: Library | None) -> Summ
         return _without_kernels(logits, log_totals)
     logits = logits.contiguous()
     rows, vocabulary = logits.shape
-    ids, largest = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    logs = torch.empty(rows if log_totals else 0, dtype=torch.float32)
-    if library.summarize(
-        logits.data_ptr(),
-        rows,
-        vocabulary,
-        ids.data_ptr(),
-        largest.data_ptr(),
-        logs.data_ptr() if log_totals else None,
-        torch.get_num_threads(),
-    ):
+    # no tensors: after a step the caches hold weights, and every call into torch is slow the first time
+    ids, floats = (I64 * rows)(), ctypes.c_float * rows
+    largest, logs = floats(), floats() if log_totals else None
+    threads = torch.get_num_threads()
+    if library.summarize(logits.data_ptr(), rows, vocabulary, ids, largest, logs, threads):
         raise MemoryError("not enough memory to look at the logits")
-    return Summary(ids.tolist(), largest.isfinite().tolist(), logs.tolist() if log_totals else None)
+    return Summary(list(ids), list(largest), None if logs is None else list(logs))
 
 
 def _without_kernels(logits: Tensor, log_totals: bool) -> Summary:
     rows = logits.numpy()  # numpy's argmax takes a fraction of torch's time
     found = rows.argmax(axis=-1)
-    finite = np.isfinite(np.take_along_axis(rows, found[:, None], axis=-1)[:, 0])
-    return Summary(found.tolist(), finite.tolist(), logits.logsumexp(dim=-1).tolist() if log_totals else None)
+    largest = np.take_along_axis(rows, found[:, None], axis=-1)[:, 0]
+    return Summary(
+        found.tolist(), largest.tolist(), logits.logsumexp(dim=-1).tolist() if log_totals else None
+    )

@@ -10,7 +10,7 @@ typedef struct {
     float *y;              /* (rows, outputs) */
     int64_t output;        /* the first of CHANNELS */
     int channels;          /* how many of them there are */
-    __m128 bias;           /* of each */
+    __m128 bias, scale;    /* of each; the scale of INT8 alone */
     const char *w[CHANNELS];
     const char *next;      /* weights that will be needed soon: */
     int64_t next_lines;    /* while a stretch is computed, so many lines of 64 bytes of them are asked for */
@@ -131,9 +131,7 @@ static inline __m128i surplus(const tile *t) {
 }
 
 static inline void finish_int8(const tile *t, int64_t row, __m128i sums) {
-    float scales[CHANNELS];
-    for (int c = 0; c < CHANNELS; c++) scales[c] = t->m->scales[t->output + (c < t->channels ? c : 0)];
-    __m128 scale = _mm_mul_ps(_mm_set1_ps(t->x->ranges[row]), _mm_loadu_ps(scales));
+    __m128 scale = _mm_mul_ps(_mm_set1_ps(t->x->ranges[row]), t->scale);
     finish(t, row, _mm_mul_ps(_mm_cvtepi32_ps(sums), scale));
 }
 

@@ -111,7 +111,8 @@ def _announce(options: Settings, port: int) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key else ""
-    body = json.dumps({"inputs": "If the argument is", "precision": options.precision})
+    wanted = {"inputs": "Return a list of", "temperature": 0.7, "precision": options.precision}
+    body = json.dumps(wanted)
     print(
         f"\nbitdial is listening on {address}\n"
         f"  every route: {address}/docs\n"
