@@ -56,10 +56,30 @@ static inline void finish(const tile *t, int64_t row, __m128 sums) {
     }
 }
 
+#ifdef __AVX512BW__
+/* Of four rows, a quarter each. */
+static inline void finish_quarters(const tile *t, int64_t row, floats sums) {
+    finish(t, row, _mm512_castps512_ps128(sums));
+    finish(t, row + 1, _mm512_extractf32x4_ps(sums, 1));
+    finish(t, row + 2, _mm512_extractf32x4_ps(sums, 2));
+    finish(t, row + 3, _mm512_extractf32x4_ps(sums, 3));
+}
+#endif
+
 /* `rows` is a constant where these are inlined. */
 #define TILE static inline __attribute__((always_inline)) void
 
 static inline const char *x_row(const tile *t, int64_t row) { return t->x->data + row * t->x->stride; }
+
+/* All rows of a tile, four at a time as far as they go: where a matrix has few inputs, what comes after the sums takes as
+ * long as a good part of them. */
+TILE finish_floats(const tile *t, int64_t row, int rows, const floats (*sums)[CHANNELS]) {
+    int done = 0;
+#ifdef __AVX512BW__
+    for (; done + 4 <= rows; done += 4) finish_quarters(t, row + done, sums4x4(sums + done));
+#endif
+    for (; done < rows; done++) finish(t, row + done, sums4(sums[done]));
+}
 
 TILE float_tile(const tile *t, int64_t row, int rows) {
     floats sums[ROWS][CHANNELS];
@@ -73,7 +93,7 @@ TILE float_tile(const tile *t, int64_t row, int rows) {
             for (int r = 0; r < rows; r++) sums[r][c] = multiply_add(values[r], weights, sums[r][c]);
         }
     }
-    for (int r = 0; r < rows; r++) finish(t, row + r, sums4(sums[r]));
+    finish_floats(t, row, rows, (const floats(*)[CHANNELS])sums);
 }
 
 #ifdef __AVX512BF16__
@@ -89,7 +109,7 @@ TILE bfloat16_tile(const tile *t, int64_t row, int rows) {
             for (int r = 0; r < rows; r++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], values[r], weights);
         }
     }
-    for (int r = 0; r < rows; r++) finish(t, row + r, sums4(sums[r]));
+    finish_floats(t, row, rows, (const floats(*)[CHANNELS])sums);
 }
 #endif
 
@@ -135,6 +155,16 @@ static inline void finish_int8(const tile *t, int64_t row, __m128i sums) {
     finish(t, row, _mm_mul_ps(_mm_cvtepi32_ps(sums), scale));
 }
 
+#ifdef __AVX512BW__
+TILE finish_four_int8(const tile *t, int64_t row, const integers (*sums)[CHANNELS], __m128i excess) {
+    const __m512i row_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    floats ranges = _mm512_permutexvar_ps(row_of_lane, _mm512_castps128_ps512(_mm_loadu_ps(t->x->ranges + row)));
+    floats scales = times(ranges, _mm512_broadcast_f32x4(t->scale));
+    integers total = _mm512_sub_epi32(sums4x4i(sums), _mm512_broadcast_i32x4(excess));
+    finish_quarters(t, row, times(_mm512_cvtepi32_ps(total), scales));
+}
+#endif
+
 TILE int8_tile(const tile *t, int64_t row, int rows, __m128i excess) {
     integers sums[ROWS][CHANNELS];
     for (int r = 0; r < rows; r++)
@@ -147,5 +177,9 @@ TILE int8_tile(const tile *t, int64_t row, int rows, __m128i excess) {
             for (int r = 0; r < rows; r++) sums[r][c] = dot_int8(sums[r][c], values[r], weights);
         }
     }
-    for (int r = 0; r < rows; r++) finish_int8(t, row + r, _mm_sub_epi32(sums4i(sums[r]), excess));
+    int done = 0;
+#ifdef __AVX512BW__
+    for (; done + 4 <= rows; done += 4) finish_four_int8(t, row + done, (const integers(*)[CHANNELS])sums + done, excess);
+#endif
+    for (; done < rows; done++) finish_int8(t, row + done, _mm_sub_epi32(sums4i(sums[done]), excess));
 }

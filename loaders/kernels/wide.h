@@ -36,21 +36,46 @@ static inline __m256 halves_added(floats v) {
 
 static inline float sum(floats v) { return sum8(halves_added(v)); }
 
-/* The sums of four registers, side by side; the same lanes are added in the same order for each. */
-static inline __m128 sums4(const floats *v) {
+/* The sums of four registers' quarters: side by side in each quarter of one. */
+static inline floats quarters4(const floats *v) {
     floats low = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
     floats high = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    floats both = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
-    __m256 halves = halves_added(both);
+    return _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+}
+
+/* The sums of four registers, side by side; the same lanes are added in the same order for each. */
+static inline __m128 sums4(const floats *v) {
+    __m256 halves = halves_added(quarters4(v));
     return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-static inline __m128i sums4i(const integers *v) {
+/* For each of four rows of four registers what sums4 gives, to the same bits: a quarter a row. */
+static inline floats sums4x4(const floats (*v)[4]) {
+    floats q[4];
+    for (int r = 0; r < 4; r++) q[r] = quarters4(v[r]);
+    floats first = plus(_mm512_shuffle_f32x4(q[0], q[1], 0x44), _mm512_shuffle_f32x4(q[0], q[1], 0xEE));
+    floats second = plus(_mm512_shuffle_f32x4(q[2], q[3], 0x44), _mm512_shuffle_f32x4(q[2], q[3], 0xEE));
+    return plus(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD));
+}
+
+static inline integers quarters4i(const integers *v) {
     integers low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
     integers high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    integers both = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+}
+
+static inline __m128i sums4i(const integers *v) {
+    integers both = quarters4i(v);
     __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+
+static inline integers sums4x4i(const integers (*v)[4]) {
+    integers q[4];
+    for (int r = 0; r < 4; r++) q[r] = quarters4i(v[r]);
+    integers first = _mm512_add_epi32(_mm512_shuffle_i64x2(q[0], q[1], 0x44), _mm512_shuffle_i64x2(q[0], q[1], 0xEE));
+    integers second = _mm512_add_epi32(_mm512_shuffle_i64x2(q[2], q[3], 0x44), _mm512_shuffle_i64x2(q[2], q[3], 0xEE));
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(first, second, 0x88), _mm512_shuffle_i64x2(first, second, 0xDD));
 }
 
 #else
