@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _WHILE_LOADING = 1 << 20
@@ -37,14 +38,15 @@ def _enter(change: int) -> None:
     with _lock:
         _inside += change
         size = _WHILE_LOADING if _inside else _ELSE
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if _has_glibc() else None
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, size)
-            mallopt(_TRIM_THRESHOLD, 2 * size)
+        if (libc := _glibc()) is not None:
+            libc.mallopt(_MMAP_THRESHOLD, size)
+            libc.mallopt(_TRIM_THRESHOLD, 2 * size)
 
 
-def _has_glibc() -> bool:
+@cache
+def _glibc() -> ctypes.CDLL | None:
     try:
-        return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+        libc = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows has no such handle
-        return False
+        return None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None

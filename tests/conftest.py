@@ -18,8 +18,10 @@ from starlette.testclient import TestClient
 
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders.checkpoint import open_checkpoint
 from server.connection import ServerConfig
 from server.settings import Settings
+from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 
@@ -40,6 +42,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def small_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """A small checkpoint of each family, of which one has kernels of its own."""
+    model = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[request.param]()
+    folder = checkpoints.save(model, tmp_path_factory.mktemp(request.param))
+    return ModelSpec(open_checkpoint(str(folder)), slots=4)
 
 
 @pytest.fixture(scope="module", params=kernels.runnable())

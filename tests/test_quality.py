@@ -20,7 +20,6 @@ from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.gpt2_runner import GPT2Runner
 from loaders.quality import Quality, QualityError, Text, held_out, measure, text_file
 from loaders.quality.divergence import BLOCK
-from tests import checkpoints
 from tests.fakes import FakeRunner, fake_model
 
 WORDS = "the naïve café – in an other theatre, 東京 and then there …\n    indented, and again\n" * 24
@@ -32,21 +31,14 @@ def text_of(content: str | bytes, folder: Path) -> Text:
     return text_file(path)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    model = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[request.param]()
-    folder = checkpoints.save(model, tmp_path_factory.mktemp(request.param))
-    return ModelSpec(open_checkpoint(str(folder)), slots=4)
+@pytest.fixture(scope="module")
+def reference(small_spec: ModelSpec) -> LoadedModel:
+    return loaders.load("fp32", small_spec)
 
 
 @pytest.fixture(scope="module")
-def reference(spec: ModelSpec) -> LoadedModel:
-    return loaders.load("fp32", spec)
-
-
-@pytest.fixture(scope="module")
-def candidate(spec: ModelSpec) -> LoadedModel:
-    return loaders.load("nf4", spec)
+def candidate(small_spec: ModelSpec) -> LoadedModel:
+    return loaders.load("nf4", small_spec)
 
 
 def log_softmax(logits: torch.Tensor) -> Any:
@@ -107,10 +99,15 @@ def by_hand(
 
 @pytest.mark.parametrize(("length", "stride"), [(100, 40), (64, 64), (200, 7), (256, 128)])
 def test_every_figure_equals_the_obvious_computation(
-    spec: ModelSpec, reference: LoadedModel, candidate: LoadedModel, length: int, stride: int, tmp_path: Path
+    small_spec: ModelSpec,
+    reference: LoadedModel,
+    candidate: LoadedModel,
+    length: int,
+    stride: int,
+    tmp_path: Path,
 ) -> None:
     content = WORDS[: 400 if stride == 7 else 1100]
-    tokenizer = load_tokenizer(spec.checkpoint)
+    tokenizer = load_tokenizer(small_spec.checkpoint)
     ids = tokenizer(content)["input_ids"]
     expected = by_hand(reference, candidate, ids, len(content.encode()), length, stride)
     (found,) = measure(
@@ -125,11 +122,11 @@ def test_every_figure_equals_the_obvious_computation(
 
 
 def test_perplexity_is_that_of_transformers_own_loss(
-    spec: ModelSpec, reference: LoadedModel, tmp_path: Path
+    small_spec: ModelSpec, reference: LoadedModel, tmp_path: Path
 ) -> None:
-    tokenizer, content = load_tokenizer(spec.checkpoint), WORDS[:150]
+    tokenizer, content = load_tokenizer(small_spec.checkpoint), WORDS[:150]
     ids = torch.tensor([tokenizer(content)["input_ids"]])
-    model = AutoModelForCausalLM.from_pretrained(spec.checkpoint.folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(small_spec.checkpoint.folder, local_files_only=True)
     with torch.inference_mode():
         loss = float(model(ids, labels=ids).loss)
     (found,) = measure(reference, [reference], text_of(content, tmp_path), tokenizer)
@@ -139,14 +136,14 @@ def test_perplexity_is_that_of_transformers_own_loss(
 
 
 def test_a_model_against_itself_differs_in_nothing(
-    spec: ModelSpec, reference: LoadedModel, tmp_path: Path
+    small_spec: ModelSpec, reference: LoadedModel, tmp_path: Path
 ) -> None:
     told: list[tuple[str, int, int]] = []
     (found,) = measure(
         reference,
         [reference],
         text_of(WORDS, tmp_path),
-        load_tokenizer(spec.checkpoint),
+        load_tokenizer(small_spec.checkpoint),
         progress=lambda *step: told.append(step),
     )
     assert found.perplexity == found.reference_perplexity
@@ -205,12 +202,12 @@ class Scripted(FakeRunner):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_greedy_continuations_part_where_they_do(spec: ModelSpec, slots: int, tmp_path: Path) -> None:
+def test_greedy_continuations_part_where_they_do(small_spec: ModelSpec, slots: int, tmp_path: Path) -> None:
     content = WORDS[:700]
     one = fake_model("fp32", FakeRunner(slots))
     other = fake_model("int8", Scripted(32 + 10, slots))
     (found,) = measure(
-        one, [other], text_of(content, tmp_path), load_tokenizer(spec.checkpoint), window=128, prompts=5
+        one, [other], text_of(content, tmp_path), load_tokenizer(small_spec.checkpoint), window=128, prompts=5
     )
     assert found.greedy is not None
     assert (found.greedy.prompts, found.greedy.diverged, found.greedy.tokens) == (5, 5, 64)
@@ -219,14 +216,14 @@ def test_greedy_continuations_part_where_they_do(spec: ModelSpec, slots: int, tm
     assert not one.runner.held
 
 
-def test_no_prompts_no_continuations(reference: LoadedModel, spec: ModelSpec, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(spec.checkpoint)
+def test_no_prompts_no_continuations(reference: LoadedModel, small_spec: ModelSpec, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(small_spec.checkpoint)
     (found,) = measure(reference, [reference], text_of("the cat", tmp_path), tokenizer, prompts=0)
     assert found.greedy is None
 
 
-def test_two_tokens_are_enough(reference: LoadedModel, candidate: LoadedModel, spec: ModelSpec) -> None:
-    tokenizer = load_tokenizer(spec.checkpoint)
+def test_two_tokens_are_enough(reference: LoadedModel, candidate: LoadedModel, small_spec: ModelSpec) -> None:
+    tokenizer = load_tokenizer(small_spec.checkpoint)
     (found,) = measure(reference, [candidate], Text("two", 2, lambda: BytesIO(b"xy")), tokenizer)
     assert (found.tokens, found.scored) == (2, 1)
     assert found.perplexity_ratio_error is None
@@ -243,10 +240,10 @@ def test_two_tokens_are_enough(reference: LoadedModel, candidate: LoadedModel, s
     ],
 )
 def test_texts_that_cannot_be_measured(
-    reference: LoadedModel, spec: ModelSpec, content: bytes, message: str, tmp_path: Path
+    reference: LoadedModel, small_spec: ModelSpec, content: bytes, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(QualityError, match=message):
-        measure(reference, [reference], text_of(content, tmp_path), load_tokenizer(spec.checkpoint))
+        measure(reference, [reference], text_of(content, tmp_path), load_tokenizer(small_spec.checkpoint))
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
@@ -257,24 +254,24 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("window", "stride"), [(1, None), (257, None), (64, 0), (64, 65)])
 def test_windows_that_do_not_fit(
-    reference: LoadedModel, spec: ModelSpec, window: int, stride: int | None, tmp_path: Path
+    reference: LoadedModel, small_spec: ModelSpec, window: int, stride: int | None, tmp_path: Path
 ) -> None:
     with pytest.raises(QualityError, match=r"from (2|1) to"):
         measure(
             reference,
             [reference],
             text_of(WORDS, tmp_path),
-            load_tokenizer(spec.checkpoint),
+            load_tokenizer(small_spec.checkpoint),
             window=window,
             stride=stride,
         )
 
 
-def test_logits_that_are_no_numbers_are_an_error(spec: ModelSpec, tmp_path: Path) -> None:
+def test_logits_that_are_no_numbers_are_an_error(small_spec: ModelSpec, tmp_path: Path) -> None:
     class Broken(FakeRunner):
         def score(self, ids: Sequence[int]) -> torch.Tensor:
             return super().score(ids) * float("nan")
 
-    tokenizer = load_tokenizer(spec.checkpoint)
+    tokenizer = load_tokenizer(small_spec.checkpoint)
     with pytest.raises(QualityError, match="int8 gives logits that are not numbers"):
         measure(fake_model(), [fake_model("int8", Broken())], text_of(WORDS, tmp_path), tokenizer, window=32)

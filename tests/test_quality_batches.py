@@ -12,27 +12,19 @@ from torch import Tensor
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
-from loaders.checkpoint import load_tokenizer, open_checkpoint
+from loaders.checkpoint import load_tokenizer
 from loaders.gpt2_runner import GPT2Runner
 from loaders.quality import Text, measure, passes
 from loaders.quality.passes import Passes
 from loaders.quality.text import Window, batches, windows
-from tests import checkpoints
 from tests.fakes import FakeDeviceRunner, FakeRunner, fake_model
 
 WORDS = "the naïve café – in an other theatre, 東京 and then there …\n    indented, and again\n" * 24
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    model = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[request.param]()
-    folder = checkpoints.save(model, tmp_path_factory.mktemp(request.param))
-    return ModelSpec(open_checkpoint(str(folder)), slots=4)
-
-
 @pytest.fixture(scope="module")
-def models(spec: ModelSpec) -> list[LoadedModel]:
-    return [loaders.load(name, spec) for name in ("fp32", "nf4", "dynamic-int8")]
+def models(small_spec: ModelSpec) -> list[LoadedModel]:
+    return [loaders.load(name, small_spec) for name in ("fp32", "nf4", "dynamic-int8")]
 
 
 def text(content: str) -> Text:
@@ -40,8 +32,8 @@ def text(content: str) -> Text:
     return Text("words", len(data), lambda: BytesIO(data))
 
 
-def figures(models: list[LoadedModel], spec: ModelSpec, **how: Any) -> list[dict[str, Any]]:
-    tokenizer = load_tokenizer(spec.checkpoint)
+def figures(models: list[LoadedModel], small_spec: ModelSpec, **how: Any) -> list[dict[str, Any]]:
+    tokenizer = load_tokenizer(small_spec.checkpoint)
     found = measure(models[0], models, text(WORDS[:1100]), tokenizer, prompts=0, **how)
     kept = [asdict(one) for one in found]
     for one in kept:
@@ -63,22 +55,22 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], exa
 
 @pytest.mark.parametrize(("window", "stride"), [(64, 24), (48, 48)])
 def test_together_the_figures_are_those_of_each_window_alone(
-    models: list[LoadedModel], spec: ModelSpec, window: int, stride: int
+    models: list[LoadedModel], small_spec: ModelSpec, window: int, stride: int
 ) -> None:
-    alone = figures(models, spec, window=window, stride=stride, batch=1)
+    alone = figures(models, small_spec, window=window, stride=stride, batch=1)
     for batch in (2, 7, None):
-        together = figures(models, spec, window=window, stride=stride, batch=batch)
+        together = figures(models, small_spec, window=window, stride=stride, batch=batch)
         assert together[0]["batch"] == (batch or passes.PAYS // window)
         # the compiled kernels compute each row by itself
         assert_same(together, alone, exactly=isinstance(models[0].runner, GPT2Runner))
 
 
 def test_a_window_of_too_many_logits_goes_in_stretches(
-    models: list[LoadedModel], spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+    models: list[LoadedModel], small_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = figures(models, spec, window=100, stride=60)
+    whole = figures(models, small_spec, window=100, stride=60)
     monkeypatch.setattr(passes, "MOST_LOGITS", 17 * models[0].runner.vocabulary)
-    parts = figures(models, spec, window=100, stride=60)
+    parts = figures(models, small_spec, window=100, stride=60)
     assert parts[0]["batch"] == 1
     assert_same(parts, whole, exactly=isinstance(models[0].runner, GPT2Runner))
 
@@ -123,14 +115,14 @@ class Counted(FakeRunner):
 @pytest.mark.parametrize(("window", "rows"), [(32, 100), (200, 60)])
 @pytest.mark.parametrize("length", [1, 4])
 def test_no_more_logits_exist_than_two_models_may_have(
-    spec: ModelSpec, window: int, rows: int, length: int, monkeypatch: pytest.MonkeyPatch
+    small_spec: ModelSpec, window: int, rows: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runners = [Counted() for _ in range(4)]
     models = [fake_model(name, runner) for name, runner in zip("abcd", runners, strict=True)]
     allowed = rows * runners[0].vocabulary
     monkeypatch.setattr(passes, "MOST_LOGITS", allowed)
     monkeypatch.setattr(Counted, "most", 0)
-    tokenizer = load_tokenizer(spec.checkpoint)
+    tokenizer = load_tokenizer(small_spec.checkpoint)
     (found, *_) = measure(
         models[0], models[1:], text(WORDS[:900] * length), tokenizer, window=window, prompts=0
     )

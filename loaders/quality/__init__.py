@@ -115,6 +115,8 @@ class _Tally:
     def figures(self, stream: TokenStream) -> dict[str, Any]:
         ratio, error = math.exp(self.excess.mean), self.excess.standard_error
         return {
+            "precision": self.model.precision,
+            "seconds": self.scorer.seconds,
             "tokens": stream.tokens,
             "scored": self.nll.count,
             "perplexity": math.exp(self.nll.mean),
@@ -176,19 +178,13 @@ def measure(
     shared: dict[str, Any] = {
         "reference": reference.precision,
         "text": text.name,
+        "window": passes.window,
+        "stride": passes.stride,
+        "batch": passes.batch,
         "reference_seconds": scorer.seconds,
     }
     return [
-        Quality(
-            **shared,
-            precision=tally.model.precision,
-            window=passes.window,
-            stride=passes.stride,
-            batch=passes.batch,
-            **tally.figures(stream),
-            greedy=length,
-            seconds=tally.scorer.seconds,
-        )
+        Quality(**shared, **tally.figures(stream), greedy=length)
         for tally, length in zip(tallies, continued, strict=True)
     ]
 
