@@ -33,10 +33,9 @@ PATIENT = [*REHEARSAL, "--seconds", "1800"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a whole rehearsal finds, in one precision; the tests of a card run with their graphs recorded."""
+    """What a whole rehearsal finds, in one precision."""
     file = tmp_path_factory.mktemp("out") / "deep" / "gpu.json"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("REHEARSED", "1")
         patched.setattr(check, "_TESTS", 900.0)  # a host that does other things takes its time
         assert check.main([*PATIENT, "--precisions", "fp32", "--out", str(file)]) == 0
     document: dict[str, Any] = json.loads(file.read_text())
@@ -51,7 +50,7 @@ def rows(found: dict[str, Any], engine: str) -> list[tuple[str, int]]:
 def test_all_parts_find_something(found: dict[str, Any]) -> None:
     assert (found["complete"], found["failures"]) == (True, [])
     assert found["tests"][0]["failed"] == []
-    assert found["tests"][0]["counts"]["passed"] >= 10
+    assert set(found["tests"][0]["counts"]) == {"skipped"}
     (one,) = found["correctness"]
     assert (one["isolated"], one["same_as_generate"], one["captured"]) == (True, 1.0, False)
     assert one["not_captured_because"] == "there is no GPU"

@@ -139,9 +139,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
     assert same(run(good, work_for(16), 5), expected)
 
 
-def test_what_is_told_is_what_was_taken_and_closing_gives_it_back(load: Load, rehearsed: bool) -> None:
-    if rehearsed:
-        pytest.skip("the card's allocator is what is asked")
+def test_what_is_told_is_what_was_taken_and_closing_gives_it_back(load: Load) -> None:
     load("fp32").prefill(0, [1])  # what is taken once for all
     release_unused()
     before = torch.cuda.memory_reserved()

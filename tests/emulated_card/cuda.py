@@ -1,0 +1,214 @@
+"""``torch.cuda`` of the emulated card: one device, whose streams do at once what they are told.
+
+Captures record the operations with the memory that they touched and replay them on it; as on a card, no
+Python of the work runs again then.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+from tests.emulated_card import dispatch
+from tests.emulated_card.memory import ledger
+
+_NO_POOL = (0, 0)
+
+
+class Stream:
+    _made = 0
+
+    def __init__(self, device: Any = None, *_: Any, **__: Any) -> None:
+        self.device, self.cuda_stream = torch.device("cuda", 0), Stream._made
+        Stream._made += 1
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+    def wait_event(self, event: "Event") -> None:
+        pass
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        dispatch.wait("synchronize")
+
+
+class Event:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._at: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream: Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        dispatch.wait("synchronize")
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self._at is not None
+        assert end._at is not None
+        return 1e3 * (end._at - self._at)
+
+
+class Graph:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._tape: dispatch.Tape | None = None
+
+    def replay(self) -> None:
+        assert self._tape is not None, "a graph that was never captured"
+        dispatch.check_not_recording("replay")
+        self._tape.repeat()
+
+
+class graph:  # noqa: N801 (as torch has it)
+    """The context of a capture."""
+
+    def __init__(
+        self,
+        cuda_graph: Graph,
+        pool: tuple[int, int] | None = None,
+        stream: Stream | None = None,
+        capture_error_mode: str = "global",
+    ) -> None:
+        self._graph, self._pool, self._stream = cuda_graph, pool or pool_handle(), stream or Stream()
+
+    def __enter__(self) -> None:
+        self._before = current()
+        _local.stream = self._stream
+        dispatch.record(dispatch.Tape())
+        ledger.into((self._pool, self._stream.cuda_stream))
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        tape = dispatch.recording()
+        dispatch.record(None)
+        ledger.into(None)
+        if kind is not None:  # as torch: ending a broken capture raises, and the rest is left out
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self._graph._tape = tape
+        _local.stream = self._before
+
+
+class _Device:
+    def __init__(self, device: Any = None) -> None:
+        self.idx = 0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+_local = threading.local()
+_DEFAULT = Stream()
+_pools = iter(range(1, 1 << 30))
+
+
+def current(device: Any = None) -> Stream:
+    stream: Stream = getattr(_local, "stream", _DEFAULT)
+    return stream
+
+
+def _set_stream(stream: Stream) -> None:
+    _local.stream = stream
+
+
+@contextmanager
+def _on(stream: Stream | None) -> Iterator[None]:
+    before = current()
+    _set_stream(stream or before)
+    try:
+        yield
+    finally:
+        _set_stream(before)
+
+
+def pool_handle() -> tuple[int, int]:
+    return 0, next(_pools)
+
+
+def _snapshot(*_: Any, **__: Any) -> list[dict[str, Any]]:
+    return [
+        {"total_size": size, "stream": stream, "segment_pool_id": pool}
+        for (pool, stream), size in {(_NO_POOL, 0): ledger.loose, **ledger.pools}.items()
+    ]
+
+
+def _properties(device: Any = None) -> Any:
+    return SimpleNamespace(
+        name="an emulated card", total_memory=ledger.total, multi_processor_count=1, major=9, minor=0
+    )
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+STAND_INS: dict[str, Any] = {
+    "_lazy_init": _nothing,
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "set_device": _nothing,
+    "device": _Device,
+    "get_device_name": lambda device=None: _properties().name,
+    "get_device_properties": _properties,
+    "get_device_capability": lambda device=None: (9, 0),
+    "is_bf16_supported": lambda including_emulation=True: True,
+    "default_generators": (SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=_nothing),),
+    "synchronize": lambda device=None: dispatch.wait("synchronize"),
+    "Stream": Stream,
+    "Event": Event,
+    "current_stream": current,
+    "default_stream": lambda device=None: _DEFAULT,
+    "set_stream": _set_stream,
+    "stream": _on,
+    "CUDAGraph": Graph,
+    "graph": graph,
+    "graph_pool_handle": pool_handle,
+    "is_current_stream_capturing": lambda: dispatch.recording() is not None,
+    "mem_get_info": lambda device=None: (ledger.total - ledger.now, ledger.total),
+    "memory_allocated": lambda device=None: ledger.now,
+    "memory_reserved": lambda device=None: ledger.now,
+    "max_memory_allocated": lambda device=None: ledger.peak,
+    "max_memory_reserved": lambda device=None: ledger.peak,
+    "reset_peak_memory_stats": lambda device=None: ledger.reset_peak(),
+    "memory_snapshot": _snapshot,
+    "memory_stats": lambda device=None: {},
+    "empty_cache": _nothing,
+    "ipc_collect": _nothing,
+    "manual_seed": _nothing,
+    "manual_seed_all": _nothing,
+}
+
+
+def begin() -> None:
+    """Puts the stand-ins into ``torch.cuda``, and drops pinning, for which there is no allocator."""
+    for name, what in STAND_INS.items():
+        setattr(torch.cuda, name, what)
+    _device_constructors()  # remembered: torch.device("meta") must still know the true ones
+    for name in ("tensor", "empty"):
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+
+
+def _unpinned(make: Any) -> Any:
+    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+        return make(*args, **kwargs)
+
+    return made

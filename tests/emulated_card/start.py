@@ -1,0 +1,32 @@
+"""Turns this process into one that has an emulated card. Once, before anything asks for a card."""
+
+import ctypes
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+
+
+def begin() -> None:
+    """Raises: OSError, subprocess.CalledProcessError: there is no C++ compiler."""
+    import bitsandbytes  # noqa: F401 (before a card is seen: it would look for its native library for one)
+
+    from tests.emulated_card import cuda, dispatch, memory
+
+    memory.begin(_native())
+    dispatch.begin()
+    cuda.begin()
+
+
+def _native() -> ctypes.CDLL:
+    """Compiled against this very torch; it stays loaded when its file goes."""
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "native.so"
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", str(_SOURCE)]
+        command += ["-o", str(library), f"-L{root}/lib", "-lc10"]
+        subprocess.run(command, check=True, capture_output=True)
+        return ctypes.CDLL(str(library))
