@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,7 @@ def test_what_came_of_the_kernels_is_noted(tmp_path: Path, monkeypatch: pytest.M
         return loaded
 
     monkeypatch.setattr("loaders.load", load)
+    monkeypatch.setattr(check, "another_process", ThreadPoolExecutor)
     monkeypatch.setattr(speed, "replay_ms", lambda replay: replay() or 0.5)
     file = tmp_path / "gpu.json"
     arguments = ["--precisions", "fp32", "--parts", "speed,kernels", "--out", str(file)]

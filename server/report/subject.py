@@ -101,14 +101,19 @@ def subject_of(spec: ModelSpec) -> Subject:
 
 
 def _host(spec: ModelSpec) -> dict[str, Any]:
-    library = apart(kernels.get, 1)
+    on_card = spec.device == "cuda"
     return {
         "device": spec.device,
         "cpu": cpu_name(),
-        "gpu": torch.cuda.get_device_name() if spec.device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if on_card else None,
         "threads": spec.threads or torch.get_num_threads(),
-        "kernels": compiled(library.name).stem if library is not None else "torch",
+        "kernels": f"CUDA {torch.version.cuda}" if on_card else _kernels_of_the_host(),
     }
+
+
+def _kernels_of_the_host() -> str:
+    library = apart(kernels.get, 1)
+    return compiled(library.name).stem if library is not None else "torch"
 
 
 def _versions() -> dict[str, str]:

@@ -5,9 +5,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 
 _GRACE = 12.0  # seconds from being told to stop until the process is ended
+
+
+@contextmanager
+def another_process() -> Iterator[Executor]:
+    """What is submitted runs in a new process; it goes at the end, whatever it does then."""
+    executor = ProcessPoolExecutor(1, get_context("spawn"))
+    try:
+        yield executor
+    finally:
+        for process in list((executor._processes or {}).values()):
+            process.kill()
+        executor.shutdown(cancel_futures=True)
 
 
 class TimeUp(BaseException):

@@ -1,14 +1,16 @@
 """What a step costs on the device: a replay by the device's clock, and the sum of its kernels' times."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import loaders
 from loaders import buckets
+from loaders.base import ModelSpec
 from loaders.captured_runner import CapturedRunner
 from loaders.cuda_graphs import Replay
 
@@ -33,6 +35,34 @@ class KernelCost:
     """Kernels and copies; 0 where the profiler is not allowed to see any."""
     kernel_ms: float
     """The sum of their times: it can't be faster."""
+
+
+@dataclass(frozen=True)
+class StepCost(KernelCost):
+    """Of a captured step."""
+
+    rows: int
+    columns: int
+
+
+def step_costs(precision: str, spec: ModelSpec, batches: Sequence[int], tokens: int) -> dict[int, StepCost]:
+    """Of a precision's captured steps, by the rows that each is to serve; none where none was captured.
+
+    Args:
+        tokens: that each row holds at most.
+    """
+    loaded = loaders.load(precision, spec)
+    try:
+        runner, found = loaded.runner, {}
+        if isinstance(runner, CapturedRunner):
+            runner.prefill(0, [0])  # captures
+            for batch in batches:
+                if (step := captured_step(runner, batch, tokens)) is not None:
+                    cost = kernel_cost(step.replay, spec.device)
+                    found[batch] = StepCost(cost.kernels, cost.kernel_ms, step.rows, step.columns)
+        return found
+    finally:
+        loaded.close()
 
 
 def captured_step(runner: CapturedRunner, rows: int, tokens: int) -> Captured | None:
@@ -67,7 +97,7 @@ def replay_ms(replay: Replay) -> float | None:
 
 
 def kernel_cost(work: Callable[[], object], device: str) -> KernelCost:
-    """By torch's profiler, which slows down what is launched after it: measure speeds before."""
+    """By torch's profiler, which slows down what the process launches after it."""
     # it tears down what it has set up, and setting it up again crashes where graphs were captured between
     os.environ["TEARDOWN_CUPTI"], os.environ["DISABLE_CUPTI_LAZY_REINIT"] = "0", "1"
     on_card = device == "cuda"

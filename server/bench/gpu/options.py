@@ -7,7 +7,7 @@ from pathlib import Path
 
 from server.bench.gpu.models import GPT2, GPT2_XL, TINY, TINY_XL, Shape
 
-PARTS = ("tests", "correctness", "speed", "continuous", "http", "xl", "steady", "kernels", "compile")
+PARTS = ("tests", "correctness", "speed", "kernels", "continuous", "http", "xl", "steady", "compile")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
 SECONDS = 465.0  # with the time that Python takes to start, eight minutes
 

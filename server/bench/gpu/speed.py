@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import loaders
 from loaders.base import DeviceRunner, LoadedModel, ModelSpec, ReportingRunner
 from loaders.captured_runner import CapturedRunner
 from server.bench.gpu import rivals
-from server.bench.gpu.kernels import Captured, captured_step, kernel_cost, replay_ms
+from server.bench.gpu.kernels import StepCost, captured_step, replay_ms, step_costs
 from server.bench.gpu.result import Result
 from server.bench.host import MemorySpeed
 from server.bench.session import Plan, Row, Session
@@ -93,28 +94,23 @@ def _replayed(subject: Subject, name: str, loaded: LoadedModel, batch: int) -> I
     yield {"batch": batch, "replay_ms": took, "end_to_end_ms": whole, "share_of_replay": took / whole}
 
 
-def measure_kernels(subject: Subject, precision: str) -> None:
-    """The captured steps of the sizes that were measured, kernel by kernel."""
-    loaded = loaders.load(precision, replace(subject.spec, batch_invariant=False))
-    try:
-        runner, plan = loaded.runner, subject.plan
-        if not isinstance(runner, CapturedRunner):
-            subject.result.skipped(f"kernels {precision}", "its steps are not captured")
-            return
-        runner.prefill(0, [0])  # captures
-        for batch in plan.batches:
-            step = captured_step(runner, batch, plan.prompt + plan.tokens)
-            if step is not None:
-                _note_kernels(subject, precision, batch, step)
-    finally:
-        loaded.close()
+def measure_kernels(subject: Subject, precision: str, process: Executor) -> None:
+    """The captured steps of the sizes that were measured, kernel by kernel.
+
+    Args:
+        process: another than this one, whose launches the profiler would slow down from then on.
+    """
+    spec, plan = replace(subject.spec, batch_invariant=False), subject.plan
+    costs = process.submit(step_costs, precision, spec, plan.batches, plan.prompt + plan.tokens).result()
+    if not costs:
+        subject.result.skipped(f"kernels {precision}", "its steps are not captured")
+    for batch, cost in costs.items():
+        _note_kernels(subject, precision, batch, cost)
 
 
-def _note_kernels(subject: Subject, precision: str, batch: int, step: Captured) -> None:
-    cost = kernel_cost(step.replay, subject.spec.device)
+def _note_kernels(subject: Subject, precision: str, batch: int, cost: StepCost) -> None:
     row = subject.result.ours(subject.model, precision, batch)
-    found: dict[str, Any] = {"model": subject.model, "precision": precision, "batch": batch}
-    found |= {"rows": step.rows, "columns": step.columns, **asdict(cost)}
+    found: dict[str, Any] = {"model": subject.model, "precision": precision, "batch": batch, **asdict(cost)}
     if row is not None and cost.kernels:
         whole = _end_to_end_ms(row)
         found |= {"end_to_end_ms": whole, "share_of_kernels": cost.kernel_ms / whole}
