@@ -30,7 +30,7 @@ from server.engine import Engine
 from server.metrics import Metrics
 from server.sequence import SamplingParams, StepStats
 
-VOCABULARY, PROMPT, PRECISION = 64, 4, "fp32"
+VOCABULARY, PROMPT, PRECISION = 8, 4, "fp32"
 SPARED = 20  # steps at either end of a repeat, where rows come and go
 MICROSECONDS = 1e6
 

@@ -8,7 +8,6 @@ threshold.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,24 +16,14 @@ from server.sequence import COLDEST, SamplingParams
 from server.sequence import Sequence as Row
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """One row's token as it came to the host."""
-
-    id: int
-    highest: float
-    """The largest logit; not finite where the model gave no distribution."""
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
 class Choice:
     """Tokens picked on the device; the host need not know them yet.
 
     Args:
         ids: (rows,), int64.
-        numbers: (rows, 3 + 2 n) float32: id, largest logit, log-probability, then n alternatives' ids and n
-            log-probabilities. A float32 holds ids exactly up to 2²⁴, which is more than any vocabulary.
+        numbers: (2 or 3 + 2 n, rows) float32: ids, largest logits and, where any row reports them,
+            log-probabilities, n alternatives' ids and n log-probabilities of those. A float32 holds ids
+            exactly up to 2²⁴, which is more than any vocabulary.
     """
 
     def __init__(self, ids: Tensor, numbers: Tensor) -> None:
@@ -48,16 +37,12 @@ class Choice:
         else:
             self._host = numbers
 
-    def wait(self) -> list[Chosen]:
-        """Waits for the device, and for no more of its work than this."""
+    def wait(self) -> list[list[float]]:
+        """The numbers. Waits for the device, and for no more of its work than this."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        alternatives = (self._host.shape[1] - 3) // 2
-        found = []
-        for id_, highest, logprob, *rest in self._host.tolist():
-            pairs = zip(map(int, rest[:alternatives]), rest[alternatives:], strict=True)
-            found.append(Chosen(int(id_), highest, logprob, tuple(pairs)))
-        return found
+        numbers: list[list[float]] = self._host.tolist()
+        return numbers
 
 
 @torch.inference_mode()
@@ -73,15 +58,15 @@ def choose(logits: Tensor, rows: Sequence[Row], points: Sequence[float]) -> Choi
         where = _send(chosen, torch.int64, logits)
         some = logits.index_select(0, where)
         ids = ids.index_copy(0, where, _pick(some, *_these(chosen, rows, points)))
-    columns = [ids.float(), highest, *_told(logits, ids, rows)]
-    return Choice(ids, torch.stack(columns, dim=1))
+    return Choice(ids, torch.stack([ids.float(), highest, *_told(logits, ids, rows)]))
 
 
 def _told(logits: Tensor, ids: Tensor, rows: Sequence[Row]) -> list[Tensor]:
     """Log-probabilities under the model's own distribution, where any row reports them."""
-    most = max((row.params.top_n for row in rows), default=0)
-    if not most and not any(row.params.logprobs for row in rows):
-        return [torch.zeros_like(logits[:, 0])]
+    told = [row.params.top_n for row in rows if row.params.reports]
+    if not told:
+        return []
+    most = max(told)
     total = logits.logsumexp(dim=-1)
     own = logits.gather(1, ids[:, None])[:, 0] - total
     values, others = logits.topk(min(most, logits.shape[1]), dim=-1)

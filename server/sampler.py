@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loaders import kernels
 from loaders.kernels import Summary, summarize
-from server.device_sampler import Choice, Chosen, choose
+from server.device_sampler import Choice, choose
 from server.faults import BadLogits, attempt
 from server.sequence import COLDEST, FinishReason, PromptToken, Sequence, Token, TokenLogprob
 
@@ -46,7 +46,7 @@ class Sampler:
         """One token a row from (rows, vocabulary) float32 logits; an error in one row stays in its place."""
         if logits.is_cuda:
             return self.begin(logits, sequences).wait()
-        told = any(_reports(sequence) for sequence in sequences)
+        told = any(sequence.params.reports for sequence in sequences)
         summary = summarize(logits, told, kernels.get())
         picked: list[Token | Exception] = []
         for row, sequence in enumerate(sequences):
@@ -65,7 +65,7 @@ class Sampler:
             chosen = _choose(logits[row], sequence)
             logit = float(logits[row, chosen])
         finish = self._finish(chosen, sequence)
-        if summary.log_totals is None or not _reports(sequence):
+        if summary.log_totals is None or not sequence.params.reports:
             return Token(chosen, None, (), finish)
         log_total = summary.log_totals[row]
         top = _top(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
@@ -89,19 +89,32 @@ class Sampler:
         return self._arrived(choice, [sequence])[0]
 
     def _arrived(self, choice: Choice, sequences: Rows[Sequence]) -> list[Token | Exception]:
-        return [self._as_token(*pair) for pair in zip(choice.wait(), sequences, strict=True)]
-
-    def _as_token(self, chosen: Chosen, sequence: Sequence) -> Token | Exception:
-        if not math.isfinite(chosen.highest):
-            return BadLogits("the model returned logits that are not numbers")
-        top = tuple(TokenLogprob(*pair) for pair in chosen.top[: sequence.params.top_n])
-        logprob = chosen.logprob if _reports(sequence) else None
-        return Token(chosen.id, logprob, top, self._finish(chosen.id, sequence))
+        ids, highest, *told = choice.wait()
+        picked = [
+            Token(id_, None, (), self._finish(id_, sequence))
+            for id_, sequence in zip(map(int, ids), sequences, strict=True)
+        ]
+        if told:
+            picked = [_reported(*row) for row in zip(picked, sequences, *told, strict=True)]
+        return [
+            token if math.isfinite(logit) else BadLogits("the model returned logits that are not numbers")
+            for token, logit in zip(picked, highest, strict=True)
+        ]
 
     def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
         if chosen in self._eos_ids and not sequence.params.ignore_eos:
             return "eos_token"
         return "length" if len(sequence.generated) + 1 >= sequence.params.max_new_tokens else None
+
+
+def _reported(token: Token, sequence: Sequence, logprob: float, *alternatives: float) -> Token:
+    """With the log-probabilities that are told of it; ``alternatives``: n ids, then their n."""
+    if not sequence.params.reports:
+        return token
+    half = len(alternatives) // 2
+    pairs = zip(map(int, alternatives[:half]), alternatives[half:], strict=True)
+    top = tuple(TokenLogprob(*pair) for pair in pairs)[: sequence.params.top_n]
+    return token._replace(logprob=logprob, top=top)
 
 
 def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
@@ -201,11 +214,6 @@ def _typical_p(weights: Tensor, typical_p: float) -> Tensor:
     mass = probabilities[order].cumsum(0)
     kept = order[: int((mass < typical_p).sum()) + 1]
     return torch.zeros_like(weights).index_copy(0, kept, weights[kept])
-
-
-def _reports(sequence: Sequence) -> bool:
-    """Whether log-probabilities are told with its tokens."""
-    return bool(sequence.params.logprobs or sequence.params.top_n)
 
 
 def _top(logits: Tensor, log_total: float, count: int) -> tuple[TokenLogprob, ...]:

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 COLDEST = 1e-6  # temperatures below it overflow float32; the distribution is a single token long before
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -34,27 +35,32 @@ class SamplingParams:
     prompt_logprobs: bool = False
     """Report the prompt's own log-probabilities."""
 
-    @property
+    # asked at every step, of every row
+
+    @cached_property
     def needs_history(self) -> bool:
         """Whether picking a token needs those before it, which the model has looked at already."""
         return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the largest logit is taken as it is."""
         return not (self.do_sample or self.needs_history or self.logit_bias)
 
+    @cached_property
+    def reports(self) -> bool:
+        """Whether log-probabilities are told with its tokens."""
+        return bool(self.logprobs or self.top_n)
 
-@dataclass(frozen=True)
-class TokenLogprob:
+
+class TokenLogprob(NamedTuple):
     """A token and its log-probability; None for the first of a prompt, which nothing predicts."""
 
     id: int
     logprob: float | None
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):  # a frozen dataclass takes five times as long to make
     """One generated token."""
 
     id: int
@@ -64,8 +70,7 @@ class Token:
     """Set on a sequence's last token. ``stop_sequence`` is found by the text layer, never here."""
 
 
-@dataclass(frozen=True)
-class PromptToken:
+class PromptToken(NamedTuple):
     """One prompt token, its log-probability given those before it, and the alternatives at its place."""
 
     id: int
