@@ -25,14 +25,10 @@ class AheadRunner(Runner, DeviceRunner, Protocol):
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way: where each row stands in it, and the tokens that come of it."""
+    """A step under way: its rows, which need no history, and the tokens that come of it."""
 
-    places: dict[Sequence, int]
+    rows: list[Sequence]
     picks: Picks
-
-    @property
-    def rows(self) -> list[Sequence]:
-        return list(self.places)
 
 
 class Lookahead:
@@ -45,7 +41,7 @@ class Lookahead:
     def take(self) -> Launched | None:
         """The step under way, which is then the caller's to read; None if all whom it was for have gone."""
         launched, self._under_way = self._under_way, None
-        if launched is None or all(row.slot is None for row in launched.places):
+        if launched is None or all(row.slot is None for row in launched.rows):
             return None
         return launched
 
@@ -58,7 +54,8 @@ class Lookahead:
 
         A row that reaches its length with the token under way ends with it.
         """
-        if any(row.params.needs_history for row in rows):
+        changed = before is None or rows != before.rows  # of which none needs its history
+        if changed and any(row.params.needs_history for row in rows):
             return []
         if before is None:
             return rows
@@ -67,7 +64,7 @@ class Lookahead:
         return [
             row
             for row in rows
-            if row not in before.places or len(row.generated) + 1 < row.params.max_new_tokens
+            if len(row.generated) + 1 < row.params.max_new_tokens or row not in before.rows
         ]
 
     def launch(self, rows: list[Sequence], before: Launched | None) -> None:
@@ -77,16 +74,16 @@ class Lookahead:
             logits = self._runner.decode(slots, [row.generated[-1] for row in rows])
         else:
             logits = self._runner.decode_from(slots, _tokens(rows, before))
-        places = {row: place for place, row in enumerate(rows)}
-        self._under_way = Launched(places, self._sampler.begin(logits, rows))
+        self._under_way = Launched(rows, self._sampler.begin(logits, rows))
 
 
 def _tokens(rows: list[Sequence], before: Launched) -> Tensor:
     """Each row's last token, (rows,): on the device where it is under way, else sent there."""
     assert before.picks.ids is not None
-    ids, places = before.picks.ids, dict(before.places)
+    ids = before.picks.ids
     if rows == before.rows:
         return ids
+    places = {row: place for place, row in enumerate(before.rows)}
     known = [row for row in rows if row not in places]
     if known:
         places |= {row: len(places) + index for index, row in enumerate(known)}

@@ -3,6 +3,7 @@
 import heapq
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 
 from server.sequence import Sequence
 
@@ -30,7 +31,7 @@ class Scheduler:
         self._idle_budget = prefill_chunk
         self._busy_budget = min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}
+        self._running: dict[int, Sequence] = {}  # by slot, oldest first
         self._free = list(range(slots))  # a heap: low slots first keep the rows in play consecutive
 
     def add(self, sequence: Sequence) -> None:
@@ -49,9 +50,10 @@ class Scheduler:
 
     def chunks(self) -> list[Chunk]:
         """The prompt stretches of this step, oldest sequence first, within the step's budget of tokens."""
-        budget = self._busy_budget if self.decodable() else self._idle_budget
+        begun = [sequence for sequence in self._running.values() if not sequence.generated]
+        budget = self._idle_budget if len(begun) == len(self._running) else self._busy_budget
         chunks = []
-        for sequence in self._running.values():
+        for sequence in begun:
             if budget and sequence.remaining_prompt:
                 chunk = Chunk(sequence, min(budget, sequence.remaining_prompt, sequence.chunk or budget))
                 chunks.append(chunk)
@@ -59,9 +61,8 @@ class Scheduler:
         return chunks
 
     def decodable(self) -> list[Sequence]:
-        """The sequences whose prompt is done and which have a token to go on from, by slot."""
-        ready = (s for s in self._running.values() if not s.remaining_prompt and s.generated)
-        return sorted(ready, key=lambda sequence: sequence.slot or 0)
+        """The sequences that have a token to go on from, which means that their prompt is done, by slot."""
+        return [sequence for _, sequence in sorted(self._running.items()) if sequence.generated]
 
     def remove(self, sequence: Sequence) -> int | None:
         """Forgets a sequence wherever it is; returns the slot that it held, now free for another."""
@@ -74,8 +75,10 @@ class Scheduler:
         heapq.heappush(self._free, slot)
         return slot
 
-    def everyone(self) -> list[Sequence]:
-        return [*self._running.values(), *self._waiting]
+    def unwanted(self, now: float) -> list[Sequence]:
+        """Those whose client has gone or whose time is up, running or waiting."""
+        everyone = chain(self._running.values(), self._waiting)
+        return [sequence for sequence in everyone if sequence.cancelled or sequence.expired(now)]
 
     @property
     def running(self) -> int:

@@ -4,6 +4,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +18,7 @@ from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, To
 from server.turn import Turn
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Something a sequence's reader is to be told: a token, an error, or (None) the end without one."""
 
     sequence: Sequence
@@ -30,6 +30,7 @@ class Step:
     """What one step brought about."""
 
     events: list[Event] = field(default_factory=list)
+    generated: int = 0
     stats: StepStats | None = None
     gaps: list[float] = field(default_factory=list)
 
@@ -75,24 +76,20 @@ class Worker:
         ended = time.perf_counter()
         self.busy_since = None
         self.longest_step = max(self.longest_step, ended - begun)
-        seconds = ended - started
-        generated = sum(isinstance(event.item, Token) for event in step.events)
-        step.stats = StepStats(batch, prompt_tokens, generated, seconds, tuple(step.gaps))
+        step.stats = StepStats(batch, prompt_tokens, step.generated, ended - started, tuple(step.gaps))
         return step
 
     def _drop_unwanted(self, step: Step, now: float) -> None:
-        for sequence in self._scheduler.everyone():
-            if sequence.cancelled:
-                self._end(step, sequence, None)
-            elif sequence.expired(now):
-                self._end(step, sequence, DeadlinePassed("the request's time was up"))
+        for sequence in self._scheduler.unwanted(now):
+            late = None if sequence.cancelled else DeadlinePassed("the request's time was up")
+            self._end(step, sequence, late)
 
     def _advance(self, step: Step) -> tuple[int, int]:
         """How many prompt tokens and how many rows were computed."""
         chunks, rows = self._scheduler.chunks(), self._scheduler.decodable()
         if chunks and rows and self._advance_together(step, chunks[0], rows):
             return chunks[0].count + self._prefill(step, chunks[1:]), len(rows)
-        return self._prefill(step, chunks), self._decode(step)
+        return self._prefill(step, chunks), self._decode(step, rows)
 
     def _advance_together(self, step: Step, chunk: Chunk, rows: list[Sequence]) -> bool:
         """A prompt chunk and the running rows in one pass over the weights; whether that could be done."""
@@ -150,9 +147,7 @@ class Worker:
             assert logits is not None
             self._sample(step, [sequence], logits)
 
-    def _decode(self, step: Step) -> int:
-        fresh = {event.sequence for event in step.events}  # got their first token in this very step
-        rows = [sequence for sequence in self._scheduler.decodable() if sequence not in fresh]
+    def _decode(self, step: Step, rows: list[Sequence]) -> int:
         if self._ahead is not None:
             return self._decode_ahead(self._ahead, step, rows)
         return self._decode_now(step, rows)
@@ -199,6 +194,7 @@ class Worker:
 
     def _take(self, step: Step, rows: list[Sequence], picked: list[Token | Exception]) -> None:
         now = time.perf_counter()
+        tell, gap = step.events.append, step.gaps.append
         for row, item in zip(rows, picked, strict=True):
             if row.slot is None:
                 continue  # it ended while this token was under way
@@ -206,14 +202,17 @@ class Worker:
                 self._end(step, row, as_service_error(item))
                 continue
             row.generated.append(item.id)
-            if row.timeline.last_token is not None:
-                step.gaps.append(now - row.timeline.last_token)
-            row.timeline.first_token = row.timeline.first_token or now
-            row.timeline.last_token = now
-            row.timeline.tokens += 1
+            timeline = row.timeline
+            if timeline.last_token is None:
+                timeline.first_token = now
+            else:
+                gap(now - timeline.last_token)
+            timeline.last_token = now
+            timeline.tokens += 1
+            step.generated += 1
             if item.finish is not None:
                 self._release(row)
-            step.events.append(Event(row, item))
+            tell(Event(row, item))
 
     def _end(self, step: Step, sequence: Sequence, item: ServiceError | None) -> None:
         self._release(sequence)
