@@ -66,7 +66,7 @@ class CapturedRunner:
         self._batches = buckets.batch_sizes(self.slots, spec.batch_invariant)
         self._contexts = buckets.contexts(self.context)
         self._stretches = buckets.prompt_sizes(self.context, spec.batch_invariant)
-        self._decoding = DecodeInputs(self.slots, self._device)
+        self._decoding = DecodeInputs(self._cache, self._device)
         self._prompt = PromptInputs(self._stretches[-1], self._device)
         self._columns = torch.arange(columns, dtype=torch.int64, device=self._device)
         self._logits = torch.zeros((self.slots, self.vocabulary), dtype=torch.float32, device=self._device)
@@ -89,15 +89,16 @@ class CapturedRunner:
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
         self._prepare()
-        self._decoding.fill(self._live, slots, ids, self._lengths)
-        return self._decode(slots)
+        held = [self._lengths[slot] for slot in slots]
+        self._decoding.fill(self._live, slots, ids, held)
+        return self._decode(slots, 1 + max(held))
 
     @torch.inference_mode()
     def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
         self._prepare()
-        self._decoding.fill(self._live, slots, [0] * len(slots), self._lengths)
-        self._decoding.take(tokens)
-        return self._decode(slots)
+        held = [self._lengths[slot] for slot in slots]
+        self._decoding.fill_from(self._live, slots, tokens, held)
+        return self._decode(slots, 1 + max(held))
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> Tensor:
@@ -175,14 +176,13 @@ class CapturedRunner:
 
     # steps
 
-    def _decode(self, slots: Sequence[int]) -> Tensor:
-        self._check(1 + max(self._lengths[slot] for slot in slots))
+    def _decode(self, slots: Sequence[int], longest: int) -> Tensor:
+        self._check(longest)
         rows = buckets.smallest(self._batches, 1 + max(slots))
-        visible = buckets.smallest(self._contexts, 1 + max(self._lengths[slot] for slot in slots))
-        self._run(("decode", rows, visible))
+        self._run(("decode", rows, buckets.smallest(self._contexts, longest)))
         logits = self._logits[: len(slots)]
-        if list(slots) != list(range(len(slots))):
-            logits = self._logits.index_select(0, self._decoding.chosen(len(slots)))
+        if not self._decoding.in_order:
+            logits = self._logits.index_select(0, self._decoding.chosen)
         for slot in slots:  # last: a step that failed is tried again, and then writes to the same places
             self._lengths[slot] += 1
         return logits

@@ -1,4 +1,5 @@
-"""What a captured step reads: tensors made once and filled anew, by one copy to the device for each step."""
+"""What a captured step reads: tensors made once. They are filled anew by one copy to the device, or moved on
+by a token where they lie."""
 
 from collections.abc import Sequence
 
@@ -11,32 +12,51 @@ from loaders.static_cache import StaticCache
 class DecodeInputs:
     """Of a decode step: row i is slot i. All int64."""
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._all = torch.zeros((4, slots), dtype=torch.int64, device=device)
-        self.ids, self.positions, self.where, self._slots = self._all
-        self._count = 0
+    def __init__(self, cache: StaticCache, device: torch.device) -> None:
+        self._nowhere = [cache.nowhere(row) for row in range(cache.slots)]
+        self._all = torch.zeros((5, cache.slots), dtype=torch.int64, device=device)
+        self.ids, self.positions, self.where, self._onward, self._slots = self._all
+        self._moving = self._all[1:3]  # positions and where, to which _onward adds one token of somebody's
+        self._first = self.ids[:0]
+        self._there: tuple[list[int], list[int]] | None = None  # what lies on the device; None: nobody knows
+        self.chosen = self._slots[:0]
+        """The slots in the order in which they were named, (count,)."""
+        self.in_order = True
+        """Whether those are the first slots, ascending."""
 
     def fill(
         self, cache: StaticCache, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]
     ) -> None:
-        """``lengths``: tokens that each slot of the cache holds. Rows that aren't named are nobody's."""
-        count = self._all.shape[1]
-        rows = [[0] * count, [0] * count, [cache.nowhere(row) for row in range(count)], [0] * count]
-        for index, (slot, id_) in enumerate(zip(slots, ids, strict=True)):
-            rows[0][slot], rows[1][slot] = id_, lengths[slot]
-            rows[2][slot] = cache.place(slot, lengths[slot])
-            rows[3][index] = slot
-        _send(rows, self._all)
-        self._count = len(slots)
+        """``lengths``: tokens that each of ``slots`` holds. The rows of other slots are nobody's."""
+        there, self._there = (list(slots), list(lengths)), None
+        nothing = [0] * len(self._nowhere)
+        row_ids, positions, where, onward = nothing[:], nothing[:], self._nowhere[:], nothing[:]
+        for slot, id_, length in zip(slots, ids, lengths, strict=True):
+            row_ids[slot], positions[slot], onward[slot] = id_, length, 1
+            where[slot] = cache.place(slot, length)
+        _send([row_ids, positions, where, onward, [*slots, *nothing[len(slots) :]]], self._all)
+        self.chosen, self._first = self._slots[: len(slots)], self.ids[: len(slots)]
+        self.in_order = there[0] == list(range(len(slots)))
+        self._there = there
 
-    def take(self, tokens: Tensor) -> None:
-        """The ids from where they were picked, in the order of the slots that ``fill`` was told."""
-        self.ids.index_copy_(0, self.chosen(self._count), tokens)
+    def fill_from(
+        self, cache: StaticCache, slots: Sequence[int], tokens: Tensor, lengths: Sequence[int]
+    ) -> None:
+        """``fill`` with the ids from where they were picked, (count,).
 
-    def chosen(self, count: int) -> Tensor:
-        """The slots that ``fill`` was told, (count,)."""
-        chosen: Tensor = self._slots[:count]
-        return chosen
+        As a rule each slot holds one token more than in the step before, and nothing need be sent. Lengths
+        tell: where they are as they were before, a step is tried again; else a slot has had other guests.
+        """
+        if self._there == (slots, [length - 1 for length in lengths]):
+            self._there = None
+            self._moving.add_(self._onward)
+            self._there = list(slots), list(lengths)
+        else:
+            self.fill(cache, slots, [0] * len(slots), lengths)
+        if self.in_order:
+            self._first.copy_(tokens)
+        else:
+            self.ids.index_copy_(0, self.chosen, tokens)
 
 
 class PromptInputs:
