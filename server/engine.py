@@ -9,6 +9,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
@@ -21,17 +22,21 @@ from server.sampler import Sampler
 from server.scheduler import Scheduler
 from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
 from server.turn import Turn
-from server.worker import Event, Step, Worker
+from server.worker import Step, Worker
 
 _SLOWEST_GRACE = 2.0  # seconds that any step may take before the engine counts as stalled
 
 
 class Generation(AsyncIterator[Token]):
-    """The tokens of one sequence as they come. Closing it is cancelling: the slot is free within a step."""
+    """The tokens of one sequence as they come, for one reader.
+
+    Closing it is cancelling: the slot is free within a step.
+    """
 
     def __init__(self, engine: "Engine", sequence: Sequence) -> None:
         self._engine, self._sequence = engine, sequence
-        self._events: asyncio.Queue[Token | ServiceError | None] = asyncio.Queue()
+        self._events: deque[Token | ServiceError | None] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
         self._closed = False
 
     @property
@@ -44,12 +49,21 @@ class Generation(AsyncIterator[Token]):
         return self._sequence.prompt_tokens
 
     def put(self, event: Token | ServiceError | None) -> None:
-        self._events.put_nowait(event)
+        self._events.append(event)
+        if (waited_for := self._arrival) is not None and not waited_for.done():  # done: told, or given up
+            waited_for.set_result(None)
 
     async def __anext__(self) -> Token:
         if self._closed:
             raise StopAsyncIteration
-        event = await self._events.get()
+        while not self._events:
+            assert self._arrival is None, "one reader at a time"
+            self._arrival = asyncio.get_running_loop().create_future()
+            try:
+                await self._arrival
+            finally:
+                self._arrival = None
+        event = self._events.popleft()
         if isinstance(event, Token):
             self._closed = event.finish is not None
             return event
@@ -219,20 +233,17 @@ class Engine:
     # back on the event loop
 
     def _deliver(self, step: Step) -> None:
-        for event in step.events:
-            self._hand_over(event)
+        for sequence, item in step.events:
+            generation = self._live.get(sequence)
+            if generation is None:
+                continue
+            generation.put(item)
+            if not isinstance(item, Token) or item.finish is not None:
+                del self._live[sequence]
         if step.events:
             self.last_used = time.perf_counter()
         if self._on_step is not None and step.stats is not None:
             self._on_step(step.stats)
-
-    def _hand_over(self, event: Event) -> None:
-        generation = self._live.get(event.sequence)
-        if generation is None:
-            return
-        generation.put(event.item)
-        if not isinstance(event.item, Token) or event.item.finish is not None:
-            del self._live[event.sequence]
 
     def _died(self, reason: str) -> None:
         if self._dead is None:

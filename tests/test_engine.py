@@ -1,6 +1,7 @@
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from collections.abc import Sequence as Ids
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from server.engine import Engine, Generation
 from server.errors import DeadlinePassed, GenerationFailed, NotReady
 from server.faults import DeviceLost
-from server.sequence import SamplingParams, StepStats
+from server.sequence import SamplingParams, Sequence, StepStats, Token
 from server.turn import Turn
 from tests.fakes import FakeRunner, fake_model
 
@@ -163,7 +164,7 @@ def test_an_engine_that_cannot_warm_up_says_so_and_drops_its_model(error: BaseEx
     async def main() -> None:
         runner = FakeRunner()
 
-        def fail(slot: int, ids: Sequence[int]) -> None:
+        def fail(slot: int, ids: Ids[int]) -> None:
             raise error
 
         runner.on_prefill = fail
@@ -204,6 +205,75 @@ def test_prompt_logprobs_in_chunks_and_no_token_at_all() -> None:
         assert found == pytest.approx([float(expected[i, 71 + i]) for i in range(4)], abs=1e-5)
 
     with_engine(check, prefill_chunk=2)
+
+
+def test_tokens_that_are_there_are_read_without_waiting() -> None:
+    async def check(engine: Engine, runner: FakeRunner) -> None:
+        generation = engine.generate(PROMPT, params(5))
+        while generation.timeline.tokens < 5:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # until they are handed over
+        found = []
+        for _ in range(5):
+            with pytest.raises(StopIteration) as read:  # what a coroutine ends with that was not suspended
+                anext(generation).__await__().send(None)
+            found.append(read.value.value.id)
+        assert found == runner.expected(PROMPT, 5)
+
+    with_engine(check)
+
+
+def test_a_reader_that_gives_up_waiting_loses_no_token() -> None:
+    async def check(engine: Engine, runner: FakeRunner) -> None:
+        runner.delay = 0.03
+        generation, found, given_up = engine.generate(PROMPT, params(6)), list[int](), 0
+        while len(found) < 6:
+            try:
+                found.append((await asyncio.wait_for(anext(generation), 0.01)).id)
+            except TimeoutError:
+                given_up += 1
+        assert found == runner.expected(PROMPT, 6)
+        assert given_up >= 6
+        runner.delay = 0.0
+
+    with_engine(check)
+
+
+def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
+    """Its wait is over, but it has not gone on yet."""
+
+    async def check(engine: Engine, runner: FakeRunner) -> None:
+        generation = Generation(engine, Sequence(PROMPT, params()))
+        reader = asyncio.create_task(ids_of(generation))
+        await asyncio.sleep(0)
+        for id_ in (5, 6):
+            generation.put(Token(id_))
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        generation.put(Token(7, finish="length"))
+        assert await ids_of(generation) == [5, 6, 7]
+
+    with_engine(check)
+
+
+def test_a_reader_is_told_of_an_end_while_it_waits() -> None:
+    async def check(engine: Engine, runner: FakeRunner) -> None:
+        for end in (None, GenerationFailed("broken")):
+            generation = Generation(engine, Sequence(PROMPT, params()))
+            reader = asyncio.create_task(ids_of(generation))
+            await asyncio.sleep(0)
+            generation.put(Token(5))
+            generation.put(end)
+            if end is None:
+                assert await reader == [5]
+            else:
+                with pytest.raises(GenerationFailed):
+                    await reader
+            with pytest.raises(StopAsyncIteration):
+                await anext(generation)
+
+    with_engine(check)
 
 
 def test_steps_are_reported_with_gaps_and_batch() -> None:
