@@ -1,9 +1,11 @@
 """What happened, counted as it happens: for Prometheus, and in windows of the latest for ``/stats``."""
 
 import statistics
+from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +15,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from server.sequence import StepStats, Timeline
 
@@ -44,6 +48,30 @@ class _Record:
     busy: float = 0.0
 
 
+class _Gaps(Collector):
+    """The time between tokens as a histogram. The library's own would take two locks for each of a step's
+    rows, at every step."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
+        self._described = name, text, labels
+        self._counts: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * (len(_SECONDS) + 1))
+        self._sums: dict[tuple[str, ...], float] = defaultdict(float)
+
+    def observe(self, values: Sequence[float], *labels: str) -> None:
+        counts = self._counts[labels]
+        for value in values:
+            counts[bisect_left(_SECONDS, value)] += 1
+        self._sums[labels] += sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        name, text, labels = self._described
+        family = HistogramMetricFamily(name, text, labels=labels)
+        bounds = [*(str(float(bound)) for bound in _SECONDS), "+Inf"]
+        for which, counts in self._counts.items():
+            family.add_metric(which, list(zip(bounds, accumulate(counts), strict=True)), self._sums[which])
+        yield family
+
+
 class Metrics:
     """One per app, with a registry of its own. Event loop only.
 
@@ -72,7 +100,8 @@ class Metrics:
         self._duration = seconds("request_duration_seconds", "Arrival to last token")
         self._queue = seconds("queue_duration_seconds", "Arrival to a slot")
         self._first = seconds("time_to_first_token_seconds", "Arrival to first token")
-        self._gap = seconds("inter_token_latency_seconds", "Between a row's tokens")
+        self._gaps = _Gaps("bitdial_inter_token_latency_seconds", "Between a row's tokens", label)
+        self._registry.register(self._gaps)
         self._running = gauge("requests_running", "Sequences that hold a slot")
         self._waiting = gauge("requests_waiting", "Sequences that wait for a slot")
         self._memory = gauge(
@@ -108,9 +137,7 @@ class Metrics:
             record.single_row_gaps.extend(step.gaps)
         self._generated.labels(self._model, precision).inc(step.generated_tokens)
         self._prompt.labels(self._model, precision).inc(step.prompt_tokens)
-        histogram = self._gap.labels(self._model, precision)
-        for gap in step.gaps:
-            histogram.observe(gap)
+        self._gaps.observe(step.gaps, self._model, precision)
         if step.batch:
             self._batch.labels(self._model, precision).observe(step.batch)
 
