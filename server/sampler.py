@@ -60,7 +60,7 @@ class Sampler:
         """The token of one row, by as few calls into torch as there can be: each costs more than it does."""
         chosen, logit = summary.ids[row], summary.largest[row]
         if not math.isfinite(logit):
-            raise BadLogits("the model returned logits that are not numbers")
+            raise _no_numbers()
         if not sequence.params.is_plain:
             chosen = _choose(logits[row], sequence)
             logit = float(logits[row, chosen])
@@ -90,16 +90,11 @@ class Sampler:
 
     def _arrived(self, choice: Choice, sequences: Rows[Sequence]) -> list[Token | Exception]:
         ids, highest, *told = choice.wait()
-        picked = [
-            Token(id_, None, (), self._finish(id_, sequence))
-            for id_, sequence in zip(map(int, ids), sequences, strict=True)
+        picked: list[Token | Exception] = [
+            Token(id_, None, (), self._finish(id_, sequence)) if math.isfinite(logit) else _no_numbers()
+            for id_, logit, sequence in zip(map(int, ids), highest, sequences, strict=True)
         ]
-        if told:
-            picked = [_reported(*row) for row in zip(picked, sequences, *told, strict=True)]
-        return [
-            token if math.isfinite(logit) else BadLogits("the model returned logits that are not numbers")
-            for token, logit in zip(picked, highest, strict=True)
-        ]
+        return [_reported(*row) for row in zip(picked, sequences, *told, strict=True)] if told else picked
 
     def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
         if chosen in self._eos_ids and not sequence.params.ignore_eos:
@@ -107,9 +102,15 @@ class Sampler:
         return "length" if len(sequence.generated) + 1 >= sequence.params.max_new_tokens else None
 
 
-def _reported(token: Token, sequence: Sequence, logprob: float, *alternatives: float) -> Token:
+def _no_numbers() -> BadLogits:
+    return BadLogits("the model returned logits that are not numbers")
+
+
+def _reported(
+    token: Token | Exception, sequence: Sequence, logprob: float, *alternatives: float
+) -> Token | Exception:
     """With the log-probabilities that are told of it; ``alternatives``: n ids, then their n."""
-    if not sequence.params.reports:
+    if isinstance(token, Exception) or not sequence.params.reports:
         return token
     half = len(alternatives) // 2
     pairs = zip(map(int, alternatives[:half]), alternatives[half:], strict=True)

@@ -4,7 +4,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,12 +16,8 @@ from server.scheduler import Chunk, Scheduler
 from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Token
 from server.turn import Turn
 
-
-class Event(NamedTuple):
-    """Something a sequence's reader is to be told: a token, an error, or (None) the end without one."""
-
-    sequence: Sequence
-    item: Token | ServiceError | None
+Event = tuple[Sequence, Token | ServiceError | None]
+"""A sequence, and what its reader is to be told: a token, an error, or (None) the end without one."""
 
 
 @dataclass
@@ -212,11 +207,11 @@ class Worker:
             step.generated += 1
             if item.finish is not None:
                 self._release(row)
-            tell(Event(row, item))
+            tell((row, item))
 
     def _end(self, step: Step, sequence: Sequence, item: ServiceError | None) -> None:
         self._release(sequence)
-        step.events.append(Event(sequence, item))
+        step.events.append((sequence, item))
 
     def _release(self, sequence: Sequence) -> None:
         slot = self._scheduler.remove(sequence)

@@ -67,8 +67,8 @@ class House:
                     self.scheduler.add(row)
                 if one.leaves is not None and len(row.generated) >= one.leaves:
                     row.cancelled = True
-            for event in self.worker.step(float(now)).events:
-                self._note(told[event.sequence], event.item)
+            for row, item in self.worker.step(float(now)).events:
+                self._note(told[row], item)
             if not self.scheduler.has_work and now > max(one.joins for one in orders):
                 break
         assert not self.runner.held, "a slot still holds what is over"
