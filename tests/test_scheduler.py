@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from server.scheduler import Scheduler
 from server.sequence import SamplingParams, Sequence
 
@@ -64,3 +66,25 @@ def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
     scheduler.add(waiting)
     assert scheduler.remove(waiting) is None
     assert not scheduler.has_work
+
+
+def test_who_is_unwanted_running_or_waiting() -> None:
+    scheduler = Scheduler(slots=1, prefill_chunk=8)
+    gone, late, patient = sequence(), sequence(), sequence()
+    gone.cancelled, late.deadline, patient.deadline = True, 5.0, 5.1
+    for one in (patient, gone, late):
+        scheduler.add(one)
+    scheduler.admit(0.0)
+    assert scheduler.unwanted(4.9) == [gone]
+    assert scheduler.unwanted(5.0) == [gone, late]
+    assert scheduler.unwanted(6.0) == [patient, gone, late]
+
+
+def test_what_parameters_imply_is_of_them_alone() -> None:
+    """Kept once found out: a copy with other values finds out anew, and comparing looks at the values."""
+    plain = SamplingParams(max_new_tokens=4)
+    assert (plain.is_plain, plain.needs_history, plain.reports) == (True, False, False)
+    assert plain == SamplingParams(max_new_tokens=4)
+    changed = replace(plain, presence_penalty=1.0, top_n=2)
+    assert (changed.is_plain, changed.needs_history, changed.reports) == (False, True, True)
+    assert replace(changed, presence_penalty=0.0, top_n=0) == plain
