@@ -67,7 +67,7 @@ class CapturedRunner:
         self._contexts = buckets.contexts(self.context)
         self._stretches = buckets.prompt_sizes(self.context, spec.batch_invariant)
         self._decoding = DecodeInputs(self._cache, self._device)
-        self._prompt = PromptInputs(self._stretches[-1], self._device)
+        self._prompt = PromptInputs(self._cache, self._stretches[-1], self._device)
         self._columns = torch.arange(columns, dtype=torch.int64, device=self._device)
         self._logits = torch.zeros((self.slots, self.vocabulary), dtype=torch.float32, device=self._device)
         self._last = torch.zeros((1, self.vocabulary), dtype=torch.float32, device=self._device)

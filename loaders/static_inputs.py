@@ -62,7 +62,8 @@ class DecodeInputs:
 class PromptInputs:
     """Of a stretch of one slot's prompt. All int64."""
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
+    def __init__(self, cache: StaticCache, tokens: int, device: torch.device) -> None:
+        self._nowhere = [cache.nowhere(row) for row in range(tokens)]
         self._all = torch.zeros((3, tokens), dtype=torch.int64, device=device)
         self._which = torch.zeros((2, 1), dtype=torch.int64, device=device)
         self.ids, self.positions, self.where = self._all
@@ -70,16 +71,11 @@ class PromptInputs:
 
     def fill(self, cache: StaticCache, slot: int, ids: Sequence[int], start: int, tokens: int) -> None:
         """``ids`` go behind the ``start`` tokens of the slot; the rest of ``tokens`` is padding."""
-        count, rest = len(ids), self._all.shape[1] - len(ids)
-        _send(
-            [
-                [*ids, *[0] * rest],
-                [*range(start, start + count), *[0] * rest],
-                [cache.place(slot, start + i) for i in range(count)]
-                + [cache.nowhere(i) for i in range(rest)],
-            ],
-            self._all,
-        )
+        count, first = len(ids), cache.place(slot, start)  # a slot's places lie side by side
+        padding = [0] * (len(self._nowhere) - count)
+        positions = [*range(start, start + count), *padding]
+        where = [*range(first, first + count), *self._nowhere[: len(padding)]]
+        _send([[*ids, *padding], positions, where], self._all)
         _send([[slot], [count - 1]], self._which)
 
 

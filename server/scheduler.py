@@ -78,7 +78,7 @@ class Scheduler:
     def unwanted(self, now: float) -> list[Sequence]:
         """Those whose client has gone or whose time is up, running or waiting."""
         everyone = chain(self._running.values(), self._waiting)
-        return [sequence for sequence in everyone if sequence.cancelled or sequence.expired(now)]
+        return [s for s in everyone if s.cancelled or (s.deadline is not None and now >= s.deadline)]
 
     @property
     def running(self) -> int:

@@ -143,9 +143,6 @@ class Sequence:
     def remaining_prompt(self) -> int:
         return len(self.prompt) - self.prefilled
 
-    def expired(self, now: float) -> bool:
-        return self.deadline is not None and now >= self.deadline
-
 
 @dataclass(frozen=True)
 class StepStats:

@@ -39,6 +39,7 @@ class Worker:
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._turn = turn or nullcontext()
         self._ahead = Lookahead(runner, sampler) if isinstance(runner, DeviceRunner) else None
+        self._mixed = runner if isinstance(runner, MixedRunner) else None
         self.busy_since: float | None = None
         """When the step under way began, its wait for a turn included; None between steps."""
         self.longest_step = 0.0
@@ -88,8 +89,8 @@ class Worker:
 
     def _advance_together(self, step: Step, chunk: Chunk, rows: list[Sequence]) -> bool:
         """A prompt chunk and the running rows in one pass over the weights; whether that could be done."""
-        runner, sequence, is_last = self._runner, chunk.sequence, chunk.is_last
-        if not isinstance(runner, MixedRunner) or _wants_all(sequence) or sequence.slot is None:
+        runner, sequence, is_last = self._mixed, chunk.sequence, chunk.is_last
+        if runner is None or _wants_all(sequence) or sequence.slot is None:
             return False
         ids = sequence.prompt[sequence.prefilled : sequence.prefilled + chunk.count]
         slots = [row.slot for row in rows if row.slot is not None]
