@@ -1,6 +1,6 @@
 """A running request: what was asked for, and its text piece by piece."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ class Owner(Protocol):
 
 
 class Continuation:
-    """A running request. Iterate for its pieces; close it in a ``finally``, whatever happens."""
+    """A running request. Its ``bursts`` are its text; close it in a ``finally``, whatever happens."""
 
     def __init__(
         self,
@@ -111,25 +111,33 @@ class Continuation:
 
     async def run(self) -> "Continuation":
         """To the end; for answers that come in one piece."""
-        async for _ in self:
+        async for _ in self.bursts():
             pass
         return self
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def bursts(self) -> AsyncGenerator[list[Piece], None]:
+        """The pieces as they come, at least one a time: more where the reader is slower than the model."""
         try:
             async for token in self._generation:
-                piece = self._piece(token)
-                self.pieces.append(piece)
-                self.finish_reason = piece.finish
-                if piece.finish is not None:
+                burst = self._burst(token)
+                self.finish_reason = burst[-1].finish
+                if self.finish_reason is not None:
                     await self.aclose()
-                yield piece
-                if piece.finish is not None:
+                yield burst
+                if self.finish_reason is not None:
                     return
             self.finish_reason = "length"  # no token was asked for
         except ServiceError as error:
             self._error = error
             raise
+
+    def _burst(self, token: Token | None) -> list[Piece]:
+        burst: list[Piece] = []
+        while token is not None:
+            burst.append(self._piece(token))
+            self.pieces.append(burst[-1])
+            token = None if burst[-1].finish is not None else self._generation.at_hand()
+        return burst
 
     def _piece(self, token: Token) -> Piece:
         special = self._service.codec.is_special(token.id)

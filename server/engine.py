@@ -72,6 +72,14 @@ class Generation(AsyncIterator[Token]):
             raise StopAsyncIteration
         raise event
 
+    def at_hand(self) -> Token | None:
+        """The next token if it is here already; None where that can't be told without waiting."""
+        if self._closed or not self._events or not isinstance(token := self._events[0], Token):
+            return None
+        self._events.popleft()
+        self._closed = token.finish is not None
+        return token
+
     async def aclose(self) -> None:
         """Cancels what has not been generated yet. Harmless when all has been."""
         self._closed = True

@@ -1,13 +1,21 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server.engine import Engine
-from server.errors import BadPrecision, Invalid, NotReady, Overloaded, PromptTooLong, Unavailable
+from server.errors import (
+    BadPrecision,
+    GenerationFailed,
+    Invalid,
+    NotReady,
+    Overloaded,
+    PromptTooLong,
+    Unavailable,
+)
 from server.generation import Continuation, GenerationRequest, Service
 from server.lifecycle import Lifecycle
 from server.sequence import SamplingParams, Timeline
@@ -199,3 +207,54 @@ def test_a_seed_is_drawn_and_told_and_repeats(tmp_path: Path) -> None:
         assert other.text != first.text
 
     with_service(tmp_path, check)
+
+
+def test_a_reader_that_was_slower_gets_all_that_is_there_at_once(tmp_path: Path) -> None:
+    async def test(house: House) -> None:
+        whole = await complete(house, prompt=[65, 66], max_new_tokens=12)
+        continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
+        bursts = []
+        async with aclosing(continuation.bursts()) as coming:
+            async for burst in coming:
+                bursts.append(burst)
+                await asyncio.sleep(0.2 if len(bursts) == 1 else 0)
+        assert len(bursts) == 2
+        assert [piece.index for burst in bursts for piece in burst] == list(range(1, 13))
+        assert [piece.token.id for piece in continuation.pieces] == [p.token.id for p in whole.pieces]
+        assert continuation.text == whole.text
+        assert bursts[-1][-1].finish == "length"
+
+    with_service(tmp_path, test)
+
+
+def test_a_burst_ends_at_a_stop_string(tmp_path: Path) -> None:
+    async def test(house: House) -> None:
+        whole = await complete(house, prompt=[65, 66], max_new_tokens=12)
+        stop = whole.text[4:6]
+        request = GenerationRequest(prompt=[65, 66], max_new_tokens=12, stop=(stop,))
+        continuation = await house.service.open(request)
+        await asyncio.sleep(0.2)
+        (burst,) = [burst async for burst in continuation.bursts()]
+        assert burst[-1].finish == "stop_sequence"
+        assert continuation.text == whole.text[: whole.text.index(stop)]
+
+    with_service(tmp_path, test)
+
+
+def test_what_was_generated_before_a_fault_is_told_before_it(tmp_path: Path) -> None:
+    async def test(house: House) -> None:
+        warm_up = len(house.runner.batches)
+
+        def fails(slots: Sequence[int]) -> None:
+            if len(house.runner.batches) - warm_up == 3:
+                raise RuntimeError("a broken kernel")
+
+        house.runner.on_decode = fails
+        continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
+        await asyncio.sleep(0.2)
+        with pytest.raises(GenerationFailed):
+            await continuation.run()
+        await continuation.aclose()
+        assert len(continuation.pieces) == 4
+
+    with_service(tmp_path, test)

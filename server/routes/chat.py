@@ -3,7 +3,7 @@
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.generation import Continuation, Conversation, GenerationRequest
+from server.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.intake import Asked, make_request
 from server.openai_format import chat_logprobs, finish, usage
 from server.replies import EventStream, event
@@ -89,17 +89,18 @@ class Chat:
     async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
         for index, one in enumerate(opened):
             yield self._chunk(index, {"role": "assistant", "content": ""}, one)
-        async for index, piece in merged(opened):
-            one = opened[index]
-            if piece is not None:
-                logprobs = chat_logprobs([piece], self.codec) if self.body.logprobs else None
-                yield self._chunk(index, {"content": piece.text}, one, logprobs)
-                if piece.finish:
-                    yield self._chunk(index, {}, one, reason=finish(piece.finish))
+        async for index, pieces in merged(opened):
+            yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, opened[index]))
         if self.body.stream_options and self.body.stream_options.include_usage:
             frame = self._frame("chat.completion.chunk", [], opened[0])
             yield event({**frame, "usage": usage(opened[:1], opened)})
         yield event("[DONE]")
+
+    def _chunks(self, index: int, piece: Piece, one: Continuation) -> Iterator[bytes]:
+        logprobs = chat_logprobs([piece], self.codec) if self.body.logprobs else None
+        yield self._chunk(index, {"content": piece.text}, one, logprobs)
+        if piece.finish:
+            yield self._chunk(index, {}, one, reason=finish(piece.finish))
 
     def _chunk(
         self,

@@ -158,10 +158,13 @@ class Completion:
         top = self.body.logprobs or 0
         builders = [CompletionLogprobs(self.codec, top) for _ in opened]
         begun: set[int] = set()
-        async for index, piece in merged(opened):
-            choice = self._delta(index, piece, opened[index], builders[index], first=index not in begun)
-            begun.add(index)
-            yield event(self._frame([choice], opened[index]))
+        async for index, pieces in merged(opened):
+            told: list[bytes] = []
+            for piece in pieces or (None,):
+                choice = self._delta(index, piece, opened[index], builders[index], first=index not in begun)
+                begun.add(index)
+                told.append(event(self._frame([choice], opened[index])))
+            yield b"".join(told)
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
         yield event("[DONE]")

@@ -177,13 +177,17 @@ async def _stream(request: Request, body: GenerateBody, asked: Asked) -> Respons
 
 
 async def _events(body: GenerateBody, opened: Continuation, codec: TextCodec) -> AsyncIterator[bytes]:
-    async for piece in opened:
-        # the released text, not the bare token's: joined, the events are the text, without any stop string
-        data: dict[str, Any] = {"index": piece.index, "token": _token(piece, codec, piece.text)}
-        if body.top_n_tokens:
-            data["top_tokens"] = _top(piece.token, codec)
-        last = _ending(body, opened) if piece.finish else {"generated_text": None, "details": None}
-        yield event(data | last)
+    async for burst in opened.bursts():
+        yield b"".join(_event(body, opened, codec, piece) for piece in burst)
+
+
+def _event(body: GenerateBody, opened: Continuation, codec: TextCodec, piece: Piece) -> bytes:
+    # the released text, not the bare token's: joined, the events are the text, without any stop string
+    data: dict[str, Any] = {"index": piece.index, "token": _token(piece, codec, piece.text)}
+    if body.top_n_tokens:
+        data["top_tokens"] = _top(piece.token, codec)
+    last = _ending(body, opened) if piece.finish else {"generated_text": None, "details": None}
+    return event(data | last)
 
 
 def _ending(body: GenerateBody, done: Continuation) -> dict[str, Any]:

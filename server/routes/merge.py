@@ -1,40 +1,51 @@
 """Several continuations as one stream, each token when it comes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from server.generation import Continuation, Piece
 from server.replies import cancelled
 
+Item = tuple[int, list[Piece]]
 
-async def merged(continuations: Sequence[Continuation]) -> AsyncIterator[tuple[int, Piece | None]]:
-    """(index, piece) of all; one that ends without any token gives a single None."""
-    ready: asyncio.Queue[tuple[int, Piece | None] | Exception | None] = asyncio.Queue(maxsize=1)
+
+async def merged(continuations: Sequence[Continuation]) -> AsyncIterator[Item]:
+    """(index, pieces) of all; one that ends without any token gives a single empty list."""
+    if len(continuations) == 1:
+        async with aclosing(_from(0, continuations[0])) as items:
+            async for item in items:
+                yield item
+        return
+    ready: asyncio.Queue[Item | Exception | None] = asyncio.Queue(maxsize=1)
     tasks = [asyncio.ensure_future(_pump(i, one, ready)) for i, one in enumerate(continuations)]
     running = len(tasks)
     try:
         while running:
-            item = await ready.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            found = await ready.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
                 running -= 1
             else:
-                yield item
+                yield found
     finally:
         await cancelled(*tasks)
 
 
-async def _pump(
-    index: int, one: Continuation, ready: asyncio.Queue[tuple[int, Piece | None] | Exception | None]
-) -> None:
+async def _from(index: int, one: Continuation) -> AsyncGenerator[Item, None]:
+    async with aclosing(one.bursts()) as bursts:
+        async for burst in bursts:
+            yield index, burst
+    if not one.pieces:
+        yield index, []
+
+
+async def _pump(index: int, one: Continuation, ready: asyncio.Queue[Item | Exception | None]) -> None:
     try:
-        async with aclosing(one.__aiter__()) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                await ready.put((index, piece))
-        if not one.pieces:
-            await ready.put((index, None))
+        async with aclosing(_from(index, one)) as items:
+            async for item in items:
+                await ready.put(item)
         await ready.put(None)
     except Exception as error:
         await ready.put(error)
