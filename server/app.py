@@ -23,7 +23,7 @@ from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.generation import Service
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
-from server.middleware import BodyLimits, Envelope
+from server.middleware import BodyLimits, Doorkeeper, Envelope
 from server.pool import Pool
 from server.proof import Proofs
 from server.replies import error_response
@@ -147,6 +147,7 @@ def _surround(app: FastAPI, settings: Settings) -> None:
 
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
+    app.add_middleware(Doorkeeper, state=app.state)
     app.add_middleware(Auth, settings=settings)
     if settings.cors_allow_origin:
         app.add_middleware(

@@ -134,10 +134,18 @@ class Service:
         finally:
             self.in_flight -= 1
 
-    def _reserve(self, places: int) -> int:
+    def check(self, places: int) -> None:
+        """Whether so many would be given now.
+
+        Raises:
+            NotReady, Overloaded
+        """
         self._lifecycle.check()
         if self.in_flight + places > self._settings.max_concurrent_requests:
             raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
+
+    def _reserve(self, places: int) -> int:
+        self.check(places)
         self.in_flight += places
         self.on_arrival()
         return places

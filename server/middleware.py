@@ -8,16 +8,22 @@ import time
 import uuid
 from contextlib import suppress
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import MutableHeaders, State
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
 from server.replies import ClientGone, error_response
+from server.sequence import Timeline
 from server.settings import Settings
 
 _access = logging.getLogger("server.access")
 _log = logging.getLogger("server")
+_PLACED = frozenset(
+    {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/compare", "/tokenize"}
+)
+UNREAD = "unread"
+"""What metrics call the precision of a request that was refused before it was read."""
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -78,6 +84,34 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _ID.fullmatch(value):
             return str(value.decode("ascii"))
     return uuid.uuid4().hex
+
+
+class Doorkeeper:
+    """Refuses what needs a place while none is free, before anything of it is read: the more there is to
+    refuse, the less a refusal may cost those who are served."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self.app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal() if scope["type"] == "http" and _takes_a_place(scope) else None
+        if refusal is None:
+            await self.app(scope, receive, send)
+        else:
+            await error_response(refusal, scope)(scope, receive, send)
+
+    def _refusal(self) -> ServiceError | None:
+        try:
+            self._state.service.check(1)
+        except ServiceError as error:
+            self._state.metrics.observe_request(UNREAD, error.error_type, Timeline(), 0)
+            return error
+        return None
+
+
+def _takes_a_place(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "POST" and (path in _PLACED or path.startswith("/models/"))
 
 
 class BodyLimits:

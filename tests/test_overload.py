@@ -18,6 +18,7 @@ from tests.test_generate import PROMPT, events, greedy
 from tests.test_http_robustness import send
 
 MakeApp = Callable[..., FastAPI]
+KEY = {"authorization": "Bearer secret"}
 
 
 class Gate:
@@ -31,6 +32,30 @@ class Gate:
 
     def _wait(self) -> None:
         assert self.opened.wait(10)
+
+
+def test_where_no_place_is_free_nothing_is_read(make_app: MakeApp, loads: Loads) -> None:
+    async def main() -> None:
+        async with entered(app) as client:
+            client.headers.update(KEY)
+            gate, asked = Gate(loads.runners["fp32"]), {"inputs": PROMPT, "max_new_tokens": 5}
+            held = asyncio.create_task(client.post("/generate", json=asked))
+            await until(lambda: app.state.service.in_flight == 1)
+            for path in ("/generate", "/", "/models/anybody/anything", "/v1/chat/completions"):
+                assert (await client.post(path, content=b"{ no JSON")).status_code == 429
+            assert (
+                await client.post("/generate", content=b"{ no JSON", headers={"authorization": ""})
+            ).status_code == 401
+            assert (await client.get("/precisions")).status_code == 200
+            counted = (await client.get("/metrics")).text
+            assert 'outcome="overloaded",precision="unread"} 4.0' in counted
+            gate.opened.set()
+            assert (await held).status_code == 200
+            assert (await client.post("/generate", content=b"{ no JSON")).status_code == 400
+            await at_rest(app, client)
+
+    app = make_app(max_concurrent_requests=1, api_key="secret")
+    asyncio.run(main())
 
 
 def text_of(reply: httpx.Response) -> Any:
