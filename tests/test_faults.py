@@ -191,7 +191,7 @@ def test_a_process_whose_worker_is_no_more_tells_everybody_and_exits_70(tmp_path
             bad = httpx.post(f"{address}/generate", json={"inputs": first})
             told = [line for line in lines if line]
         assert (bad.status_code, bad.json()["error_type"]) == (424, "generation")
-        assert '"error_type": "generation"' in told[-1]
+        assert '"error_type":"generation"' in told[-1]
         assert process.wait(timeout=10) == 70
     finally:
         process.kill()

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from server.sequence import SamplingParams, Timeline
 from server.settings import Settings
 from server.text import TextCodec
 from tests.checkpoints import byte_tokenizer
+from tests.conftest import until
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 
@@ -32,6 +34,9 @@ class OneEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.users = engine, 0
+
+    def engine_rests(self) -> bool:
+        return not self.engine.running + self.engine.waiting
 
     @asynccontextmanager
     async def use(self, precision: str) -> AsyncIterator[Engine]:
@@ -212,12 +217,19 @@ def test_a_seed_is_drawn_and_told_and_repeats(tmp_path: Path) -> None:
 def test_a_reader_that_was_slower_gets_all_that_is_there_at_once(tmp_path: Path) -> None:
     async def test(house: House) -> None:
         whole = await complete(house, prompt=[65, 66], max_new_tokens=12)
+        gate = threading.Event()
+
+        def held(slots: Sequence[int]) -> None:
+            gate.wait(10)
+
+        house.runner.on_decode = held
         continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
         bursts = []
         async with aclosing(continuation.bursts()) as coming:
             async for burst in coming:
                 bursts.append(burst)
-                await asyncio.sleep(0.2 if len(bursts) == 1 else 0)
+                gate.set()
+                await until(house.pool.engine_rests)
         assert len(bursts) == 2
         assert [piece.index for burst in bursts for piece in burst] == list(range(1, 13))
         assert [piece.token.id for piece in continuation.pieces] == [p.token.id for p in whole.pieces]
@@ -233,7 +245,7 @@ def test_a_burst_ends_at_a_stop_string(tmp_path: Path) -> None:
         stop = whole.text[4:6]
         request = GenerationRequest(prompt=[65, 66], max_new_tokens=12, stop=(stop,))
         continuation = await house.service.open(request)
-        await asyncio.sleep(0.2)
+        await until(house.pool.engine_rests)
         (burst,) = [burst async for burst in continuation.bursts()]
         assert burst[-1].finish == "stop_sequence"
         assert continuation.text == whole.text[: whole.text.index(stop)]
@@ -251,7 +263,7 @@ def test_what_was_generated_before_a_fault_is_told_before_it(tmp_path: Path) -> 
 
         house.runner.on_decode = fails
         continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
-        await asyncio.sleep(0.2)
+        await until(house.pool.engine_rests)
         with pytest.raises(GenerationFailed):
             await continuation.run()
         await continuation.aclose()
