@@ -7,12 +7,15 @@ import time
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
+import torch
+
 from loaders.base import (
     Availability,
     Checkpoint,
     LoadedModel,
     LoaderError,
     ModelSpec,
+    OutOfMemory,
     PrecisionUnavailable,
     Progress,
     UnknownPrecision,
@@ -107,7 +110,10 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
     if not able.ok:
         raise PrecisionUnavailable(name, able)
     started = time.perf_counter()
-    with large_blocks_returned():
-        model = loader(name).load(name, spec, progress)
+    try:
+        with large_blocks_returned():
+            model = loader(name).load(name, spec, progress)
+    except torch.OutOfMemoryError as error:  # a device's, wherever in loading or trying out it was met
+        raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id} in {name}") from error
     model.load_seconds = time.perf_counter() - started
     return model

@@ -32,6 +32,7 @@ from loaders.base import (
     Progress,
     ignore_progress,
 )
+from loaders.memory import refusals
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -96,7 +97,7 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
         CheckpointError: unreadable, or without some of the model's tensors: those would be random numbers.
         OutOfMemory
     """
-    name = spec.checkpoint.model_id
+    name, refused = spec.checkpoint.model_id, refusals()
     try:
         with _bars_to(progress):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -111,6 +112,8 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"no room on the device for {name}") from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if refusals() > refused:  # what quantizing raises, the library tells as a fault of the checkpoint
+            raise OutOfMemory(f"no room on the device for {name}") from error
         raise CheckpointError(f"{name} could not be loaded ({type(error).__name__})") from error
     _check_complete(name, report)
     model.eval()

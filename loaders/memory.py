@@ -34,6 +34,14 @@ def card_free(device: int | torch.device | None = None) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def refusals() -> int:
+    """How often a card's allocator had no room, since the process began; 0 without a card."""
+    if not torch.cuda.is_initialized():
+        return 0
+    cards = range(torch.cuda.device_count())
+    return sum(torch.cuda.memory_stats(index).get("num_ooms", 0) for index in cards)
+
+
 def cards_free() -> list[int]:
     """Of every card that can be seen."""
     return [card_free(index) for index in range(torch.cuda.device_count())]

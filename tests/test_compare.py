@@ -14,7 +14,7 @@ from torch import Tensor
 import loaders
 from loaders.base import Availability, OutOfMemory
 from tests.checkpoints import VOCABULARY, byte_tokenizer
-from tests.conftest import Loads, at_rest, entered, until
+from tests.conftest import Loads, at_rest, entered, until, wait_until
 from tests.fakes import FakeRunner
 from tests.test_generate import PROMPT, ask, greedy
 
@@ -44,6 +44,7 @@ class Forgetful(FakeRunner):
 
 
 def test_what_is_loaded_is_compared(client: TestClient, loads: Loads) -> None:
+    wait_until(lambda: [one["state"] for one in client.get("/precisions").json()].count("loaded") == 2)
     loads.runners["bf16"].poison = flatter
     answer = compare(client)
     ids = byte_tokenizer()(PROMPT)["input_ids"]
@@ -87,7 +88,7 @@ def test_all_and_by_alias(client: TestClient, loads: Loads) -> None:
 
 def test_sampling_is_that_of_generate_by_the_same_seed(client: TestClient) -> None:
     wishes = {"temperature": 3.0, "seed": 7, "stop": ["zz"]}
-    answer = compare(client, parameters=wishes)
+    answer = compare(client, precisions=["fp32", "bf16"], parameters=wishes)
     assert answer["seed"] == 7
     expected = ask(client, max_new_tokens=8, **wishes)["generated_text"]
     assert [row["generated_text"] for row in answer["precisions"].values()] == [expected] * 2

@@ -19,7 +19,7 @@ from tests.test_process import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 FEW = [
-    "tests/emulated_card",
+    "tests/emulated_card/test_rules.py",
     "tests/gpu/test_steps.py::test_captured_and_equal_to_launched_to_the_last_bit[nf4-gpt2]",
     "tests/gpu/test_steps.py::test_captured_and_equal_to_launched_to_the_last_bit[int8-gpt2]",
     "tests/gpu/test_steps.py::test_a_row_is_the_same_alone_and_among_fifteen[fp32-llama]",
@@ -31,8 +31,8 @@ FEW = [
 ]
 
 
-def emulated(*command: str) -> subprocess.CompletedProcess[str]:
-    started = {**os.environ, **environment()}
+def emulated(*command: str, cards: int = 1) -> subprocess.CompletedProcess[str]:
+    started = {**os.environ, **environment(), "EMULATED_CARDS": str(cards)}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=started, capture_output=True, text=True)
 
 
@@ -44,6 +44,21 @@ def check(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 def test_the_rules_of_a_card_and_what_matters_most_on_it() -> None:
     done = emulated("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *FEW)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "skipped" not in done.stdout
+
+
+def test_a_model_that_one_card_can_not_hold() -> None:
+    done = emulated(
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "tests/emulated_card/test_two_cards.py",
+        cards=2,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "skipped" not in done.stdout
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from tests.emulated_card import dispatch
-from tests.emulated_card.memory import ledger
+from tests.emulated_card.memory import Ledger, cards
 
 _NO_POOL = (0, 0)
 
@@ -93,12 +93,14 @@ class graph:  # noqa: N801 (as torch has it)
         self._before = current()
         _local.stream = self._stream
         dispatch.record(dispatch.Tape())
-        ledger.into((self._pool, self._stream.cuda_stream))
+        for card in cards:
+            card.into((self._pool, self._stream.cuda_stream))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         tape = dispatch.recording()
         dispatch.record(None)
-        ledger.into(None)
+        for card in cards:
+            card.into(None)
         if kind is not None:  # as torch: ending a broken capture raises, and the rest is left out
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self._graph._tape = tape
@@ -107,11 +109,25 @@ class graph:  # noqa: N801 (as torch has it)
 
 class _Device:
     def __init__(self, device: Any = None) -> None:
-        self.idx = 0
+        self._index = _index(device)
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        self._before = dispatch.current_card()
+        dispatch.set_card(self._index)
 
-    def __exit__(self, *_: Any) -> None: ...
+    def __exit__(self, *_: Any) -> None:
+        dispatch.set_card(self._before)
+
+
+def _index(device: Any) -> int:
+    if isinstance(device, int):
+        return device
+    index = torch.device(device).index if device is not None else None
+    return dispatch.current_card() if index is None else index
+
+
+def _card(device: Any) -> Ledger:
+    return cards[_index(device)]
 
 
 _local = threading.local()
@@ -145,14 +161,18 @@ def pool_handle() -> tuple[int, int]:
 def _snapshot(*_: Any, **__: Any) -> list[dict[str, Any]]:
     return [
         {"total_size": size, "stream": stream, "segment_pool_id": pool}
-        for (pool, stream), size in {(_NO_POOL, 0): ledger.loose, **ledger.pools}.items()
+        for card in cards
+        for (pool, stream), size in {(_NO_POOL, 0): card.loose, **card.pools}.items()
     ]
 
 
 def _properties(device: Any = None) -> Any:
     return SimpleNamespace(
-        name="an emulated card", total_memory=ledger.total, multi_processor_count=1, major=9, minor=0
+        name="an emulated card", total_memory=_card(device).total, multi_processor_count=1, major=9, minor=0
     )
+
+
+_GENERATOR = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -163,15 +183,16 @@ STAND_INS: dict[str, Any] = {
     "_lazy_init": _nothing,
     "is_available": lambda: True,
     "is_initialized": lambda: True,
-    "device_count": lambda: 1,
-    "current_device": lambda: 0,
-    "set_device": _nothing,
+    "device_count": lambda: len(cards),
+    "current_device": dispatch.current_card,
+    "set_device": lambda device: dispatch.set_card(_index(device)),
     "device": _Device,
     "get_device_name": lambda device=None: _properties().name,
     "get_device_properties": _properties,
     "get_device_capability": lambda device=None: (9, 0),
     "is_bf16_supported": lambda including_emulation=True: True,
-    "default_generators": (SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=_nothing),),
+    "default_generators": (SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=_nothing),)
+    * len(cards),
     "synchronize": lambda device=None: dispatch.wait("synchronize"),
     "Stream": Stream,
     "Event": Event,
@@ -183,14 +204,14 @@ STAND_INS: dict[str, Any] = {
     "graph": graph,
     "graph_pool_handle": pool_handle,
     "is_current_stream_capturing": lambda: dispatch.recording() is not None,
-    "mem_get_info": lambda device=None: (ledger.total - ledger.now, ledger.total),
-    "memory_allocated": lambda device=None: ledger.now,
-    "memory_reserved": lambda device=None: ledger.now,
-    "max_memory_allocated": lambda device=None: ledger.peak,
-    "max_memory_reserved": lambda device=None: ledger.peak,
-    "reset_peak_memory_stats": lambda device=None: ledger.reset_peak(),
+    "mem_get_info": lambda device=None: (_card(device).total - _card(device).now, _card(device).total),
+    "memory_allocated": lambda device=None: _card(device).now,
+    "memory_reserved": lambda device=None: _card(device).now,
+    "max_memory_allocated": lambda device=None: _card(device).peak,
+    "max_memory_reserved": lambda device=None: _card(device).peak,
+    "reset_peak_memory_stats": lambda device=None: _card(device).reset_peak(),
     "memory_snapshot": _snapshot,
-    "memory_stats": lambda device=None: {},
+    "memory_stats": lambda device=None: {"num_ooms": _card(device).refusals},
     "empty_cache": _nothing,
     "ipc_collect": _nothing,
     "manual_seed": _nothing,
@@ -198,17 +219,47 @@ STAND_INS: dict[str, Any] = {
 }
 
 
+class _Named(type):
+    """Devices by number, too, which only a torch that has seen a card takes for one."""
+
+    def __instancecheck__(cls, what: Any) -> bool:
+        return isinstance(what, _TrueDevice)
+
+    def __call__(cls, what: Any, *index: int) -> Any:
+        return _TrueDevice(_name_of(what), *index)
+
+
+class _AnyDevice(metaclass=_Named):
+    """``torch.device`` from now on; what it makes are true ones."""
+
+
+_TrueDevice = torch.device
+_MADE = ("tensor", "empty", "empty_like", "zeros", "zeros_like", "ones", "full", "arange")
+_MAKERS: list[tuple[Any, str]] = [(torch, name) for name in _MADE]
+_MOVERS: list[tuple[Any, str]] = [(torch.Tensor, "to"), (torch.nn.Module, "to"), (torch._C._nn, "_parse_to")]
+
+
+def _name_of(device: Any) -> Any:
+    return f"cuda:{device}" if type(device) is int else device
+
+
 def begin() -> None:
-    """Puts the stand-ins into ``torch.cuda``, and drops pinning, for which there is no allocator."""
+    """Puts the stand-ins into ``torch.cuda``. Pinning is dropped: there is no allocator for it."""
     for name, what in STAND_INS.items():
         setattr(torch.cuda, name, what)
     _device_constructors()  # remembered: torch.device("meta") must still know the true ones
-    for name in ("tensor", "empty"):
-        setattr(torch, name, _unpinned(getattr(torch, name)))
+    for owner, name in _MAKERS + _MOVERS:
+        setattr(owner, name, _understanding(getattr(owner, name), moves=(owner, name) in _MOVERS))
+    if len(cards) > 1:
+        torch.device = _AnyDevice  # type: ignore[misc, assignment]
 
 
-def _unpinned(make: Any) -> Any:
-    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
-        return make(*args, **kwargs)
+def _understanding(call: Any, moves: bool) -> Any:
+    def called(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _name_of(kwargs["device"])
+        if moves:
+            args = tuple(map(_name_of, args))
+        return call(*args, **kwargs)
 
-    return made
+    return called

@@ -119,12 +119,13 @@ def _compute(operation: Any, *given_args: Any, **given_kwargs: Any) -> Any:
     found = _called(operation, args, kwargs)
     for tensor in tensors:
         _resize(tensor, hosts.get(id(tensor)))
+    card = _card_of(given_args, given_kwargs, tensors)
     owners = {host.untyped_storage()._cdata for host in hosts.values()}
     fresh = [tensor for tensor in _tensors(found) if tensor.untyped_storage()._cdata not in owners]
     if (tape := recording()) is not None:
         tape.note(operation, args, kwargs, _tensors(found), fresh)
     given = {id(hosts.get(id(tensor), tensor)): tensor for tensor in tensors}
-    return _mapped(lambda leaf: _of_card(leaf, given, fresh), found)
+    return _mapped(lambda leaf: _of_card(leaf, card, given, fresh), found)
 
 
 def _called(operation: Any, args: Any, kwargs: Any) -> Any:
@@ -155,7 +156,7 @@ def _host_of(tensor: Tensor) -> Tensor:
 
 def _resize(tensor: Tensor, host: Tensor | None) -> None:
     if host is not None and host.shape != tensor.shape and not tensor.numel():
-        tensor.data = on_card(host, owned=True)
+        tensor.data = on_card(host, tensor.device.index, owned=True)
 
 
 def _with_scalars(operation: Any, args: Any, tensors: list[Tensor]) -> list[Any]:
@@ -178,12 +179,30 @@ def _of_host(leaf: Any, hosts: dict[int, Tensor]) -> Any:
     return leaf
 
 
-def _of_card(leaf: Any, given: dict[int, Tensor], fresh: list[Tensor]) -> Any:
+def _of_card(leaf: Any, card: int, given: dict[int, Tensor], fresh: list[Tensor]) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if id(leaf) in given:  # an operation in place returns what it was given
         return given[id(leaf)]
-    return on_card(leaf, owned=any(leaf is tensor for tensor in fresh))
+    return on_card(leaf, card, owned=any(leaf is tensor for tensor in fresh))
+
+
+def _card_of(args: Any, kwargs: Any, tensors: list[Tensor]) -> int:
+    """Where a new result is: on the device that is asked for, or where the tensors are."""
+    asked: list[torch.device] = []
+    _mapped(lambda leaf: asked.append(leaf) if isinstance(leaf, torch.device) else None, (args, kwargs))
+    devices = [*asked, *(tensor.device for tensor in tensors if tensor.is_cuda)]
+    return next((d.index for d in devices if d.index is not None), current_card())
+
+
+def current_card() -> int:
+    """Where this thread makes what names no card."""
+    card: int = getattr(_local, "card", 0)
+    return card
+
+
+def set_card(card: int) -> None:
+    _local.card = card
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:

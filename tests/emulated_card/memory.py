@@ -62,10 +62,10 @@ _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [c_void_p, c_cha
 
 
 class Ledger:
-    """Bytes of the tensors that are on the card, by the graphs' pools that they are in."""
+    """Bytes of the tensors that are on a card, by the graphs' pools that they are in."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.loose, self.peak = total, 0, 0
+        self.total, self.loose, self.peak, self.refusals = total, 0, 0, 0
         self.pools: Counter[Pool] = Counter()
         self._local, self._lock = threading.local(), threading.Lock()
 
@@ -81,6 +81,7 @@ class Ledger:
     def take(self, size: int) -> Pool | None:
         """Raises: OutOfMemoryError, as torch does."""
         if self.now + size > self.total:
+            self.refusals += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         pool: Pool | None = getattr(self._local, "pool", None)
         self.change(size, pool)
@@ -98,10 +99,11 @@ class Ledger:
         self.peak = self.now
 
 
-ledger = Ledger(int(os.environ.get("EMULATED_CARD_BYTES", 8 << 30)))
+cards = [
+    Ledger(int(os.environ.get("EMULATED_CARD_BYTES", 8 << 30)))
+    for _ in range(int(os.environ.get("EMULATED_CARDS", 1)))
+]
 _held: dict[int, tuple[Any, ...]] = {}
-
-
 _native: Any = None
 
 
@@ -115,11 +117,12 @@ def begin(native: Any) -> None:
 def collect() -> None:
     """Forgets the tensors that nobody holds any more, and those that only they held."""
     while (address := _native.next_gone()) is not None:
-        size, pool = _held.pop(address)[-1]
-        ledger.change(-size, pool)
+        card, size, pool = _held.pop(address)[-1]
+        if size:
+            cards[card].change(-size, pool)
 
 
-def on_card(tensor: Tensor, owned: bool) -> Tensor:
+def on_card(tensor: Tensor, card: int, owned: bool) -> Tensor:
     """The card's view of a tensor of the host.
 
     Args:
@@ -127,23 +130,21 @@ def on_card(tensor: Tensor, owned: bool) -> Tensor:
     """
     size = -(-tensor.untyped_storage().nbytes() // _BLOCK) * _BLOCK if owned else 0
     with torch.inference_mode(tensor.is_inference()):
-        return _seen_from(tensor, _CUDA, (size, ledger.take(size)))
+        return _seen_from(tensor, _Device(_CUDA, card), (card, size, cards[card].take(size)))
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The host's view of a tensor of the card."""
+    """The host's view of a tensor of a card."""
     with torch.inference_mode(tensor.is_inference()):
-        return _seen_from(tensor, _CPU, (0, None))
+        return _seen_from(tensor, _Device(_CPU, 0), (0, 0, None))
 
 
-def _seen_from(tensor: Tensor, device: int, counted: tuple[int, Pool | None]) -> Tensor:
+def _seen_from(tensor: Tensor, device: _Device, counted: tuple[int, int, Pool | None]) -> Tensor:
     tensor = tensor.detach()
     managed, count = _Managed(), max(tensor.dim(), 1)
     shape, strides = (c_int64 * count)(*tensor.shape), (c_int64 * count)(*tensor.stride())
-    code, bits = _CODES[tensor.dtype]
-    managed.layout = _Layout(
-        tensor.data_ptr(), _Device(device, 0), tensor.dim(), _Type(code, bits, 1), shape, strides, 0
-    )
+    type_ = _Type(*_CODES[tensor.dtype], 1)
+    managed.layout = _Layout(tensor.data_ptr(), device, tensor.dim(), type_, shape, strides, 0)
     managed.deleter = ctypes.cast(_native.let_go, c_void_p)
     _held[ctypes.addressof(managed)] = managed, shape, strides, tensor, counted
     seen: Tensor = torch._C._from_dlpack(_new_capsule(ctypes.addressof(managed), b"dltensor", None))
