@@ -14,11 +14,12 @@ def begin() -> None:
     """Raises: OSError, subprocess.CalledProcessError: there is no C++ compiler."""
     import bitsandbytes  # noqa: F401 (before a card is seen: it would look for its native library for one)
 
-    from tests.emulated_card import cuda, dispatch, memory
+    from tests.emulated_card import cuda, dispatch, memory, naming
 
     memory.begin(_native())
     dispatch.begin()
     cuda.begin()
+    naming.begin()
 
 
 def _native() -> ctypes.CDLL:
