@@ -37,7 +37,11 @@ class UnknownPrecision(LoaderError):
     def __init__(self, name: object, choices: Sequence[str]) -> None:
         self.choices = list(choices)
         shown = name if isinstance(name, str) and len(name) <= 40 else "that"
+        self._made_of = name, choices
         super().__init__(f"unknown precision {shown!r}; choose from {', '.join(self.choices)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of
 
 
 class PrecisionUnavailable(LoaderError):
@@ -45,6 +49,9 @@ class PrecisionUnavailable(LoaderError):
         self.precision, self.availability = precision, availability
         mend = f" (mend it with: {availability.install})" if availability.install else ""
         super().__init__(f"{precision} can't run on this host: {availability.reason}{mend}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.precision, self.availability)
 
 
 class OutOfMemory(LoaderError):

@@ -35,7 +35,7 @@ def card_free(device: int | torch.device | None = None) -> int:
 
 
 def refusals() -> int:
-    """How often a card's allocator had no room, since the process began; 0 without a card."""
+    """How often a card's allocator had no room, whoever asked, since the process began; 0 without a card."""
     if not torch.cuda.is_initialized():
         return 0
     cards = range(torch.cuda.device_count())

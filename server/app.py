@@ -142,12 +142,12 @@ def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tra
 
 def _surround(app: FastAPI, settings: Settings) -> None:
     """Middleware, the innermost first."""
+    app.add_middleware(Doorkeeper, state=app.state)
     if settings.otlp_endpoint is not None:
         from server.tracing import TraceContext  # needs an extra
 
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
-    app.add_middleware(Doorkeeper, state=app.state)
     app.add_middleware(Auth, settings=settings)
     if settings.cors_allow_origin:
         app.add_middleware(

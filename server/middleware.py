@@ -19,9 +19,8 @@ from server.settings import Settings
 
 _access = logging.getLogger("server.access")
 _log = logging.getLogger("server")
-_PLACED = frozenset(
-    {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/compare", "/tokenize"}
-)
+_GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
+_PLACED = _GENERATING | {"/compare", "/tokenize"}
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -94,24 +93,30 @@ class Doorkeeper:
         self.app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal() if scope["type"] == "http" and _takes_a_place(scope) else None
+        refusal = self._refusal(scope) if scope["type"] == "http" and _takes_a_place(scope) else None
         if refusal is None:
             await self.app(scope, receive, send)
         else:
             await error_response(refusal, scope)(scope, receive, send)
 
-    def _refusal(self) -> ServiceError | None:
+    def _refusal(self, scope: Scope) -> ServiceError | None:
+        service = self._state.service
         try:
-            self._state.service.check(1)
+            service.check(1)
         except ServiceError as error:
-            self._state.metrics.observe_request(UNREAD, error.error_type, Timeline(), 0)
+            if _is_among(_GENERATING, scope):
+                service.observe(UNREAD, error.error_type, Timeline(), 0)
             return error
         return None
 
 
 def _takes_a_place(scope: Scope) -> bool:
+    return scope["method"] == "POST" and _is_among(_PLACED, scope)
+
+
+def _is_among(paths: frozenset[str], scope: Scope) -> bool:
     path: str = scope["path"]
-    return scope["method"] == "POST" and (path in _PLACED or path.startswith("/models/"))
+    return path in paths or path.startswith("/models/")
 
 
 class BodyLimits:

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from server.bench.gpu.options import PRECISIONS
 from tests.emulated_card import environment
 from tests.test_process import ROOT
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA's own kernels"),
+]
 FEW = [
     "tests/emulated_card/test_rules.py",
     "tests/gpu/test_steps.py::test_captured_and_equal_to_launched_to_the_last_bit[nf4-gpt2]",

@@ -12,6 +12,7 @@ from server.errors import DeadlinePassed, GenerationFailed, NotReady
 from server.faults import DeviceLost
 from server.sequence import SamplingParams, Sequence, StepStats, Token
 from server.turn import Turn
+from tests.conftest import until
 from tests.fakes import FakeRunner, fake_model
 
 PROMPT = [70, 71, 72]
@@ -210,9 +211,7 @@ def test_prompt_logprobs_in_chunks_and_no_token_at_all() -> None:
 def test_tokens_that_are_there_are_read_without_waiting() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         generation = engine.generate(PROMPT, params(5))
-        while generation.timeline.tokens < 5:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.01)  # until they are handed over
+        await until(lambda: not engine.running + engine.waiting)  # all are handed over
         found = []
         for _ in range(5):
             with pytest.raises(StopIteration) as read:  # what a coroutine ends with that was not suspended

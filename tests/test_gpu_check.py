@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from loaders.base import LoadedModel
+from loaders.base import Availability, LoadedModel, PrecisionUnavailable
 from loaders.captured_runner import CapturedRunner
 from loaders.checkpoint import open_checkpoint
 from server.bench.figures import Figures
 from server.bench.gpu import check, correctness, kernels, models, rivals, speed, suite, targets
+from server.bench.gpu.budget import another_process
 from server.bench.gpu.options import PARTS, QUICK, parse
 from server.bench.gpu.result import default_file
 from server.bench.session import Row
@@ -37,6 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a whole rehearsal finds, in one precision."""
     file = tmp_path_factory.mktemp("out") / "deep" / "gpu.json"
     with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
         patched.setattr(check, "_TESTS", 900.0)  # a host that does other things takes its time
         assert check.main([*PATIENT, "--precisions", "fp32", "--out", str(file)]) == 0
     document: dict[str, Any] = json.loads(file.read_text())
@@ -237,6 +241,18 @@ def test_the_step_that_serves_so_many_rows_and_what_it_costs() -> None:
     cost = kernels.kernel_cost(two_operations, "cpu")
     assert cost.kernels >= 2
     assert cost.kernel_ms > 0
+
+
+def test_what_dies_in_a_process_of_its_own_harms_nobody() -> None:
+    with another_process() as process, pytest.raises(BrokenProcessPool):
+        process.submit(os._exit, 3).result(60)
+    refused = PrecisionUnavailable("nf4", Availability("there is no card"))
+    with another_process() as process:
+        assert process.submit(asdict, kernels.StepCost(7, 0.5, 8, 256)).result(60)["kernels"] == 7
+        assert process.submit(pickle.loads, pickle.dumps(refused)).result(60).precision == "nf4"
+        process.submit(time.sleep, 600)
+        began = time.monotonic()
+    assert time.monotonic() - began < 60
 
 
 def test_what_came_of_the_kernels_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,8 @@ def test_where_no_place_is_free_nothing_is_read(make_app: MakeApp, loads: Loads)
             assert (
                 await client.post("/generate", content=b"{ no JSON", headers={"authorization": ""})
             ).status_code == 401
+            assert (await client.post("/generate", content=b" " * 2000)).status_code == 413
+            assert (await client.post("/tokenize", content=b"{ no JSON")).status_code == 429
             assert (await client.get("/precisions")).status_code == 200
             counted = (await client.get("/metrics")).text
             assert 'outcome="overloaded",precision="unread"} 4.0' in counted
@@ -54,7 +56,7 @@ def test_where_no_place_is_free_nothing_is_read(make_app: MakeApp, loads: Loads)
             assert (await client.post("/generate", content=b"{ no JSON")).status_code == 400
             await at_rest(app, client)
 
-    app = make_app(max_concurrent_requests=1, api_key="secret")
+    app = make_app(max_concurrent_requests=1, api_key="secret", payload_limit=1000)
     asyncio.run(main())
 
 

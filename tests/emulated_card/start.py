@@ -11,7 +11,9 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 
 
 def begin() -> None:
-    """Raises: OSError, subprocess.CalledProcessError: there is no C++ compiler."""
+    """Raises: OSError, CalledProcessError: there is no C++ compiler; RuntimeError: torch has CUDA itself."""
+    if torch.version.cuda is not None:
+        raise RuntimeError("a torch with CUDA has kernels of its own for cards: none can be emulated")
     import bitsandbytes  # noqa: F401 (before a card is seen: it would look for its native library for one)
 
     from tests.emulated_card import cuda, dispatch, memory, naming

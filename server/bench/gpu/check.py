@@ -190,9 +190,11 @@ class Check:
         self._each("steady", self._among(_FEW), lambda name: speed.measure_steady(subject, name))
 
     def _kernels(self) -> None:
-        with another_process() as process:
-            measure = partial(speed.measure_kernels, self._subject, process=process)
-            self._each("kernels", self._precisions, measure)
+        def measure(precision: str) -> None:
+            with another_process() as process:  # one for each: a fault may leave it, or its card, unusable
+                speed.measure_kernels(self._subject, precision, process)
+
+        self._each("kernels", self._precisions, measure)
 
     # what they share
 
