@@ -158,6 +158,16 @@ def test_a_failed_request_is_marked(traced: Callable[..., list[Any]], loads: Any
     assert b"secret" not in span.SerializeToString()
 
 
+def test_a_refusal_is_a_span_too(traced: Callable[..., list[Any]]) -> None:
+    def ask(client: TestClient) -> None:
+        with client.app.state.service.place():  # type: ignore[attr-defined]
+            assert client.post("/generate", json={"inputs": "secret words"}).status_code == 429
+
+    (span,) = traced(ask, max_concurrent_requests=1)
+    assert attributes_of(span)["error.type"] == "overloaded"
+    assert attributes_of(span)["bitdial.precision"] == "unread"
+
+
 def test_a_full_path_is_taken_as_it_is(traced: Callable[..., list[Any]], collector: Collector) -> None:
     traced(lambda client: client.post("/generate", json={"inputs": "abc"}), path="/elsewhere/traces")
     assert collector.paths == {"/elsewhere/traces"}
