@@ -175,6 +175,7 @@ def test_an_answer_that_nobody_fetches_does_not_hold_its_connection(
     app = make_app(receive_timeout=0.4)
     with serving(app, send_buffer=4096) as address, connected(address, 4096) as stopped:
         stopped.sendall(request_for("/v1/completions", body, *headers))
+        stopped.recv(1, socket.MSG_PEEK)  # the answer has begun
         time.sleep(1.5)
         head, _, content = received(stopped).partition(b"\r\n\r\n")
         declared = int(head.lower().split(b"content-length: ")[1].split()[0])
