@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not is_there() or len(cards) < 2, reason="there are not two emulated cards"),
 ]
 MEGABYTES = 2**20
-ROOMS = {"fp32": (4, 28, 48), "int8": (4, 16), "nf4": (4, 8)}
+ROOMS = {"fp32": (4, 28), "int8": (4, 16), "nf4": (4, 8)}
 """Megabytes in which a precision can't be loaded, for lack of room in one place or another."""
 
 
@@ -66,8 +66,10 @@ def test_no_room_is_told_as_such(folder: Path, precision: str, monkeypatch: pyte
     checkpoint = open_checkpoint(str(folder))
     monkeypatch.setattr("loaders.memory.cards_free", lambda: [2**40])
     monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)
+    gc.collect()
+    before = cards[0].now  # once: what a fault's traceback still holds later must not make room
     for room in ROOMS[precision]:
-        monkeypatch.setattr(cards[0], "total", cards[0].now + room * MEGABYTES)
+        monkeypatch.setattr(cards[0], "total", before + room * MEGABYTES)
         with pytest.raises(OutOfMemory):
             loaders.load(precision, ModelSpec(checkpoint, device="cuda", slots=2))
         gc.collect()
