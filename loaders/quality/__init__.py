@@ -165,14 +165,7 @@ def measure(
     # the reference is not computed a second time to be held against itself
     tallies = [_Tally(scorer if model is reference else Scorer(model, passes)) for model in candidates]
     chosen = greedy.Prompts(prompts, passes.window)
-    done = 1
-    for several in batches(windows(stream, passes.window, passes.stride), passes.batch):
-        _compare(scorer, tallies, several)
-        for one in several:
-            chosen.offer(one)
-            done += len(one.scored)
-        progress("scoring", done, stream.expected_tokens())
-    if done == 1:
+    if not _score(scorer, tallies, stream, passes, chosen, progress):
         raise QualityError(f"{text.name} has {stream.tokens} tokens; at least two are needed")
     continued = _continue(reference, tallies, chosen, progress) if prompts else [None] * len(tallies)
     shared: dict[str, Any] = {
@@ -187,6 +180,25 @@ def measure(
         Quality(**shared, **tally.figures(stream), greedy=length)
         for tally, length in zip(tallies, continued, strict=True)
     ]
+
+
+def _score(
+    reference: Scorer,
+    tallies: Sequence[_Tally],
+    stream: TokenStream,
+    passes: Passes,
+    chosen: greedy.Prompts,
+    progress: Progress,
+) -> int:
+    """Passes over the text; how many of its tokens were scored, which is all but the first."""
+    scored = 0
+    for several in batches(windows(stream, passes.window, passes.stride), passes.batch):
+        _compare(reference, tallies, several)
+        for one in several:
+            chosen.offer(one)
+            scored += len(one.scored)
+        progress("scoring", 1 + scored, stream.expected_tokens())
+    return scored
 
 
 def _compare(reference: Scorer, tallies: Sequence[_Tally], batch: Sequence[Window]) -> None:
