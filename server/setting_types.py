@@ -1,7 +1,7 @@
 """What a setting may be: a size, names, a precision, an address; and how ``--help`` shows it."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field
@@ -11,6 +11,8 @@ import loaders
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 AUTO = "auto"
 """In place of a precision's name: chosen by the kept report."""
+ALL = "all"
+"""In place of precisions' names: all that this host can run."""
 
 
 def parse_bytes(value: Any) -> Any:
@@ -55,11 +57,23 @@ def known_or_auto(value: Any) -> Any:
     return value if value == AUTO else known_precision(value)
 
 
+def parse_names_or_all(value: Any) -> Any:
+    """As ``parse_names``; ``ALL`` by itself is returned as it is."""
+    names = parse_names(value)
+    return ALL if names in ((ALL,), [ALL]) else names
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Precision = Annotated[str, BeforeValidator(known_precision)]
 PrecisionOrAuto = Annotated[str, BeforeValidator(known_or_auto)]
-Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names)]
+Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names_or_all)]
+"""Canonical names, or ``ALL``."""
 Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
+
+
+def listed(precisions: tuple[str, ...] | str | None, device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
+    """The names in a ``Precisions`` value; for ``ALL`` and for None, those that this host can run."""
+    return loaders.available(device) if precisions in (ALL, None, ()) else tuple(precisions or ())
 
 
 def option(

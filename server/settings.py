@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, SecretStr
 
-from loaders.base import Checkpoint, ModelSpec, default_device
+from server.model_settings import ModelSettings, PrecisionSettings
 from server.setting_types import (
     AUTO,
     Bytes,
@@ -14,6 +13,7 @@ from server.setting_types import (
     Precision,
     PrecisionOrAuto,
     Precisions,
+    listed,
     option,
     parse_names,
 )
@@ -22,105 +22,9 @@ _FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32"
 _BUSY_CHUNK_ON_CPU = 16  # doubles the time of a step of eight rows, about
 
 
-_MODEL, _QUANTIZATION, _GPU, _LOADING = "model", "quantization", "on a GPU", "loading"
-_SHADOW = "shadow"
+__all__ = ["ModelSettings", "PrecisionSettings", "Settings"]
+_MODEL, _LOADING, _SHADOW = "model", "loading", "shadow"
 _CHOOSING, _NETWORK, _REQUESTS, _OPERATION = "precision auto", "network", "requests", "operation"
-
-
-class ModelSettings(BaseSettings):
-    """Which model, and how it is loaded; each is an environment variable of the same name, in capitals."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="ignore",
-        populate_by_name=True,
-        env_ignore_empty=True,
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        cli_implicit_flags=True,
-    )
-
-    model_id: str = option(
-        "bundled",
-        _MODEL,
-        "NAME",
-        "a hub id (openai-community/gpt2), a local folder, or the bundled model",
-        validation_alias=AliasChoices("model_id", "model"),
-    )
-    revision: str | None = option(
-        None, _MODEL, "NAME", "commit, branch or tag of a hub model", unset="the newest"
-    )
-    device: Literal["auto", "cuda", "cpu"] = option(
-        "auto", _MODEL, "auto|cuda|cpu", "where to run; auto takes the GPU if there is one"
-    )
-    threads: int | None = option(None, _MODEL, "N", "CPU threads of a forward pass", unset="all cores", ge=1)
-    max_total_tokens: int | None = option(
-        None, _MODEL, "N", "most tokens of prompt and continuation", unset="the model's context", ge=2
-    )
-    quantize_lm_head: bool = option(True, _QUANTIZATION, None, "dynamic-int8: quantize the output head too")
-    int8_threshold: float = option(
-        0.0,
-        _QUANTIZATION,
-        "X",
-        "int8: outlier threshold; above 0, batch-mates affect each other, and on a GPU every layer waits for "
-        "the host, so that no step is captured",
-        ge=0,
-    )
-    double_quantization: bool = option(
-        False, _QUANTIZATION, None, "nf4, fp4: quantize the scales of the blocks too"
-    )
-    unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto",
-        _QUANTIZATION,
-        "TYPE",
-        "int8, nf4, fp4: type of embeddings, head and norms: fp32, bf16, fp16 or what is fastest here",
-    )
-    kv_dtype: Literal["auto", "fp32", "fp16"] = option(
-        "auto",
-        _QUANTIZATION,
-        "TYPE",
-        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone",
-    )
-
-    cuda_graphs: bool = option(
-        True,
-        _GPU,
-        None,
-        "capture steps when a precision is loaded, and replay them; without, launch each kernel",
-    )
-    batch_invariant: bool = option(
-        True,
-        _GPU,
-        None,
-        "compute every step at its full size, so that a sequence gets the same tokens alone and among "
-        "others; without, the smallest size that fits, which is faster where few run",
-    )
-
-    def resolved_device(self) -> Literal["cpu", "cuda"]:
-        return default_device() if self.device == "auto" else self.device
-
-    def spec(self, checkpoint: Checkpoint, slots: int) -> ModelSpec:
-        """What the loaders are told."""
-        return ModelSpec(
-            checkpoint,
-            device=self.resolved_device(),
-            slots=slots,
-            context=self.max_total_tokens,
-            threads=self.threads,
-            quantize_lm_head=self.quantize_lm_head,
-            int8_threshold=self.int8_threshold,
-            double_quantization=self.double_quantization,
-            unquantized_dtype=self.unquantized_dtype,
-            kv_dtype=self.kv_dtype,
-            batch_invariant=self.batch_invariant,
-            cuda_graphs=self.cuda_graphs,
-        )
-
-
-class PrecisionSettings(ModelSettings):
-    """A model in one precision, or in that one first."""
-
-    precision: Precision = option("fp32", _MODEL, "NAME", "the precision used where none is asked for")
 
 
 class Settings(PrecisionSettings):
@@ -134,7 +38,8 @@ class Settings(PrecisionSettings):
         None,
         _LOADING,
         "NAMES",
-        "loaded at start, separated by commas, beside the default one; others at their first request",
+        "loaded at start, separated by commas, beside the default one; others at their first request; "
+        "all: every one that this host can run",
         unset=f"{','.join(_FIRST_ON_CUDA)} and, on a CPU, dynamic-int8",
     )
     memory_budget: Bytes | None = option(
@@ -239,6 +144,12 @@ class Settings(PrecisionSettings):
     )
 
     json_output: bool = option(False, _OPERATION, None, "log one JSON object a line")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info",
+        _OPERATION,
+        "LEVEL",
+        "the least that is logged: debug (health checks and scrapes of /metrics too), info, warning or error",
+    )
     otlp_endpoint: Endpoint | None = option(
         None,
         _OPERATION,
@@ -256,11 +167,14 @@ class Settings(PrecisionSettings):
     def first_precisions(self) -> tuple[str, ...]:
         """Loaded at start, the default first."""
         usual = _FIRST_ON_CPU if self.resolved_device() == "cpu" else _FIRST_ON_CUDA
-        return self._named(usual if self.precisions is None else self.precisions)
+        return self._named(usual if self.precisions is None else self._listed())
 
     def required_precisions(self) -> tuple[str, ...]:
         """Those that must be there: the default, and what was asked for by name."""
-        return self._named(self.precisions or ())
+        return self._named(() if self.precisions is None else self._listed())
+
+    def _listed(self) -> tuple[str, ...]:
+        return listed(self.precisions, self.resolved_device())
 
     def _named(self, names: Iterable[str]) -> tuple[str, ...]:
         """The default, these and the shadow's, each once; what ``auto`` stands for is not known here."""

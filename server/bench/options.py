@@ -6,9 +6,8 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field, SecretStr
 
-import loaders
 from server.commands.options import Output, json_option, precisions_option
-from server.setting_types import Precisions, option
+from server.setting_types import Precisions, listed, option
 from server.settings import ModelSettings
 
 OWN_SERVER = "a server of its own"
@@ -47,7 +46,8 @@ Rates = Annotated[tuple[float, ...] | str, BeforeValidator(parse_rates)]
 class Options(ModelSettings):
     """Measure every precision of a model: speed, memory, share of the memory's limit.
 
-    Prints a table, and one line of JSON last. docs/benchmarks.md explains both.
+    Prints a table and, to a file or a pipe, one line of JSON last.
+    docs/benchmarks.md explains both.
     """
 
     precisions: Precisions | None = precisions_option(_WHAT)
@@ -97,7 +97,7 @@ class Options(ModelSettings):
     )
     plot: Output | None = option(None, _MORE, "FILE", "draw the costs by context, as SVG", unset="no plot")
     engines: bool = option(True, _MORE, None, "measure the engines; without, only what else is asked for")
-    json_file: Output | None = json_option(_MORE, "write all figures there as well", "only the last line")
+    json_file: Output | None = json_option(_MORE, "write all figures there as well", "nowhere")
 
     def shown(self) -> dict[str, Any]:
         """What a report tells of them: no path, no key."""
@@ -135,4 +135,4 @@ class Options(ModelSettings):
 
     def names(self) -> tuple[str, ...]:
         """The precisions asked for; those this host can run if none were."""
-        return tuple(self.precisions or loaders.available(self.resolved_device()))
+        return listed(self.precisions, self.resolved_device())

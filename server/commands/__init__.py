@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
 import loaders
 from loaders.base import PrecisionUnavailable
 from server.commands.help import Arguments, Formatter
+from server.model_settings import has_variable
 
 USAGE, FAILED = 2, 1
 _Options = TypeVar("_Options", bound=BaseSettings)
@@ -32,7 +33,7 @@ def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _O
         )
     except ValidationError as error:
         first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
-        raise UsageError("; ".join(_readable(one) for one in reversed(first.values()))) from None
+        raise UsageError("; ".join(_readable(options, one) for one in reversed(first.values()))) from None
 
 
 def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource[Any]:
@@ -50,9 +51,11 @@ def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource
     return source
 
 
-def _readable(error: dict[str, Any]) -> str:
+def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:
     name = str(error["loc"][0]) if error["loc"] else "the command line"
-    flag = f"--{name.replace('_', '-')} (or {name.upper()})" if error["loc"] else name
+    flag = f"--{name.replace('_', '-')}" if error["loc"] else name
+    if error["loc"] and has_variable(options, name):
+        flag += f" (or {name.upper()})"
     if error["type"] == "missing":
         return f"{name.upper()} is missing or empty"
     return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
