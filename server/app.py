@@ -28,7 +28,7 @@ from server.pool import Pool
 from server.proof import Proofs
 from server.replies import error_response
 from server.reports import Reports
-from server.routes import compare, generate, health, openai, precisions, report, stats, tokenize
+from server.routes import compare, favicon, generate, health, openai, precisions, report, stats, tokenize
 from server.settings import Settings
 from server.shadow import Shadow
 from server.text import TextCodec
@@ -82,7 +82,7 @@ def create_app(
     app.state.settings = settings
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for module in (generate, openai, compare, report, tokenize, stats, precisions, health):
+    for module in (generate, openai, compare, report, tokenize, stats, precisions, health, favicon):
         app.include_router(module.router)
     app.include_router(generate.root_router)
     describe(app, settings)

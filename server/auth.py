@@ -11,7 +11,7 @@ from server.errors import ServiceError, Unauthorized
 from server.replies import error_response
 from server.settings import Settings
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/favicon.ico"})
 _QUERY_KEYS = frozenset({"api_key", "apikey", "api-key", "key", "token", "access_token", "authorization"})
 
 

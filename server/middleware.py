@@ -23,6 +23,7 @@ _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions"
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
+_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -57,9 +58,30 @@ class Envelope:
             _log_fault(error, id_)
             await error_response(_told(error), scope)(scope, receive, labelled)
         finally:
-            took = (time.perf_counter() - started) * 1000
-            path = json.dumps(scope["path"][:200])
-            _access.info("%s %s %s %d %.1f ms", id_, scope["method"], path, status, took)
+            _log_access(scope, status, (time.perf_counter() - started) * 1000)
+
+
+def _log_access(scope: Scope, status: int, milliseconds: float) -> None:
+    """One line a request; those that supervisors and scrapers repeat for ever only at level debug."""
+    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status < 400 else logging.INFO
+    if not _access.isEnabledFor(level):
+        return
+    reason = scope["state"].get("refusal")
+    fields = {
+        "request_id": scope["state"]["request_id"],
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": status,
+        "duration_ms": round(milliseconds, 1),
+        **({} if reason is None else {"reason": reason}),
+    }
+    path, because = json.dumps(fields["path"]), "" if reason is None else f" ({reason})"
+    _access.log(
+        level,
+        "%s %s %s %d %.1f ms%s",
+        fields["request_id"], fields["method"], path, status, milliseconds, because,
+        extra={"fields": fields},
+    )  # fmt: skip
 
 
 def _told(error: Exception) -> ServiceError:

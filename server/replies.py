@@ -52,7 +52,14 @@ def error_response(
         out["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, GenerationFailed):
         out["x-should-retry"] = "false"
+    note_refusal(error, scope)
     return JSONResponse(error_body(error, path, request_id(scope)), status, out)
+
+
+def note_refusal(error: ServiceError, scope: Scope) -> None:
+    """For the access log, on one line; messages hold no prompt."""
+    message = "".join(c if c.isprintable() else "\ufffd" for c in error.message)
+    scope.setdefault("state", {})["refusal"] = f"{error.error_type}: {message}"
 
 
 def request_id(scope: Scope) -> str:
@@ -140,6 +147,7 @@ class EventStream(Response):
             async for chunk in self._events:
                 yield chunk
         except ServiceError as error:
+            note_refusal(error, scope)
             yield event(error_body(error, scope["path"], request_id(scope)))
         except Exception:
             _log.exception("request %s: a fault while streaming", request_id(scope))
