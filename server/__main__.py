@@ -3,13 +3,11 @@
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType
 
 from server import cgroups
+from server.interrupts import INTERRUPTED, end_at_once
 from server.version import VERSION
 
 COMMANDS = {
@@ -21,7 +19,6 @@ COMMANDS = {
     "quality": "measure what each precision costs in quality",
     "bench": "measure speed and memory of every precision on this host",
 }
-INTERRUPTED = 130  # what a shell expects of a program ended by Ctrl-C
 
 
 def usage() -> str:
@@ -50,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bitdial: no command {name!r}\n\n{usage()}", file=sys.stderr, end="")
         return 2
     try:
-        with interrupts_end_at_once():
+        with end_at_once(f"bitdial {name}: interrupted"):
+            _say_start(name, rest)
             return int(import_module(f"server.commands.{name}").main(rest))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -58,26 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-@contextmanager
-def interrupts_end_at_once() -> Iterator[None]:
-    """In it, Ctrl-C ends the process there and then. A command that has something to put in order says so.
-
-    The large libraries, interrupted while they are imported, raise errors of their own; an event loop waits
-    for what is being computed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(sys.stderr.fileno(), b"\n")
-    os._exit(INTERRUPTED)
+def _say_start(name: str, arguments: Sequence[str]) -> None:
+    """Importing torch and transformers takes seconds in which a terminal would stay blank."""
+    if sys.stderr.isatty() and not {"-h", "--help"} & set(arguments):
+        print(f"bitdial {name}: loading PyTorch …", file=sys.stderr, flush=True)
 
 
 def _end_when_told() -> None:

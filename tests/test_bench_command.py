@@ -138,7 +138,7 @@ def test_a_server_of_its_own_beside_the_engine(folder: str, capsys: pytest.Captu
     [
         (["--http", "http://127.0.0.1:9"], 1, "/tokenize can't be reached (ConnectionRefusedError)"),
         (["--http", "ftp://host"], 1, "is not an address such as http://127.0.0.1:8080"),
-        (["--batches", "1,x"], 2, "--batches (or BATCHES): '1,x' is not a list of numbers"),
+        (["--batches", "1,x"], 2, "--batches: '1,x' is not a list of numbers"),
         (["--batches", "0"], 2, "is not a list of numbers"),
         (["--rates", "0"], 2, "is not a list of rates"),
         (["--precisions", "int3"], 2, "choose from fp32"),

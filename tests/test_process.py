@@ -86,4 +86,4 @@ sys.exit(main(["generate", "abc", "--model", {str(folder)!r}]))
         [sys.executable, "-c", script],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nbitdial generate: interrupted\n")

@@ -289,11 +289,19 @@ def test_all_precisions_and_no_quality(
     assert "Nothing is said here about quality" in (out / "report.md").read_text()
 
 
-def test_without_matplotlib_the_command_that_mends_it_is_told_first(
+def test_without_matplotlib_there_is_a_report_without_plots(
     folder: Path, text: Text, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert run(folder, text) == 2
+    assert run(folder, text, "--precisions", "fp32", "--no-quality") == 0
+    assert "No plots: the plots need matplotlib: pip install matplotlib" in capsys.readouterr().out
+
+
+def test_plots_that_are_asked_for_need_matplotlib(
+    folder: Path, text: Text, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    assert run(folder, text, "--plots") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "bitdial report: the plots need matplotlib: pip install matplotlib; or --no-plots"
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +21,9 @@ from server.bench.report import Report
 from server.bench.serving.contender import HttpContender
 from server.bench.serving.own_server import own_server
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
+from server.terminal import folded, say
 
-ProgressOf = Callable[[str], Progress]
+ProgressOf = Callable[[str], AbstractContextManager[Progress]]
 """What is told of a precision's loading and measuring, by its name."""
 MakersOf = Callable[[str], list[MakeContender]]
 """What makes the contenders of a precision."""
@@ -41,6 +42,7 @@ class Engines:
     ) -> None:
         self._options, self._spec, self._speed = options, spec, speed
         self._report, self._progress_of = report, progress_of
+        self._table, self._rows = table.engines(), list[Row]()
         self._threads: int = report.host["threads"]
         self._plan = Plan(
             batches=options.batch_sizes,
@@ -54,20 +56,22 @@ class Engines:
     def measure(self) -> None:
         """Raises: BenchError, LoaderError."""
         with self._reference() as reference, self._peers() as peers:
-            print(table.heading(), flush=True)
+            say(self._table.heading())
             for name in self._options.names():
-                progress = self._progress_of(name)
-                session = Session(
-                    plan=self._plan,
-                    load=partial(self._load, name, progress),
-                    others=[*self._http(name), *reference(name), *peers(name)],
-                    speed=self._speed,
-                    progress=progress,
-                    show=self._show,
-                    device=self._spec.device,
-                )
-                asyncio.run(session.measure())
-        print(f"\n{table.LEGEND}\n", flush=True)
+                with self._progress_of(name) as progress:
+                    session = Session(
+                        plan=self._plan,
+                        load=partial(self._load, name, progress),
+                        others=[*self._http(name), *reference(name), *peers(name)],
+                        speed=self._speed,
+                        progress=progress,
+                        show=self._show,
+                        device=self._spec.device,
+                    )
+                    asyncio.run(session.measure())
+        if rest := self._table.rest(self._rows):
+            say(f"\n{rest}")
+        say(f"\n{folded(table.LEGEND)}\n")
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
         return apart(lambda: loaders.load(name, self._spec, progress), self._threads)
@@ -110,4 +114,5 @@ class Engines:
 
     def _show(self, row: Row) -> None:
         self._report.add(row)
-        print(table.line(row), flush=True)
+        self._rows.append(row)
+        say(self._table.line(row))

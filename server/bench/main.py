@@ -17,10 +17,11 @@ from server.bench.options import Options
 from server.bench.report import Report
 from server.bench.serving.section import Serving
 from server.commands.options import save
+from server.terminal import folded, say, say_json
 
 
 def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_of: ProgressOf) -> None:
-    """Measures and prints; the JSON line comes last, with what there is if the measurement breaks off.
+    """Measures and prints; the JSON comes last, with what there is if the measurement breaks off.
 
     Args:
         open_checkpoint: called unless somebody's server is what is measured.
@@ -37,13 +38,13 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
         speed = MemorySpeed(spec.device, torch.get_num_threads())
         facts = reports.host_facts(cpus, speed.measure(), speed.buffer_bytes)
         report = Report(facts, reports.model_facts(spec.checkpoint), options.shown())
-        print(reports.introduction(report), flush=True)
+        say(folded(reports.introduction(report)))
         parts = _parts(options, spec, speed, report, progress_of)
     try:
         for part in parts:
             part()
     finally:
-        print(report.line(), flush=True)
+        say_json(report.line())
         save(options.json_file, report.text())
 
 
@@ -69,8 +70,8 @@ def _loading(options: Options, report: Report) -> None:
     for name in options.names():
         measured = loading.measure_loading(name, options.of_model(), report.host["threads"])
         rows.append(measured.figures())
-        print(measured.line(), flush=True)
-    print(f"\n{loading.LEGEND}\n", flush=True)
+        say(measured.line())
+    say(f"\n{folded(loading.LEGEND)}\n")
 
 
 def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: ProgressOf) -> None:
@@ -78,22 +79,23 @@ def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: Pr
     threads, costs = report.host["threads"], []
 
     async def measure(name: str) -> None:
-        loaded = apart(lambda: loaders.load(name, spec, progress_of(name)), threads)
+        with progress_of(name) as progress:
+            loaded = apart(lambda: loaders.load(name, spec, progress), threads)
         async for cost in contexts.measure_contexts(loaded, options.context_lengths, options.repeat, threads):
             costs.append(cost)
-            print(cost.line(), flush=True)
+            say(cost.line())
 
     for name in options.names():
         asyncio.run(measure(name))
     report.sections["contexts"] = [asdict(cost) for cost in costs]
-    print(f"\n{contexts.LEGEND}\n", flush=True)
+    say(f"\n{folded(contexts.LEGEND)}\n")
     if options.plot is not None:
         title = f"{report.model['name']} on {report.host['cpu']}, {threads} threads"
-        print(contexts.plot(costs, title, options.plot) + "\n", flush=True)
+        say(contexts.plot(costs, title, options.plot) + "\n")
 
 
 def _heading(text: str) -> None:
-    print(f"{text}\n{'─' * len(text)}", flush=True)
+    say(f"{text}\n{'─' * len(text)}")
 
 
 def _spec(options: Options, checkpoint: Checkpoint) -> ModelSpec:

@@ -15,14 +15,15 @@ from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
-from server.commands.quality_table import table, terminal_width
-from server.commands.sampling import SamplingSettings, encode
+from server.commands.quality_table import table
+from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
 from server.comparison import Compared, Comparison, Wish
 from server.comparison_table import HEADINGS, cells, figures
 from server.engine import Engine
 from server.errors import ServiceError
-from server.setting_types import Precision, Precisions, option
+from server.setting_types import Precision, Precisions, listed, option
+from server.terminal import folded, terminal_width
 from server.text import TextCodec
 
 _WHAT, _MORE = "what is compared", "more"
@@ -36,14 +37,14 @@ _LEGEND = (
 class Options(SamplingSettings):
     """Continue PROMPT in several precisions: speed, texts, distance from fp32."""
 
-    prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
+    prompt: CliPositionalArg[str] = Field(STDIN, min_length=1, description=PROMPT_HELP)
     precisions: Precisions | None = precisions_option(_WHAT)
     reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are held against")
     json_file: Output | None = json_option(_MORE, "write all figures and texts there", "nowhere")
 
     def names(self) -> tuple[str, ...]:
         """The reference, then the precisions asked for; those this host can run if none were."""
-        names = self.precisions or loaders.available(self.resolved_device())
+        names = listed(self.precisions, self.resolved_device())
         return tuple(dict.fromkeys((self.reference, *names)))
 
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "compare", arguments)
         require(options.names(), options.resolved_device())
-        rows = asyncio.run(_compare(options))
+        rows = asyncio.run(_compare(options, read_prompt(options.prompt, arguments)))
         _show(rows, shutil.get_terminal_size().columns)
         told = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
         save(options.json_file, json.dumps(told, ensure_ascii=False))
@@ -64,14 +65,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-async def _compare(options: Options) -> list[Compared]:
+async def _compare(options: Options, prompt: str) -> list[Compared]:
     from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
 
     checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     spec = options.spec(checkpoint, slots=1)
     codec = TextCodec(load_tokenizer(checkpoint))
     most = min(spec.max_tokens, longest_prompt(checkpoint.vocabulary) + options.max_new_tokens)
-    ids = encode(codec, options.prompt, options.max_new_tokens, most, checkpoint.vocabulary)
+    ids = encode(codec, prompt, options.max_new_tokens, most, checkpoint.vocabulary)
 
     @asynccontextmanager
     async def use(name: str) -> AsyncIterator[Engine]:
@@ -101,7 +102,7 @@ def _show(rows: Sequence[Compared], width: int) -> None:
     reference, *others = rows
     columns = [(name, lambda row, at=at: cells(row)[at]) for at, name in enumerate(HEADINGS)]
     print("\n".join(table(columns, rows, terminal_width())))
-    print("\n" + _LEGEND.format(reference.precision))
+    print("\n" + folded(_LEGEND.format(reference.precision)))
     print(f"\n{reference.precision} continues, {len(reference.written.ids)} tokens:\n")
     print("\n".join(wrapped(shown(reference.written.text), width)))
     for row in others:

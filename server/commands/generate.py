@@ -11,7 +11,7 @@ import loaders
 from loaders.base import LoadedModel, LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
-from server.commands.sampling import SamplingSettings, encode
+from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.engine import Engine
 from server.errors import ServiceError
 from server.settings import PrecisionSettings
@@ -24,14 +24,14 @@ class Options(SamplingSettings, PrecisionSettings):
     Any sampling option turns sampling on; without one the continuation is greedy.
     """
 
-    prompt: CliPositionalArg[str] = Field(min_length=1, description="the text to continue")
+    prompt: CliPositionalArg[str] = Field(STDIN, min_length=1, description=PROMPT_HELP)
 
 
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "generate", arguments)
         require([options.precision], options.resolved_device())
-        return _generate(options)
+        return _generate(options, read_prompt(options.prompt, arguments))
     except UsageError as error:
         complain("generate", error)
         return USAGE
@@ -40,19 +40,21 @@ def main(arguments: Sequence[str]) -> int:
         return FAILED
 
 
-def _generate(options: Options) -> int:
+def _generate(options: Options, prompt: str) -> int:
     from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
 
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
     spec = options.spec(checkpoint, slots=1)
     codec = TextCodec(load_tokenizer(checkpoint))
-    ids = encode(codec, options.prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
+    ids = encode(codec, prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
     try:
         # not in the event loop, which would let the load go on after Ctrl-C
         model = loaders.load(options.precision, spec, bars)
     finally:
         bars.close()
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
     return asyncio.run(_continue(model, checkpoint.eos_ids, codec, ids, options))
 
 
@@ -70,7 +72,6 @@ async def _continue(
 async def _show(engine: Engine, codec: TextCodec, ids: list[int], options: Options) -> int:
     generation = engine.generate(ids, options.params())
     decoder = codec.incremental(ids)
-    sys.stdout.write(options.prompt)
     async for token in generation:
         sys.stdout.write(decoder.push(token.id))
         sys.stdout.flush()

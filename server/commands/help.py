@@ -15,6 +15,8 @@ class Field(Protocol):
     description: str | None
     json_schema_extra: Any
 
+    def is_required(self) -> bool: ...
+
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """The same on every CPython: a value is shown once for all names of its option."""
@@ -51,7 +53,8 @@ class Arguments:
         if field is None:  # --help itself
             return parser.add_argument(*names, **arguments)
         if not names[0].startswith("-"):
-            self.positional.append(arguments["metavar"])
+            name = arguments["metavar"]
+            self.positional.append(name if field.is_required() else f"[{name}]")
             return parser.add_argument(*names, **{**arguments, "help": field.description})
         shown = field.json_schema_extra or {}
         if "metavar" in arguments:

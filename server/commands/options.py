@@ -1,11 +1,11 @@
 """Options that several subcommands have."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices
 
+from server.cache import check_room
 from server.setting_types import option
 
 
@@ -13,15 +13,30 @@ class NotSaved(Exception):
     """Figures could not be written to their file; the message says why."""
 
 
-def _can_be_written(file: Path) -> Path:
-    """Looked at before anything is measured, since that may take long."""
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{file.name!r} can't be written there")
-    return file
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path.name!r} is a folder")
+    return _writable(path, path.absolute().parent)
 
 
-Output = Annotated[Path, AfterValidator(_can_be_written)]
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path.name!r} is no folder")
+    return _writable(path, path)
+
+
+def _writable(path: Path, folder: Path) -> Path:
+    try:
+        check_room(folder)
+    except OSError as error:
+        raise ValueError(f"{path.name!r} can't be written there: {error.strerror}") from None
+    return path
+
+
+Output = Annotated[Path, AfterValidator(_file)]
+"""A file that can be written; this is found out before anything is measured."""
+OutputFolder = Annotated[Path, AfterValidator(_folder)]
+"""The same of a folder, which need not exist yet."""
 
 
 def json_option(group: str, text: str, unset: str) -> Any:
@@ -47,4 +62,4 @@ def save(file: Path | None, text: str) -> None:
 
 def precisions_option(group: str) -> Any:
     """``--precisions NAMES``; None stands for ``loaders.available``."""
-    return option(None, group, "NAMES", "by comma", unset="all that this host can run")
+    return option(None, group, "NAMES", "by comma, or all", unset="all that this host can run")

@@ -7,7 +7,7 @@ from loaders.base import Checkpoint, LoaderError, ModelSpec
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import layer_lines
-from server.setting_types import Precisions, option
+from server.setting_types import Precisions, listed, option
 from server.settings import ModelSettings
 
 
@@ -18,15 +18,19 @@ class Options(ModelSettings):
         None,
         "more",
         "NAMES",
-        "load these, by comma, and prove layer by layer what they have quantized",
+        "load these, by comma, or all, and prove layer by layer what they have quantized",
         unset="none is loaded",
     )
+
+    def names(self) -> tuple[str, ...]:
+        """The precisions to load."""
+        return () if self.layers is None else listed(self.layers, self.resolved_device())
 
 
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "precisions", arguments)
-        require(options.layers or (), options.resolved_device())
+        require(options.names(), options.resolved_device())
         from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
 
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     spec = options.spec(checkpoint, slots=1)
     _list(checkpoint, spec)
     try:
-        for name in options.layers or ():
+        for name in options.names():
             _prove(name, spec)
     except LoaderError as error:
         complain("precisions", error)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,6 +38,12 @@ class ProgressBars:
             self._bar.total, self._bar.n = total or None, current
             self._bar.bar_format = _COUNTED if total else _UNCOUNTED
             self._bar.refresh()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._bar is not None:

@@ -17,8 +17,9 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
 from server.commands.quality_table import layer_lines, quality_lines
-from server.setting_types import Precisions, option
+from server.setting_types import Precisions, listed, option
 from server.settings import ModelSettings
+from server.terminal import folded, say_json
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport
@@ -31,7 +32,7 @@ _SLOTS = 8  # prompts continued together
 class Options(ModelSettings):
     """Measure what each precision costs in quality: one text, all against fp32.
 
-    Prints a table, and one line of JSON last.
+    Prints a table and, to a file or a pipe, one line of JSON last.
     """
 
     precisions: Precisions | None = precisions_option(_WHAT)
@@ -51,11 +52,11 @@ class Options(ModelSettings):
     )
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     layers: bool = option(False, _MORE, None, "show every layer's quantization error too")
-    json_file: Output | None = json_option(_MORE, "write all figures there as well", "only the last line")
+    json_file: Output | None = json_option(_MORE, "write all figures there as well", "nowhere")
 
     def names(self) -> tuple[str, ...]:
         """The precisions asked for, fp32 first if it is among them; those this host can run if none were."""
-        names = self.precisions or loaders.available(self.resolved_device())
+        names = listed(self.precisions, self.resolved_device())
         return tuple(dict.fromkeys(sorted(names, key=lambda name: name != _REFERENCE)))
 
 
@@ -162,8 +163,10 @@ def _groups(names: Sequence[str], spec: ModelSpec) -> Iterator[list[str]]:
 def _show(options: Options, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
     first = rows[0].quality
     print(
-        f"{checkpoint.model_id} on {first.text}: {first.tokens:,} tokens, windows of {first.window} "
-        f"at stride {first.stride}, {first.batch} at a time\n"
+        folded(
+            f"{checkpoint.model_id} on {first.text}: {first.tokens:,} tokens, windows of {first.window} "
+            f"at stride {first.stride}, {first.batch} at a time\n"
+        )
     )
     print("\n".join(quality_lines(rows)))
     for row in rows:
@@ -171,8 +174,9 @@ def _show(options: Options, checkpoint: Checkpoint, rows: Sequence[Row]) -> None
             print("\n".join(["", *layer_lines(row.layers)]))
     for row in rows:
         if row.layers is not None and row.layers.warning:
-            print(f"\nWARNING: {row.layers.warning}")
+            print("\n" + folded(f"WARNING: {row.layers.warning}"))
     figures = [row.as_dict(options.layers) for row in rows]
     line = json.dumps({"model": checkpoint.model_id, "precisions": figures})
-    print(f"\n{line}")
+    print()
+    say_json(line)
     save(options.json_file, line)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from server.terminal import folded, terminal_width
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport
@@ -54,7 +54,7 @@ LAYERS: list[Column] = [
 
 
 def quality_lines(rows: Sequence[Row]) -> list[str]:
-    return [*table(QUALITY, rows, terminal_width()), "", *LEGEND.splitlines()]
+    return [*table(QUALITY, rows, terminal_width()), "", folded(LEGEND)]
 
 
 def layer_lines(report: LayerReport) -> list[str]:
@@ -66,7 +66,7 @@ def layer_lines(report: LayerReport) -> list[str]:
     return [
         f"{report.precision}: {report.quantized_share:.1%} of the linear weights quantized",
         *table(LAYERS, report.layers, terminal_width()),
-        *(f"kept, because {reason}: {_some(names)}" for reason, names in reasons.items()),
+        *(folded(f"kept, because {reason}: {_some(names)}") for reason, names in reasons.items()),
     ]
 
 
@@ -95,11 +95,6 @@ def _parts(widths: Sequence[int], width: int | None) -> Iterator[list[int]]:
         part.append(at)
         used += 2 + widths[at]
     yield part
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal that is written to; None for a file or a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

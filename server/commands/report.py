@@ -4,28 +4,25 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import Any
 
 from loaders.base import LoaderError
 from loaders.quality import QualityError, text_file
 from loaders.quality.greedy import PROMPTS
 from server.bench.errors import BenchError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.options import OutputFolder
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError
+from server.interrupts import say_on_interrupt
+from server.report import plots
 from server.report.plots import PlotsUnavailable
-from server.setting_types import Precisions, option, parse_names
+from server.setting_types import Precisions, listed, option
 from server.settings import ModelSettings
 
+_REFERENCE = "fp32"
+_INTERRUPTED = "bitdial report: interrupted; what was measured is kept: the same command goes on from there"
 _WHAT, _HOW, _MORE = "what is measured", "how", "what is written"
-_ALL = "all"
-
-
-def _names_or_all(value: Any) -> Any:
-    names = parse_names(value)
-    return None if names in ((_ALL,), [_ALL]) else names
 
 
 class Options(ModelSettings):
@@ -36,7 +33,7 @@ class Options(ModelSettings):
     /stats, and chooses by it for precision "auto".
     """
 
-    precisions: Annotated[Precisions | None, BeforeValidator(_names_or_all)] = option(
+    precisions: Precisions | None = option(
         None, _WHAT, "NAMES", "by comma, beside fp32, or all", unset="all that this host can run"
     )
     text: Path | None = option(
@@ -53,16 +50,27 @@ class Options(ModelSettings):
     stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     fresh: bool = option(False, _HOW, None, "measure anew what was measured before")
-    out: Path | None = option(
+    out: OutputFolder | None = option(
         None, _MORE, "FOLDER", "Markdown, JSON, an HTML page and the plots", unset="only what is kept"
     )
-    plots: bool = option(True, _MORE, None, "draw plots, which needs matplotlib")
+    plots: bool = option(
+        True, _MORE, None, "draw plots; without matplotlib none are drawn unless this is given"
+    )
+
+    def names(self) -> tuple[str, ...]:
+        """What is measured beside fp32."""
+        return listed(self.precisions, self.resolved_device())
+
+    def draws(self) -> bool:
+        """Raises: PlotsUnavailable, where ``--plots`` was given and matplotlib is missing."""
+        return plots.to_draw(self.plots if "plots" in self.model_fields_set else None)
 
 
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "report", arguments)
-        require(("fp32", *(options.precisions or ())), options.resolved_device())
+        say_on_interrupt(_INTERRUPTED)
+        require((_REFERENCE, *options.names()), options.resolved_device())
         _report(options)
     except UsageError as error:
         complain("report", error)
@@ -84,10 +92,10 @@ def _report(options: Options) -> None:
     from server.report import files, job
 
     wishes = job.Wishes(
-        tuple(options.precisions or ()),
+        options.names(),
         None if options.text is None else text_file(options.text),
         options.quality,
-        options.plots,
+        options.draws(),
         options.fresh,
         options.window,
         options.stride,
@@ -100,6 +108,8 @@ def _report(options: Options) -> None:
     finally:
         bars.close()
     _show(kept.document)
+    if not wishes.plots and options.plots:
+        print(f"\nNo plots: {plots.MISSING}")
     if options.out is not None:
         written = files.write(kept.document, kept.folder, options.out)
         print(f"\nwritten: {', '.join(map(str, written))}")
@@ -127,9 +137,10 @@ def _show(document: dict[str, Any]) -> None:
     from server.report.columns import columns, legend
     from server.report.markdown import advice_of, facts
     from server.report.rows import rows_of
+    from server.terminal import folded, terminal_width
 
-    print("\n".join(table(columns(document), rows_of(document))) + "\n")
-    print("\n".join(f"{term:<13}{meaning}" for term, meaning in legend(document)) + "\n")
+    print("\n".join(table(columns(document), rows_of(document), terminal_width())) + "\n")
+    print(folded("\n".join(f"{term:<12} {meaning}" for term, meaning in legend(document))) + "\n")
     width = min(shutil.get_terminal_size().columns, 110)
     print("\n".join(textwrap.fill(fact, width, subsequent_indent="  ") for fact in facts(document)) + "\n")
     for sentence in advice_of(document).sentences:

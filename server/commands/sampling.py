@@ -1,5 +1,7 @@
 """What the commands that continue a prompt share: how it is continued, and whether it fits."""
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from server.commands import UsageError
@@ -9,6 +11,8 @@ from server.settings import ModelSettings
 from server.text import TextCodec
 
 _GENERATION = "generation"
+STDIN = "-"
+PROMPT_HELP = "the text to continue; -, or none: read from standard input"
 
 
 class SamplingSettings(ModelSettings):
@@ -36,6 +40,30 @@ class SamplingSettings(ModelSettings):
             seed=self.seed,
             **chosen,
         )
+
+
+def read_prompt(given: str, arguments: Sequence[str]) -> str:
+    """The prompt: ``given``, or all of standard input for ``-``, without the newline that ends its last line.
+
+    Args:
+        arguments: the command line, since an empty PROMPT in it counts as none when it is parsed.
+
+    Raises:
+        UsageError: the prompt is empty, or standard input is not UTF-8.
+    """
+    if "" in arguments:
+        raise UsageError("PROMPT is empty")
+    if given != STDIN:
+        return given
+    if sys.stdin.isatty():
+        print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+    try:
+        prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not UTF-8") from None
+    if not prompt:
+        raise UsageError("standard input is empty")
+    return prompt
 
 
 def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int, vocabulary: int) -> list[int]:

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
-        set_up_logging(options.json_output)
+        set_up_logging(options.json_output, options.log_level)
         # late: help and usage needn't wait for transformers
         from loaders.checkpoint import load_tokenizer, open_checkpoint
 

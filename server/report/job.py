@@ -8,6 +8,7 @@ from loaders.base import Checkpoint
 from loaders.checkpoint import load_tokenizer
 from loaders.quality import Text, held_out
 from loaders.quality.greedy import PROMPTS
+from server import cache
 from server.report import plots
 from server.report.measure import Measurement, Place, Plan, slots
 from server.report.speed import Pauses
@@ -57,6 +58,7 @@ def make(
     kept = Kept(
         subject_of(spec), Reading.of(text, wishes.window, wishes.stride, wishes.prompts), wishes.fresh
     )
+    cache.check_room(kept.folder)
     plan = Plan(
         spec,
         wishes.precisions or loaders.available(spec.device),

@@ -9,6 +9,7 @@ from typing import Any
 from server.report.rows import Row, front, quality_means_something, rows_of
 
 INSTALL = "pip install matplotlib"
+MISSING = f"the plots need matplotlib: {INSTALL}"
 TITLES = {
     "quality-memory": "Quality against memory",
     "quality-speed": "Quality against speed",
@@ -33,10 +34,21 @@ class PlotsUnavailable(Exception):
     """matplotlib isn't installed; the message has the command that mends it."""
 
 
+def to_draw(asked: bool | None) -> bool:
+    """Whether plots are drawn; where it was left open (None), if matplotlib is installed.
+
+    Raises:
+        PlotsUnavailable: they were asked for, and it is not.
+    """
+    if asked:
+        require()
+    return find_spec("matplotlib") is not None if asked is None else asked
+
+
 def require() -> None:
     """Raises: PlotsUnavailable."""
     if find_spec("matplotlib") is None:
-        raise PlotsUnavailable(f"the plots need matplotlib: {INSTALL}")
+        raise PlotsUnavailable(MISSING)
 
 
 def draw(document: Mapping[str, Any], folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ class ReportBody(Strict):
         None, min_length=1, description="what quality is measured on; held-out documentation if left out"
     )
     quality: bool = Field(True, description="false: sizes and speeds alone")
-    plots: bool = Field(True, description="false: none are drawn; needs no matplotlib then")
+    plots: bool | None = Field(None, description="drawn where matplotlib is installed, if left out")
     fresh: bool = Field(False, description="true: measure anew what was measured before")
 
 
@@ -67,14 +67,9 @@ async def make(request: Request) -> Response:
     wishes = {
         "precisions": _chosen(state, body.precisions),
         "quality": body.quality,
-        "plots": body.plots,
+        "plots": _draws(body.plots),
         "fresh": body.fresh,
     }
-    if body.plots:
-        try:
-            plots.require()
-        except plots.PlotsUnavailable as error:
-            raise Unavailable(f'{error}; or send "plots": false') from None
     events = state.reports.make(wishes, body.text)
     first = await anext(events, None)  # refusals have their own status
     return EventStream(_told(state, first, events), events.aclose, {})
@@ -93,6 +88,13 @@ async def _told(
         "status": "ready",
         "recommendation": advice and {"precision": advice.precision, "sentences": list(advice.sentences)},
     })  # fmt: skip
+
+
+def _draws(asked: bool | None) -> bool:
+    try:
+        return plots.to_draw(asked)
+    except plots.PlotsUnavailable as error:
+        raise Unavailable(f'{error}; or send "plots": false') from None
 
 
 def _chosen(state: State, asked: Any) -> list[str]:

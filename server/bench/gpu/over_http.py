@@ -34,8 +34,9 @@ async def _measure(
     # here: on a host without the server's packages all else can be measured
     from server.bench.serving.load import Limits, Load, Shape
     from server.bench.serving.own_server import own_server
-    from server.bench.serving.section import HEADING, line
+    from server.bench.serving.section import COLUMNS
     from server.bench.serving.texts import Texts
+    from server.bench.table import Table
     from server.settings import ModelSettings
 
     plan, which = subject.plan, {"model": subject.model, "precision": precision}
@@ -43,10 +44,11 @@ async def _measure(
     async with own_server(settings, precision, max(streams), plan.threads) as client:
         load = Load(client, Texts(client), Shape(precision, plan.prompt, plan.tokens), Limits(1000.0, 200.0))
         await load.closed_loop(1, 0)  # the first pays for what only it needs
-        print(f"\n{HEADING}", flush=True)
+        table = Table(COLUMNS, keys=2, width=None)
+        print(f"\n{table.heading()}", flush=True)
         for count in streams:
             figures = await load.closed_loop(count, seconds)
-            print(line(precision, figures), flush=True)
+            print(table.line((precision, figures)), flush=True)
             subject.result.note("http", {**which, **asdict(figures)})
         subject.result.note("stats", {**which, **await _told(client, precision)})
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
 
+from server.bench.errors import BenchError
 from server.bench.options import Options
 from server.bench.report import Report
 from server.bench.serving import checks
@@ -12,15 +13,27 @@ from server.bench.serving.client import Client
 from server.bench.serving.load import Limits, Load, LoadFigures, Shape
 from server.bench.serving.own_server import own_server
 from server.bench.serving.texts import Texts
+from server.bench.table import Column, Table
+from server.setting_types import ALL
+from server.terminal import folded, say, terminal_width
 
 _SHARES = (0.5, 0.8, 1.2)
-_UNKNOWN = "–"
 
-HEADING = (
-    f"{'precision':<13}  {'load':<22} {'requests':>8} {'errors':>6}  {'tok/s':>8}  "
-    f"{'req/s':>7} {'good/s':>7}  "
-    f"{'TTFT p50':>8} {'p99':>8}  {'ITL p50':>8} {'p99':>8}   (times in ms)"
-)
+Line = tuple[str | None, LoadFigures]
+"""A precision, None for the server's default, and what was measured under one load."""
+COLUMNS: list[Column[Line]] = [
+    Column("precision", "", 13, lambda row: _name(row[0]), left=True),
+    Column("load", "", 20, lambda row: _load(row[1]), left=True),
+    Column("requests", "", 8, lambda row: str(row[1].requests)),
+    Column("errors", "", 6, lambda row: str(sum(row[1].errors.values()))),
+    Column("tok/s", "", 8, lambda row: f"{row[1].tokens_per_second:.1f}"),
+    Column("req/s", "", 7, lambda row: f"{row[1].requests_per_second:.2f}"),
+    Column("good/s", "", 7, lambda row: f"{row[1].goodput:.2f}"),
+    Column("TTFT p50", "ms", 8, lambda row: f"{row[1].ttft_p50_ms:.1f}"),
+    Column("TTFT p99", "ms", 8, lambda row: f"{row[1].ttft_p99_ms:.1f}"),
+    Column("ITL p50", "ms", 8, lambda row: f"{row[1].inter_token_p50_ms:.2f}"),
+    Column("ITL p99", "ms", 8, lambda row: f"{row[1].inter_token_p99_ms:.2f}"),
+]
 LEGEND = """\
 streams      closed loop: every stream sends its next request when its last has ended
 poisson      so many requests a second at random moments, whatever runs
@@ -43,22 +56,31 @@ class Serving:
 
     def measure(self) -> None:
         """Raises: BenchError, where a server can't be had or a check's request fails."""
-        print(f"{HEADING}\n{'─' * len(HEADING)}", flush=True)
+        self._table, self._lines = Table(COLUMNS, 2, terminal_width()), list[Line]()
+        say(self._table.heading())
         self._report.sections["http"] = []
         asyncio.run(self._all())
-        print(f"\n{LEGEND}\n", flush=True)
+        if rest := self._table.rest(self._lines):
+            say(f"\n{rest}")
+        say(f"\n{folded(LEGEND)}\n")
 
     async def _all(self) -> None:
         if self._options.server_url is not None:
             key = self._options.http_key
             client = Client(self._options.server_url, key.get_secret_value() if key else None)
-            for name in self._options.precisions or (None,):  # None: the server's default
+            for name in self._names_elsewhere():
                 await self._one(client, name)
             return
         slots = max(*self._options.stream_counts, checks.STREAMS + 1)
         for name in self._options.names():
             async with own_server(self._options, name, slots, self._report.host["threads"]) as client:
                 await self._one(client, name)
+
+    def _names_elsewhere(self) -> tuple[str | None, ...]:
+        """Of another server, which may run on another host; None is its default."""
+        if self._options.precisions == ALL:
+            raise BenchError("--precisions all: name them, since what that server can run isn't known here")
+        return tuple(self._options.precisions or (None,))
 
     async def _one(self, client: Client, precision: str | None) -> None:
         found: dict[str, Any] = {"precision": precision, "loads": []}
@@ -67,7 +89,8 @@ class Serving:
         shape = Shape(precision, self._options.prompt, self._options.tokens)
         async for figures in self._loads(Load(client, texts, shape, self._limits)):
             found["loads"].append(asdict(figures))
-            print(line(precision, figures), flush=True)
+            self._lines.append((precision, figures))
+            say(self._table.line(self._lines[-1]))
         if self._options.http_checks:
             found |= await _checks(client, texts, precision)
 
@@ -85,18 +108,20 @@ class Serving:
 
 async def _checks(client: Client, texts: Texts, precision: str | None) -> dict[str, Any]:
     first = await checks.first_token(client, texts, precision)
-    print(
-        f"{_name(precision)}  a prompt of {first.prompt} tokens: TTFT {first.ttft_ms:.1f} ms, prefill "
-        f"{first.prefill_ms:.1f} ms: {first.ratio:.2f} ×",
-        flush=True,
+    say(
+        folded(
+            f"{_name(precision):<13}  a prompt of {first.prompt} tokens: TTFT {first.ttft_ms:.1f} ms, "
+            f"prefill {first.prefill_ms:.1f} ms: {first.ratio:.2f} ×"
+        )
     )
     long = await checks.long_prompt(client, texts, precision)
-    print(
-        f"{_name(precision)}  a prompt of {long.prompt} tokens among {long.streams} streams "
-        f"(first token after {long.long_ttft_ms:.0f} ms): their ITL p99 "
-        f"{long.alone_p99_ms:.1f} → {long.beside_p99_ms:.1f} ms: {long.ratio:.2f} ×; "
-        f"{long.meanwhile_p99_ms:.1f} ms while it was computed",
-        flush=True,
+    say(
+        folded(
+            f"{_name(precision):<13}  a prompt of {long.prompt} tokens among {long.streams} streams "
+            f"(first token after {long.long_ttft_ms:.0f} ms): their ITL p99 "
+            f"{long.alone_p99_ms:.1f} → {long.beside_p99_ms:.1f} ms: {long.ratio:.2f} ×; "
+            f"{long.meanwhile_p99_ms:.1f} ms while it was computed"
+        )
     )
     return {
         "first_token": {**asdict(first), "ratio": first.ratio},
@@ -104,15 +129,9 @@ async def _checks(client: Client, texts: Texts, precision: str | None) -> dict[s
     }
 
 
-def line(precision: str | None, row: LoadFigures) -> str:
-    kind = f"{row.offered:g} streams" if row.kind == "closed loop" else f"poisson {row.offered:g}/s"
-    return (
-        f"{_name(precision)}  {kind:<22} {row.requests:>8} {sum(row.errors.values()):>6}  "
-        f"{row.tokens_per_second:>8.1f}  {row.requests_per_second:>7.2f} {row.goodput:>7.2f}  "
-        f"{row.ttft_p50_ms:>8.1f} {row.ttft_p99_ms:>8.1f}  {row.inter_token_p50_ms:>8.2f} "
-        f"{row.inter_token_p99_ms:>8.2f}"
-    )
+def _load(row: LoadFigures) -> str:
+    return f"{row.offered:g} streams" if row.kind == "closed loop" else f"poisson {row.offered:g}/s"
 
 
 def _name(precision: str | None) -> str:
-    return f"{precision or 'the default':<13}"
+    return precision or "the default"
