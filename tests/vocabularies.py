@@ -60,7 +60,7 @@ def unigram(scheme: str, clean_up: bool = False) -> PreTrainedTokenizerFast:
 def wordpiece(clean_up: bool) -> PreTrainedTokenizerFast:
     """BERT's kind; its decoder cleans up word by word or, if asked to, ``transformers`` the whole text."""
     words = [word.removeprefix("▁") for word in WORDS if word.strip("▁")]
-    parts = ["##ing", "##s", "##.", "ve", "re", "?"]
+    parts = ["##ing", "##s", "##.", "ve", "re", "?", "ab"]
     pieces = dict.fromkeys([*SPECIAL, *words, *parts, *_LETTERS])
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
