@@ -19,7 +19,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._held = ""  # not released yet, the names of special tokens among it
-        self._kinds = ""  # what each of its characters is
+        self._kinds = ""  # what each of its characters is; nothing where no name is among them
         self.found = False
         """Whether one has come."""
 
@@ -35,20 +35,23 @@ class StopStrings:
             return text
         if self.found:
             return ""
+        if not name and not self._kinds:
+            self._held += text
+            return self._release_shown(final)
+        self._kinds = (self._kinds or _SHOWN * len(self._held)) + _SHOWN * len(text)
+        self._kinds += _NAME[: len(name)] + _INSIDE * (len(name) - 1)
         self._held += text + name
-        self._kinds += _SHOWN * len(text) + (_NAME + _INSIDE * (len(name) - 1) if name else "")
-        return self._release(final) if _NAME in self._kinds else self._release_shown(final)
+        return self._release_among_names(final)
 
     def _release_shown(self, final: bool) -> str:
-        """Where no special token is in what is held: as a rule."""
-        if (at := _first(self._held, self._kinds, self._strings)) is not None:
+        if places := [at for string in self._strings if (at := self._held.find(string)) >= 0]:
             self.found = True
-            return self._held[:at]
+            return self._held[: min(places)]
         cut = len(self._held) if final else _certain(self._held, self._strings)
-        released, self._held, self._kinds = self._held[:cut], self._held[cut:], self._kinds[cut:]
+        released, self._held = self._held[:cut], self._held[cut:]
         return released
 
-    def _release(self, final: bool) -> str:
+    def _release_among_names(self, final: bool) -> str:
         places = [at for at, kind in enumerate(self._kinds) if kind == _SHOWN]
         shown = "".join(self._held[at] for at in places)
         places.append(len(self._held))
@@ -63,7 +66,7 @@ class StopStrings:
         else:
             cut = min(_certain(self._held, self._strings), places[_certain(shown, self._strings)])
         released = shown[: self._kinds.count(_SHOWN, 0, cut)]
-        self._held, self._kinds = self._held[cut:], self._kinds[cut:]
+        self._held, self._kinds = self._held[cut:], self._kinds[cut:] if _NAME in self._kinds[cut:] else ""
         return released
 
 
