@@ -48,7 +48,7 @@ class Detokenizer:
         if self._tokens[id_].hidden:
             return ""
         self._ids.append(id_)
-        waits = self._tokens[id_].fallback and len(self._ids) - self._read < _MOST_PENDING
+        waits = self._tokens[id_].waits and len(self._ids) - self._read < _MOST_PENDING
         return self._cleaned("" if waits else self._decode(final=False), final=False)
 
     def settle(self) -> str:

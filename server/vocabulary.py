@@ -25,6 +25,7 @@ class VocabularyToken(NamedTuple):
         special: it controls the model and is no text.
         hidden: it is left out of texts: special, or unknown to the tokenizer.
         fallback: one byte, which makes a character together with the fallback tokens around it.
+        waits: what follows decides how it reads: a fallback one, or a beginning of a word that is marked so.
     """
 
     id: int
@@ -33,6 +34,7 @@ class VocabularyToken(NamedTuple):
     special: bool = False
     hidden: bool = False
     fallback: bool = False
+    waits: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -69,12 +71,12 @@ class Vocabulary:
             return VocabularyToken(id_, "", b"", hidden=True)
         if (byte := _FALLBACK.fullmatch(piece)) and self.decode([id_]) != piece:
             data = bytes.fromhex(byte[1])
-            return VocabularyToken(id_, _readable(data), data, fallback=True)
+            return VocabularyToken(id_, _readable(data), data, fallback=True, waits=True)
         if self._byte_level is not None:
             data = _byte_level(piece, self._byte_level)
             return VocabularyToken(id_, _readable(data), data)
-        text = self._continuing(id_)
-        return VocabularyToken(id_, text, text.encode())
+        text, waits = self._continuing(id_)
+        return VocabularyToken(id_, text, text.encode(), waits=waits)
 
     def _piece(self, id_: int) -> str | None:
         """The token as it stands in the vocabulary."""
@@ -85,11 +87,17 @@ class Vocabulary:
         found: str | None = look_up(id_)
         return found
 
-    def _continuing(self, id_: int) -> str:
-        """Its text behind another token: many decoders drop the space before a text's first."""
+    def _continuing(self, id_: int) -> tuple[str, bool]:
+        """Its text behind another token, since many decoders drop the space before a text's first; and
+        whether that changes with what follows."""
         before = self.decode(self._anchor)
-        text = self.decode([*self._anchor, id_])
-        return text[len(before) :] if text.startswith(before) else self.decode([id_])
+        last = self.decode([*self._anchor, id_])
+        if not last.startswith(before):
+            return self.decode([id_]), False
+        followed = self.decode([*self._anchor, id_, *self._anchor])
+        if followed.startswith(last):
+            return last[len(before) :], False
+        return followed[len(before) : len(followed) - len(before.lstrip())], True
 
     def _find_anchor(self) -> list[int]:
         """Some token that is a word; none where there is no such token."""

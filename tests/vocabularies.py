@@ -1,10 +1,13 @@
 """Small tokenizers of every kind that causal language models have, made on the spot."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CTRLTokenizer, PreTrainedTokenizerFast
 
 from tests.checkpoints import byte_tokenizer
 
@@ -76,6 +79,16 @@ def byte_level() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def ctrl() -> Any:
+    """CTRL's kind, which is no fast one: a token that a word goes on after ends with ``@@``."""
+    tokens = ["<unk>", *_LETTERS, *(f"{letter}@@" for letter in _LETTERS), "it", ".", ",", "'", "é"]
+    with TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        merges.write_text("#version: 0.2\ni t</w> 1\n")
+        return CTRLTokenizer(str(vocabulary), str(merges))
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "byte-level": byte_level,
     "llama": llama,
@@ -86,4 +99,5 @@ KINDS: dict[str, Callable[[], Any]] = {
     "unigram-cleaned": lambda: unigram("always", clean_up=True),
     "wordpiece": lambda: wordpiece(clean_up=False),
     "wordpiece-cleaned": lambda: wordpiece(clean_up=True),
+    "ctrl": ctrl,
 }
