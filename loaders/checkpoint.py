@@ -19,10 +19,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from loaders import end_tokens
 from loaders.base import (
     Checkpoint,
     CheckpointError,
@@ -67,7 +68,7 @@ def open_checkpoint(
         architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
         context_length=context,
         vocabulary=int(text.vocab_size),
-        eos_ids=_eos_ids(folder, text),
+        eos_ids=end_tokens.configured(folder, config),
         file_bytes=sum(file.stat().st_size for file in files),
     )
 
@@ -252,14 +253,6 @@ def _check_whole(file: Path) -> None:
             opened.keys()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.name} is truncated or corrupt; fetch it again") from error
-
-
-def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
-    found: list[Any] = [getattr(config, "eos_token_id", None)]
-    with contextlib.suppress(OSError, ValueError):
-        found.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
-    flat = (item for ids in found for item in (ids if isinstance(ids, list) else [ids]))
-    return frozenset(id_ for id_ in flat if isinstance(id_, int))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from starlette.responses import Response
 import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
+from loaders.end_tokens import with_end_token
 from server.auth import Auth
 from server.automatic import resolved
 from server.description import describe
@@ -100,6 +101,7 @@ async def _furnish(
     state.started = time.time()
     state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
+    state.checkpoint = with_end_token(state.checkpoint, tokenizer)
     state.codec = TextCodec(tokenizer)
     state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app) or _is_replaying(app))
     await state.reports.find_subject()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from server.sequence import COLDEST, SamplingParams
+from server.sequence import COLDEST, LEAST_LOGPROB, SamplingParams
 from server.sequence import Sequence as Row
 
 
@@ -70,8 +70,8 @@ def _told(logits: Tensor, ids: Tensor, rows: Sequence[Row]) -> list[Tensor]:
     total = logits.logsumexp(dim=-1)
     own = logits.gather(1, ids[:, None])[:, 0] - total
     values, others = logits.topk(min(most, logits.shape[1]), dim=-1)
-    probable = (values - total[:, None]).clamp_max(0.0)
-    return [own.clamp_max(0.0), *others.float().unbind(1), *probable.unbind(1)]
+    probable = (values - total[:, None]).clamp(LEAST_LOGPROB, 0.0)
+    return [own.clamp(LEAST_LOGPROB, 0.0), *others.float().unbind(1), *probable.unbind(1)]
 
 
 def _these(indices: list[int], rows: Sequence[Row], points: Sequence[float]) -> tuple[list[Row], list[float]]:

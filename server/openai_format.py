@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from server.generation import Continuation, Piece
-from server.sequence import FinishReason, PromptToken, Token
+from server.sequence import FinishReason, PromptToken, Token, TokenLogprob
 from server.text import TextCodec
 
 
@@ -22,36 +22,63 @@ def usage(prompts: Iterable[Continuation], generated: Sequence[Continuation]) ->
 
 
 class CompletionLogprobs:
-    """Builds the four parallel lists of a completion's ``logprobs``; offsets count from the beginning."""
+    """Builds the four parallel lists of a completion's ``logprobs``, piece by piece.
 
-    def __init__(self, codec: TextCodec, top: int) -> None:
-        self._codec, self._top, self._offset = codec, top, 0
+    Args:
+        top: alternatives to each token.
+        prompt: the ids that are continued.
+        prompt_characters: the prompt's text has so many, from which the offsets of what follows go on.
+    """
+
+    def __init__(self, codec: TextCodec, top: int, prompt: Sequence[int], prompt_characters: int) -> None:
+        self._codec, self._top = codec, top
+        self._offsets, self._prompt_characters = codec.offsets(prompt), prompt_characters
 
     def of_prompt(self, tokens: Sequence[PromptToken]) -> dict[str, Any]:
-        return self._lists([(t, self._codec.token_text(t.id)) for t in tokens])
+        offsets = self._codec.offsets()
+        return self._lists(tokens, [offsets.add(token.id) for token in tokens])
 
     def of_pieces(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return self._lists([(p.token, self._codec.token_text(p.token.id)) for p in pieces])
+        offsets = [self._prompt_characters + self._offsets.add(piece.token.id) for piece in pieces]
+        return self._lists([piece.token for piece in pieces], offsets)
 
-    def _lists(self, tokens: Sequence[tuple[Token | PromptToken, str]]) -> dict[str, Any]:
-        offsets = []
-        for _, text in tokens:
-            offsets.append(self._offset)
-            self._offset += len(text)
+    def _lists(self, tokens: Sequence[Token | PromptToken], offsets: list[int]) -> dict[str, Any]:
         return {
-            "tokens": [text for _, text in tokens],
-            "token_logprobs": [token.logprob for token, _ in tokens],
-            "top_logprobs": [self._alternatives(token) for token, _ in tokens] if self._top else None,
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._alternatives(token) for token in tokens] if self._top else None,
             "text_offset": offsets,
         }
 
     def _alternatives(self, token: Token | PromptToken) -> dict[str, float | None] | None:
         if token.logprob is None:
             return None
-        shown: dict[str, float | None] = {}
-        for top in token.top:  # two tokens may share a text; the likelier comes first and stays
-            shown.setdefault(self._codec.token_text(top.id), top.logprob)
-        return shown
+        shown: dict[str, float | None] = {self._text(token.id): token.logprob}
+        for id_, logprob in token.top:
+            if id_ != token.id:  # two tokens may share a text: the token's own is its key
+                text = self._text(id_)
+                shown[f"token_id:{id_}" if text in shown else text] = logprob
+        return dict(sorted(shown.items(), key=_by_logprob))
+
+    def _text(self, id_: int) -> str:
+        """As OpenAI has it: a part of a character is written as ``bytes:\\xe2\\x80``."""
+        token = self._codec.token(id_)
+        return token.text if token.is_text else f"bytes:{_escaped(token.data)}"
+
+
+def _by_logprob(item: tuple[str, float | None]) -> float:
+    return 0.0 if item[1] is None else -item[1]
+
+
+def _escaped(data: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def with_own(token: Token) -> tuple[TokenLogprob, ...]:
+    """A token's alternatives, itself among them: OpenAI adds it where it is not one of the likeliest."""
+    if any(id_ == token.id for id_, _ in token.top):
+        return token.top
+    return (*token.top, TokenLogprob(token.id, token.logprob))
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -60,15 +87,18 @@ def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def chat_logprobs(pieces: Sequence[Piece], codec: TextCodec) -> dict[str, Any]:
+    """A part of a character is written as ``\\xe2\\x80``; the bytes of all tokens joined are the text's."""
+
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
-        text = codec.token_text(id_)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        token = codec.token(id_)
+        text = token.text if token.is_text else _escaped(token.data)
+        return {"token": text, "logprob": logprob, "bytes": list(token.data)}
+
+    def alternatives(token: Token) -> list[dict[str, Any]]:
+        return [entry(id_, logprob) for id_, logprob in with_own(token)] if token.top else []
 
     content = [
-        {
-            **entry(piece.token.id, piece.token.logprob),
-            "top_logprobs": [entry(top.id, top.logprob) for top in piece.token.top],
-        }
+        {**entry(piece.token.id, piece.token.logprob), "top_logprobs": alternatives(piece.token)}
         for piece in pieces
     ]
     return {"content": content, "refusal": None}

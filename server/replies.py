@@ -94,9 +94,17 @@ async def cancelled(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+# Unicode's line ends, which many clients take for the stream's: str.splitlines does, and httpx's iter_lines
+_LINE_ENDS = {"\u0085": rb"\u0085", "\u2028": rb"\u2028", "\u2029": rb"\u2029"}
+
+
 def event(data: Mapping[str, Any] | str) -> bytes:
+    """A server-sent event of JSON, or of a word."""
     # for every token of every stream: a fifth of what the standard library's encoder takes
     text = data.encode() if isinstance(data, str) else to_json(data, inf_nan_mode="null")
+    if not text.isascii():
+        for end, escaped in _LINE_ENDS.items():
+            text = text.replace(end.encode(), escaped)
     return b"data: %b\n\n" % text
 
 

@@ -17,7 +17,7 @@ from loaders import kernels
 from loaders.kernels import Summary, summarize
 from server.device_sampler import Choice, choose
 from server.faults import BadLogits, attempt
-from server.sequence import COLDEST, FinishReason, PromptToken, Sequence, Token, TokenLogprob
+from server.sequence import COLDEST, LEAST_LOGPROB, FinishReason, PromptToken, Sequence, Token, TokenLogprob
 
 
 class Picks:
@@ -69,7 +69,7 @@ class Sampler:
             return Token(chosen, None, (), finish)
         log_total = summary.log_totals[row]
         top = _top(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
-        return Token(chosen, min(logit - log_total, 0.0), top, finish)
+        return Token(chosen, _logprob(logit, log_total), top, finish)
 
     def begin(self, logits: Tensor, sequences: Rows[Sequence]) -> Picks:
         """As ``pick``, all rows together where the logits are; raises nothing."""
@@ -119,14 +119,21 @@ def _reported(
 
 
 def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
-    """What the model gave each of ``following`` (n ids) by the (n, vocabulary) logits before it."""
+    """What the model gave each of ``following`` (n ids) by the (n, vocabulary) logits before it.
+
+    Raises:
+        BadLogits: some of them are not numbers.
+    """
     if not following:
         return []
     logits = logits.cpu()
-    log_totals = summarize(logits, True, kernels.get()).log_totals or []
+    summary = summarize(logits, True, kernels.get())
+    if not all(map(math.isfinite, summary.largest)):
+        raise _no_numbers()
+    log_totals = summary.log_totals or []
     chosen = logits.gather(1, torch.tensor(following)[:, None])[:, 0].tolist()
     return [
-        PromptToken(id_, min(logit - log_total, 0.0), _top(row, log_total, top_n) if top_n else ())
+        PromptToken(id_, _logprob(logit, log_total), _top(row, log_total, top_n) if top_n else ())
         for id_, logit, log_total, row in zip(following, chosen, log_totals, logits, strict=True)
     ]
 
@@ -221,4 +228,8 @@ def _top(logits: Tensor, log_total: float, count: int) -> tuple[TokenLogprob, ..
     """The most probable tokens with their natural log-probabilities under the model's own distribution."""
     values, ids = logits.topk(min(count, len(logits)))
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return tuple(TokenLogprob(id_, min(value - log_total, 0.0)) for id_, value in pairs)
+    return tuple(TokenLogprob(id_, _logprob(value, log_total)) for id_, value in pairs)
+
+
+def _logprob(logit: float, log_total: float) -> float:
+    return max(min(logit - log_total, 0.0), LEAST_LOGPROB)

@@ -8,6 +8,8 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 COLDEST = 1e-6  # temperatures below it overflow float32; the distribution is a single token long before
+LEAST_LOGPROB = -9999.0
+"""Of a token that the model rules out, as OpenAI and vLLM have it: JSON has no infinity."""
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 

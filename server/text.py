@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from transformers import TokenizersBackend
-
-_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
-_LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
-_MOST_PENDING = 16  # tokens of which none ended with a whole character: they are no text
+from server.detokenizer import Detokenizer, continued
+from server.stop_strings import StopStrings
+from server.text_offsets import TextOffsets
+from server.vocabulary import Vocabulary, VocabularyToken, cleans_up
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,10 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
-        self._texts: dict[int, str] = {}
-        self._decode = _decoder(tokenizer)
+        self.vocabulary = Vocabulary(tokenizer)
+        self._clean: Callable[[str], str] | None = (
+            tokenizer.clean_up_tokenization if cleans_up(tokenizer) else None
+        )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
@@ -41,16 +40,19 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        return self._decode(list(ids))
+        text = self.vocabulary.decode(list(ids))
+        return text if self._clean is None else self._clean(text)
+
+    def token(self, id_: int) -> VocabularyToken:
+        """One token by itself."""
+        return self.vocabulary[id_]
 
     def token_text(self, id_: int) -> str:
-        """One token by itself, special ones by name. Remembered: an answer may tell of a hundred thousand."""
-        if id_ not in self._texts:
-            self._texts[id_] = self._tokenizer.decode([id_], skip_special_tokens=False)
-        return self._texts[id_]
+        """What one token adds to a text; of a special one its name."""
+        return self.vocabulary[id_].text
 
     def is_special(self, id_: int) -> bool:
-        return id_ in self._special
+        return self.vocabulary[id_].special
 
     def tokenize(self, text: str) -> Iterator[TokenSpan]:
         encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
@@ -68,73 +70,47 @@ class TextCodec:
         return ids
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
-        return IncrementalDecoder(self, prompt, stop)
+        return IncrementalDecoder(self.vocabulary, Detokenizer(self.vocabulary, prompt, self._clean), stop)
 
+    def offsets(self, prompt: Sequence[int] = ()) -> TextOffsets:
+        """Where the tokens that follow a prompt begin in their text."""
+        return TextOffsets(self.vocabulary, prompt, self._clean)
 
-def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Ids → text without special tokens. Where ``transformers`` adds nothing to what the tokenizer beneath it
-    does, that one is called: twice for every token of every stream, its checks cost more than its work."""
-    beneath = getattr(tokenizer, "backend_tokenizer", None)
-    adds = type(tokenizer)._decode is not TokenizersBackend._decode or tokenizer.clean_up_tokenization_spaces
-    if beneath is None or adds:
-        return partial(tokenizer.decode, skip_special_tokens=True)
-    return partial(beneath.decode, skip_special_tokens=True)
+    def shares(self, prompt: Sequence[int], ids: Sequence[int]) -> list[str]:
+        """What each of the ids that follow a prompt adds to the text: joined, they are all of it.
+
+        Special tokens add nothing; a character made by several tokens is the last one's.
+        """
+        text = continued(self.vocabulary, prompt, ids)
+        text = text if self._clean is None else self._clean(text)
+        offsets = self.offsets(prompt)
+        shown = [at for at, id_ in enumerate(ids) if not self.token(id_).hidden]
+        starts = [offsets.add(ids[at]) for at in shown]
+        shares = [""] * len(ids)
+        for at, start, stop in zip(shown, starts, [*starts, len(text)][1:], strict=True):
+            shares[at] = text[start:stop]
+        return shares
 
 
 class IncrementalDecoder:
-    """Turns tokens into text as they come; what it has given out is never taken back.
+    """Turns tokens into text as they come, up to a stop string."""
 
-    Held back until more is known: bytes of an unfinished character, and the beginning of what may become a
-    stop string. A token's text depends on its neighbours (spaces), so some before it are decoded along.
-    """
+    def __init__(self, vocabulary: Vocabulary, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+        self._vocabulary, self._detokenizer = vocabulary, detokenizer
+        self._stop, self._stops = StopStrings(stop), bool(stop)
 
-    def __init__(self, codec: TextCodec, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._codec, self._stop = codec, tuple(stop)
-        self._ids = list(prompt[-_LONGEST_CHARACTER:])
-        self._context = 0  # first id decoded along, for its neighbours' sake
-        self._read = len(self._ids)  # where text last ended with a whole character
-        self._given = len(codec.decode(self._ids))  # characters, from the context on, that are given out
-        self._held = ""  # text that may yet turn out to begin a stop string
-        self.stopped = False
+    @property
+    def stopped(self) -> bool:
         """Whether a stop string has come."""
+        return self._stop.found
 
     def push(self, id_: int) -> str:
         """The text that this token releases, up to a stop string if that completes one."""
-        self._ids.append(id_)
-        return self._release(self._decode(final=False), final=False)
+        token = self._vocabulary[id_]
+        if token.hidden and self._stops:  # its name comes after what is held back
+            return self._stop.push(self._detokenizer.settle(), token.text)
+        return self._stop.push(self._detokenizer.push(id_))
 
     def finish(self) -> str:
         """Whatever was held back, now that nothing more will come."""
-        return self._release(self._decode(final=True), final=True)
-
-    def _decode(self, final: bool) -> str:
-        text = self._codec.decode(self._ids[self._context :])
-        pending = len(self._ids) - self._read
-        certain = text if final or pending >= _MOST_PENDING else text.rstrip(_REPLACEMENT)
-        new = certain[self._given :]
-        if len(certain) == len(text):
-            self._context, self._read = self._read, len(self._ids)
-            self._given = len(self._codec.decode(self._ids[self._context :]))
-        else:
-            self._given += len(new)
-        return new
-
-    def _release(self, text: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+        return self._stop.push(self._detokenizer.finish(), final=True)

@@ -1,5 +1,6 @@
 """Small real checkpoints, made on the spot: a GPT-2, a Llama with grouped-query attention."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,8 +58,24 @@ def llama(context: int = 256, seed: int = 0) -> LlamaForCausalLM:
     ).eval()  # fmt: skip
 
 
-def save(model: PreTrainedModel, folder: Path) -> Path:
+def scripted(script: Sequence[int], prompt_tokens: int, vocabulary: int = VOCABULARY) -> GPT2LMHeadModel:
+    """A GPT-2 that says ``script`` after any prompt of so many tokens: it looks at the position alone."""
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=256, n_embd=256, n_layer=1, n_head=4,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+        model.transformer.wpe.weight.copy_(torch.eye(256))
+        for at, id_ in enumerate(script):
+            model.lm_head.weight[id_, prompt_tokens - 1 + at] = 1.0
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
     """Writes a checkpoint as the hub has them: config, tokenizer, safetensors."""
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder

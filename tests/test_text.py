@@ -1,11 +1,12 @@
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from server.text import IncrementalDecoder, TextCodec
+from server.detokenizer import Detokenizer
+from server.text import TextCodec
+from server.vocabulary import VocabularyToken
 from tests.checkpoints import byte_tokenizer
 
 CODEC = TextCodec(byte_tokenizer())
@@ -66,13 +67,16 @@ def test_special_tokens_leave_no_text() -> None:
 
 
 class Bytes:
-    """In the place of a codec whose tokens are any bytes; their ids are their places in a list."""
+    """In the place of a vocabulary whose tokens are any bytes; their ids are their places in a list."""
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.tokens[id_] for id_ in ids).decode(errors="replace")
+
+    def __getitem__(self, id_: int) -> VocabularyToken:
+        return VocabularyToken(id_, self.decode([id_]), self.tokens[id_])
 
 
 CROSSING = [b"\xe4\xb8", b"\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad"]
@@ -82,15 +86,13 @@ CROSSING = [b"\xe4\xb8", b"\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad\xe4", b"\xb8\x
 @example(CROSSING)
 @settings(max_examples=300, deadline=None)
 def test_tokens_that_end_amid_characters_make_the_text_that_they_make_together(tokens: list[bytes]) -> None:
-    codec: Any = Bytes(tokens)
-    decoder = IncrementalDecoder(codec, [])
+    decoder = Detokenizer(Bytes(tokens), [])
     pieces = [decoder.push(id_) for id_ in range(len(tokens))]
     assert "".join([*pieces, decoder.finish()]) == b"".join(tokens).decode(errors="replace")
 
 
 def test_what_is_no_text_is_not_held_back_for_ever() -> None:
-    codec: Any = Bytes([b"\xe4"])
-    decoder = IncrementalDecoder(codec, [])
+    decoder = Detokenizer(Bytes([b"\xe4"]), [])
     assert "".join(decoder.push(0) for _ in range(50)).count("\ufffd") > 25
 
 

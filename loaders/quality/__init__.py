@@ -17,7 +17,7 @@ import torch
 
 from loaders.base import LoadedModel, Progress, ignore_progress
 from loaders.quality import greedy
-from loaders.quality.divergence import Mean, Quantiles, TokenFigures, compare
+from loaders.quality.divergence import Mean, Quantiles, TokenFigures, compare, exponential
 from loaders.quality.greedy import GreedyDivergence
 from loaders.quality.passes import Passes, Scorer
 from loaders.quality.text import (
@@ -113,14 +113,14 @@ class _Tally:
         self.squared_delta_p.add(figures.delta_p.square())
 
     def figures(self, stream: TokenStream) -> dict[str, Any]:
-        ratio, error = math.exp(self.excess.mean), self.excess.standard_error
+        ratio, error = exponential(self.excess.mean), self.excess.standard_error
         return {
             "precision": self.model.precision,
             "seconds": self.scorer.seconds,
             "tokens": stream.tokens,
             "scored": self.nll.count,
-            "perplexity": math.exp(self.nll.mean),
-            "reference_perplexity": math.exp(self.reference_nll.mean),
+            "perplexity": exponential(self.nll.mean),
+            "reference_perplexity": exponential(self.reference_nll.mean),
             "bits_per_byte": self.nll.mean / math.log(2) * stream.tokens / stream.bytes,
             "perplexity_ratio": ratio,
             "perplexity_ratio_error": None if error is None else ratio * error,

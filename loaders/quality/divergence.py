@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from loaders.quality.text import QualityError
+
 BLOCK = 64  # tokens
 _CHUNK = 2**17  # logits that a thread turns into float64 at a time: 1 MB, which stay in a core's cache
 _CHUNK_ON_A_DEVICE = 2**24
@@ -63,6 +65,18 @@ def _compare_chunk(reference: Tensor, other: Tensor, targets: Tensor) -> tuple[T
     kl = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum(-1).clamp_min_(0.0)
     agrees = (reference.argmax(-1) == other.argmax(-1)).double()
     return -true_p, -true_q, kl, agrees, true_q.exp() - true_p.exp()
+
+
+def exponential(mean: float) -> float:
+    """e to a mean −ln p: a perplexity; to a mean difference: a ratio of two.
+
+    Raises:
+        QualityError: no float64 is so large.
+    """
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        raise QualityError(f"a mean of {mean:.0f} nats a token has no finite perplexity") from None
 
 
 class Mean:

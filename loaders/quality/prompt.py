@@ -4,14 +4,13 @@ The reference's logits are kept (prompt × vocabulary, float32); the others' are
 by stretch, so that a prompt can be computed in chunks between other work.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loaders.quality.divergence import TokenFigures, compare
+from loaders.quality.divergence import TokenFigures, compare, exponential
 from loaders.quality.text import QualityError
 
 MOST_LOGITS = 2**28
@@ -83,7 +82,7 @@ class Against:
 
     def figures(self) -> PromptFigures:
         """Raises:
-        QualityError: logits that are not numbers.
+        QualityError: logits that are not numbers, or so far apart that there is no perplexity.
         """
         kl = torch.cat([figures.kl for figures in self._figures])
         nll = torch.cat([figures.nll for figures in self._figures])[:-1]
@@ -91,7 +90,7 @@ class Against:
         if not (torch.isfinite(kl).all() and torch.isfinite(nll).all()):
             raise QualityError("the model gives logits that are not numbers")
         return PromptFigures(
-            math.exp(float(nll.mean())) if len(nll) else None,
+            exponential(float(nll.mean())) if len(nll) else None,
             float(kl.mean()),
             float(kl.max()),
             float(agrees.mean()),

@@ -11,6 +11,7 @@ from pydantic_settings import CliPositionalArg
 
 import loaders
 from loaders.base import LoaderError, ModelSpec
+from loaders.end_tokens import with_end_token
 from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.options import NotSaved, Output, json_option, precisions_option, save
@@ -69,8 +70,9 @@ async def _compare(options: Options, prompt: str) -> list[Compared]:
     from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
 
     checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+    tokenizer = load_tokenizer(checkpoint)
+    checkpoint, codec = with_end_token(checkpoint, tokenizer), TextCodec(tokenizer)
     spec = options.spec(checkpoint, slots=1)
-    codec = TextCodec(load_tokenizer(checkpoint))
     most = min(spec.max_tokens, longest_prompt(checkpoint.vocabulary) + options.max_new_tokens)
     ids = encode(codec, prompt, options.max_new_tokens, most, checkpoint.vocabulary)
 

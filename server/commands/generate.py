@@ -9,6 +9,7 @@ from pydantic_settings import CliPositionalArg
 
 import loaders
 from loaders.base import LoadedModel, LoaderError
+from loaders.end_tokens import with_end_token
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
@@ -45,8 +46,9 @@ def _generate(options: Options, prompt: str) -> int:
 
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
+    tokenizer = load_tokenizer(checkpoint)
+    checkpoint, codec = with_end_token(checkpoint, tokenizer), TextCodec(tokenizer)
     spec = options.spec(checkpoint, slots=1)
-    codec = TextCodec(load_tokenizer(checkpoint))
     ids = encode(codec, prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
     try:
         # not in the event loop, which would let the load go on after Ctrl-C

@@ -138,16 +138,21 @@ class Completion:
     def _choice(self, index: int, done: Continuation) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
-            builder = CompletionLogprobs(self.codec, self.body.logprobs)
+            builder = self._logprobs(index, done)
             prompt = builder.of_prompt(done.prompt_tokens if self.body.echo else [])
             logprobs = joined(prompt, builder.of_pieces(done.pieces))
         return _choice(index, self._echo(index) + done.text, logprobs, finish(done.finish_reason))
 
-    def _echo(self, index: int) -> str:
-        if not self.body.echo:
-            return ""
+    def _logprobs(self, index: int, one: Continuation) -> CompletionLogprobs:
+        characters = len(self._prompt_text(index))
+        return CompletionLogprobs(self.codec, self.body.logprobs or 0, one.prompt_ids, characters)
+
+    def _prompt_text(self, index: int) -> str:
         prompt = self.prompts[index // self.n]
         return prompt if isinstance(prompt, str) else self.codec.decode(prompt)
+
+    def _echo(self, index: int) -> str:
+        return self._prompt_text(index) if self.body.echo else ""
 
     async def _stream(self) -> Response:
         opened = await open_all(self.request, self._wanted())
@@ -155,8 +160,8 @@ class Completion:
         return EventStream(self._events(opened), close, told)
 
     async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
-        top = self.body.logprobs or 0
-        builders = [CompletionLogprobs(self.codec, top) for _ in opened]
+        asked = self.body.logprobs is not None
+        builders = [self._logprobs(index, one) if asked else None for index, one in enumerate(opened)]
         begun: set[int] = set()
         async for index, pieces in merged(opened):
             told: list[bytes] = []
@@ -170,11 +175,16 @@ class Completion:
         yield event("[DONE]")
 
     def _delta(
-        self, index: int, piece: Piece | None, one: Continuation, builder: CompletionLogprobs, first: bool
+        self,
+        index: int,
+        piece: Piece | None,
+        one: Continuation,
+        builder: CompletionLogprobs | None,
+        first: bool,
     ) -> dict[str, Any]:
         """The choice of one chunk; ``piece`` is None where no token was asked for."""
         pieces, logprobs = [piece] if piece else [], None
-        if self.body.logprobs is not None:
+        if builder is not None:
             prompt = builder.of_prompt(one.prompt_tokens if first and self.body.echo else [])
             logprobs = joined(prompt, builder.of_pieces(pieces))
         text = (self._echo(index) if first else "") + (piece.text if piece else "")

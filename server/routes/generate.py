@@ -121,10 +121,14 @@ def _text(body: GenerateBody, done: Continuation) -> str:
 
 def _sequence(body: GenerateBody, done: Continuation, codec: TextCodec) -> dict[str, Any]:
     prefill = done.prompt_tokens if body.decoder_input_details else []
+    texts = codec.shares(done.prompt_ids, [piece.token.id for piece in done.pieces])
     shown: dict[str, Any] = {
         **_summary(done),
         "prefill": [_prompt_token(token, codec) for token in prefill],
-        "tokens": [_token(piece, codec) for piece in done.pieces],
+        "tokens": [
+            _token(piece, codec.token_text(piece.token.id) if piece.special else text)
+            for piece, text in zip(done.pieces, texts, strict=True)
+        ],
     }
     if body.top_n_tokens:
         shown["top_tokens"] = [_top(piece.token, codec) for piece in done.pieces]
@@ -143,11 +147,10 @@ def _prompt_token(token: PromptToken, codec: TextCodec) -> dict[str, Any]:
     return {"id": token.id, "text": codec.token_text(token.id), "logprob": token.logprob}
 
 
-def _token(piece: Piece, codec: TextCodec, text: str | None = None) -> dict[str, Any]:
-    shown = codec.token_text(piece.token.id) if text is None else text
+def _token(piece: Piece, text: str) -> dict[str, Any]:
     return {
         "id": piece.token.id,
-        "text": shown,
+        "text": text,
         "logprob": piece.token.logprob,
         "special": piece.special,
     }
@@ -183,7 +186,7 @@ async def _events(body: GenerateBody, opened: Continuation, codec: TextCodec) ->
 
 def _event(body: GenerateBody, opened: Continuation, codec: TextCodec, piece: Piece) -> bytes:
     # the released text, not the bare token's: joined, the events are the text, without any stop string
-    data: dict[str, Any] = {"index": piece.index, "token": _token(piece, codec, piece.text)}
+    data: dict[str, Any] = {"index": piece.index, "token": _token(piece, piece.text)}
     if body.top_n_tokens:
         data["top_tokens"] = _top(piece.token, codec)
     last = _ending(body, opened) if piece.finish else {"generated_text": None, "details": None}

@@ -1,0 +1,160 @@
+"""A tokenizer's tokens one by one: the text and the bytes of each, and how a list of ids is decoded.
+
+The bytes come from the vocabulary, since decoding a token that is part of a character gives U+FFFD.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+from transformers import TokenizersBackend
+
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes
+
+
+class VocabularyToken(NamedTuple):
+    """One token of the vocabulary.
+
+    Args:
+        id: its place there.
+        text: what it adds to a text that it continues; a special token's name; U+FFFD for half a character.
+        data: the UTF-8 bytes that it adds to a text, perhaps of part of a character; none if it is hidden.
+        special: it controls the model and is no text.
+        hidden: it is left out of texts: special, or unknown to the tokenizer.
+        fallback: one byte, which makes a character together with the fallback tokens around it.
+        waits: what follows decides how it reads: a fallback one, or a beginning of a word that is marked so.
+    """
+
+    id: int
+    text: str
+    data: bytes
+    special: bool = False
+    hidden: bool = False
+    fallback: bool = False
+    waits: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is more than a part of a character."""
+        try:
+            self.data.decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+
+class Vocabulary:
+    """The tokens of a ``transformers`` tokenizer, looked at when they are first asked for."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.decode = _decoder(tokenizer)
+        """Ids → text, special tokens left out, before the tokenizer's clean-up of spaces."""
+        self._special = _special(tokenizer)
+        self._byte_level = _BYTES if "ByteLevel" in _decoder_types(tokenizer) else None
+        self._anchor = self._find_anchor()
+        self._tokens: dict[int, VocabularyToken] = {}
+
+    def __getitem__(self, id_: int) -> VocabularyToken:
+        """Of any id: one that the tokenizer doesn't know is hidden and has no text."""
+        if (found := self._tokens.get(id_)) is None:
+            found = self._tokens[id_] = self._look_up(id_)
+        return found
+
+    def _look_up(self, id_: int) -> VocabularyToken:
+        if id_ in self._special:
+            return VocabularyToken(id_, self._special[id_], b"", special=True, hidden=True)
+        if (piece := self._piece(id_)) is None:
+            return VocabularyToken(id_, "", b"", hidden=True)
+        if (byte := _FALLBACK.fullmatch(piece)) and self.decode([id_]) != piece:
+            data = bytes.fromhex(byte[1])
+            return VocabularyToken(id_, _readable(data), data, fallback=True, waits=True)
+        if self._byte_level is not None:
+            data = _byte_level(piece, self._byte_level)
+            return VocabularyToken(id_, _readable(data), data)
+        text, waits = self._continuing(id_)
+        return VocabularyToken(id_, text, text.encode(), waits=waits)
+
+    def _piece(self, id_: int) -> str | None:
+        """The token as it stands in the vocabulary."""
+        beneath = getattr(self._tokenizer, "backend_tokenizer", None)
+        if beneath is None and id_ >= len(self._tokenizer):
+            return None
+        look_up = self._tokenizer.convert_ids_to_tokens if beneath is None else beneath.id_to_token
+        found: str | None = look_up(id_)
+        return found
+
+    def _continuing(self, id_: int) -> tuple[str, bool]:
+        """Its text behind another token, since many decoders drop the space before a text's first; and
+        whether that changes with what follows."""
+        before = self.decode(self._anchor)
+        last = self.decode([*self._anchor, id_])
+        if not last.startswith(before):
+            return self.decode([id_]), False
+        followed = self.decode([*self._anchor, id_, *self._anchor])
+        if followed.startswith(last):
+            return last[len(before) :], False
+        return followed[len(before) : len(followed) - len(before.lstrip())], True
+
+    def _find_anchor(self) -> list[int]:
+        """Some token that is a word; none where there is no such token."""
+        ids: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        return [id_ for id_ in ids if id_ not in self._special][-1:]
+
+
+def cleans_up(tokenizer: Any) -> bool:
+    """Whether its decoding ends with ``clean_up_tokenization``, which removes spaces before punctuation."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    model = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return model != "BPE" or bool(getattr(tokenizer, forced, False))
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Where ``transformers`` adds nothing but the clean-up to what the tokenizer beneath it does, that one is
+    called: twice for every token of every stream, its checks cost more than its work."""
+    beneath = getattr(tokenizer, "backend_tokenizer", None)
+    if beneath is not None and type(tokenizer)._decode is TokenizersBackend._decode:
+        return partial(beneath.decode, skip_special_tokens=True)
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    """Names of the tokens that decoding leaves out: those with a role, and all that are declared special."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {**named, **{id_: token.content for id_, token in added.items() if token.special}}
+
+
+def _decoder_types(tokenizer: Any) -> set[str]:
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return set()
+    state = json.loads(decoder.__getstate__())
+    return {state["type"], *(part["type"] for part in state.get("decoders", []))}
+
+
+def _alphabet() -> dict[str, int]:
+    """Byte-level BPE's character for each byte: itself if printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    moved = ((chr(0x100 + at), byte) for at, byte in enumerate(others))
+    return dict(chain(((chr(byte), byte) for byte in printable), moved))
+
+
+_BYTES = _alphabet()
+
+
+def _byte_level(piece: str, alphabet: Mapping[str, int]) -> bytes:
+    try:
+        return bytes(alphabet[character] for character in piece)
+    except KeyError:  # an added token, which stands there as it reads
+        return piece.encode()
+
+
+def _readable(data: bytes) -> str:
+    return data.decode(errors="replace")
