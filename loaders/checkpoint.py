@@ -33,6 +33,7 @@ from loaders.base import (
     ignore_progress,
 )
 from loaders.memory import refusals
+from loaders.tokenizer_faults import is_tokenizer_fault
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -83,7 +84,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
         usable = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
-    except Exception as error:  # the library raises whatever its parsers do
+    except BaseException as error:  # the library raises whatever its parsers do, and panics
+        if not is_tokenizer_fault(error):
+            raise
         raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
     if not usable:  # without any files the library makes one of no words
         raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer")

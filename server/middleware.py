@@ -21,6 +21,7 @@ _access = logging.getLogger("server.access")
 _log = logging.getLogger("server")
 _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
+_NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -51,7 +52,9 @@ class Envelope:
         except (ClientDisconnect, ClientGone):
             status = status or 499
             await _answer_nobody(send)
-        except Exception as error:
+        except _NOT_FAULTS:
+            raise
+        except BaseException as error:  # a library in Rust panics with one that is no Exception
             if status:
                 raise
             _log_fault(error, id_)
@@ -62,11 +65,11 @@ class Envelope:
             _access.info("%s %s %s %d %.1f ms", id_, scope["method"], path, status, took)
 
 
-def _told(error: Exception) -> ServiceError:
+def _told(error: BaseException) -> ServiceError:
     return error if isinstance(error, ServiceError) else ServiceError("internal error")
 
 
-def _log_fault(error: Exception, id_: str) -> None:
+def _log_fault(error: BaseException, id_: str) -> None:
     if not isinstance(error, ServiceError):
         _log.error("request %s: an unforeseen fault", id_, exc_info=error)
 

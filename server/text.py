@@ -1,5 +1,6 @@
 """Text ↔ token ids: encoding, decoding token by token, stop strings."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +8,12 @@ from typing import Any
 
 from transformers import TokenizersBackend
 
+from loaders.tokenizer_faults import is_tokenizer_fault
+from server.errors import GenerationFailed, Invalid
+
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 _LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
+_log = logging.getLogger(__name__)
 _MOST_PENDING = 16  # tokens of which none ended with a whole character: they are no text
 
 
@@ -35,40 +40,55 @@ class TextCodec:
         self._texts: dict[int, str] = {}
         self._decode = _decoder(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises ``Invalid`` where the tokenizer fails on the text."""
+        ids: list[int] = self._encoded(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return self._decode(list(ids))
+        """The text of ids, special tokens left out. Raises ``GenerationFailed`` where the tokenizer fails."""
+        try:
+            return self._decode(list(ids))
+        except BaseException as error:
+            raise _decoding_failed(error) from None
 
     def token_text(self, id_: int) -> str:
         """One token by itself, special ones by name. Remembered: an answer may tell of a hundred thousand."""
         if id_ not in self._texts:
-            self._texts[id_] = self._tokenizer.decode([id_], skip_special_tokens=False)
+            try:
+                self._texts[id_] = self._tokenizer.decode([id_], skip_special_tokens=False)
+            except BaseException as error:
+                raise _decoding_failed(error) from None
         return self._texts[id_]
 
     def is_special(self, id_: int) -> bool:
         return id_ in self._special
 
     def tokenize(self, text: str) -> Iterator[TokenSpan]:
-        encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
+        """Raises ``Invalid`` as ``encode`` does."""
+        encoding = self._encoded(text, return_offsets_mapping=True)
         for id_, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             yield TokenSpan(id_, text[start:stop], start, stop)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self._tokenizer, "chat_template", None))
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation, ready for the assistant's turn."""
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _encoded(self, text: str, **options: Any) -> Any:
+        try:
+            return self._tokenizer(text, verbose=False, **options)
+        except BaseException as error:
+            if not is_tokenizer_fault(error):
+                raise
+            _log.warning("the tokenizer failed on %d characters (%s)", len(text), type(error).__name__)
+            raise Invalid("the model's tokenizer fails on this text", param="inputs") from None
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
         return IncrementalDecoder(self, prompt, stop)
+
+
+def _decoding_failed(error: BaseException) -> BaseException:
+    """What to raise for ``error``: itself, unless the tokenizer is at fault."""
+    if not is_tokenizer_fault(error):
+        return error
+    _log.warning("the tokenizer failed to decode tokens (%s)", type(error).__name__)
+    return GenerationFailed("the model's tokenizer fails to decode these tokens")
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
