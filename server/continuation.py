@@ -10,7 +10,7 @@ from server.errors import ServiceError
 from server.report.choice import Choice
 from server.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
 from server.setting_types import AUTO
-from server.text import IncrementalDecoder, TextCodec
+from server.text import TextCodec
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -77,7 +77,6 @@ class Continuation:
         prompt_ids: list[int],
         params: SamplingParams,
         fallback_reason: str | None,
-        decoder: IncrementalDecoder,
     ) -> None:
         self._service, self._lease, self._generation = service, lease, generation
         self.precision = engine.precision
@@ -88,7 +87,7 @@ class Continuation:
         self.prompt_ids = prompt_ids
         self.pieces: list[Piece] = []
         self.finish_reason: FinishReason | None = None
-        self._decoder = decoder
+        self._decoder = service.codec.incremental(prompt_ids, request.stop)
         self._closed = False
         self._error: ServiceError | None = None
 

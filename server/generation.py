@@ -42,7 +42,6 @@ __all__ = [
     "Service",
 ]
 NO_TEMPLATE = "this model has no chat template; use /v1/completions"
-_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
 
 
 class PoolLike(Protocol):
@@ -157,14 +156,13 @@ class Service:
     async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
         prompt = await self.encode(request, deadline)
         params = self.resolve(request, len(prompt))
-        decoder = self.codec.incremental(prompt, request.stop)
         lease, engine, reason = await self._find_engine(request, deadline)
         try:
             generation = engine.generate(prompt, params, deadline)
+            return Continuation(self, request, engine, lease, generation, prompt, params, reason)
         except BaseException:
             await lease.__aexit__(None, None, None)
             raise
-        return Continuation(self, request, engine, lease, generation, prompt, params, reason, decoder)
 
     async def encode(self, request: GenerationRequest, deadline: float | None = None) -> list[int]:
         """The prompt's ids, all of them in the vocabulary; at least one.
@@ -200,9 +198,9 @@ class Service:
         return await self._chat.render(conversation.messages, deadline)
 
     async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) > _LONG:
-            return await asyncio.to_thread(self.codec.encode, text, add_special_tokens)
-        return self.codec.encode(text, add_special_tokens)
+        if self.codec.is_quick(text):
+            return self.codec.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.codec.encode, text, add_special_tokens)
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
         """The parameters with length and seed settled, for a prompt of so many tokens.

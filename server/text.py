@@ -1,6 +1,7 @@
 """Text ↔ token ids: encoding, decoding token by token, stop strings."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ from server.errors import GenerationFailed, Invalid
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 _LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
 _log = logging.getLogger(__name__)
+_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
+_SLOW = 0.1  # seconds, by which a tokenizer's pattern has shown that it explodes
 _MOST_PENDING = 16  # tokens of which none ended with a whole character: they are no text
 
 
@@ -39,11 +42,16 @@ class TextCodec:
         self._special = frozenset(tokenizer.all_special_ids)
         self._texts: dict[int, str] = {}
         self._decode = _decoder(tokenizer)
+        self._explodes = False
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises ``Invalid`` where the tokenizer fails on the text."""
         ids: list[int] = self._encoded(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
+
+    def is_quick(self, text: str) -> bool:
+        """Whether the event loop may wait for its encoding: it is short, and no short one took long so far."""
+        return len(text) <= _LONG and not self._explodes
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out. Raises ``GenerationFailed`` where the tokenizer fails."""
@@ -71,6 +79,7 @@ class TextCodec:
             yield TokenSpan(id_, text[start:stop], start, stop)
 
     def _encoded(self, text: str, **options: Any) -> Any:
+        begun = time.perf_counter()
         try:
             return self._tokenizer(text, verbose=False, **options)
         except BaseException as error:
@@ -78,6 +87,8 @@ class TextCodec:
                 raise
             _log.warning("the tokenizer failed on %d characters (%s)", len(text), type(error).__name__)
             raise Invalid("the model's tokenizer fails on this text", param="inputs") from None
+        finally:
+            self._explodes |= len(text) <= _LONG and time.perf_counter() - begun > _SLOW
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
         return IncrementalDecoder(self, prompt, stop)

@@ -45,9 +45,9 @@ def with_renderer(template: str, test: Callable[[ChatRenderer], Awaitable[None]]
     asyncio.run(main())
 
 
-def mine() -> list[psutil.Process]:
-    """The processes of this one that render."""
-    return [one for one in psutil.Process().children() if _renders(one)]
+def mine(parent: int | None = None) -> list[psutil.Process]:
+    """The processes of this one, or of another, that render."""
+    return [one for one in psutil.Process(parent).children() if _renders(one)]
 
 
 def _renders(process: psutil.Process) -> bool:

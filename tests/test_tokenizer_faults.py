@@ -1,5 +1,6 @@
 """A tokenizer that fails, or panics as libraries in Rust do: one request's error, or a command's one line."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 import loaders.checkpoint
 from server.__main__ import main
+from server.generation import GenerationRequest
+from server.text import TextCodec
 from tests import checkpoints
 from tests.chat_templates import SMOLLM
 from tests.checkpoints import EXPLOSIVE, exploding_tokenizer
 from tests.conftest import Loads, wait_until
 from tests.test_generate import PROMPT, greedy
+from tests.test_generation import House, with_service
 from tests.test_http_robustness import still_serves
 
 FAILS = "the model's tokenizer fails on this text"
@@ -156,3 +160,29 @@ def test_a_tokenizer_that_panics_at_once_is_not_usable(
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", fails)
     assert main(["serve", "--model", folder]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "bitdial serve: tiny has no usable tokenizer"
+
+
+def test_a_pattern_that_explodes_keeps_the_event_loop_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the library's limit nothing ends it; what is encoded after that is encoded in a thread."""
+    monkeypatch.setattr("server.text._SLOW", 0.001)
+    slow = "x" * 22 + "z"
+    turns: list[int] = []
+
+    async def check(house: House) -> None:
+        house.service.codec = TextCodec(exploding_tokenizer())
+        for _ in range(2):
+            ticking = asyncio.create_task(tick())
+            await house.service.encode(GenerationRequest(slow))
+            ticking.cancel()
+
+    async def tick() -> None:
+        turns.append(0)
+        while True:
+            turns[-1] += 1
+            await asyncio.sleep(0)
+
+    with_service(tmp_path, check)
+    (while_encoding,) = turns  # the first never had its turn
+    assert while_encoding > 10
