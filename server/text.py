@@ -50,7 +50,7 @@ class TextCodec:
         return ids
 
     def is_quick(self, text: str) -> bool:
-        """Whether the event loop may wait while it is encoded: it is short, and no short one took long yet."""
+        """Whether the event loop may wait while it is encoded: short, and no short one has taken long yet."""
         return len(text) <= _LONG and not self._explodes
 
     def decode(self, ids: Sequence[int]) -> str:
