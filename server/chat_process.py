@@ -1,15 +1,14 @@
 """The process in which a model's chat template runs: an order in, an answer out, each a length and JSON.
 
-A template is a program of the model's author. Here it has little memory and no files, and the server ends
-the process when its time is up; should the server itself be gone, the kernel does.
+A template is a program of the model's author. Here it has little memory and writes no files, and the server
+ends the process when its time is up; should the server itself be gone, a timer does.
 """
 
 import json
-import math
 import resource
+import signal
 import struct
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -20,6 +19,7 @@ from server.chat_template import ChatTemplate, RoleDropped, TemplateRefusal, Too
 
 LENGTH = struct.Struct(">I")
 """Stands before every message."""
+_PATIENCE = 1.5  # times as long as the server, which has ended the process by then if it is there
 _LONGEST_REFUSAL = 300  # characters
 
 
@@ -36,12 +36,13 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     template = None
     while (order := _receive(sys.stdin.buffer)) is not None:
-        _allow(setup["seconds"])
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE * setup["seconds"])
         try:
             template = template or _compile(setup)
             answer = {"text": template.render(order["messages"]) if order else ""}
         except Exception as error:
             answer = _failure(error, setup["template"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _send(sys.stdout.buffer, answer)
 
 
@@ -85,8 +86,3 @@ def _send(stream: BinaryIO, message: Any) -> None:
 def _limit(kind: int, most: int) -> None:
     with suppress(ValueError, OSError):  # a system without it, or an even lower limit
         resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
-
-
-def _allow(seconds: float) -> None:
-    """CPU time from now on: one second more than the server waits, should nobody be there to wait."""
-    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)

@@ -249,6 +249,15 @@ def test_it_ends_with_the_server_that_did_not_say_goodbye() -> None:
     with_renderer(PLAIN, check)
 
 
+def test_it_ends_by_itself_while_it_computes() -> None:
+    async def check(renderer: ChatRenderer) -> None:
+        renderer._seconds = 60  # as a server that was killed, which ends nothing
+        assert await fault(renderer) == "the model's chat template can't be run on these messages"
+        await until(lambda: not mine())
+
+    with_renderer(POWER, check, seconds=0.3)
+
+
 def test_which_template_is_a_tokenizer_s() -> None:
     tokenizer = byte_tokenizer()
     assert template_of(tokenizer) is None
