@@ -19,9 +19,8 @@ def read_template(file: Path) -> str:
         ValueError: it can't be read, or is no text; the message doesn't name it.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO without a writer would block
-        with open(descriptor, "rb") as opened:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(file, "rb", opener=_without_waiting) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise ValueError("it is not a regular file")
             raw = opened.read(_LARGEST_FILE + 1)
     except OSError as error:
@@ -35,6 +34,11 @@ def read_template(file: Path) -> str:
     if not text.strip():
         raise ValueError("it is empty")
     return text
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a FIFO that nothing writes to as well."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def template_of(tokenizer: Any) -> str | None:

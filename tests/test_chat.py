@@ -1,4 +1,4 @@
-"""Conversations over HTTP: what is told where the model's chat template refuses, drops or hangs."""
+"""Conversations over HTTP: errors where the model's chat template refuses, drops or hangs."""
 
 import asyncio
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_a_developer_message_reaches_the_model_as_one_of_the_system(ask: Callabl
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "told"),
+    ("template", "messages", "message"),
     [
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
@@ -59,12 +59,12 @@ def test_a_developer_message_reaches_the_model_as_one_of_the_system(ask: Callabl
         ("{{ messages[0].secret.secret }}", [("user", "Hi")], "fails on these messages (UndefinedError)"),
     ],
 )
-def test_what_a_template_does_not_take_is_told(
-    ask: Callable[..., Any], template: str, messages: list[tuple[str, str]], told: str
+def test_messages_that_a_template_does_not_take_are_refused(
+    ask: Callable[..., Any], template: str, messages: list[tuple[str, str]], message: str
 ) -> None:
     reply = ask(template, *messages)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
-    assert reply.json()["error"]["message"] == f"the model's chat template {told}"
+    assert reply.json()["error"]["message"] == f"the model's chat template {message}"
     assert "secret" not in reply.text
 
 
@@ -132,7 +132,7 @@ def test_a_client_that_leaves_ends_the_process(make_app: Callable[..., FastAPI],
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "message"),
     [
         (None, ": it can't be read: No such file or directory"),
         ("", ": it is empty"),
@@ -144,14 +144,14 @@ def test_a_client_that_leaves_ends_the_process(make_app: Callable[..., FastAPI],
     ],
 )
 def test_an_unusable_file_is_one_line_before_anything_is_loaded(
-    made: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a.jinja"
     if made is not None:
         file.write_text(made)
     assert main(["serve", "--model", "no/such/model", "--chat-template", str(file)]) == 2
     name = f"bitdial serve: --chat-template (or CHAT_TEMPLATE) {str(file)!r}"
-    assert capsys.readouterr().err.splitlines() == [name + told]
+    assert capsys.readouterr().err.splitlines() == [name + message]
 
 
 def test_a_file_goes_before_the_model_s_own(

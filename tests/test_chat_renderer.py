@@ -58,9 +58,9 @@ def _renders(process: psutil.Process) -> bool:
 
 
 async def fault(renderer: ChatRenderer, content: str = "Hi") -> str:
-    with pytest.raises(Invalid) as told:
+    with pytest.raises(Invalid) as caught:
         await renderer.render(said(content), soon())
-    return told.value.message
+    return caught.value.message
 
 
 def test_a_process_is_started_once_and_used_again() -> None:
@@ -162,7 +162,7 @@ def test_an_endless_text_is_refused() -> None:
         ("nothing", "drops message 1: it has no place there for the role user"),
     ],
 )
-def test_what_is_told_of_a_refusal_and_what_is_not(template: str, expected: str) -> None:
+def test_the_message_of_a_refusal(template: str, expected: str) -> None:
     async def check(renderer: ChatRenderer) -> None:
         assert await fault(renderer, "secret words") == f"the model's chat template {expected}"
         assert len(mine()) == 1  # and it serves on
@@ -182,7 +182,7 @@ def test_the_request_s_deadline_counts_in_the_process_and_before_it() -> None:
     with_renderer(BOMB, check)
 
 
-def test_who_leaves_takes_the_process_along() -> None:
+def test_a_cancelled_request_ends_its_process() -> None:
     async def check(renderer: ChatRenderer) -> None:
         stuck = asyncio.create_task(renderer.render(said("bomb"), soon()))
         await until(mine)
@@ -235,7 +235,7 @@ def test_without_a_process_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatc
     with_renderer(PLAIN, check)
 
 
-def test_it_ends_with_the_server_that_did_not_say_goodbye() -> None:
+def test_it_ends_when_its_pipe_is_closed() -> None:
     """A pipe closed at the other end is all that a process learns of a server that was killed."""
 
     async def check(renderer: ChatRenderer) -> None:
@@ -272,15 +272,15 @@ def test_a_template_s_file(tmp_path: Path) -> None:
     assert read_template(file) == "{{ 'ä' }}\n"
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    for made, told in (
+    for made, message in (
         (b"\xff\xfe", "not UTF-8"), (b" \n", "empty"), (b"x" * (2**20 + 1), "larger than 1048576 bytes"),
     ):  # fmt: skip
         file.write_bytes(made)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             read_template(file)
-    for path, told in (
+    for path, message in (
         (tmp_path / "none", "can't be read: No such file"), (fifo, "not a regular file"),
         (tmp_path, "Is a directory|not a regular file"), (Path("/dev/zero"), "not a regular file"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             read_template(path)

@@ -65,7 +65,7 @@ def test_a_template_does_not_leave_its_sandbox(source: str) -> None:
         byte_tokenizer().apply_chat_template(CONVERSATIONS[0], chat_template=source, tokenize=False)
 
 
-def test_what_the_template_says_is_told_apart_from_its_faults() -> None:
+def test_a_refusal_is_not_a_fault() -> None:
     twice = [{"role": "user", "content": "a"}] * 2
     with pytest.raises(TemplateRefusal, match="must alternate"):
         template(MISTRAL).render(twice)

@@ -141,12 +141,12 @@ def test_commands_say_so_in_one_line(folder: str, tmp_path: Path, capsys: pytest
     text = tmp_path / "words.txt"
     text.write_text("the other " * 100 + EXPLOSIVE)
     quality = ["quality", "--precisions", "fp32", "--text", str(text)]
-    for command, told in (
+    for command, message in (
         (["generate", EXPLOSIVE], FAILS),
         (quality, "the model's tokenizer fails on words.txt (after 999 bytes)"),
     ):
         assert main([*command, "--model", folder]) == 1
-        assert capsys.readouterr().err.splitlines()[-1] == f"bitdial {command[0]}: {told}"
+        assert capsys.readouterr().err.splitlines()[-1] == f"bitdial {command[0]}: {message}"
 
 
 def test_a_tokenizer_that_panics_at_once_is_not_usable(
