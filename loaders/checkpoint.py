@@ -34,6 +34,7 @@ from loaders.base import (
     ignore_progress,
 )
 from loaders.memory import refusals
+from loaders.tokenizer_faults import is_tokenizer_fault
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -83,11 +84,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
-        usable = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
-    except Exception as error:  # the library raises whatever its parsers do
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("no words")  # without any files the library makes such a one
+    except BaseException as error:  # the library raises whatever its parsers do, and panics
+        if not is_tokenizer_fault(error):
+            raise
         raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
-    if not usable:  # without any files the library makes one of no words
-        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer")
     return tokenizer
 
 
@@ -146,9 +148,7 @@ def _locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Pa
     """Its folder, the name to show and the hub commit."""
     if model_id == BUNDLED:
         return Path(__file__).parent / "bundled", BUNDLED, None
-    with contextlib.suppress(
-        OSError, ValueError, RuntimeError
-    ):  # no path at all: too long, NUL, no such home
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path: too long, NUL, no such home
         if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
             return folder, folder.name, None
     if not _HUB_ID.fullmatch(model_id) or ".." in model_id:

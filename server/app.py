@@ -19,6 +19,7 @@ from loaders.base import Checkpoint, LoadedModel
 from loaders.end_tokens import with_end_token
 from server.auth import Auth
 from server.automatic import resolved
+from server.chat_source import make_renderer
 from server.description import describe
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.generation import Service
@@ -67,6 +68,8 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await app.state.reports.stop()
+            if app.state.chat is not None:
+                await app.state.chat.stop()
             await app.state.pool.stop()
             if app.state.tracing is not None:
                 await app.state.tracing.close()
@@ -103,6 +106,7 @@ async def _furnish(
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
     state.checkpoint = with_end_token(state.checkpoint, tokenizer)
     state.codec = TextCodec(tokenizer)
+    state.chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
     state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app) or _is_replaying(app))
     await state.reports.find_subject()
     settings, state.default_choice = resolved(settings, state.reports)
@@ -111,7 +115,9 @@ async def _furnish(
     state.tracing = _trace(settings, state.metrics, state.checkpoint)
     observer = state.tracing or state.metrics
     state.comparing, state.proofs = asyncio.Lock(), Proofs(state.pool)
-    state.service = Service(settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle)
+    state.service = Service(
+        settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle, state.chat
+    )
     state.shadow = _shadow(app, settings)
 
 

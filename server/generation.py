@@ -13,10 +13,12 @@ from typing import Protocol
 
 import loaders
 from loaders.base import Checkpoint, LoaderError
+from server.chat_renderer import ChatRenderer
 from server.continuation import DEFAULT_NEW_TOKENS, Continuation, Conversation, GenerationRequest, Piece
 from server.engine import Engine
 from server.errors import (
     BadPrecision,
+    BadRequest,
     DeadlinePassed,
     Invalid,
     NotReady,
@@ -39,7 +41,7 @@ __all__ = [
     "Piece",
     "Service",
 ]
-_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
+NO_TEMPLATE = "this model has no chat template; use /v1/completions"
 
 
 class PoolLike(Protocol):
@@ -69,8 +71,9 @@ class Service:
         pool: PoolLike,
         metrics: MetricsLike,
         lifecycle: Lifecycle,
+        chat: ChatRenderer | None = None,
     ) -> None:
-        self.codec = codec
+        self.codec, self._chat = codec, chat
         self._settings, self._checkpoint = settings, checkpoint
         self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
         self.on_arrival: Callable[[], None] = lambda: None
@@ -151,42 +154,53 @@ class Service:
         return places
 
     async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
-        prompt = await self.encode(request)
+        prompt = await self.encode(request, deadline)
         params = self.resolve(request, len(prompt))
         lease, engine, reason = await self._find_engine(request, deadline)
         try:
             generation = engine.generate(prompt, params, deadline)
+            return Continuation(self, request, engine, lease, generation, prompt, params, reason)
         except BaseException:
             await lease.__aexit__(None, None, None)
             raise
-        return Continuation(self, request, engine, lease, generation, prompt, params, reason)
 
-    async def encode(self, request: GenerationRequest) -> list[int]:
+    async def encode(self, request: GenerationRequest, deadline: float | None = None) -> list[int]:
         """The prompt's ids, all of them in the vocabulary; at least one.
 
+        Args:
+            deadline: of ``time.perf_counter()``; a request's usual time from now on if None.
+
         Raises:
-            Invalid
+            Invalid, DeadlinePassed
         """
+        if deadline is None:
+            deadline = time.perf_counter() + self._settings.request_timeout
         if (request.truncate or 0) > self.max_total_tokens:
             raise Invalid(f"truncate: at most {self.max_total_tokens} tokens", param="truncate")
-        ids = await self._ids(request.prompt)
+        ids = await self._ids(request.prompt, deadline)
         if not ids:
             raise Invalid("the input has no tokens", param="inputs")
         if min(ids) < 0 or max(ids) >= self._checkpoint.vocabulary:
             raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="inputs")
         return ids[-request.truncate :] if request.truncate else ids
 
-    async def _ids(self, prompt: str | list[int] | Conversation) -> list[int]:
+    async def _ids(self, prompt: str | list[int] | Conversation, deadline: float) -> list[int]:
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, Conversation):
-            try:
-                return await asyncio.to_thread(self.codec.encode_chat, prompt.messages)
-            except Exception:  # a template is a program of the model's author, and refuses in its own ways
-                raise Invalid("the model's chat template refuses these messages", param="inputs") from None
-        if len(prompt) > _LONG:
-            return await asyncio.to_thread(self.codec.encode, prompt)
-        return self.codec.encode(prompt)
+            text = await self._rendered(prompt, deadline)
+            return await self._encoded(text, add_special_tokens=False)  # the template wrote them
+        return await self._encoded(prompt, add_special_tokens=True)
+
+    async def _rendered(self, conversation: Conversation, deadline: float) -> str:
+        if self._chat is None:
+            raise BadRequest(NO_TEMPLATE, param="inputs")
+        return await self._chat.render(conversation.messages, deadline)
+
+    async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self.codec.is_quick(text):
+            return self.codec.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.codec.encode, text, add_special_tokens)
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
         """The parameters with length and seed settled, for a prompt of so many tokens.

@@ -21,6 +21,7 @@ _access = logging.getLogger("server.access")
 _log = logging.getLogger("server")
 _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
+_NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
 _QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
@@ -52,7 +53,9 @@ class Envelope:
         except (ClientDisconnect, ClientGone):
             status = status or 499
             await _answer_nobody(send)
-        except Exception as error:
+        except _NOT_FAULTS:
+            raise
+        except BaseException as error:  # a library in Rust panics with one that is no Exception
             if status:
                 raise
             _log_fault(error, id_)
@@ -84,11 +87,11 @@ def _log_access(scope: Scope, status: int, milliseconds: float) -> None:
     )  # fmt: skip
 
 
-def _told(error: Exception) -> ServiceError:
+def _told(error: BaseException) -> ServiceError:
     return error if isinstance(error, ServiceError) else ServiceError("internal error")
 
 
-def _log_fault(error: Exception, id_: str) -> None:
+def _log_fault(error: BaseException, id_: str) -> None:
     if not isinstance(error, ServiceError):
         _log.error("request %s: an unforeseen fault", id_, exc_info=error)
 

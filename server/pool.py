@@ -158,8 +158,9 @@ class Pool:
         def run() -> None:
             try:
                 result = self._load_model(state.name, spec, tell)
-            except Exception as error:
-                settle: Callable[[], None] = partial(_settle, future, None, error)
+            except BaseException as error:  # a library in Rust panics with one that is no Exception
+                told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+                settle: Callable[[], None] = partial(_settle, future, None, told)
             else:
                 settle = partial(_settle, future, result, None)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more

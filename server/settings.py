@@ -1,6 +1,7 @@
 """Every setting, declared once. A command-line flag beats an environment variable beats the default."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, SecretStr
@@ -32,6 +33,13 @@ class Settings(PrecisionSettings):
 
     precision: PrecisionOrAuto = option(
         "fp32", _MODEL, "NAME", "the precision used where none is asked for; auto chooses by the report"
+    )
+    chat_template: Path | None = option(
+        None,
+        _MODEL,
+        "FILE",
+        "a chat template in Jinja, for a model that has none or in place of its own",
+        unset="the model's own",
     )
 
     precisions: Precisions | None = option(

@@ -1,13 +1,21 @@
 """Text ↔ token ids: encoding, decoding token by token, stop strings."""
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.tokenizer_faults import is_tokenizer_fault
 from server.detokenizer import Detokenizer, continued
+from server.errors import Invalid
 from server.stop_strings import StopStrings
 from server.text_offsets import TextOffsets
 from server.vocabulary import Vocabulary, VocabularyToken, cleans_up
+
+_log = logging.getLogger(__name__)
+_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
+_SLOW = 0.1  # seconds, by which a tokenizer's pattern has shown that it explodes
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,19 @@ class TextCodec:
         self._clean: Callable[[str], str] | None = (
             tokenizer.clean_up_tokenization if cleans_up(tokenizer) else None
         )
+        self._explodes = False
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises ``Invalid`` where the tokenizer fails on the text."""
+        ids: list[int] = self._encoded(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
+    def is_quick(self, text: str) -> bool:
+        """Whether the event loop may wait while it is encoded: short, and no short one has taken long yet."""
+        return len(text) <= _LONG and not self._explodes
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
+        """The text of ids, special tokens left out. Raises ``GenerationFailed`` where the tokenizer fails."""
         text = self.vocabulary.decode(list(ids))
         return text if self._clean is None else self._clean(text)
 
@@ -55,19 +69,22 @@ class TextCodec:
         return self.vocabulary[id_].special
 
     def tokenize(self, text: str) -> Iterator[TokenSpan]:
-        encoding = self._tokenizer(text, return_offsets_mapping=True, verbose=False)
+        """Raises ``Invalid`` as ``encode`` does."""
+        encoding = self._encoded(text, return_offsets_mapping=True)
         for id_, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             yield TokenSpan(id_, text[start:stop], start, stop)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self._tokenizer, "chat_template", None))
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation, ready for the assistant's turn."""
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _encoded(self, text: str, **options: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return self._tokenizer(text, verbose=False, **options)
+        except BaseException as error:
+            if not is_tokenizer_fault(error):
+                raise
+            _log.warning("the tokenizer failed on %d characters (%s)", len(text), type(error).__name__)
+            raise Invalid("the model's tokenizer fails on this text", param="inputs") from None
+        finally:
+            self._explodes |= len(text) <= _LONG and time.perf_counter() - begun > _SLOW
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
         return IncrementalDecoder(self.vocabulary, Detokenizer(self.vocabulary, prompt, self._clean), stop)

@@ -4,6 +4,7 @@ The bytes come from the vocabulary, since decoding a token that is part of a cha
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,6 +13,10 @@ from typing import Any, NamedTuple
 
 from transformers import TokenizersBackend
 
+from loaders.tokenizer_faults import is_tokenizer_fault
+from server.errors import GenerationFailed
+
+_log = logging.getLogger(__name__)
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes
 
 
@@ -51,12 +56,25 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.decode = _decoder(tokenizer)
-        """Ids → text, special tokens left out, before the tokenizer's clean-up of spaces."""
+        self._decode = _decoder(tokenizer)
         self._special = _special(tokenizer)
         self._byte_level = _BYTES if "ByteLevel" in _decoder_types(tokenizer) else None
         self._anchor = self._find_anchor()
         self._tokens: dict[int, VocabularyToken] = {}
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids → text, special tokens left out, before the tokenizer's clean-up of spaces.
+
+        Raises:
+            GenerationFailed: the tokenizer fails on them.
+        """
+        try:
+            return self._decode(ids)
+        except BaseException as error:
+            if not is_tokenizer_fault(error):
+                raise
+            _log.warning("the tokenizer failed to decode tokens (%s)", type(error).__name__)
+            raise GenerationFailed("the model's tokenizer fails to decode these tokens") from None
 
     def __getitem__(self, id_: int) -> VocabularyToken:
         """Of any id: one that the tokenizer doesn't know is hidden and has no text."""
@@ -101,7 +119,12 @@ class Vocabulary:
 
     def _find_anchor(self) -> list[int]:
         """Some token that is a word; none where there is no such token."""
-        ids: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        try:
+            ids: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        except BaseException as error:
+            if not is_tokenizer_fault(error):
+                raise
+            return []
         return [id_ for id_ in ids if id_ not in self._special][-1:]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +15,7 @@ from transformers import (
 )
 
 END = "<|endoftext|>"
+EXPLOSIVE = "x" * 60 + "z"
 VOCABULARY = 320  # 256 bytes, the end token, some merges; the rest of the rows are never produced by text
 
 
@@ -34,6 +35,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=END,
         clean_up_tokenization_spaces=False,
     )
+
+
+def exploding_tokenizer() -> PreTrainedTokenizerFast:
+    """One whose pattern takes exponential time on ``EXPLOSIVE``, until the library beneath panics."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
 
 
 def gpt2(context: int = 256, seed: int = 0) -> GPT2LMHeadModel:

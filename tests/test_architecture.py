@@ -1,6 +1,7 @@
 """The arrows between the rooms, read from the imports."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ def importers(package: str) -> set[str]:
 
 def test_loaders_know_no_server() -> None:
     assert not [name for name in importers("server") if name.startswith("loaders/")]
+
+
+def test_the_process_of_a_chat_template_starts_in_a_moment() -> None:
+    known = sys.stdlib_module_names | {"jinja2"}
+    for name in ("chat_process", "chat_template"):
+        found = imports(ROOT / "server" / f"{name}.py") - {"server.chat_template"}
+        assert {module.split(".")[0] for module in found} <= known
 
 
 def test_only_metrics_knows_prometheus() -> None:

@@ -1,6 +1,7 @@
 """The clients people already have, unchanged, against a real socket."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -95,10 +96,10 @@ def test_what_huggingface_asks_of_an_endpoint(live: str) -> None:
     assert client.get_endpoint_info(model=live)["model_id"] == "fake"
 
 
-def test_a_conversation(make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch) -> None:
-    app = make_app()
-    with serving(app) as address:
-        monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
+def test_a_conversation(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(TEMPLATE)
+    with serving(make_app(chat_template=file)) as address:
         said = [{"role": "user", "content": "Hi"}]
         expected = greedy(4, "user: Hi\nassistant:")
         face = InferenceClient(address)

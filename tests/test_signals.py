@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from server.__main__ import main
+from tests.conftest import wait_until
 from tests.fakes import fake_checkpoint
+from tests.test_chat_renderer import BOMB, mine
 from tests.test_process import ROOT, ask, environment
 
 SERVE = """
@@ -40,12 +42,12 @@ TOKENS = 75  # a second and a half
 
 @contextmanager
 def serving(
-    folder: Path, loading: str = "", grace: str = "30"
+    folder: Path, loading: str = "", grace: str = "30", **variables: str
 ) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """The process, and its port as soon as it listens."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE.format(loading=loading), str(folder)],
-        cwd=ROOT, env=environment() | {"GRACEFUL_TERMINATION_TIMEOUT": grace},
+        cwd=ROOT, env=environment() | {"GRACEFUL_TERMINATION_TIMEOUT": grace} | variables,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
@@ -170,6 +172,22 @@ def test_one_while_loading(folder: Path) -> None:
         assert ask(port, "GET", "/health")[0] == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 0
+
+
+def test_a_chat_template_that_never_ends_holds_nothing_up(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(BOMB)
+    with serving(folder, grace="0", CHAT_TEMPLATE=str(file)) as (process, port):
+        body = json.dumps({"messages": [{"role": "user", "content": "bomb"}]})
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        wait_until(lambda: mine(process.pid))
+        (renders,) = mine(process.pid)
+        assert ask(port, "GET", "/health/live")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+        wait_until(lambda: not renders.is_running())
+        connection.close()
 
 
 @pytest.fixture

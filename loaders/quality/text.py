@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loaders import corpus
+from loaders.tokenizer_faults import is_tokenizer_fault
 
 BLOCK = 2**18  # bytes read and encoded at a time
 
@@ -86,12 +87,23 @@ class TokenStream:
         """Encoded so far."""
 
     def __iter__(self) -> Iterator[int]:
+        """Raises ``QualityError`` where the tokenizer fails."""
         for number, piece in enumerate(self._text.pieces(self._block)):
             # a tokenizer's own first token (BOS) belongs at the text's beginning only
-            encoded = self._tokenizer(piece, add_special_tokens=number == 0, verbose=False)
+            encoded = self._encoded(piece, add_special_tokens=number == 0)
             self.tokens += len(encoded["input_ids"])
             self.bytes += len(piece.encode())
             yield from encoded["input_ids"]
+
+    def _encoded(self, piece: str, add_special_tokens: bool) -> Any:
+        try:
+            return self._tokenizer(piece, add_special_tokens=add_special_tokens, verbose=False)
+        except BaseException as error:
+            if not is_tokenizer_fault(error):
+                raise
+            raise QualityError(
+                f"the model's tokenizer fails on {self._text.name} (after {self.bytes} bytes)"
+            ) from error
 
     def expected_tokens(self) -> int:
         """Of the whole text, by what has been encoded of it; exact at the end."""

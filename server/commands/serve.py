@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
+        _require_chat_template(options)
         set_up_logging(options.json_output, options.log_level)
         # late: help and usage needn't wait for transformers
         from loaders.checkpoint import load_tokenizer, open_checkpoint
@@ -73,6 +74,29 @@ def _require_tracing(options: Settings) -> None:
         import_module("server.tracing")
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
+
+
+def _require_chat_template(options: Settings) -> None:
+    """A file that was named must be a template that can be compiled."""
+    if options.chat_template is None:
+        return
+    from server.chat_renderer import SUBJECT, ChatRenderer
+    from server.chat_source import read_template
+
+    async def check(template: str) -> None:
+        renderer = ChatRenderer(template, {}, options.payload_limit)
+        try:
+            await renderer.check()
+        finally:
+            await renderer.stop()
+
+    name = f"--chat-template (or CHAT_TEMPLATE) {str(options.chat_template)[:200]!r}"
+    try:
+        asyncio.run(check(read_template(options.chat_template)))
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
+    except ServiceError as error:
+        raise UsageError(f"{name} {error.message.removeprefix(SUBJECT)}") from None
 
 
 def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
 from server.errors import BadPrecision, BadRequest, NotFound
+from server.generation import NO_TEMPLATE
 from server.intake import Asked, choose_precision, known_precision, precision_of_model, settle
 from server.routes.chat import Chat
 from server.routes.completions import Completion
@@ -76,8 +77,8 @@ async def completions(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """Continues a conversation, where the model has a chat template."""
     values = await read_object(request)
-    if not request.app.state.codec.has_chat_template:
-        raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
+    if request.app.state.chat is None:
+        raise BadRequest(NO_TEMPLATE, param="messages")
     body = _validated(request, ChatBody, values)
     return await Chat(request, body, _asked(request, values, body)).answer()
 
