@@ -53,13 +53,13 @@ def _try_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
     few = replace(spec, slots=min(spec.slots, _TRIED))
     runner = CapturedRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
     try:
-        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     finally:
         runner.close()
 
 
 def _tried_out(runner: TorchRunner, spec: ModelSpec) -> TorchRunner:
-    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     return runner
 
 

@@ -42,7 +42,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [("keys", P), ("values", P), ("context", I64), ("half", I64)]
+    _fields_ = [("keys", P), ("values", P), ("context", I64), ("kind", I64)]
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,25 @@ class Layer:
     down: PackedMatrix
 
 
-class KeyValues:
-    """Keys and values of every layer; (slots, heads, context, dim) each, contiguous, float32 or float16."""
+class BeyondHalf(ArithmeticError):
+    """Keys or values of a pass do not fit into float16; its results are of no use."""
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+
+class KeyValues:
+    """Keys and values of every layer; (slots, heads, context, dim) each, contiguous, float32 or float16.
+
+    Args:
+        rounded: float32 that holds, wherever float16 would do, what float16 holds.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rounded: bool = False) -> None:
         self.layers = layers
         count, context = len(layers), layers[0][0].shape[2] if layers else 0
         self._keys = (P * count)(*(keys.data_ptr() for keys, _ in layers))
         self._values = (P * count)(*(values.data_ptr() for _, values in layers))
         half = count > 0 and layers[0][0].dtype == torch.float16
-        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, half)
+        kind = 1 if half else 2 * rounded  # FLOAT, HALF, ROUNDED of attention.h
+        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, kind)
 
 
 class GPT2:
@@ -131,6 +140,7 @@ class GPT2:
         Raises:
             IndexError: an id or a position that the model has no embedding for.
             MemoryError: the scratch memory can't be had.
+            BeyondHalf: the cache is float16, and does not hold this pass's keys or values.
         """
         count = len(ids)
         if not (min(ids) >= 0 and max(ids) < self._vocabulary and min(positions) >= 0):
@@ -142,15 +152,18 @@ class GPT2:
         rows = _Rows(*map(ctypes.addressof, held), count)
         logits = torch.empty(wanted, self._head.outputs, dtype=torch.float32)
         threads = torch.get_num_threads()
-        if self._library.gpt2(
+        status = self._library.gpt2(
             ctypes.addressof(self._model),
             ctypes.addressof(rows),
             ctypes.addressof(cache.struct),
             wanted,
             logits.data_ptr(),
             threads,
-        ):
+        )
+        if status < 0:
             raise MemoryError("not enough memory for a forward pass")
+        if status:
+            raise BeyondHalf("keys or values do not fit into float16")
         return logits
 
     def _layer(self, layer: Layer) -> _Layer:
