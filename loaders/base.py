@@ -286,5 +286,13 @@ def ignore_progress(stage: str, current: int, total: int) -> None:
     """The progress callback for callers that don't care."""
 
 
+def in_short(error: BaseException) -> str:
+    """An error of a library in one line; the system's errors without their paths."""
+    if isinstance(error, OSError):
+        return type(error).__name__
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:200]}".rstrip(": ")
+
+
 def default_device() -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() else "cpu"

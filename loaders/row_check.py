@@ -40,6 +40,16 @@ def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> No
         raise CheckpointError(f"{name} can't be served: its logits are not numbers{beyond}")
 
 
+def check_numbers(runner: Runner, name: str) -> None:
+    """One token through a runner that needs no other trial.
+
+    Raises:
+        CheckpointError: its logits are not numbers.
+    """
+    if not runner.score([0]).isfinite().any():
+        raise CheckpointError(f"{name} can't be served: its logits are not numbers")
+
+
 def _texts(runner: Runner, config: Any) -> list[list[int]]:
     window = getattr(config.get_text_config(), "window_size", None)
     beyond = window + _SHORT if isinstance(window, int) and window <= _FARTHEST else 0

@@ -10,7 +10,7 @@ from loaders.base import CheckpointError, ModelSpec, Runner
 from loaders.captured_runner import CapturedRunner
 from loaders.cuda_graphs import CudaGraphs
 from loaders.memory import card_free
-from loaders.row_check import check_rows
+from loaders.row_check import check_numbers, check_rows
 from loaders.static_cache import Unsuitable
 from loaders.steps import LeanGPT2
 from loaders.torch_runner import TorchRunner
@@ -28,7 +28,9 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     if spec.device == "cuda":
         return _on_a_card(model, spec)
     if gpt2_runner.supports(model):
-        return gpt2_runner.GPT2Runner(model, spec)
+        runner = gpt2_runner.GPT2Runner(model, spec)
+        check_numbers(runner, spec.checkpoint.architecture)
+        return runner
     return _tried_out(TorchRunner(model, spec), spec)
 
 

@@ -86,12 +86,45 @@ class KeyValues:
         self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, kind)
 
 
+def _check_shapes(
+    heads: int, tokens: Tensor, positions: Tensor, layers: Sequence[Layer], last: Norm, head: PackedMatrix
+) -> None:
+    width = tokens.shape[1]
+    inner = layers[0].up.outputs if layers else 0
+    if (
+        not layers
+        or heads < 1
+        or not width
+        or width % 32
+        or width % heads
+        or (width // heads) % 8
+        or inner % 8
+    ):
+        raise ValueError(f"{len(layers)} layers of {heads} heads and width {width}, {inner} within")
+    norms = [last, *(norm for layer in layers for norm in (layer.before_attention, layer.before_mlp))]
+    fits = positions.shape[1:] == (width,) and head.inputs == width
+    fits &= all(tensor.shape == (width,) for norm in norms for tensor in (norm.weight, norm.bias))
+    for layer in layers:
+        for matrix, (outputs, inputs) in (
+            (layer.qkv, (3 * width, width)),
+            (layer.attention_out, (width, width)),
+            (layer.up, (inner, width)),
+            (layer.down, (width, inner)),
+        ):
+            fits &= (matrix.outputs, matrix.inputs) == (outputs, inputs)
+    if not fits:
+        raise ValueError("the model's tensors don't fit each other")
+
+
 class GPT2:
     """The model's tensors as the kernels read them, none copied.
 
     Args:
         tokens, positions: (vocabulary, width), (context, width) embeddings of any float type.
         head: (vocabulary, width).
+
+    Raises:
+        ValueError: shapes that the kernels don't compute; they look at none of them.
     """
 
     def __init__(
@@ -105,6 +138,7 @@ class GPT2:
         last: Norm,
         head: PackedMatrix,
     ) -> None:
+        _check_shapes(heads, tokens, positions, layers, last, head)
         self._library, self._head = library, head
         self._kept: list[PackedMatrix] = [head]  # what the structures point to must live as long as they do
         self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
