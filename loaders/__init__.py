@@ -3,6 +3,7 @@
 A new precision is one module with ``availability(device)`` and ``load(spec, progress)`` and one line here.
 """
 
+import logging
 import time
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
@@ -12,6 +13,7 @@ import torch
 from loaders.base import (
     Availability,
     Checkpoint,
+    CheckpointError,
     LoadedModel,
     LoaderError,
     ModelSpec,
@@ -20,6 +22,7 @@ from loaders.base import (
     Progress,
     UnknownPrecision,
     ignore_progress,
+    in_short,
 )
 from loaders.heap import large_blocks_returned
 
@@ -35,6 +38,8 @@ __all__ = [
     "canonical",
     "load",
 ]
+
+_log = logging.getLogger(__name__)
 
 PRECISIONS: dict[str, str] = {
     "fp32": "loaders.full",
@@ -113,7 +118,15 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
     try:
         with large_blocks_returned():
             model = loader(name).load(name, spec, progress)
+    except LoaderError:
+        raise
     except torch.OutOfMemoryError as error:  # a device's, wherever in loading or trying out it was met
         raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id} in {name}") from error
+    except MemoryError as error:
+        raise OutOfMemory(f"no room for {spec.checkpoint.model_id} in {name}") from error
+    except Exception as error:  # what no check of the checkpoint foresaw
+        _log.debug("loading %s", name, exc_info=error)
+        said = in_short(error)
+        raise CheckpointError(f"{spec.checkpoint.model_id} can't be served in {name} ({said})") from error
     model.load_seconds = time.perf_counter() - started
     return model

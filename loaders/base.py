@@ -191,6 +191,23 @@ class MixedRunner(Protocol):
 
 
 @runtime_checkable
+class LengthRunner(Protocol):
+    """A runner of models that may compute a text differently as soon as it is longer than some length."""
+
+    def expect(self, slot: int, tokens: int) -> None:
+        """Tokens of the whole prompt, before its first chunk: each chunk is computed as in one pass then."""
+        ...
+
+    def catch_up(self, slot: int, tokens: int) -> bool:
+        """Whether one more token can be decoded in the slot at once.
+
+        Where what it holds must be computed again for that, up to ``tokens`` of it are. ``decode`` does all
+        that is left; called before it, this lets other sequences advance in between.
+        """
+        ...
+
+
+@runtime_checkable
 class DeviceRunner(Protocol):
     """A runner on an accelerator, which can go on from tokens that the host has not seen yet."""
 
@@ -267,6 +284,14 @@ class LoadedModel:
 
 def ignore_progress(stage: str, current: int, total: int) -> None:
     """The progress callback for callers that don't care."""
+
+
+def in_short(error: BaseException) -> str:
+    """An error of a library in one line; the system's errors without their paths."""
+    if isinstance(error, OSError):
+        return type(error).__name__
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:200]}".rstrip(": ")
 
 
 def default_device() -> Literal["cpu", "cuda"]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from loaders import buckets
 from loaders.base import Logits, ModelSpec, OutOfMemory
 from loaders.cuda_graphs import Graphs, Replay, forget, release_unused
+from loaders.longrope import depends_on_length
 from loaders.memory import fitting_slots
 from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
 from loaders.static_inputs import DecodeInputs, PromptInputs
@@ -37,7 +38,7 @@ class CapturedRunner:
         free: bytes that the KV cache may be a part of; what it takes then follows from ``spec.slots``.
 
     Raises:
-        Unsuitable: its state is not keys and values of one shape.
+        Unsuitable: its state is not keys and values of one shape, or depends on the length of a text.
         CheckpointError: its state is not keys and values at all.
         OutOfMemory: there is no room for one sequence.
     """
@@ -52,6 +53,8 @@ class CapturedRunner:
         free: int | None = None,
     ) -> None:
         self.context, self.vocabulary = spec.max_tokens, spec.checkpoint.vocabulary
+        if depends_on_length(model, self.context):
+            raise Unsuitable("LongRoPE rotates each row by its own length")
         self._model: PreTrainedModel | None = model
         self._step: Step | None = step_for(model)
         self._graphs, self._why_not = graphs, why_not

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +32,15 @@ from loaders.base import (
     OutOfMemory,
     Progress,
     ignore_progress,
+    in_short,
+)
+from loaders.config_check import (
+    Held,
+    check_files,
+    meta_model_of,
+    read_config,
+    read_json,
+    read_raw,
 )
 from loaders.memory import refusals
 from loaders.tokenizer_faults import is_tokenizer_fault
@@ -54,22 +63,20 @@ def open_checkpoint(
         CheckpointError: its files are unusable: not safetensors, truncated, not a causal LM.
     """
     folder, name, commit = _locate(model_id, revision, progress)
-    config = _read_config(folder, name)
+    check_files(folder, name)
+    raw = read_raw(folder, name)
     files = weight_files(folder, name)
-    for file in files:
-        _check_whole(file)
+    config = read_config(folder, name, raw, _held(files))
     text = config.get_text_config()
-    if not isinstance(context := getattr(text, "max_position_embeddings", None), int):
-        raise CheckpointError(f"config.json of {name} tells no context length (max_position_embeddings)")
     return Checkpoint(
         model_id=name,
         revision=commit,
         folder=folder,
         config=config,
         architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
-        context_length=context,
-        vocabulary=int(text.vocab_size),
-        eos_ids=end_tokens.configured(folder, config),
+        context_length=text.max_position_embeddings,
+        vocabulary=text.vocab_size,
+        eos_ids=frozenset(id_ for id_ in end_tokens.configured(folder, config) if id_ < text.vocab_size),
         file_bytes=sum(file.stat().st_size for file in files),
     )
 
@@ -89,7 +96,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except BaseException as error:  # the library raises whatever its parsers do, and panics
         if not is_tokenizer_fault(error):
             raise
-        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
+        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer ({in_short(error)})") from error
     return tokenizer
 
 
@@ -114,10 +121,12 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
             )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"no room on the device for {name}") from error
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except MemoryError as error:
+        raise OutOfMemory(f"no room for {name}") from error
+    except Exception as error:  # whatever a model class, or quantizing, makes of what is in the files
         if refusals() > refused:  # what quantizing raises, the library tells as a fault of the checkpoint
             raise OutOfMemory(f"no room on the device for {name}") from error
-        raise CheckpointError(f"{name} could not be loaded ({type(error).__name__})") from error
+        raise CheckpointError(f"{name} could not be loaded ({in_short(error)})") from error
     _check_complete(name, report)
     model.eval()
     return model
@@ -140,8 +149,7 @@ def misfit(name: str, tensors: Sequence[str]) -> CheckpointError:
 
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
     """The model's shapes without its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(spec.checkpoint.config)
+    return meta_model_of(spec.checkpoint.config)
 
 
 def _locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Path, str, str | None]:
@@ -193,33 +201,6 @@ def _what_is_wrong(error: OSError) -> str:
     return "can't be reached"
 
 
-def _read_config(folder: Path, name: str) -> Any:
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{name} is an adapter; merge it into its model first: merge_and_unload()")
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{name} has no config.json: it is not a transformers checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"config.json of {name} is not readable JSON") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        own = "it needs code of its own, which is never run" if "auto_map" in raw else "no known causal LM"
-        raise CheckpointError(f"{name} can't be served: {own} (model_type {str(kind)[:40]!r})")
-    if "transformers_weights" in raw:  # it may name a pickle
-        raise CheckpointError(f"config.json of {name} names weights of its own; only {_SINGLE} is opened")
-    if method := raw.get("quantization_config"):
-        shown = method.get("quant_method") if isinstance(method, dict) else None
-        raise CheckpointError(
-            f"{name} is quantized already ({str(shown)[:40]}); name the model it was made from: "
-            "every precision is made of the original weights"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a configuration class makes of wrong values
-        raise CheckpointError(f"config.json of {name} is not a valid {kind} configuration") from error
-
-
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a checkpoint.
 
@@ -230,9 +211,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return [folder / _SINGLE]
     if (folder / _INDEX).exists():
         try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+            names = sorted(set(read_json(folder / _INDEX, name)["weight_map"].values()))
             plain = all(Path(file).name == file for file in names)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{_INDEX} of {name} is not readable") from error
         if not plain:
             raise CheckpointError(f"{_INDEX} of {name} names files outside of its folder")
@@ -247,12 +228,20 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     raise CheckpointError(f"{name} has no {_SINGLE}; weights in another format are never opened")
 
 
-def _check_whole(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file.name} is truncated or corrupt; fetch it again") from error
+def _held(files: Sequence[Path]) -> Held:
+    """What whole files hold, by their headers.
+
+    Raises:
+        CheckpointError: one is not whole.
+    """
+    sizes = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                sizes += [math.prod(opened.get_slice(key).get_shape()) for key in opened.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file.name} is truncated or corrupt; fetch it again") from error
+    return Held(len(sizes), sum(sizes))
 
 
 @contextlib.contextmanager

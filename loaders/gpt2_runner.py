@@ -5,8 +5,9 @@ rows, and each row's result depends on that row's past alone; so neither batch-m
 cut change a bit of it. ``transformers``' forward is the reference that it is tested against.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from loaders import kernels
 from loaders.base import Logits, ModelSpec
 from loaders.native_linear import NativeLinear
+
+_log = logging.getLogger(__name__)
 
 
 def serves(config: Any) -> bool:
@@ -81,7 +84,11 @@ def _norm(layer: Any) -> kernels.Norm:
 
 
 class GPT2Runner:
-    """Implements ``loaders.base.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts."""
+    """Implements ``loaders.base.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts.
+
+    Where keys or values turn out not to fit into float16, the cache becomes float32 and the pass is computed
+    again. What did fit stays rounded as it was, so that sequences that never needed it see no difference.
+    """
 
     def __init__(self, model: GPT2LMHeadModel, spec: ModelSpec) -> None:
         self.slots, self.context = spec.slots, spec.max_tokens
@@ -91,20 +98,21 @@ class GPT2Runner:
         self._config: Any = model.config
         self._lengths = [0] * spec.slots
         self._cache_type = _cache_type(model, spec)
+        self._widened = False
         self._cache = self._key_values(spec.slots, self.context)
 
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
         start, count = self._lengths[slot], len(ids)
         self._check(start + count)
         wanted = {"none": 0, "last": 1, "all": count}[logits]
-        found = self._live(self._cache, [slot] * count, range(start, start + count), ids, wanted)
+        found = self._pass([slot] * count, range(start, start + count), ids, wanted)
         self._lengths[slot] += count
         return found if wanted else None
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
         positions = [self._lengths[slot] for slot in slots]
         self._check(max(positions) + 1)
-        logits = self._live(self._cache, slots, positions, ids, len(ids))
+        logits = self._pass(slots, positions, ids, len(ids))
         for slot in slots:
             self._lengths[slot] += 1
         return logits
@@ -115,20 +123,21 @@ class GPT2Runner:
         self._check(max(start + count, *(position + 1 for position in following)))
         positions = [*range(start, start + count), *following]
         where = [*[slot] * count, *slots]
-        logits = self._live(self._cache, where, positions, [*ids, *next_ids], 1 + len(slots))
+        logits = self._pass(where, positions, [*ids, *next_ids], 1 + len(slots))
         self._lengths[slot] += count
         for other in slots:
             self._lengths[other] += 1
         return logits
 
     def score(self, ids: Sequence[int]) -> Tensor:
-        self._check(len(ids))
-        alone = self._key_values(1, len(ids))
-        return self._live(alone, [0] * len(ids), range(len(ids)), ids, len(ids))
+        return self.score_together([ids], len(ids))[0]
 
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        self._check(len(texts[0]))
+        return self._widening(lambda: self._scored(texts, kept))
+
+    def _scored(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
         count, length = len(texts), len(texts[0])
-        self._check(length)
         alone, skipped = self._key_values(count, length), length - kept
         if skipped:  # in a pass of its own: of a pass, the rows without logits are the first ones
             self._stretches(alone, texts, 0, skipped, wanted=0)
@@ -150,6 +159,11 @@ class GPT2Runner:
         self._model = self._compute = None
         self._cache = kernels.KeyValues([])
 
+    def report(self) -> Mapping[str, Any]:
+        """What ``/stats`` shows of it."""
+        kind = np.dtype(self._cache_type).name
+        return {"kv_cache_dtype": f"{kind}, since float16 did not hold it" if self._widened else kind}
+
     @property
     def module(self) -> GPT2LMHeadModel:
         """What holds the weights."""
@@ -161,13 +175,41 @@ class GPT2Runner:
     def kv_cache_bytes(self) -> int:
         return sum(tensor.nbytes for pair in self._cache.layers for tensor in pair)
 
+    def _pass(
+        self, slots: Sequence[int], positions: Sequence[int], ids: Sequence[int], wanted: int
+    ) -> Tensor:
+        """Over the slots; not yet counted in ``_lengths``."""
+        return self._widening(lambda: self._live(self._cache, slots, positions, ids, wanted))
+
+    def _widening(self, compute: Callable[[], Tensor]) -> Tensor:
+        try:
+            return compute()
+        except kernels.BeyondHalf:
+            self._widen()
+            return compute()
+
+    def _widen(self) -> None:
+        """A cache in float32, of what the slots hold; twice the memory from now on."""
+        _log.warning("keys or values do not fit into float16: the KV cache is float32 from now on")
+        narrow, before = self._cache.layers, self._cache_type
+        self._cache_type, self._widened = np.float32, True
+        try:
+            self._cache = self._key_values(self.slots, self.context)
+        except MemoryError:
+            self._cache_type, self._widened = before, False
+            raise
+        for old, new in zip(narrow, self._cache.layers, strict=True):
+            for slot, length in enumerate(self._lengths):
+                for source, target in zip(old, new, strict=True):
+                    target[slot, :, :length] = source[slot, :, :length]
+
     def _key_values(self, slots: int, context: int) -> kernels.KeyValues:
         config = self._config
         shape = (slots, config.n_head, context, config.n_embd // config.n_head)
         pairs = [
             (_pages(shape, self._cache_type), _pages(shape, self._cache_type)) for _ in range(config.n_layer)
         ]
-        return kernels.KeyValues(pairs)
+        return kernels.KeyValues(pairs, rounded=self._widened)
 
     @property
     def _live(self) -> kernels.GPT2:

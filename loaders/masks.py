@@ -40,6 +40,11 @@ class Masks:
                 f"{type(model).__name__} has {', '.join(sorted(unknown))} layers; only models whose state is "
                 "keys and values per token can be batched here"
             )
+        if getattr(config, "attn_temperature_tuning", None):
+            raise CheckpointError(
+                f"{type(model).__name__} scales attention by the length of the cache, which rows don't "
+                "share; it can't be batched here"
+            )
 
     def of(self, positions: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """As the model's forward takes them: per attention type where the model mixes several."""

@@ -16,12 +16,13 @@ _FARTHEST = 1024  # of a window of attention that is looked beyond
 _APART = 0.25  # relative error of logits: rounding makes 0.013 at most (bf16), lost positions 0.5 and more
 
 
-def check_rows(runner: Runner, config: Any, name: str) -> None:
+def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> None:
     """Two rows of different lengths beside each other, in chunks, against one pass of each alone.
 
     Args:
         config: the ``transformers`` configuration.
         name: of the architecture, for the error.
+        dtype: what the model computes in.
 
     Raises:
         CheckpointError: the results differ, or the forward pass refuses what it is given.
@@ -32,9 +33,21 @@ def check_rows(runner: Runner, config: Any, name: str) -> None:
         raise
     except Exception as error:  # whatever a forward pass makes of arguments that it doesn't expect
         raise CheckpointError(f"{name} can't be batched here ({type(error).__name__})") from error
+    if apart >= _APART:
+        raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
     if not apart < _APART:
-        reason = "its rows disturb each other" if apart >= _APART else "its logits are not numbers"
-        raise CheckpointError(f"{name} can't be batched here: {reason}")
+        beyond = " (beyond the range of float16? fp32 and bf16 have more)" if dtype == torch.float16 else ""
+        raise CheckpointError(f"{name} can't be served: its logits are not numbers{beyond}")
+
+
+def check_numbers(runner: Runner, name: str) -> None:
+    """One token through a runner that needs no other trial.
+
+    Raises:
+        CheckpointError: its logits are not numbers.
+    """
+    if not runner.score([0]).isfinite().any():
+        raise CheckpointError(f"{name} can't be served: its logits are not numbers")
 
 
 def _texts(runner: Runner, config: Any) -> list[list[int]]:

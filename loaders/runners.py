@@ -10,7 +10,7 @@ from loaders.base import CheckpointError, ModelSpec, Runner
 from loaders.captured_runner import CapturedRunner
 from loaders.cuda_graphs import CudaGraphs
 from loaders.memory import card_free
-from loaders.row_check import check_rows
+from loaders.row_check import check_numbers, check_rows
 from loaders.static_cache import Unsuitable
 from loaders.steps import LeanGPT2
 from loaders.torch_runner import TorchRunner
@@ -28,7 +28,9 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     if spec.device == "cuda":
         return _on_a_card(model, spec)
     if gpt2_runner.supports(model):
-        return gpt2_runner.GPT2Runner(model, spec)
+        runner = gpt2_runner.GPT2Runner(model, spec)
+        check_numbers(runner, spec.checkpoint.architecture)
+        return runner
     return _tried_out(TorchRunner(model, spec), spec)
 
 
@@ -53,13 +55,13 @@ def _try_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
     few = replace(spec, slots=min(spec.slots, _TRIED))
     runner = CapturedRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
     try:
-        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     finally:
         runner.close()
 
 
 def _tried_out(runner: TorchRunner, spec: ModelSpec) -> TorchRunner:
-    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     return runner
 
 

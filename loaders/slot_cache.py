@@ -86,6 +86,7 @@ class SlotCache(Cache):
         rows = self._rows
         if isinstance(rows, Tensor):
             rows = rows.to(cache.device)  # a model may be spread over several cards
+        states = overflow_as_nan(states)
         if self._index is None:
             cache[rows, :, self._start : self._end] = states
         else:
@@ -115,6 +116,34 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._end, 0
+
+
+def overflow_as_nan(states: Tensor) -> Tensor:
+    """Keys or values with NaN for what overflowed float16, so that the logits are NaN and the request fails.
+
+    Infinities may pass unseen: a key whose product with the query is −∞ is just not attended to.
+    """
+    if states.dtype != torch.float16:
+        return states
+    return states.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
+
+
+class PassingCache(Cache):
+    """Stands in for a cache where none is needed, so that keys and values beyond float16 are noticed."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return overflow_as_nan(key_states), overflow_as_nan(value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
 
 
 def _as_slice(slots: Sequence[int]) -> slice | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from loaders.base import LoaderError
+from loaders.slot_cache import overflow_as_nan
 
 
 class Unsuitable(LoaderError):
@@ -100,7 +101,7 @@ class StaticCache(Cache):
 
         Returns keys and values, each (rows, heads, visible, width).
         """
-        self._flat[layer].index_copy_(1, self._where, states.transpose(0, 1))
+        self._flat[layer].index_copy_(1, self._where, overflow_as_nan(states).transpose(0, 1))
         return self._held(layer)
 
     def update(
@@ -108,7 +109,7 @@ class StaticCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """As ``transformers`` calls it: (rows, heads, tokens, width) keys and values apart."""
         for store, states in zip(self._flat[layer_idx], (key_states, value_states), strict=True):
-            store.index_copy_(0, self._where, states.transpose(1, 2).flatten(0, 1))
+            store.index_copy_(0, self._where, overflow_as_nan(states).transpose(1, 2).flatten(0, 1))
         return self._held(layer_idx)
 
     def _held(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,18 @@ from transformers import PreTrainedModel
 
 from loaders.base import Logits, ModelSpec
 from loaders.cuda_graphs import release_unused
+from loaders.longrope import LongRope
 from loaders.masks import Masks
-from loaders.slot_cache import SlotCache
+from loaders.slot_cache import PassingCache, SlotCache
+
+_AGAIN = 512  # tokens of a slot that are computed again in a pass
 
 
 class TorchRunner:
-    """Implements ``loaders.base.Runner``; positions and masks are explicit, so rows never see each other."""
+    """Implements ``loaders.base.Runner`` and ``LengthRunner``.
+
+    Positions and masks are explicit, so rows never see each other.
+    """
 
     def __init__(self, model: PreTrainedModel, spec: ModelSpec, why_not: str | None = None) -> None:
         """``model`` is in evaluation mode and on its device, or on several.
@@ -25,6 +31,7 @@ class TorchRunner:
         Raises:
             CheckpointError: the architecture keeps other state than keys and values per token.
         """
+        self._longrope = LongRope.of(model, spec.slots, spec.max_tokens)
         self.slots, self.context = spec.slots, spec.max_tokens
         self.vocabulary = spec.checkpoint.vocabulary
         self._model: PreTrainedModel | None = model
@@ -36,39 +43,58 @@ class TorchRunner:
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
-        start, count = self._cache.lengths[slot], len(ids)
-        self._cache.enter([slot], count, self._device)
-        positions = torch.arange(start, start + count, device=self._device)[None]
-        output = self._forward(torch.tensor([ids], device=self._device), positions, logits)
-        self._cache.commit([slot], count)
-        return None if output is None else output[0].float()
+        self._settle([slot], len(ids))
+        return self._append(slot, ids, logits)
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
-        self._cache.enter(slots, 1, self._device)
+        self._settle(slots, 1)
+        self._enter(slots, 1)
         positions = torch.tensor([[self._cache.lengths[slot]] for slot in slots], device=self._device)
         tokens = torch.tensor(ids, device=self._device)[:, None]
         output = self._forward(tokens, positions, "all")
-        self._cache.commit(slots, 1)
+        self._commit(slots, [[id_] for id_ in ids])
         assert output is not None
         return output[:, 0].float()
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> Tensor:
-        logits: Tensor = self._live(
-            input_ids=torch.tensor([ids], device=self._device), use_cache=False
-        ).logits
-        return logits[0].float()
+        return self.score_together([ids], len(ids))[0]
 
     @torch.inference_mode()
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
+        if len(texts[0]) > self.context:
+            raise ValueError(f"{len(texts[0])} tokens do not fit a slot of {self.context}")
+        if self._longrope is not None:
+            self._longrope.enter_alone(len(texts[0]))
         ids = torch.tensor(texts, device=self._device)
-        logits: Tensor = self._live(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        cache = PassingCache() if self._dtype == torch.float16 else None
+        logits: Tensor = self._live(
+            input_ids=ids, past_key_values=cache, use_cache=False, logits_to_keep=kept
+        ).logits
         return logits.float()
+
+    @torch.inference_mode()
+    def expect(self, slot: int, tokens: int) -> None:
+        if self._longrope is not None and self._longrope.expect(slot, tokens):
+            self._cache.lengths[slot] = 0
+
+    @torch.inference_mode()
+    def catch_up(self, slot: int, tokens: int) -> bool:
+        if self._longrope is None:
+            return True
+        held = self._longrope.held(slot)
+        self.expect(slot, len(held) + 1)
+        start = self._cache.lengths[slot]
+        if tokens and start < len(held):
+            self._append(slot, held[start : start + tokens], "none", again=True)
+        return self._cache.lengths[slot] == len(held)
 
     @torch.inference_mode()
     def free(self, slot: int) -> None:
         self._cache.clear(slot)
+        if self._longrope is not None:
+            self._longrope.clear(slot)
 
     def close(self) -> None:
         self._model = None
@@ -96,6 +122,33 @@ class TorchRunner:
         if self._model is None:
             raise RuntimeError("the runner is closed")
         return self._model
+
+    def _settle(self, slots: Sequence[int], tokens: int) -> None:
+        """Makes what the slots hold fit for that many more tokens each."""
+        if self._longrope is None:
+            return
+        for slot in slots:
+            self.expect(slot, len(self._longrope.held(slot)) + tokens)
+            while not self.catch_up(slot, _AGAIN):
+                pass
+
+    def _append(self, slot: int, ids: Sequence[int], logits: Logits, again: bool = False) -> Tensor | None:
+        start, count = self._cache.lengths[slot], len(ids)
+        self._enter([slot], count)
+        positions = torch.arange(start, start + count, device=self._device)[None]
+        output = self._forward(torch.tensor([ids], device=self._device), positions, logits)
+        self._commit([slot], [[] if again else ids], count)
+        return None if output is None else output[0].float()
+
+    def _enter(self, slots: Sequence[int], tokens: int) -> None:
+        self._cache.enter(slots, tokens, self._device)
+        if self._longrope is not None:
+            self._longrope.enter(slots)
+
+    def _commit(self, slots: Sequence[int], ids: Sequence[Sequence[int]], tokens: int = 1) -> None:
+        self._cache.commit(slots, tokens)
+        if self._longrope is not None:
+            self._longrope.append(slots, ids)
 
     def _forward(self, ids: Tensor, positions: Tensor, logits: Logits) -> Tensor | None:
         """(rows, tokens or 1, vocabulary) logits of a pass over the slots that the cache was told of."""

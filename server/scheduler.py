@@ -50,15 +50,21 @@ class Scheduler:
 
     def chunks(self) -> list[Chunk]:
         """The prompt stretches of this step, oldest sequence first, within the step's budget of tokens."""
-        begun = [sequence for sequence in self._running.values() if not sequence.generated]
-        budget = self._idle_budget if len(begun) == len(self._running) else self._busy_budget
-        chunks = []
-        for sequence in begun:
+        chunks, budget = [], self.budget
+        for sequence in self._running.values():
+            if sequence.generated:
+                continue
             if budget and sequence.remaining_prompt:
                 chunk = Chunk(sequence, min(budget, sequence.remaining_prompt, sequence.chunk or budget))
                 chunks.append(chunk)
                 budget -= chunk.count
         return chunks
+
+    @property
+    def budget(self) -> int:
+        """Most prompt tokens of a step."""
+        decoding = any(sequence.generated for sequence in self._running.values())
+        return self._busy_budget if decoding else self._idle_budget
 
     def decodable(self) -> list[Sequence]:
         """The sequences that have a token to go on from, which means that their prompt is done, by slot."""

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from loaders.base import DeviceRunner, MixedRunner, Runner
+from loaders.base import DeviceRunner, LengthRunner, MixedRunner, Runner
 from server.errors import DeadlinePassed, ServiceError
 from server.faults import as_service_error, attempt
 from server.lookahead import Lookahead
@@ -40,6 +40,7 @@ class Worker:
         self._turn = turn or nullcontext()
         self._ahead = Lookahead(runner, sampler) if isinstance(runner, DeviceRunner) else None
         self._mixed = runner if isinstance(runner, MixedRunner) else None
+        self._by_length = runner if isinstance(runner, LengthRunner) else None
         self.busy_since: float | None = None
         """When the step under way began, its wait for a turn included; None between steps."""
         self.longest_step = 0.0
@@ -122,6 +123,8 @@ class Worker:
         sequence, start = chunk.sequence, chunk.sequence.prefilled
         ids = sequence.prompt[start : start + chunk.count]
         assert sequence.slot is not None
+        if self._by_length is not None and not start:
+            self._by_length.expect(sequence.slot, len(sequence.prompt))
         wanted = "all" if _wants_all(sequence) else "last" if chunk.is_last else "none"
         logits = self._runner.prefill(sequence.slot, ids, wanted)  # type: ignore[arg-type]
         if sequence.observe is not None:
@@ -146,7 +149,24 @@ class Worker:
     def _decode(self, step: Step, rows: list[Sequence]) -> int:
         if self._ahead is not None:
             return self._decode_ahead(self._ahead, step, rows)
-        return self._decode_now(step, rows)
+        return self._decode_now(step, self._caught_up(step, rows))
+
+    def _caught_up(self, step: Step, rows: list[Sequence]) -> list[Sequence]:
+        """The rows that can go on; of the first other one, a part is computed again."""
+        runner = self._by_length
+        if runner is None:
+            return rows
+        ready, budget = [], self._scheduler.budget
+        for row in rows:
+            assert row.slot is not None
+            can_go_on, fault = attempt(partial(runner.catch_up, row.slot, budget))
+            if fault is not None:
+                self._end(step, row, fault)
+            elif can_go_on:
+                ready.append(row)
+            else:
+                budget = 0
+        return ready
 
     def _decode_ahead(self, ahead: Lookahead, step: Step, rows: list[Sequence]) -> int:
         """Launches the rows' next step, then reads the tokens of the one before."""

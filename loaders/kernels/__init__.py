@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from loaders.kernels.build import compiled
-from loaders.kernels.gpt2 import GPT2, KeyValues, Layer, Norm
+from loaders.kernels.gpt2 import GPT2, BeyondHalf, KeyValues, Layer, Norm
 from loaders.kernels.library import Format, Library
 from loaders.kernels.matrix import FourBit, PackedMatrix
 from loaders.kernels.summary import Summary, summarize
 
-__all__ = ["GPT2", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm", "PackedMatrix", "Summary"]
-__all__ += ["describe", "find", "get", "load", "runnable", "summarize", "supports"]
+__all__ = ["GPT2", "BeyondHalf", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm"]
+__all__ += ["PackedMatrix", "Summary", "describe", "find", "get", "load", "runnable", "summarize", "supports"]
 
 # what each library's instructions are called by the operating system, best first
 _NEEDS = {

@@ -30,15 +30,30 @@ static inline __attribute__((always_inline)) __m256 kept8(const void *from, int6
     return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)from + at)));
 }
 
-/* What is kept of eight of them: a magnitude above half's largest becomes that one, NaN stays NaN. */
-static inline void keep8(void *to, int64_t at, __m256 values, int half) {
-    const __m256 largest = _mm256_set1_ps(65504), lowest = _mm256_set1_ps(-65504);
-    if (!half) {
-        _mm256_storeu_ps((float *)to + at, values);
-        return;
+/* Whether half precision holds a head's key or value as well as its other ones: none of it beyond half's largest, and
+ * not all of it below the smallest with a full mantissa. NaN fits: it stays what it is. */
+static inline int fits_half(const float *values, int64_t dim) {
+    __m256 most = _mm256_setzero_ps();
+    for (int64_t d = 0; d < dim; d += LANES)
+        most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(values + d)), most);
+    float largest = largest8(most);
+    return largest == 0 || (largest >= 0x1p-14f && largest <= 65504);
+}
+
+/* How keys and values are kept. ROUNDED is float32 that holds what HALF would wherever that fits: where a cache is
+ * widened for one sequence's sake, no bit changes for the others. */
+enum { FLOAT, HALF, ROUNDED };
+
+/* Keeps a head's key or value. */
+static inline void keep_head(void *to, int64_t at, const float *values, int64_t dim, int kind, int fits) {
+    for (int64_t d = 0; d < dim; d += LANES) {
+        __m256 eight = _mm256_loadu_ps(values + d);
+        __m128i half = _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT);
+        if (kind == HALF)
+            _mm_storeu_si128((void *)((uint16_t *)to + at + d), half);
+        else
+            _mm256_storeu_ps((float *)to + at + d, kind == ROUNDED && fits ? _mm256_cvtph_ps(half) : eight);
     }
-    values = _mm256_max_ps(lowest, _mm256_min_ps(largest, values));
-    _mm_storeu_si128((void *)((uint16_t *)to + at), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
 }
 
 /* `half` is a constant where these are inlined. */

@@ -30,7 +30,7 @@ typedef struct {
 typedef struct {
     char *const *keys, *const *values;
     int64_t context;
-    int64_t half; /* whether they are float16 and not float32 */
+    int64_t kind; /* FLOAT, HALF or ROUNDED */
 } cache;
 
 struct block;
@@ -49,6 +49,7 @@ typedef struct {
     float *inner;        /* (rows, inner width) */
     float *scores;       /* for each thread, `longest` and 8 */
     float *scratch;      /* for each thread, 2 · width */
+    int *unfit;          /* set where a key or value does not fit into half precision */
     struct block *blocks;
     product head;
 } step;
@@ -141,21 +142,25 @@ static inline int64_t head_dim(const step *s) { return s->model->width / s->mode
 /* Where a head of a row's slot begins, in bytes of keys or values. */
 static inline int64_t slot_head(const step *s, int64_t row, int64_t head) {
     int64_t place = (s->rows.slots[row] * s->model->heads + head) * s->cache.context * head_dim(s);
-    return place * (s->cache.half ? 2 : 4);
+    return place * (s->cache.kind == HALF ? 2 : 4);
+}
+
+static void append_head(const step *s, char *to, int64_t at, const float *values) {
+    int kind = (int)s->cache.kind, fits = kind == FLOAT || fits_half(values, head_dim(s));
+    if (kind == HALF && !fits) __atomic_store_n(s->unfit, 1, __ATOMIC_RELAXED);
+    keep_head(to, at, values, head_dim(s), kind, fits);
 }
 
 static void append(void *job, int64_t row, const worker *by) {
     const block *b = job;
     const step *s = b->step;
-    int64_t width = s->model->width, dim = head_dim(s);
+    int64_t width = s->model->width, dim = head_dim(s), at = s->rows.positions[row] * dim;
     const float *key = s->qkv + row * 3 * width + width, *value = key + width;
     (void)by;
     for (int64_t head = 0; head < s->model->heads; head++, key += dim, value += dim) {
-        int64_t slot = slot_head(s, row, head), at = s->rows.positions[row] * dim;
-        for (int64_t d = 0; d < dim; d += LANES) {
-            keep8(b->keys + slot, at + d, _mm256_loadu_ps(key + d), (int)s->cache.half);
-            keep8(b->values + slot, at + d, _mm256_loadu_ps(value + d), (int)s->cache.half);
-        }
+        int64_t slot = slot_head(s, row, head);
+        append_head(s, b->keys + slot, at, key);
+        append_head(s, b->values + slot, at, value);
     }
 }
 
@@ -167,7 +172,7 @@ static void attend_head(void *job, int64_t chunk, const worker *by) {
     int64_t width = s->model->width, dim = head_dim(s), slot = slot_head(s, row, head);
     float *scores = s->scores + by->thread * (s->longest + LANES);
     int64_t next_row = row + 1 < s->rows.count ? row + 1 : 0, next_head = next_row ? head : (head + 1) % s->model->heads;
-    (s->cache.half ? attend_half : attend_float)(s->qkv + row * 3 * width + head * dim, b->keys + slot, b->values + slot,
+    (s->cache.kind == HALF ? attend_half : attend_float)(s->qkv + row * 3 * width + head * dim, b->keys + slot, b->values + slot,
                                                  s->rows.positions[row] + 1, dim,
                                                  b->keys + slot_head(s, next_row, next_head), scores,
                                                  s->attended + row * width + head * dim);
@@ -196,10 +201,12 @@ static void run(step *s, worker *me) {
 enum { PHASES_OF_A_LAYER = 10, OTHER_PHASES = 3 };
 
 /* Computes rows and appends their keys and values. logits (wanted, vocabulary): of the last `wanted` rows.
- * Widths are multiples of 32, heads of 8. 0, or -1: out of memory. */
+ * Widths are multiples of 32, heads of 8. 0; -1: out of memory; 1: keys or values do not fit into half precision, in
+ * which the cache is, and what was computed is of no use. */
 int bitdial_gpt2(const gpt2 *model, const rows_of_ids *rows, const cache *kept, int64_t wanted, float *logits,
                  int threads) {
-    step s = {.model = model, .rows = *rows, .cache = *kept, .skipped = rows->count - wanted};
+    int unfit = 0;
+    step s = {.model = model, .rows = *rows, .cache = *kept, .skipped = rows->count - wanted, .unfit = &unfit};
     for (int64_t row = 0; row < rows->count; row++)
         if (rows->positions[row] >= s.longest) s.longest = rows->positions[row] + 1;
     int64_t tallies = sizeof(tally) * tallies_of(model->layer_count * PHASES_OF_A_LAYER + OTHER_PHASES, threads);
@@ -216,5 +223,5 @@ int bitdial_gpt2(const gpt2 *model, const rows_of_ids *rows, const cache *kept, 
         run(&s, &me);
     }
     free(space.memory);
-    return 0;
+    return unfit;
 }

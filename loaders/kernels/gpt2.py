@@ -42,7 +42,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [("keys", P), ("values", P), ("context", I64), ("half", I64)]
+    _fields_ = [("keys", P), ("values", P), ("context", I64), ("kind", I64)]
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,55 @@ class Layer:
     down: PackedMatrix
 
 
-class KeyValues:
-    """Keys and values of every layer; (slots, heads, context, dim) each, contiguous, float32 or float16."""
+class BeyondHalf(ArithmeticError):
+    """Keys or values of a pass do not fit into float16; its results are of no use."""
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+
+class KeyValues:
+    """Keys and values of every layer; (slots, heads, context, dim) each, contiguous, float32 or float16.
+
+    Args:
+        rounded: float32 that holds, wherever float16 would do, what float16 holds.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rounded: bool = False) -> None:
         self.layers = layers
         count, context = len(layers), layers[0][0].shape[2] if layers else 0
         self._keys = (P * count)(*(keys.data_ptr() for keys, _ in layers))
         self._values = (P * count)(*(values.data_ptr() for _, values in layers))
         half = count > 0 and layers[0][0].dtype == torch.float16
-        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, half)
+        kind = 1 if half else 2 * rounded  # FLOAT, HALF, ROUNDED of attention.h
+        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, kind)
+
+
+def _check_shapes(
+    heads: int, tokens: Tensor, positions: Tensor, layers: Sequence[Layer], last: Norm, head: PackedMatrix
+) -> None:
+    width = tokens.shape[1]
+    inner = layers[0].up.outputs if layers else 0
+    if (
+        not layers
+        or heads < 1
+        or not width
+        or width % 32
+        or width % heads
+        or (width // heads) % 8
+        or inner % 8
+    ):
+        raise ValueError(f"{len(layers)} layers of {heads} heads and width {width}, {inner} within")
+    norms = [last, *(norm for layer in layers for norm in (layer.before_attention, layer.before_mlp))]
+    fits = positions.shape[1:] == (width,) and head.inputs == width
+    fits &= all(tensor.shape == (width,) for norm in norms for tensor in (norm.weight, norm.bias))
+    for layer in layers:
+        for matrix, (outputs, inputs) in (
+            (layer.qkv, (3 * width, width)),
+            (layer.attention_out, (width, width)),
+            (layer.up, (inner, width)),
+            (layer.down, (width, inner)),
+        ):
+            fits &= (matrix.outputs, matrix.inputs) == (outputs, inputs)
+    if not fits:
+        raise ValueError("the model's tensors don't fit each other")
 
 
 class GPT2:
@@ -83,6 +122,9 @@ class GPT2:
     Args:
         tokens, positions: (vocabulary, width), (context, width) embeddings of any float type.
         head: (vocabulary, width).
+
+    Raises:
+        ValueError: shapes that the kernels don't compute; they look at none of them.
     """
 
     def __init__(
@@ -96,6 +138,7 @@ class GPT2:
         last: Norm,
         head: PackedMatrix,
     ) -> None:
+        _check_shapes(heads, tokens, positions, layers, last, head)
         self._library, self._head = library, head
         self._kept: list[PackedMatrix] = [head]  # what the structures point to must live as long as they do
         self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
@@ -131,6 +174,7 @@ class GPT2:
         Raises:
             IndexError: an id or a position that the model has no embedding for.
             MemoryError: the scratch memory can't be had.
+            BeyondHalf: the cache is float16, and does not hold this pass's keys or values.
         """
         count = len(ids)
         if not (min(ids) >= 0 and max(ids) < self._vocabulary and min(positions) >= 0):
@@ -142,15 +186,18 @@ class GPT2:
         rows = _Rows(*map(ctypes.addressof, held), count)
         logits = torch.empty(wanted, self._head.outputs, dtype=torch.float32)
         threads = torch.get_num_threads()
-        if self._library.gpt2(
+        status = self._library.gpt2(
             ctypes.addressof(self._model),
             ctypes.addressof(rows),
             ctypes.addressof(cache.struct),
             wanted,
             logits.data_ptr(),
             threads,
-        ):
+        )
+        if status < 0:
             raise MemoryError("not enough memory for a forward pass")
+        if status:
+            raise BeyondHalf("keys or values do not fit into float16")
         return logits
 
     def _layer(self, layer: Layer) -> _Layer:

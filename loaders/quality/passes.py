@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loaders.base import DeviceRunner, LoadedModel
+from loaders.base import DeviceRunner, LengthRunner, LoadedModel
 from loaders.quality.text import QualityError, Window
 
 MOST_LOGITS = 2**26
@@ -99,6 +99,8 @@ class Scorer:
         """Of a window with more logits than may be held at a time, by way of a slot."""
         runner, rows = self.model.runner, self._rows
         if start == first:
+            if isinstance(runner, LengthRunner):
+                runner.expect(0, len(ids))
             for at in range(0, first, rows):
                 runner.prefill(0, ids[at : min(at + rows, first)], "none")
         logits = runner.prefill(0, ids[start : start + rows], "all")

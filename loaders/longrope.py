@@ -1,0 +1,126 @@
+"""LongRoPE (Ding et al. 2024, arXiv:2402.13753), whose rotation depends on the length of the text.
+
+Up to its original context a text is rotated by one set of frequencies, beyond it by another. ``transformers``
+chooses by the longest position of a forward pass; here each row has its own set, by its own length.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loaders.base import CheckpointError
+
+
+class RowRope(nn.Module):
+    """A model's rotary embedding with the set of frequencies chosen for each row.
+
+    Args:
+        rope: the model's own module, which chooses by the largest position that it is given.
+        original: tokens of the original context.
+    """
+
+    def __init__(self, rope: nn.Module, original: int) -> None:
+        super().__init__()
+        self._rope, self._original = rope, original
+        self.long: Tensor | bool = False
+        """Whether rows are beyond the original context: all or none of them, or (rows,) booleans."""
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        if isinstance(self.long, bool):
+            return self._rotation(self.long, x, position_ids, *args, **kwargs)
+        pair = (self._rotation(long, x, position_ids, *args, **kwargs) for long in (True, False))
+        choice = self.long.to(x.device)[:, None, None]
+        return tuple(torch.where(choice, long, short) for long, short in zip(*pair, strict=True))
+
+    def _rotation(
+        self, long: bool, x: Tensor, positions: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        if not long:
+            return tuple(self._rope(x, positions.clamp(max=self._original - 1), *args, **kwargs))
+        # one more position, which is beyond the original context whatever the others are
+        beyond = positions.new_full((len(positions), 1), self._original)
+        parts = self._rope(x, torch.cat([positions, beyond], dim=1), *args, **kwargs)
+        return tuple(part[:, :-1] for part in parts)
+
+
+class LongRope:
+    """Which set of frequencies each slot of a runner uses, and what a slot holds, should that change."""
+
+    def __init__(self, ropes: Sequence[RowRope], original: int, slots: int) -> None:
+        self._ropes, self._original = ropes, original
+        self._long = [False] * slots
+        self._held: list[list[int]] = [[] for _ in range(slots)]
+
+    @classmethod
+    def of(cls, model: nn.Module, slots: int, context: int) -> "LongRope | None":
+        """Puts itself in place of the model's rotary embeddings; None where no text gets that long.
+
+        Raises:
+            CheckpointError: layers of different kinds have different original contexts.
+        """
+        found = dict(_switching(model, context))
+        if not found:
+            return None
+        originals = {original for _, original in found.values()}
+        if len(originals) > 1:
+            raise CheckpointError(f"{type(model).__name__} has layers of different original contexts")
+        original, ropes = originals.pop(), []
+        for name, (module, _) in found.items():
+            ropes.append(RowRope(module, original))
+            model.set_submodule(name, ropes[-1])
+        return cls(ropes, original, slots)
+
+    def expect(self, slot: int, tokens: int) -> bool:
+        """That many tokens will be in the slot; whether what it holds must be computed again for that."""
+        if self._long[slot] or tokens <= self._original:
+            return False
+        self._long[slot] = True
+        return bool(self._held[slot])
+
+    def held(self, slot: int) -> Sequence[int]:
+        """The ids in the slot."""
+        return self._held[slot]
+
+    def append(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
+        for slot, new in zip(slots, ids, strict=True):
+            self._held[slot].extend(new)
+
+    def clear(self, slot: int) -> None:
+        self._long[slot], self._held[slot] = False, []
+
+    def enter(self, slots: Sequence[int]) -> None:
+        """The next pass is over these slots."""
+        rows = [self._long[slot] for slot in slots]
+        self._set(rows[0] if len(set(rows)) == 1 else torch.tensor(rows))
+
+    def enter_alone(self, tokens: int) -> None:
+        """The next pass is over whole texts of that length."""
+        self._set(tokens > self._original)
+
+    def _set(self, long: Tensor | bool) -> None:
+        for rope in self._ropes:
+            rope.long = long
+
+
+def depends_on_length(model: nn.Module, context: int) -> bool:
+    """Whether a text of up to ``context`` tokens may be rotated in one way or another by its length."""
+    return any(True for _ in _switching(model, context))
+
+
+def _switching(model: nn.Module, context: int) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
+    for name, module in model.named_modules():
+        for original in _originals(module):
+            if original < context:
+                yield name, (module, original)
+
+
+def _originals(module: Any) -> Iterator[int]:
+    kind = getattr(module, "rope_type", None)
+    if kind == "longrope":
+        yield int(module.config.rope_parameters["original_max_position_embeddings"])
+    elif isinstance(kind, dict):  # of each kind of layer
+        for layers, one in kind.items():
+            if one == "longrope":
+                yield int(module.config.rope_parameters[layers]["original_max_position_embeddings"])
