@@ -17,6 +17,7 @@ from server.setting_types import (
     option,
     parse_names,
 )
+from server.threads import resolve
 
 _FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32", "int8", "nf4")
 _BUSY_CHUNK_ON_CPU = 16  # doubles the time of a step of eight rows, about
@@ -99,6 +100,9 @@ class ModelSettings(BaseSettings):
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
 
+    def resolved_threads(self) -> int:
+        return resolve(self.threads)
+
     def spec(self, checkpoint: Checkpoint, slots: int) -> ModelSpec:
         """What the loaders are told."""
         return ModelSpec(
@@ -106,7 +110,7 @@ class ModelSettings(BaseSettings):
             device=self.resolved_device(),
             slots=slots,
             context=self.max_total_tokens,
-            threads=self.threads,
+            threads=self.resolved_threads(),
             quantize_lm_head=self.quantize_lm_head,
             int8_threshold=self.int8_threshold,
             double_quantization=self.double_quantization,

@@ -94,10 +94,12 @@ def client_facts(cpus: list[int] | None) -> dict[str, Any]:
     return {"client_cpu": cpu_name(), "client_pinned_to": cpus, "client_system": platform.platform()}
 
 
-def host_facts(cpus: list[int] | None, bandwidth: Bandwidth, buffer_bytes: int) -> dict[str, Any]:
+def host_facts(
+    cpus: list[int] | None, threads: int, bandwidth: Bandwidth, buffer_bytes: int
+) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "pinned_to": cpus,
         "last_cache_bytes": last_cache_bytes(),
         "copy_bytes_per_second": bandwidth.copy,

@@ -24,6 +24,7 @@ from server.engine import Engine
 from server.errors import ServiceError
 from server.setting_types import Precision, Precisions, option
 from server.text import TextCodec
+from server.threads import compute_with
 
 _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160
@@ -75,7 +76,7 @@ async def _compare(options: Options) -> list[Compared]:
 
     @asynccontextmanager
     async def use(name: str) -> AsyncIterator[Engine]:
-        engine = await _started(name, spec, options.threads)
+        engine = await _started(name, spec, options.resolved_threads())
         try:
             yield engine
         finally:
@@ -85,8 +86,9 @@ async def _compare(options: Options) -> list[Compared]:
     return [await comparison.run(name) for name in options.names()]
 
 
-async def _started(name: str, spec: ModelSpec, threads: int | None) -> Engine:
+async def _started(name: str, spec: ModelSpec, threads: int) -> Engine:
     bars = ProgressBars(name)
+    compute_with(threads)
     try:
         model = loaders.load(name, spec, bars)
     finally:

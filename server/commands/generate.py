@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
-from loaders.base import LoadedModel, LoaderError
+from loaders.base import LoadedModel, LoaderError, ModelSpec
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import SamplingSettings, encode
@@ -16,6 +16,7 @@ from server.engine import Engine
 from server.errors import ServiceError
 from server.settings import PrecisionSettings
 from server.text import TextCodec
+from server.threads import compute_with
 
 
 class Options(SamplingSettings, PrecisionSettings):
@@ -48,18 +49,19 @@ def _generate(options: Options) -> int:
     spec = options.spec(checkpoint, slots=1)
     codec = TextCodec(load_tokenizer(checkpoint))
     ids = encode(codec, options.prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
+    compute_with(options.resolved_threads())
     try:
         # not in the event loop, which would let the load go on after Ctrl-C
         model = loaders.load(options.precision, spec, bars)
     finally:
         bars.close()
-    return asyncio.run(_continue(model, checkpoint.eos_ids, codec, ids, options))
+    return asyncio.run(_continue(model, spec, codec, ids, options))
 
 
 async def _continue(
-    model: LoadedModel, eos_ids: frozenset[int], codec: TextCodec, ids: list[int], options: Options
+    model: LoadedModel, spec: ModelSpec, codec: TextCodec, ids: list[int], options: Options
 ) -> int:
-    engine = Engine(model, eos_ids=eos_ids, threads=options.threads)
+    engine = Engine(model, eos_ids=spec.checkpoint.eos_ids, threads=spec.threads)
     await engine.start()
     try:
         return await _show(engine, codec, ids, options)

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 import loaders
 from loaders import quality
 from loaders.base import LoadedModel, LoaderError, ModelSpec, Progress, ignore_progress
@@ -24,6 +22,7 @@ from server.bench.report import plain
 from server.errors import ServiceError
 from server.report.speed import BATCHES, Pauses, Speeds
 from server.report.store import Kept
+from server.threads import resolve
 
 REFERENCE = "fp32"
 LOADING, SPEED, QUALITY = "loading", "speed", "quality"
@@ -88,7 +87,7 @@ class Measurement:
     ) -> None:
         self._plan, self._kept, self._tell, self._load = plan, kept, tell, load
         self._pauses = pauses or Pauses()
-        self._threads = plan.spec.threads or torch.get_num_threads()
+        self._threads = resolve(plan.spec.threads)
         steps = [(name, step) for step in (LOADING, SPEED) for name in plan.names]
         if plan.text is not None:
             steps += [(name, QUALITY) for name in plan.names]

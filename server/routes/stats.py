@@ -54,7 +54,7 @@ async def stats(
         "host": {
             "device": pool.device,
             "device_name": _device_name(pool.device),
-            "cpu_threads": pool.spec.threads or torch.get_num_threads(),
+            "cpu_threads": pool.threads,
             "memory": memory.process_memory(),
         },
         "uptime_seconds": round(time.monotonic() - _STARTED, 3),
