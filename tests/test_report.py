@@ -256,7 +256,7 @@ def test_the_command_writes_what_it_says(
     out = tmp_path / "out"
     assert run(folder, text, "--precisions", "nf4,int8", "--out", str(out)) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("This host was too noisy: after 1 run each, ")  # so few tell nothing
+    assert printed.startswith("This host was too noisy: after 1 run, ")  # so few tell nothing
     heading = next(line for line in printed.splitlines() if "MB" in line)
     assert heading.split()[:3] == ["precision", "disk", "MB"]
     document = json.loads((out / "report.json").read_text())

@@ -88,7 +88,7 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
     assert rows[1].ratio_interval() == Interval(0.15, 2.44, 8)
     first, *others = advise(rows).sentences
     assert first == (
-        "This host was too noisy: after 8 runs each, fp16's speed at 1 row lies between 0.15 and 2.44 × "
+        "This host was too noisy: after up to 8 runs, fp16's speed at 1 row lies between 0.15 and 2.44 × "
         "fp32's and fp16's speed at 8 rows lies between 0.15 and 2.44 × fp32's. Nothing is concluded from "
         "speeds that can't be told apart; `bitdial report` measures these again, best on an idle host."
     )
@@ -115,7 +115,7 @@ def test_where_speeds_cannot_be_told_apart_the_smaller_is_recommended(order: Seq
     assert advice.precision == "nf4"
     warning, first, second, *others = advice.sentences
     assert warning.startswith(
-        "This host was too noisy: after 20 runs each, int8's speed at 1 row lies between"
+        "This host was too noisy: after up to 20 runs, int8's speed at 1 row lies between"
     )
     assert first == (
         "Run nf4: 4.0 × smaller, perplexity +1.9 %, its speed between 0.50 and 4.00 × fp32's here."

@@ -42,6 +42,7 @@ class Engines:
         self._options, self._spec, self._speed = options, spec, speed
         self._report, self._progress_of = report, progress_of
         self._threads: int = report.host["threads"]
+        self._rows: list[Row] = []
         self._plan = Plan(
             batches=options.batch_sizes,
             prompt=options.prompt,
@@ -68,6 +69,8 @@ class Engines:
                 )
                 asyncio.run(session.measure())
         print(f"\n{table.LEGEND}\n", flush=True)
+        if (warning := table.warning(self._rows)) is not None:
+            print(f"{warning}\n", flush=True)
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
         return apart(lambda: loaders.load(name, self._spec, progress), self._threads)
@@ -109,5 +112,6 @@ class Engines:
             ]
 
     def _show(self, row: Row) -> None:
+        self._rows.append(row)
         self._report.add(row)
         print(table.line(row), flush=True)

@@ -71,6 +71,7 @@ def row_figures(row: Row) -> dict[str, Any]:
     }
     if row.ratio is not None:
         figures["bitdial_ratio"] = row.ratio
+        figures["bitdial_ratios"] = list(row.ratios)
     if row.same_tokens is not None:
         figures["same_tokens"] = row.same_tokens
     if row.memory is not None:

@@ -30,7 +30,8 @@ _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160
 _LEGEND = (
     "mean and max KL: divergence (nats) from {0}'s distributions after each prompt token;\n"
-    "top-1: prompt tokens after which both find the same one the most probable"
+    "top-1: prompt tokens after which both find the same one the most probable\n"
+    "times are of this one run; `bitdial report` tells which precision is the faster one"
 )
 
 

@@ -21,7 +21,7 @@ class _Speed:
     interval: Interval
 
     def __str__(self) -> str:
-        at = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        at = _at(self.rows)
         low, high = self.interval.low, self.interval.high
         if math.isinf(high):
             return f"{self.precision}'s speed at {at} is not known"
@@ -33,20 +33,21 @@ class _Speed:
 def noise(rows: Sequence[Row]) -> list[str]:
     """Sentences; none where the host was quiet."""
     wide = sorted((one for one in _speeds(rows) if one.interval.factor > WIDE), key=_most_first)
-    drifts = [found for count in _batches(rows) if (found := _drift(rows, count)) is not None]
+    drift = _drift(rows)
     sentences = []
     if wide:
         more = [f"{len(wide) - _SHOWN} more are as uncertain"] if len(wide) > _SHOWN else []
         runs = max(one.interval.count for one in wide)
         sentences.append(
-            f"This host was too noisy: after {runs} {'run' if runs == 1 else 'runs'} each, "
+            f"This host was too noisy: after {'1 run' if runs == 1 else f'up to {runs} runs'}, "
             f"{_joined([*map(str, wide[:_SHOWN]), *more])}. "
             "Nothing is concluded from speeds that can't be told apart; "
             "`bitdial report` measures these again, best on an idle host."
         )
-    elif drifts:
-        drifts[0] = f"This host was too noisy: {drifts[0]}"
-    return sentences + [f"{one}: compare the ratios, not the rates." for one in drifts]
+    if drift is not None:
+        begin = "" if sentences else "This host was too noisy: "
+        sentences.append(f"{begin}{drift}: compare the ratios, not the rates.")
+    return sentences
 
 
 def _speeds(rows: Sequence[Row]) -> list[_Speed]:
@@ -61,21 +62,24 @@ def _most_first(speed: _Speed) -> float:
     return -speed.interval.factor
 
 
-def _batches(rows: Sequence[Row]) -> list[int]:
-    return sorted({count for row in rows for count in row.reference_rates})
-
-
-def _drift(rows: Sequence[Row], count: int) -> str | None:
-    """fp32 is measured beside every precision: how far its own speed changed meanwhile."""
-    rates = [row.reference_rates[count] for row in rows if count in row.reference_rates]
-    rates += [row.tokens_per_second[count] for row in rows if row.precision == _REFERENCE]
-    if min(rates) <= 0 or max(rates) / min(rates) <= WIDE:
+def _drift(rows: Sequence[Row]) -> str | None:
+    """fp32 is measured beside every precision: how far its own speed changed meanwhile, where it did most."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        medians = row.tokens_per_second if row.precision == _REFERENCE else row.reference_rates
+        for count, rate in medians.items():
+            found.setdefault(count, []).append(rate)
+    count, rates = max(found.items(), key=lambda one: max(one[1]) / min(one[1]), default=(1, [1.0]))
+    if max(rates) / min(rates) <= WIDE:
         return None
-    at = "1 row" if count == 1 else f"{count} rows"
     return (
-        f"fp32 itself decoded between {min(rates):,.0f} and {max(rates):,.0f} tokens a second at {at} "
-        "while the others were measured in turn with it"
+        f"fp32 itself decoded between {min(rates):,.0f} and {max(rates):,.0f} tokens a second at {_at(count)}"
+        " while the others were measured in turn with it"
     )
+
+
+def _at(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def _joined(parts: Sequence[str]) -> str:
