@@ -103,7 +103,7 @@ class ModelSpec:
     context: int | None = None
     """Cap on the tokens of one sequence; the checkpoint's context length if None."""
     threads: int | None = None
-    """CPU threads of one forward pass; all cores if None."""
+    """CPU threads of one forward pass; the thread that computes sets them. None: the caller decides."""
     quantize_lm_head: bool = True
     """dynamic-int8: quantize the output head too (a tied embedding then stays beside it in fp32)."""
     int8_threshold: float = 0.0

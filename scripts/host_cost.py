@@ -29,6 +29,7 @@ from loaders.captured_runner import CapturedRunner
 from server.engine import Engine
 from server.metrics import Metrics
 from server.sequence import SamplingParams, StepStats
+from server.threads import compute_with
 
 VOCABULARY, PROMPT, PRECISION = 8, 4, "fp32"
 SPARED = 20  # steps at either end of a repeat, where rows come and go
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="of each row in a repeat")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    compute_with(1)
     torch.manual_seed(0)
     found = [{"rows": rows, **asyncio.run(measured(rows, options))} for rows in options.rows]
     print(f"{'rows':>6}{'a step':>10}{'worker CPU':>12}{'loop CPU':>10}   microseconds")

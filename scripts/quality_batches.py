@@ -15,7 +15,6 @@ import time
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +22,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec, default_device
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.quality import Text, held_out, measure
+from server.threads import compute_with, default_threads
 
 
 def beginning(size: int) -> Text:
@@ -51,9 +51,9 @@ def main() -> None:
     parser.add_argument("--batches", default="1,2,4")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--bytes", type=int, default=20_000, help="of text")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=default_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    compute_with(options.threads)
     spec = ModelSpec(open_checkpoint(options.model), device=default_device(), slots=1)
     text, figures = beginning(options.bytes), []
     reference = loaders.load("fp32", spec)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from server import cgroups
+from server import threads
 from server.interrupts import INTERRUPTED, end_at_once
 from server.version import VERSION
 
@@ -35,7 +35,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _end_when_told()
-    _heed_quota()
+    threads.limit_libraries()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0 if arguments else 2
@@ -70,16 +70,6 @@ def _end_when_told() -> None:
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-
-
-def _heed_quota() -> None:
-    """Not more threads than a container has CPU time for, unless something else is asked for.
-
-    Said before torch is imported, which reads it once. Threads beyond the quota use it up while they wait for
-    those that have none left.
-    """
-    if (allowed := cgroups.cpus()) is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
 from loaders.quality import QualityError
 from loaders.quality.prompt import Against, PromptFigures, ReferenceLogits
 from server import memory
+from server.bench.host import apart
 from server.engine import Engine
 from server.errors import GenerationFailed, ServiceError
 from server.sequence import FinishReason, SamplingParams, Timeline
@@ -140,7 +142,8 @@ class Comparison:
     async def _score_reference(self, engine: Engine) -> PromptFigures:
         self._reference = ReferenceLogits(self._wish.ids)
         await _observed(engine, self._wish.ids, self._reference.add)
-        return await asyncio.to_thread(self._against_itself, engine.precision)
+        work = partial(self._against_itself, engine.precision)
+        return await asyncio.to_thread(apart, work, 1)  # of one core, so that streams keep the others
 
     def _against_itself(self, precision: str) -> PromptFigures:
         against = Against(self._reference)

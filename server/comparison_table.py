@@ -22,7 +22,10 @@ def markdown(reference: str, rows: Mapping[str, Compared | ServiceError]) -> str
             continue
         lines.append(f"| {' | '.join(cells(row))} |")
         texts.append(f"**{name}**\n\n{_fenced(row.written.text)}")
-    about = f"KL divergence (nats) and top-1 agreement are those from {reference} on the prompt's tokens."
+    about = (
+        f"KL divergence (nats) and top-1 agreement are those from {reference} on the prompt's tokens. "
+        "Times are of one run, beside whatever else was served: they don't tell which precision is faster."
+    )
     return "\n\n".join(["\n".join(lines), about, *texts]) + "\n"
 
 

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from loaders.base import LoadedModel
@@ -21,6 +20,7 @@ from server.errors import GenerationFailed, NotReady, ServiceError
 from server.sampler import Sampler
 from server.scheduler import Scheduler
 from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
+from server.threads import compute_with, resolve
 from server.turn import Turn
 from server.worker import Step, Worker
 
@@ -87,7 +87,11 @@ class Generation(AsyncIterator[Token]):
 
 
 class Engine:
-    """Continuous batching over one ``LoadedModel``. Made and called on the event loop."""
+    """Continuous batching over one ``LoadedModel``. Made and called on the event loop.
+
+    Args:
+        threads: that a step takes on a CPU; as many as ``server.threads`` finds if None.
+    """
 
     def __init__(
         self,
@@ -104,7 +108,7 @@ class Engine:
         self.model, self.precision = model, model.precision
         self.last_used = time.perf_counter()
         self._on_step, self._on_death = on_step, on_death
-        self._threads = threads
+        self._threads = resolve(threads)
         self._scheduler = Scheduler(model.runner.slots, prefill_chunk, prefill_chunk_busy)
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
@@ -195,8 +199,7 @@ class Engine:
     # the worker thread
 
     def _run(self, ready: "asyncio.Future[None]") -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)  # OpenMP keeps this per thread: set it where it computes
+        compute_with(self._threads)
         try:
             self._worker.warm_up()
         except BaseException as error:

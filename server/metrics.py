@@ -192,10 +192,13 @@ class Metrics:
         rate = record.tokens / record.busy if record.busy and record.tokens else None
         return {"generated_tokens": record.tokens, "tokens_per_second": rate}
 
-    def single_row_median(self, precision: str) -> float | None:
-        """Median seconds between tokens of steps that decoded one row alone; None before eight of them."""
+    def single_row_quartiles(self, precision: str) -> tuple[float, float, float] | None:
+        """Of the seconds between tokens of steps that decoded one row alone; None before eight of them."""
         gaps = self._records[precision].single_row_gaps
-        return statistics.median(gaps) if len(gaps) >= 8 else None
+        if len(gaps) < 8:
+            return None
+        low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
+        return low, middle, high
 
     def render(self) -> bytes:
         """Prometheus's text format."""

@@ -13,6 +13,7 @@ from pydantic_settings import (
 
 from loaders.base import Checkpoint, ModelSpec, default_device
 from server.setting_types import Precision, option
+from server.threads import resolve
 
 _MODEL, _QUANTIZATION, _GPU = "model", "quantization", "on a GPU"
 
@@ -86,8 +87,8 @@ class ModelSettings(BaseSettings):
         "auto",
         _QUANTIZATION,
         "TYPE",
-        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone; fp16 becomes fp32 where it "
-        "does not hold them",
+        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone; fp16 becomes fp32 where "
+        "it does not hold them",
     )
 
     cuda_graphs: bool = option(
@@ -118,6 +119,9 @@ class ModelSettings(BaseSettings):
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
 
+    def resolved_threads(self) -> int:
+        return resolve(self.threads)
+
     def spec(self, checkpoint: Checkpoint, slots: int) -> ModelSpec:
         """What the loaders are told."""
         return ModelSpec(
@@ -125,7 +129,7 @@ class ModelSettings(BaseSettings):
             device=self.resolved_device(),
             slots=slots,
             context=self.max_total_tokens,
-            threads=self.threads,
+            threads=self.resolved_threads(),
             quantize_lm_head=self.quantize_lm_head,
             int8_threshold=self.int8_threshold,
             double_quantization=self.double_quantization,

@@ -19,6 +19,7 @@ from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.metrics import Metrics
 from server.precision_state import LoadProgress, PrecisionState
 from server.settings import Settings
+from server.threads import compute_with
 from server.turn import Turn
 
 Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
@@ -41,6 +42,8 @@ class Pool:
     ) -> None:
         self.spec = settings.spec(checkpoint, settings.max_batch_size)
         self.device = self.spec.device
+        self.threads = settings.resolved_threads()
+        """CPU threads of every load and of every step."""
         self.default = settings.precision
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
@@ -140,7 +143,7 @@ class Pool:
             eos_ids=self.spec.checkpoint.eos_ids,
             prefill_chunk=self._settings.prefill_chunk,
             prefill_chunk_busy=self._settings.busy_chunk(),
-            threads=self._settings.threads,
+            threads=self.threads,
             on_step=partial(self._metrics.observe_step, model.precision),
             on_death=self._lifecycle.fail,
             turn=self._turn,
@@ -156,6 +159,7 @@ class Pool:
             state.progress = LoadProgress(stage, current, total)
 
         def run() -> None:
+            compute_with(self.threads)
             try:
                 result = self._load_model(state.name, spec, tell)
             except BaseException as error:  # a library in Rust panics with one that is no Exception

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from loaders.base import Checkpoint
 from server import memory
@@ -123,8 +122,8 @@ class Reports:
             *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_LINE
         )
         settings = self._settings.model_dump(mode="json", include=set(ModelSettings.model_fields))
-        threads = self._settings.threads or torch.get_num_threads()
-        order = {"settings": settings, "wishes": dict(wishes), "text": text, "threads": threads}
+        settings["threads"] = self._spec.threads  # as many as serve, whatever that process would find
+        order = {"settings": settings, "wishes": dict(wishes), "text": text}
         assert process.stdin is not None
         process.stdin.write(json.dumps(order).encode() + b"\n")
         with suppress(ConnectionError):

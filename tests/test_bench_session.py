@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 import pytest
 
@@ -11,10 +12,10 @@ from loaders.base import LoadedModel
 from server.bench import session, table
 from server.bench.contenders import Contender, EngineContender, Prompts
 from server.bench.errors import BenchError
-from server.bench.figures import Run
+from server.bench.figures import Figures, Run
 from server.bench.host import Bandwidth, MemorySpeed
 from server.bench.processes import WorkerProcess
-from server.bench.report import Report
+from server.bench.report import Report, row_figures
 from server.bench.session import Plan, Row, Session, prompts_of, same_tokens
 from tests.checkpoints import VOCABULARY
 from tests.fakes import FakeRunner, fake_model
@@ -165,6 +166,43 @@ def test_a_line_stands_under_its_heading() -> None:
     assert "tok/s" in units
     explained = table.LEGEND.replace("ITL", "ITL p50 ITL p99")
     assert all(column.name in explained for column in table.COLUMNS[3:])
+
+
+def measured_as(*ratios: float, spread: float = 0.1) -> Row:
+    """A row beside bitdial's, with these ratios in its repeats."""
+    figures = Figures(100.0, 10.0, spread, 5.0, 1.0, 2.0)
+    return Row("fp16", 1, "scripted", figures, ratio=median(ratios), ratios=ratios)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shown"),
+    [
+        ((1.2, 1.1, 1.3), "1.20"),
+        ((0.4, 0.5, 0.6), "0.50"),
+        ((1.2, 0.9, 1.3), "1.20?"),
+        ((0.25, 0.1, 2.0), "0.25?"),
+    ],
+)
+def test_a_ratio_is_doubted_where_the_repeats_disagree(ratios: tuple[float, ...], shown: str) -> None:
+    assert table.line(measured_as(*ratios)).split()[-1] == shown
+    assert row_figures(measured_as(*ratios))["bitdial_ratios"] == list(ratios)
+
+
+def test_a_noisy_host_is_told_of() -> None:
+    quiet = measured_as(1.0, spread=0.2)
+    assert table.warning([]) is table.warning([quiet]) is None
+    told = table.warning([quiet, measured_as(1.0, spread=2.44)])
+    assert told is not None
+    assert told.startswith(
+        "This host was too noisy: the decode rates of a row lay up to 244% apart (scripted, fp16, 1 rows)."
+    )
+
+
+def test_the_ratios_are_those_of_the_repeats() -> None:
+    ours, theirs, *_ = measure(slow_runner(), [Scripted([], agrees=12)])
+    rates = zip(ours.figures.decode_rates, theirs.figures.decode_rates, strict=True)
+    assert theirs.ratios == tuple(one / other for one, other in rates)
+    assert ours.ratios == ()
 
 
 def test_the_report_is_one_line_of_json_and_readable_text() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server import __main__, cgroups, memory
+from server import cgroups, memory
 
 GIB = 2**30
 
@@ -102,15 +102,3 @@ def test_what_is_free_is_what_the_container_has_left(monkeypatch: pytest.MonkeyP
 def test_a_limit_above_the_hosts_memory_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "memory", lambda: (2**59, 2**59))
     assert memory.process_memory()["total_bytes"] == psutil.virtual_memory().total
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("8", "8")])
-def test_threads_are_as_many_as_the_quota_unless_said_otherwise(
-    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cgroups, "cpus", lambda: 3)
-    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_NUM_THREADS")
-    assert __main__.main(["--version"]) == 0
-    assert os.environ["OMP_NUM_THREADS"] == expected

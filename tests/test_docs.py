@@ -18,7 +18,8 @@ README, API, SETTINGS, STRUCTURE = (
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLES = {name.upper() for name in Settings.model_fields} | {"MODEL"}
 NOT_OURS = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON", "VARIANT", "XDG_CACHE_HOME"}
-"""Hugging Face's, the installer's, the image's and the desktop's."""
+NOT_OURS |= {"OMP_NUM_THREADS"}
+"""Hugging Face's, the installer's, the image's, the desktop's and OpenMP's."""
 
 
 def test_the_table_of_settings_is_the_one_the_code_declares() -> None:

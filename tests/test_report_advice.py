@@ -1,6 +1,7 @@
 """What follows from measured figures: the front, the recommendation in words, the choice by bounds."""
 
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -125,10 +126,17 @@ def test_an_increase_is_told_in_two_digits(increase: float, shown: str) -> None:
     assert any(f"perplexity {shown}" in one for one in advise([FP32, small]).sentences)
 
 
+def batch(rates: list[float], reference: list[float] | None = None) -> dict[str, Any]:
+    """A precision's figures from its rates, and from fp32's in turn with them."""
+    ratios = [one / other for one, other in zip(rates, reference or rates, strict=True)]
+    return {
+        "decode_tokens_per_second": median(rates), "ratio_to_fp32": median(ratios), "ttft_ms": 5,
+        "decode_rates": rates, "reference_rates": reference or [], "ratios": ratios,
+    }  # fmt: skip
+
+
 def document(perplexity: float | None, vocabulary: int = 50257) -> dict[str, Any]:
-    speed = {
-        "batches": {n: {"decode_tokens_per_second": 100, "ratio_to_fp32": 1, "ttft_ms": 5} for n in "18"}
-    }
+    speed = {"batches": {n: batch([100.0] * 5) for n in "18"}}
     loading = {
         "disk_bytes": 1, "weights_bytes": 4, "kv_cache_bytes": 2, "bits_per_weight": 32.0,
         "load_seconds": 1.0, "proof": None,

@@ -27,12 +27,16 @@ READING = Reading("a text", 10, "0" * 64, None, None, 2)
 FIGURES = {"fp32": (4000, 1.0, 1.0, 0.0), "bf16": (2000, 2.0, 1.001, 1e-4), "nf4": (600, 3.0, 1.1, 5e-2)}
 
 
-def speed_of(ratio: float) -> dict[str, Any]:
+def speed_of(ratio: float, *ratios: float) -> dict[str, Any]:
+    """Of runs in turn with fp32; without ``ratios`` all alike."""
+    runs = list(ratios or [ratio] * 5)
     batch = {
         "decode_tokens_per_second": 100 * ratio,
         "ratio_to_fp32": ratio,
         "ttft_ms": 5.0,
-        "decode_rates": [100 * ratio],
+        "decode_rates": [100 * one for one in runs],
+        "reference_rates": [100.0] * len(runs),
+        "ratios": runs,
         "inter_token_ms": [10 / ratio] * 101,
     }
     return {"prompt": 32, "tokens": 48, "batches": {"1": batch, "8": batch}}

@@ -26,7 +26,7 @@ SHAPE: dict[str, Any] = {
 MEMORY = {"process_rss_bytes", "total_bytes", "available_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes",
           "gpu_peak_bytes", "gpu_total_bytes"}  # fmt: skip
 PRECISION = {"state", "reason", "memory", "layers", "load_seconds", "latency", "throughput",
-             "speed_ratio_to_fp32", "note", "warning"}  # fmt: skip
+             "speed_ratio_to_fp32", "speed_ratio_range", "note", "warning"}  # fmt: skip
 BYTES = {"weights_bytes", "by_dtype", "quantization_state_bytes", "kv_cache_bytes", "working_bytes",
          "total_bytes", "transformers_footprint_bytes", "bits_per_weight", "ratio_to_fp32"}  # fmt: skip
 
@@ -134,6 +134,32 @@ def test_the_note_says_when_the_smaller_one_is_slower(
     else:
         assert told["bf16"]["note"] is None
     assert told["int8"]["speed_ratio_to_fp32"] is told["int8"]["note"] is None
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "ratio", "least", "most", "told"),
+    [
+        ((0.01, 0.02), (0.01, 0.04), 0.6, 0.25, 2.0, False),  # either may be the slower one
+        ((0.010, 0.011), (0.011, 0.012), 0.913, 0.833, 1.0, False),
+        ((0.010, 0.011), (0.012, 0.013), 0.84, 0.769, 0.917, True),
+    ],
+)
+def test_nothing_is_noted_while_the_steps_of_both_took_as_long(
+    client: TestClient, fp32: tuple[float, float], bf16: tuple[float, float], ratio: float, least: float,
+    most: float, told: bool,
+) -> None:  # fmt: skip
+    app: Any = client.app
+    for name, several in (("fp32", fp32), ("bf16", bf16)):
+        for seconds in several * 50:
+            app.state.metrics.observe_step(name, StepStats(1, 0, 1, seconds, (seconds,)))
+    found = stats(client)["precisions"]
+    assert found["bf16"]["speed_ratio_to_fp32"] == ratio
+    assert found["bf16"]["speed_ratio_range"] == [least, most]
+    assert found["bf16"]["note"] == (
+        f"bf16 is slower than fp32 on this host: {ratio} × its speed" if told else None
+    )
+    assert found["fp32"]["speed_ratio_range"] == [1.0, 1.0]
+    assert found["int8"]["speed_ratio_range"] is None
 
 
 def test_slower_in_real_steps(make_client: Callable[..., TestClient], loads: Loads) -> None:

@@ -72,6 +72,8 @@ class Engines:
         if rest := self._table.rest(self._rows):
             say(f"\n{rest}")
         say(f"\n{folded(table.LEGEND)}\n")
+        if (warning := table.warning(self._rows)) is not None:
+            say(f"{folded(warning)}\n")
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
         return apart(lambda: loaders.load(name, self._spec, progress), self._threads)

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from server.threads import compute_with, physical_cores
+
 _CPUS = Path("/sys/devices/system/cpu")
 _SMALLEST_BUFFER, _TIMES_L3 = 256 * 2**20, 8
 _TRIES = 5
@@ -29,20 +31,16 @@ class Bandwidth:
     """Of a sum over a buffer: bytes read."""
 
 
-def pin(threads: int | None) -> list[int] | None:
+def pin(threads: int) -> list[int] | None:
     """Binds this process to as many physical cores as there are threads, and torch to that many threads.
 
-    Args:
-        threads: one for every physical core this process may use if None.
-
-    Returns: the CPUs, or None where the system can't bind a process.
+    Returns: the CPUs, or None where the system can't bind a process, or has fewer cores.
     """
-    cores = _physical_cores()
-    count = threads or len(cores)
-    torch.set_num_threads(count)
-    if not hasattr(os, "sched_setaffinity") or count > len(cores):
+    cores = physical_cores()
+    compute_with(threads)
+    if not hasattr(os, "sched_setaffinity") or threads > len(cores):
         return None
-    chosen = cores[:count]
+    chosen = cores[:threads]
     for task in os.listdir("/proc/self/task"):  # threads that libraries have started already
         os.sched_setaffinity(int(task), chosen)
     return chosen
@@ -56,28 +54,11 @@ def apart(work: Callable[[], _T], threads: int) -> _T:
     """
 
     def run() -> _T:
-        torch.set_num_threads(threads)  # OpenMP keeps this per thread
+        compute_with(threads)
         return work()
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()
-
-
-def _physical_cores() -> list[int]:
-    """One CPU of every physical core that this process may run on."""
-    if not hasattr(os, "sched_getaffinity"):
-        return list(range(os.cpu_count() or 1))
-    first: dict[tuple[str, str], int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        first.setdefault((_topology(cpu, "physical_package_id"), _topology(cpu, "core_id")), cpu)
-    return sorted(first.values())
-
-
-def _topology(cpu: int, what: str) -> str:
-    try:
-        return (_CPUS / f"cpu{cpu}" / "topology" / what).read_text().strip()
-    except OSError:
-        return f"of cpu {cpu}"  # unknown: taken for a core of its own
 
 
 def cpu_name() -> str:
@@ -101,13 +82,13 @@ class MemorySpeed:
     """Measures the bandwidth of the device's memory with buffers much larger than the caches."""
 
     def __init__(self, device: str, threads: int) -> None:
-        self._threads = threads
+        self.threads = threads
         self.buffer_bytes = max(_SMALLEST_BUFFER, _TIMES_L3 * (last_cache_bytes() or 0))
         self._device = device
 
     def measure(self) -> Bandwidth:
         """The best of a few tries each: what the memory can do, not what it does while others use it."""
-        return apart(self._measure, self._threads)
+        return apart(self._measure, self.threads)
 
     def _measure(self) -> Bandwidth:
         source = torch.ones(self.buffer_bytes // 4, device=self._device)

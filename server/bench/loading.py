@@ -10,6 +10,7 @@ from server.bench.errors import BenchError
 from server.bench.memory import reset_peak, status_bytes, trim
 from server.bench.processes import start_command
 from server.settings import ModelSettings
+from server.threads import compute_with
 
 _MEGA = 1e6
 HEADING = (
@@ -77,13 +78,11 @@ def main() -> None:
 
 
 def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
-    import torch
-
     import loaders
     from loaders.base import ModelSpec
     from loaders.checkpoint import BUNDLED, open_checkpoint
 
-    torch.set_num_threads(threads)
+    compute_with(threads)
     chosen = ModelSettings(**settings)
     loaders.load(precision, ModelSpec(open_checkpoint(BUNDLED), chosen.resolved_device())).close()
     checkpoint = open_checkpoint(chosen.model_id, chosen.revision)

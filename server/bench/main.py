@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
-
 import loaders
 from loaders.base import Checkpoint, ModelSpec
 from server.bench import contexts, loading
@@ -29,14 +27,15 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
     Raises:
         BenchError, LoaderError, NotSaved
     """
-    cpus = pin(options.threads)
+    threads = options.resolved_threads()
+    cpus = pin(threads)
     if options.server_url is not None:
         report = Report(reports.client_facts(cpus), {"url": options.server_url}, options.shown())
         parts = [Serving(options, report).measure]
     else:
         spec = _spec(options, open_checkpoint())
-        speed = MemorySpeed(spec.device, torch.get_num_threads())
-        facts = reports.host_facts(cpus, speed.measure(), speed.buffer_bytes)
+        speed = MemorySpeed(spec.device, threads)
+        facts = reports.host_facts(cpus, threads, speed.measure(), speed.buffer_bytes)
         report = Report(facts, reports.model_facts(spec.checkpoint), options.shown())
         say(folded(reports.introduction(report)))
         parts = _parts(options, spec, speed, report, progress_of)

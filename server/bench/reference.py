@@ -27,8 +27,9 @@ def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine
         settings: values of ``ModelSettings``.
     """
     from server.settings import ModelSettings  # here: who measures without a server needs none of it
+    from server.threads import compute_with
 
-    torch.set_num_threads(threads)
+    compute_with(threads)
     chosen = ModelSettings(**settings)
     return Generate(precision, chosen.spec(open_checkpoint(chosen.model_id, chosen.revision), slots=1))
 

@@ -71,6 +71,7 @@ def row_figures(row: Row) -> dict[str, Any]:
     }
     if row.ratio is not None:
         figures["bitdial_ratio"] = row.ratio
+        figures["bitdial_ratios"] = list(row.ratios)
     if row.same_tokens is not None:
         figures["same_tokens"] = row.same_tokens
     if row.memory is not None:
@@ -94,10 +95,12 @@ def client_facts(cpus: list[int] | None) -> dict[str, Any]:
     return {"client_cpu": cpu_name(), "client_pinned_to": cpus, "client_system": platform.platform()}
 
 
-def host_facts(cpus: list[int] | None, bandwidth: Bandwidth, buffer_bytes: int) -> dict[str, Any]:
+def host_facts(
+    cpus: list[int] | None, threads: int, bandwidth: Bandwidth, buffer_bytes: int
+) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "pinned_to": cpus,
         "last_cache_bytes": last_cache_bytes(),
         "copy_bytes_per_second": bandwidth.copy,

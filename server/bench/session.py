@@ -49,6 +49,8 @@ class Row:
     weights_bytes: int | None = None
     ratio: float | None = None
     """bitdial's decode rate ÷ this engine's; None for bitdial itself."""
+    ratios: tuple[float, ...] = ()
+    """The same of each repeat."""
     same_tokens: float | None = None
     """Share of the tokens that equal bitdial's, each row counted up to the first that differs."""
     memory: OwnMemory | None = None
@@ -131,9 +133,9 @@ class Session:
                 yield Row(precision, size, name, figures)
             else:
                 ratio = our_rate / figures.decode_tokens_per_second
-                yield Row(
-                    precision, size, name, figures, ratio=ratio, same_tokens=same_tokens(ours[0], several[0])
-                )
+                ratios = tuple(a.decode_rate / b.decode_rate for a, b in zip(ours, several, strict=True))
+                same = same_tokens(ours[0], several[0])
+                yield Row(precision, size, name, figures, ratio=ratio, ratios=ratios, same_tokens=same)
 
     def _prompts(self, rows: int) -> Prompts:
         return prompts_of(rows, self.plan.prompt, self.plan.vocabulary)

@@ -9,6 +9,7 @@ from server.terminal import terminal_width
 
 _MEGA = 1e6
 _UNKNOWN = "–"
+_NOISY = 0.25  # spread above which a host is too noisy for its ratios to be relied on
 
 
 _R = TypeVar("_R")
@@ -49,7 +50,7 @@ COLUMNS: list[Column[Row]] = [
     Column("floor", "tok/s", 7, lambda row: f"{row.floor.tokens_per_second:.0f}" if row.floor else None),
     Column("of it", "%", 5, lambda row: f"{_share(row):.0%}".rstrip("%") if row.floor else None),
     Column("same", "%", 4, lambda row: None if row.same_tokens is None else f"{100 * row.same_tokens:.0f}"),
-    Column("ratio", "×", 6, lambda row: None if row.ratio is None else f"{row.ratio:.2f}"),
+    Column("ratio", "×", 6, lambda row: _ratio(row)),
 ]
 
 LEGEND = """\
@@ -62,7 +63,14 @@ peak      largest resident set after loading and running (VmHWM) − the one bef
 floor     rows ÷ ((weight bytes a step reads + KV bytes it reads at the mean context) ÷ copy bandwidth)
 of it     decode ÷ floor; above 100 where weights fit the caches or memory reads faster than it copies
 same      greedy tokens that equal bitdial's, each row up to its first difference (expected in fp32 only)
-ratio     bitdial's decode ÷ this engine's"""
+ratio     bitdial's decode ÷ this engine's;  ?: above 1 in one repeat, below in another"""
+
+
+def _ratio(row: Row) -> str | None:
+    if row.ratio is None:
+        return None
+    doubtful = bool(row.ratios) and min(row.ratios) <= 1 <= max(row.ratios)
+    return f"{row.ratio:.2f}{'?' if doubtful else ''}"
 
 
 def _share(row: Row) -> float:
@@ -102,6 +110,19 @@ class Table(Generic[_R]):
 def engines() -> Table[Row]:
     """The main table at the terminal's width."""
     return Table(COLUMNS, 3, terminal_width())
+
+
+def warning(rows: Sequence[Row]) -> str | None:
+    """What is to be said of a host whose rates lay far apart; None of a quiet one."""
+    worst = max(rows, key=lambda row: row.figures.spread, default=None)
+    if worst is None or worst.figures.spread <= _NOISY:
+        return None
+    return (
+        f"This host was too noisy: the decode rates of a row lay up to {worst.figures.spread:.0%} apart "
+        f"({worst.engine}, {worst.precision}, {worst.batch} rows).\n"
+        "Of rates and ratios that differ by less nothing follows; measure again on an idle host, "
+        "with a larger --repeat."
+    )
 
 
 def heading() -> str:

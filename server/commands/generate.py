@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
-from loaders.base import LoadedModel, LoaderError
+from loaders.base import LoadedModel, LoaderError, ModelSpec
 from loaders.end_tokens import with_end_token
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
@@ -17,6 +17,7 @@ from server.engine import Engine
 from server.errors import ServiceError
 from server.settings import PrecisionSettings
 from server.text import TextCodec
+from server.threads import compute_with
 
 
 class Options(SamplingSettings, PrecisionSettings):
@@ -50,6 +51,7 @@ def _generate(options: Options, prompt: str) -> int:
     checkpoint, codec = with_end_token(checkpoint, tokenizer), TextCodec(tokenizer)
     spec = options.spec(checkpoint, slots=1)
     ids = encode(codec, prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
+    compute_with(options.resolved_threads())
     try:
         # not in the event loop, which would let the load go on after Ctrl-C
         model = loaders.load(options.precision, spec, bars)
@@ -57,13 +59,13 @@ def _generate(options: Options, prompt: str) -> int:
         bars.close()
     sys.stdout.write(prompt)
     sys.stdout.flush()
-    return asyncio.run(_continue(model, checkpoint.eos_ids, codec, ids, options))
+    return asyncio.run(_continue(model, spec, codec, ids, options))
 
 
 async def _continue(
-    model: LoadedModel, eos_ids: frozenset[int], codec: TextCodec, ids: list[int], options: Options
+    model: LoadedModel, spec: ModelSpec, codec: TextCodec, ids: list[int], options: Options
 ) -> int:
-    engine = Engine(model, eos_ids=eos_ids, threads=options.threads)
+    engine = Engine(model, eos_ids=spec.checkpoint.eos_ids, threads=spec.threads)
     await engine.start()
     try:
         return await _show(engine, codec, ids, options)

@@ -9,6 +9,7 @@ from server.commands.progress import ProgressBars
 from server.commands.quality_table import layer_lines
 from server.setting_types import Precisions, listed, option
 from server.settings import ModelSettings
+from server.threads import compute_with
 
 
 class Options(ModelSettings):
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         return FAILED
     spec = options.spec(checkpoint, slots=1)
     _list(checkpoint, spec)
+    compute_with(options.resolved_threads())
     try:
         for name in options.names():
             _prove(name, spec)

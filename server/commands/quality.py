@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import loaders
 from loaders.base import Checkpoint, Footprint, LoadedModel, LoaderError, ModelSpec
 from loaders.quality import Quality, QualityError, held_out, measure, text_file
@@ -20,6 +18,7 @@ from server.commands.quality_table import layer_lines, quality_lines
 from server.setting_types import Precisions, listed, option
 from server.settings import ModelSettings
 from server.terminal import folded, say_json
+from server.threads import compute_with
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport
@@ -105,8 +104,7 @@ def _rows(options: Options, checkpoint: Checkpoint) -> Iterator[Row]:
     from loaders.checkpoint import load_tokenizer
     from loaders.layer_errors import layer_errors
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    compute_with(options.resolved_threads())
     text = held_out() if options.text is None else text_file(options.text)
     tokenizer = load_tokenizer(checkpoint)
     spec = options.spec(checkpoint, slots=_SLOTS)

@@ -4,11 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from server.report.certainty import LEVEL, Interval, perhaps_best
+from server.report.noise import noise
 from server.report.rows import Row, dominates
 
 TOLERABLE = 0.02
 """Share by which the perplexity may rise where nobody has said how much: hardly seen in a text."""
 _LEVEL = 0.02  # ratios nearer to 1 than this are called equal
+_CLOSE = 1.1  # an interval whose ends lie farther apart is shown beside its ratio
 _REFERENCE = "fp32"
 Cost = Callable[[Row], tuple[float, ...]]
 
@@ -19,28 +22,38 @@ class Advice:
 
     Args:
         precision: the one to choose if nothing else is known; None if nothing was measured.
-        sentences: the first says it; the others when to choose another, and what to beware of.
+        sentences: if the host was too noisy, the first ones say so; then one says what to run; the others
+            when to choose another, and what to beware of.
     """
 
     precision: str | None
     sentences: tuple[str, ...]
 
 
-def balance(row: Row, reference: Row) -> float:
+def balance(row: Row, reference: Row) -> Interval:
     """How much smaller and faster than the reference, both alike: the geometric mean of the two ratios."""
-    return math.sqrt(reference.weights_bytes / row.weights_bytes * row.speed_ratio)
+    smaller, faster = reference.weights_bytes / row.weights_bytes, row.ratio_interval()
+    return Interval(math.sqrt(smaller * faster.low), math.sqrt(smaller * faster.high), faster.count)
 
 
-def best_balanced(rows: Sequence[Row], reference: Row) -> Row:
+def best_balanced(rows: Sequence[Row], reference: Row) -> list[Row]:
     """The best balance of size and speed among those whose quality is tolerable, or was not measured.
 
     If none is tolerable, the one nearest to the reference.
+
+    Returns: it, and then those that may be as good: their speeds can't be told apart. Of these the
+        smallest is the first.
     """
     unknown = all(row.mean_kl is None for row in rows)
     eligible = [row for row in rows if unknown or (row.increase is not None and row.increase <= TOLERABLE)]
     if not eligible:
-        return min(rows, key=lambda row: math.inf if row.mean_kl is None else row.mean_kl)
-    return max(eligible, key=lambda row: balance(row, reference))
+        return [min(rows, key=lambda row: math.inf if row.mean_kl is None else row.mean_kl)]
+    return best(eligible, lambda row: balance(row, reference))
+
+
+def best(rows: Sequence[Row], of: Callable[[Row], Interval]) -> list[Row]:
+    """Those that may be the best, the smallest first: size and quality are known where speed is not."""
+    return sorted(perhaps_best(rows, of), key=lambda row: (row.weights_bytes, row.mean_kl or 0.0))
 
 
 def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
@@ -54,18 +67,24 @@ def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
         return Advice(None, ("Nothing can be advised: fp32 was not measured.",))
     if len(rows) == 1:
         return Advice(_REFERENCE, ("Run fp32: nothing else was measured.",))
-    chosen = best_balanced(rows, reference)
+    chosen, *as_good = best_balanced(rows, reference)
     first = f"Run {chosen.precision}: {described(chosen, reference)}."
     if chosen is reference:
         first = (
             "Run fp32: no other precision is a better balance of size and speed at tolerable quality here."
         )
     others = [
+        *([] if not as_good else [f"It is the smallest of those that {undecided(as_good)}."]),
         *([] if no_quality is None else [f"Nothing is said here about quality: {no_quality}."]),
         *_alternatives(rows, reference, chosen),
         *_beware(rows, reference),
     ]
-    return Advice(chosen.precision, (first, *others))
+    return Advice(chosen.precision, (*noise(rows), first, *others))
+
+
+def undecided(rows: Sequence[Row]) -> str:
+    names = ", ".join(row.precision for row in rows)
+    return f"may be the best balance of size and speed ({names} too): their speeds can't be told apart"
 
 
 def described(row: Row, reference: Row) -> str:
@@ -73,8 +92,21 @@ def described(row: Row, reference: Row) -> str:
     parts = [_times(reference.weights_bytes / row.weights_bytes, "smaller", "larger")]
     if row.increase is not None:
         parts.append(perplexity(row))
-    parts.append(_times(row.speed_ratio, "faster", "slower") + " here")
+    parts.append(f"{_speed(row)} here")
     return ", ".join(parts)
+
+
+def _speed(row: Row, rows: int = 1) -> str:
+    """Of that many rows decoded together: faster or slower than fp32 only where that is known."""
+    ratio, interval = row.speed_ratios[rows], row.ratio_interval(rows)
+    if math.isinf(interval.high):
+        return "its speed not known"
+    if interval.low <= 1 <= interval.high and interval.factor > LEVEL:
+        return f"its speed between {interval.low:.2f} and {interval.high:.2f} × fp32's"
+    told = _times(ratio, "faster", "slower")
+    if interval.factor <= _CLOSE:
+        return told
+    return f"{told} ({interval.low:.2f} to {interval.high:.2f} × fp32's speed)"
 
 
 def perplexity(row: Row) -> str:
@@ -98,19 +130,25 @@ def _times(ratio: float, more: str, less: str) -> str:
 
 def _alternatives(rows: Sequence[Row], reference: Row, chosen: Row) -> list[str]:
     """When another is the better choice; one sentence for each precision, whatever it is best at."""
-    wishes: list[tuple[str, Cost]] = [
+    costs: list[tuple[str, Cost]] = [
         ("memory is what is short", lambda row: (row.weights_bytes, row.mean_kl or 0.0)),
-        ("one stream must be fast", lambda row: (-row.speed_ratio,)),
-        ("many streams share the host", lambda row: (-row.batch_ratio,)),
+    ]
+    speeds: list[tuple[str, Callable[[Row], Interval]]] = [
+        ("one stream must be fast", lambda row: row.ratio_interval()),
+        ("many streams share the host", lambda row: row.batch_interval),
     ]
     if all(row.mean_kl is not None for row in rows):
-        wishes.insert(0, ("nothing may be lost", _loss_then_size(rows)))
+        costs.insert(0, ("nothing may be lost", _loss_then_size(rows)))
     found: dict[str, list[str]] = {}
     by_name = {row.precision: row for row in rows}
-    for wish, cost in wishes:
-        best = min(rows, key=cost)
-        if best is not chosen and cost(best) < cost(chosen):
-            found.setdefault(best.precision, []).append(wish)
+    for wish, cost in costs:
+        cheapest = min(rows, key=cost)
+        if cheapest is not chosen and cost(cheapest) < cost(chosen):
+            found.setdefault(cheapest.precision, []).append(wish)
+    for wish, of in speeds:
+        fastest = best(rows, of)[0]
+        if of(fastest).above(of(chosen)):
+            found.setdefault(fastest.precision, []).append(wish)
     return [
         f"Choose {name} if {' or '.join(wishes)}: {_compared(by_name[name], reference)}."
         for name, wishes in found.items()
@@ -120,8 +158,8 @@ def _alternatives(rows: Sequence[Row], reference: Row, chosen: Row) -> list[str]
 def _compared(row: Row, reference: Row) -> str:
     if row is reference:
         return f"{row.weights_bytes / 1e6:,.1f} MB of weights, {row.speed:,.0f} tokens a second"
-    many = max(row.speed_ratios)
-    batch = f", {_times(row.batch_ratio, 'faster', 'slower')} at {many} streams" if many > 1 else ""
+    many = row.most_rows
+    batch = f", {_speed(row, many)} at {many} streams" if many > 1 else ""
     return described(row, reference) + batch
 
 
@@ -148,11 +186,11 @@ def _beware(rows: Sequence[Row], reference: Row) -> list[str]:
         better = [other for other in rows if dominates(other, row)]
         if row.warning is not None:
             found.append(f"Beware: {row.warning}.")
-        if row is not reference and row.speed_ratio < 1 - _LEVEL:
+        if row is not reference and row.ratio_interval().high < 1 and row.speed_ratio < 1 - _LEVEL:
             found.append(f"{row.precision} is slower than fp32 here: {row.speed_ratio:.2f} × its speed.")
         if better:
-            best = min(better, key=lambda other: other.weights_bytes)
+            smallest = min(better, key=lambda other: other.weights_bytes)
             found.append(
-                f"{best.precision} is as good as {row.precision} or better in every respect measured."
+                f"{smallest.precision} is as good as {row.precision} or better in every respect measured."
             )
     return found

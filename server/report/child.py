@@ -30,7 +30,7 @@ _DIE_WITH_PARENT = 1  # prctl(2), PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    """Reads ``{"settings", "wishes", "text", "threads"}``; the last line is ``{"kept"}`` or ``{"error"}``."""
+    """Reads ``{"settings", "wishes", "text"}``; the last line is ``{"kept"}`` or ``{"error"}``."""
     _yield_to_others()
     pauses = Pauses().watch()
     order = json.loads(sys.stdin.readline())
@@ -43,11 +43,8 @@ def main() -> None:
 
 
 def _make(order: Mapping[str, Any], pauses: Pauses) -> str:
-    import torch
-
     from loaders.checkpoint import open_checkpoint
 
-    torch.set_num_threads(order["threads"])
     settings = ModelSettings(**order["settings"])
     checkpoint = open_checkpoint(settings.model_id, settings.revision)
     wishes = Wishes(

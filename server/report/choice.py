@@ -1,10 +1,11 @@
 """Which precision a request gets that leaves it to the server: by bounds, among measured ones."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from server.report.advice import TOLERABLE, best_balanced
+from server.report.advice import TOLERABLE, best, best_balanced
 from server.report.rows import Row
 
 Preference = Literal["quality", "speed", "memory"]
@@ -65,7 +66,7 @@ _SHOWN: Mapping[str, Callable[[float], str]] = {
     "max_kl": lambda value: f"mean KL {value:.2e}",
     "min_tokens_per_second": lambda value: f"{value:,.1f} tokens a second",
 }
-_QUALITY = ("max_perplexity_increase", "max_kl")
+_QUALITY, _SPEED = ("max_perplexity_increase", "max_kl"), "min_tokens_per_second"
 
 
 def choose(rows: Sequence[Row], bounds: Bounds) -> Choice:
@@ -78,30 +79,37 @@ def choose(rows: Sequence[Row], bounds: Bounds) -> Choice:
     """
     if not rows:
         raise NoneFits("none of the measured precisions can run here")
-    chosen = _best(rows, bounds)
-    if chosen is None:
+    if not (found := _best(rows, bounds)):
         raise NoneFits(_refusal(rows, bounds))
+    chosen, *as_good = found
     decided = _deciding(rows, bounds, chosen)
-    return Choice(chosen.precision, decided, _reason(rows, bounds, chosen, decided))
+    reason = _reason(rows, bounds, chosen, decided) + _doubt(bounds, chosen, as_good)
+    return Choice(chosen.precision, decided, reason)
 
 
-def _best(rows: Sequence[Row], bounds: Bounds) -> Row | None:
+def _best(rows: Sequence[Row], bounds: Bounds) -> list[Row]:
+    """What is chosen, then what may be as good as far as speeds are known; empty if none fits."""
     fitting = [row for row in rows if not broken(row, bounds)]
+    fitting = [row for row in fitting if not _doubtful(row, bounds)] or fitting
     if not fitting:
-        return None
+        return []
     if bounds.prefer == "memory":
-        return min(fitting, key=lambda row: row.weights_bytes)
+        return [min(fitting, key=lambda row: row.weights_bytes)]
     if bounds.prefer == "speed":
-        return max(fitting, key=lambda row: row.speed_ratio)
+        return best(fitting, lambda row: row.ratio_interval())
     known = [row for row in fitting if row.mean_kl is not None]
     if bounds.prefer == "quality" and known:
-        return min(known, key=lambda row: (row.mean_kl or 0.0, row.weights_bytes))
+        return [min(known, key=lambda row: (row.mean_kl or 0.0, row.weights_bytes))]
     if bounds.prefer == "quality":  # nothing is known of it: the widest is the nearest to the original
-        return max(fitting, key=lambda row: row.bits_per_weight)
+        return [max(fitting, key=lambda row: row.bits_per_weight)]
     if any(name in bounds.given() for name in _QUALITY):  # what is tolerable has been said
         fitting = [replace(row, perplexity_ratio=1.0) for row in fitting]
-    chosen = best_balanced(fitting, _scale(rows))
-    return next(row for row in rows if row.precision == chosen.precision)
+    by_name = {row.precision: row for row in rows}
+    return [by_name[row.precision] for row in best_balanced(fitting, _scale(rows))]
+
+
+def _first(rows: Sequence[Row], bounds: Bounds) -> Row | None:
+    return next(iter(_best(rows, bounds)), None)
 
 
 def _scale(rows: Sequence[Row]) -> Row:
@@ -118,17 +126,36 @@ def broken(row: Row, bounds: Bounds) -> dict[str, float]:
             found[name] = float("inf")
         elif name.startswith("max_") and value > limit:
             found[name] = (value - limit) / max(abs(limit), 1e-9)
-        elif name.startswith("min_") and value < limit:
+        elif name == _SPEED and row.speed_interval.high < limit:
             found[name] = (limit - value) / limit
+    return found
+
+
+def _doubtful(row: Row, bounds: Bounds) -> bool:
+    """Whether its runs lie on both sides of the least speed."""
+    least, interval = bounds.min_tokens_per_second, row.speed_interval
+    return least is not None and interval.low < least <= interval.high
+
+
+def _doubt(bounds: Bounds, chosen: Row, as_good: Sequence[Row]) -> str:
+    """What the reason has to add where the speeds that were measured lie too far apart."""
+    found = ""
+    if _doubtful(chosen, bounds):
+        low, high = chosen.speed_interval.low, chosen.speed_interval.high
+        known = "not known" if math.isinf(high) else f"between {_SHOWN[_SPEED](low)} and {high:,.1f}"
+        found += f"; whether it keeps to {_SPEED} can't be told: its speed is {known}"
+    if as_good:
+        names = ", ".join(row.precision for row in as_good)
+        found += f"; it is smaller than {names}, from whose speed its own can't be told apart"
     return found
 
 
 def _deciding(rows: Sequence[Row], bounds: Bounds, chosen: Row) -> tuple[str, ...]:
     """The bounds that, left out alone, change the choice; if none does, those that the favourite breaks."""
-    alone = [name for name in bounds.given() if _best(rows, replace(bounds, **{name: None})) is not chosen]
+    alone = [name for name in bounds.given() if _first(rows, replace(bounds, **{name: None})) is not chosen]
     if alone:
         return tuple(alone)
-    favourite = _best(rows, Bounds(prefer=bounds.prefer))
+    favourite = _first(rows, Bounds(prefer=bounds.prefer))
     if favourite is not None and favourite is not chosen:
         return tuple(broken(favourite, bounds)) or tuple(bounds.given())
     return ("prefer",) if bounds.prefer else ("balance",)

@@ -1,8 +1,10 @@
 """The columns of a report's table, for the terminal, Markdown and HTML alike."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from server.report.noise import WIDE
 from server.report.rows import Row, front, quality_means_something, rows_of
 
 NONE = "–"
@@ -24,9 +26,9 @@ _QUALITY: list[Column] = [
 ]
 _SPEED: list[Column] = [
     ("TTFT ms", lambda row: shown(row.ttft_ms, ".1f")),
-    ("tok/s", lambda row: f"{row.speed:,.0f}"),
-    ("tok/s of 8", lambda row: shown(row.tokens_per_second.get(8), ",.0f")),
-    ("× fp32", lambda row: f"{row.speed_ratio:.2f}"),
+    ("tok/s", lambda row: _rate(row, 1)),
+    ("tok/s of 8", lambda row: _rate(row, 8)),
+    ("× fp32", lambda row: _speed_ratio(row)),
 ]
 LEGEND = """\
 disk         the checkpoint that every precision is made from while loading; nothing else is written
@@ -34,8 +36,23 @@ weights      in memory, scales included; with cache: and the KV cache of 8 seque
 ratio ±      perplexity ÷ fp32's, and its standard error (paired differences of the tokens)
 mean KL      divergence from fp32's distribution, nats a token; top-1: same most probable token
 TTFT         time to first token, one row; tok/s: decoded by one row, and by eight together
-× fp32       of one row, measured in turn with fp32
-*            on the Pareto front: no other is as good in memory, speed and quality, and better in one"""
+~            the runs lay far apart: the rate is not known better than to within a quarter
+× fp32       of one row, measured in turn with fp32; from – to, where the runs lay far apart
+*            on the Pareto front: of no other is known that it is as good in all respects and better in one"""
+
+
+def _rate(row: Row, rows: int) -> str:
+    if (rate := row.tokens_per_second.get(rows)) is None:
+        return NONE
+    interval = row.rate_intervals.get(rows)
+    return f"{'~' if interval is not None and interval.factor > WIDE else ''}{rate:,.0f}"
+
+
+def _speed_ratio(row: Row) -> str:
+    interval = row.ratio_interval()
+    if math.isinf(interval.high):
+        return f"~{row.speed_ratio:.2f}"
+    return f"{interval.low:.2f} – {interval.high:.2f}" if interval.factor > WIDE else f"{row.speed_ratio:.2f}"
 
 
 def _ratio(row: Row) -> str:
@@ -57,7 +74,7 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
 
 def legend(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(term, meaning) of what the table has."""
-    there = {heading for heading, _ in columns(document)} | {"*", "disk", "weights", "TTFT"}
+    there = {heading for heading, _ in columns(document)} | {"*", "~", "disk", "weights", "TTFT"}
     pairs = [(line[:13].strip(), line[13:]) for line in LEGEND.splitlines()]
     return [(term, meaning) for term, meaning in pairs if term in there]
 

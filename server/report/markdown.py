@@ -76,7 +76,7 @@ def facts(document: Mapping[str, Any]) -> list[str]:
             speed = steps["speed"]
             found.append(
                 f"speed: {speed['prompt']} prompt tokens, {speed['tokens']} generated, greedy, medians of "
-                f"several runs, each precision in turn with fp32; {spreads(document)}"
+                f"{_runs(document)} runs, each precision in turn with fp32; {spreads(document)}"
             )
             break
     quality = (document["precisions"].get("fp32") or {}).get("quality")
@@ -88,6 +88,17 @@ def facts(document: Mapping[str, Any]) -> list[str]:
         )
     found += [f"{name} has no figures, or not all: {why}" for name, why in document["failed"].items()]
     return [*found, f"measured until {document['finished'] or 'now, unfinished'}"]
+
+
+def _runs(document: Mapping[str, Any]) -> str:
+    """How many there were of a batch: more where they lay far apart."""
+    counts = {
+        len(batch["decode_rates"])
+        for steps in document["precisions"].values()
+        if "speed" in steps
+        for batch in steps["speed"]["batches"].values()
+    }
+    return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def spreads(document: Mapping[str, Any]) -> str:

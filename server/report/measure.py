@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 import loaders
 from loaders import quality
 from loaders.base import LoadedModel, LoaderError, ModelSpec, Progress, ignore_progress
@@ -22,8 +20,9 @@ from server.bench.errors import BenchError
 from server.bench.host import apart
 from server.bench.report import plain
 from server.errors import ServiceError
-from server.report.speed import BATCHES, Pauses, Speeds
+from server.report.speed import BATCHES, Pauses, Speeds, settled
 from server.report.store import Kept
+from server.threads import resolve
 
 REFERENCE = "fp32"
 LOADING, SPEED, QUALITY = "loading", "speed", "quality"
@@ -65,13 +64,18 @@ class Plan:
         return tuple(dict.fromkeys((REFERENCE, *self.precisions)))
 
 
+def _done(step: str, figures: Mapping[str, Any] | None) -> bool:
+    """Speeds that lay too far apart are measured again: perhaps the host is idle now."""
+    return figures is not None and (step != SPEED or settled(figures))
+
+
 def slots() -> int:
     """Sequences that a model is loaded for."""
     return max(BATCHES)
 
 
 class Measurement:
-    """Takes the steps that ``kept`` lacks.
+    """Takes the steps that ``kept`` lacks, or has figures of that lie too far apart.
 
     Args:
         tell: told where it is, often.
@@ -88,11 +92,11 @@ class Measurement:
     ) -> None:
         self._plan, self._kept, self._tell, self._load = plan, kept, tell, load
         self._pauses = pauses or Pauses()
-        self._threads = plan.spec.threads or torch.get_num_threads()
+        self._threads = resolve(plan.spec.threads)
         steps = [(name, step) for step in (LOADING, SPEED) for name in plan.names]
         if plan.text is not None:
             steps += [(name, QUALITY) for name in plan.names]
-        self._missing = [(name, step) for name, step in steps if kept.get(name, step) is None]
+        self._missing = [(name, step) for name, step in steps if not _done(step, kept.get(name, step))]
         self._all, self._done = len(steps), len(steps) - len(self._missing)
 
     def run(self) -> None:

@@ -111,6 +111,8 @@ def _scatter(figure: Any, rows: Sequence[Row], x: Axis, y: Axis) -> bool:
         axes.scatter(
             [a], [shown], s=64, color=colour if filled else "white", edgecolor=colour, linewidth=2, zorder=3
         )
+        for across, value in ((True, x), (False, y)):
+            _draw_interval(axes, row, value, (a, shown), colour, across)
         axes.annotate(row.precision, (a, shown), xytext=(8, 5), textcoords="offset points")
     if y[2]:
         axes.set_yscale("log")
@@ -132,6 +134,18 @@ def _scatter(figure: Any, rows: Sequence[Row], x: Axis, y: Axis) -> bool:
         0.995, 0.005, "filled: on the Pareto front", ha="right", va="bottom", fontsize=8, color="#777777"
     )
     return True
+
+
+def _draw_interval(
+    axes: Any, row: Row, axis: Axis, at: tuple[float, float], colour: str, across: bool
+) -> None:
+    """How well a speed is known, as a line through its point; nothing for what is known exactly."""
+    interval = row.ratio_interval()
+    if axis is not _speed or math.isinf(interval.high) or interval.factor <= 1:
+        return
+    ends = (interval.low, interval.high)
+    line = (ends, (at[1], at[1])) if across else ((at[0], at[0]), ends)
+    axes.plot(*line, color=colour, linewidth=1, zorder=2)
 
 
 def _layers(figure: Any, document: Mapping[str, Any], rows: Sequence[Row]) -> bool:

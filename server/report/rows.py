@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
+
+from server.report.certainty import Interval, interval_of
 
 _REFERENCE = "fp32"
 _CHANCE = 0.5  # of the vocabulary: a perplexity above it is that of guessing
@@ -24,6 +27,9 @@ class Row:
         ttft_ms: time to first token, one row, after a prompt as the document says.
         perplexity_ratio, perplexity_ratio_error: to fp32's, and its standard error.
         warning: loudly to be said: "quantized", and hardly is.
+        rate_intervals, ratio_intervals: how well the rates, and their ratios to fp32's, are known, by rows
+            decoded together; exactly where nothing is said of it.
+        reference_rates: fp32's median while this precision was measured in turn with it.
     """
 
     precision: str
@@ -42,6 +48,9 @@ class Row:
     p99_kl: float | None = None
     top1_agreement: float | None = None
     warning: str | None = None
+    rate_intervals: Mapping[int, Interval] = field(default_factory=dict)
+    ratio_intervals: Mapping[int, Interval] = field(default_factory=dict)
+    reference_rates: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def speed(self) -> float:
@@ -56,7 +65,24 @@ class Row:
     @property
     def batch_ratio(self) -> float:
         """Of the most rows that were measured."""
-        return self.speed_ratios[max(self.speed_ratios)]
+        return self.speed_ratios[self.most_rows]
+
+    @property
+    def most_rows(self) -> int:
+        return max(self.speed_ratios)
+
+    @property
+    def speed_interval(self) -> Interval:
+        """Where the tokens per second of one row lie."""
+        return self.rate_intervals.get(1) or Interval.exactly(self.speed)
+
+    def ratio_interval(self, rows: int = 1) -> Interval:
+        """Where the ratio to fp32's speed lies."""
+        return self.ratio_intervals.get(rows) or Interval.exactly(self.speed_ratios[rows])
+
+    @property
+    def batch_interval(self) -> Interval:
+        return self.ratio_interval(self.most_rows)
 
     @property
     def increase(self) -> float | None:
@@ -95,7 +121,18 @@ def _row(name: str, steps: Mapping[str, Any]) -> Row:
         quality.get("p99_kl"),
         quality.get("top1_agreement"),
         proof.get("warning"),
+        {int(rows): interval_of(figures["decode_rates"]) for rows, figures in batches.items()},
+        {int(rows): _ratio_interval(figures) for rows, figures in batches.items()},
+        {
+            int(rows): median(figures["reference_rates"])
+            for rows, figures in batches.items()
+            if figures["reference_rates"]
+        },
     )
+
+
+def _ratio_interval(figures: Mapping[str, Any]) -> Interval:
+    return interval_of(figures["ratios"]) if figures["reference_rates"] else Interval.exactly(1.0)
 
 
 def _without_quality(row: Row) -> Row:
@@ -134,7 +171,8 @@ def why_no_quality(document: Mapping[str, Any]) -> str | None:
 
 
 def front(rows: Sequence[Row]) -> frozenset[str]:
-    """The precisions of the Pareto front: no other is as good in every respect and better in one.
+    """The precisions of the Pareto front: of no other is known that it is as good in every respect and better
+    in one.
 
     Respects: bytes of the weights, speed of one row and of the largest batch, KL divergence where measured.
     """
@@ -142,12 +180,17 @@ def front(rows: Sequence[Row]) -> frozenset[str]:
 
 
 def dominates(one: Row, other: Row) -> bool:
-    """Whether ``one`` is as good as ``other`` in every respect and better in one."""
-    pairs = list(zip(_respects(one), _respects(other), strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+    """Whether ``one`` is known to be as good as ``other`` in every respect and better in one."""
+    costs = list(zip(_costs(one), _costs(other), strict=True))
+    speeds = list(zip(_speeds(one), _speeds(other), strict=True))
+    as_good = all(a <= b for a, b in costs) and all(a.as_good_as(b) for a, b in speeds)
+    return as_good and (any(a < b for a, b in costs) or any(a.above(b) for a, b in speeds))
 
 
-def _respects(row: Row) -> tuple[float, ...]:
-    """Less is better."""
-    distance = math.inf if row.mean_kl is None else row.mean_kl
-    return row.weights_bytes, -row.speed_ratio, -row.batch_ratio, distance
+def _costs(row: Row) -> tuple[float, ...]:
+    """What is known exactly; less is better."""
+    return row.weights_bytes, math.inf if row.mean_kl is None else row.mean_kl
+
+
+def _speeds(row: Row) -> tuple[Interval, ...]:
+    return row.ratio_interval(), row.batch_interval

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -13,12 +13,16 @@ from server.bench.contenders import EngineContender, Prompts
 from server.bench.errors import BenchError
 from server.bench.figures import MILLISECONDS, Run, percentile, summarize
 from server.bench.session import prompts_of
+from server.report.certainty import interval_of
 
 BATCHES = (1, 8)
 PROMPT, TOKENS = 32, 48
-REPEAT, MOST_REPEAT = 3, 20
-SECONDS, PAUSE = 1.5, 0.05
-"""What a small model's many runs take together at least; between runs, so that idle threads go to sleep."""
+REPEAT, MOST_REPEAT = 5, 20  # of fewer than five nothing is known (see ``certainty``)
+CLOSE = 1.1
+"""Rounds are repeated until the median is known to within this factor, or the host has had its chances."""
+SECONDS, MOST_SECONDS, PAUSE = 1.5, 60.0, 0.05
+"""What a small model's many runs take together at least; after which no more rounds are begun than must be;
+between runs, so that idle threads go to sleep."""
 _WARM_UP = 8
 
 
@@ -98,7 +102,7 @@ class Speeds:
         rounds: list[list[Run]] = []
         wasted = 0
         while not _enough(rounds):
-            runs = await self._round(engines, prompts, tokens)
+            runs = await self._round(engines, prompts, tokens, backwards=len(rounds) % 2 == 1)
             if runs is None:
                 continue
             if all(_together(run) for run in runs):
@@ -110,13 +114,19 @@ class Speeds:
         return rounds
 
     async def _round(
-        self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int
+        self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int, backwards: bool
     ) -> list[Run] | None:
-        """A run of each; None if the process was stopped meanwhile."""
+        """A run of each, in their order; None if the process was stopped meanwhile.
+
+        Args:
+            backwards: the last one begins, so that a host that grows slower is unfair to neither.
+        """
         before, runs = self._pauses.count, []
-        for engine in engines:
+        for engine in reversed(engines) if backwards else engines:
             await asyncio.sleep(PAUSE)
             runs.append(await engine.run(prompts, tokens))
+        if backwards:
+            runs.reverse()
         return runs if self._pauses.count == before else None
 
 
@@ -128,17 +138,38 @@ def _together(run: Run) -> bool:
 
 
 def _enough(rounds: Sequence[Sequence[Run]]) -> bool:
+    """Whether the median is known well enough, or more rounds are not worth their time."""
+    if len(rounds) < REPEAT or len(rounds) >= MOST_REPEAT:
+        return len(rounds) >= MOST_REPEAT
     seconds = sum(max(row[-1] for row in run.arrivals) for runs in rounds for run in runs)
-    return len(rounds) >= REPEAT and (seconds >= SECONDS or len(rounds) >= MOST_REPEAT)
+    return seconds >= MOST_SECONDS or (seconds >= SECONDS and settled({"batches": {"": _rates(rounds)}}))
+
+
+def settled(figures: Mapping[str, Any]) -> bool:
+    """Whether a precision's ratios to fp32 lie near enough to each other; of fp32 itself, its rates."""
+    return all(interval_of(_compared(batch)).factor <= CLOSE for batch in figures["batches"].values())
+
+
+def _compared(batch: Mapping[str, Any]) -> Sequence[float]:
+    return batch["ratios"] if batch["reference_rates"] else batch["decode_rates"]  # type: ignore[no-any-return]
+
+
+def _rates(rounds: Sequence[Sequence[Run]]) -> dict[str, list[float]]:
+    """Of every round; ``reference_rates`` are fp32's beside another precision, and none beside itself."""
+    own = [runs[0].decode_rate for runs in rounds]
+    beside = [runs[1].decode_rate for runs in rounds if len(runs) > 1]
+    ratios = [one / other for one, other in zip(own, beside or own, strict=True)]
+    return {"decode_rates": own, "reference_rates": beside, "ratios": ratios}
 
 
 def _figures(rounds: Sequence[Sequence[Run]], prompt: int) -> dict[str, Any]:
-    """Of the first of each round; ``ratio_to_fp32`` is the median of its rates ÷ the last one's."""
-    own = [runs[0] for runs in rounds]
+    """Of the first of each round; ``ratio_to_fp32`` is the median of its rates ÷ fp32's."""
+    own, rates = [runs[0] for runs in rounds], _rates(rounds)
     gaps = sorted(MILLISECONDS * gap for run in own for gap in run.gaps)
     percentiles = [percentile(gaps, share / 100) for share in range(101)] if gaps else []
     return {
         **asdict(summarize(own, prompt)),
-        "ratio_to_fp32": median(runs[0].decode_rate / runs[-1].decode_rate for runs in rounds),
+        **rates,
+        "ratio_to_fp32": median(rates["ratios"]),
         "inter_token_ms": [round(one, 4) for one in percentiles],
     }

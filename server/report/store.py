@@ -13,7 +13,7 @@ from typing import Any
 from server import cache
 from server.report.subject import Reading, Subject
 
-FORMAT = 1
+FORMAT = 2
 """Raised where old figures can't be shown any more."""
 NAME = "report.json"
 _log = logging.getLogger(__name__)
@@ -50,8 +50,11 @@ class Kept:
         return self.document["precisions"].get(precision, {}).get(step)
 
     def keep(self, precision: str, step: str, figures: Mapping[str, Any]) -> None:
-        self.document["precisions"].setdefault(precision, {})[step] = dict(figures)
-        self.document["finished"] = None
+        """What was there already is replaced, and a finished report stays one."""
+        steps = self.document["precisions"].setdefault(precision, {})
+        whole = self.document["finished"] is not None and step in steps
+        steps[step] = dict(figures)
+        self.document["finished"] = now() if whole else None
         self.write()
 
     def fail(self, precision: str, reason: str) -> None:

@@ -17,6 +17,7 @@ from loaders.checkpoint import weight_files
 from loaders.kernels.build import compiled
 from loaders.quality import Text
 from server.bench.host import apart, cpu_name
+from server.threads import resolve
 from server.version import VERSION
 
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
@@ -106,7 +107,7 @@ def _host(spec: ModelSpec) -> dict[str, Any]:
         "device": spec.device,
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if on_card else None,
-        "threads": spec.threads or torch.get_num_threads(),
+        "threads": resolve(spec.threads),
         "kernels": f"CUDA {torch.version.cuda}" if on_card else _kernels_of_the_host(),
     }
 

@@ -1,5 +1,6 @@
 """GET /stats, /metrics, /info: what is loaded, what it takes, how fast it ran."""
 
+import math
 import platform
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from server.errors import Invalid
 from server.metrics import CONTENT_TYPE, Metrics
 from server.pool import Pool
 from server.precision_state import PrecisionState
+from server.report.certainty import Interval
 from server.report.markdown import advice_of
 from server.reports import Reports
 from server.routes.precisions import PrecisionName, known
@@ -54,7 +56,7 @@ async def stats(
         "host": {
             "device": pool.device,
             "device_name": _device_name(pool.device),
-            "cpu_threads": pool.spec.threads or torch.get_num_threads(),
+            "cpu_threads": pool.threads,
             "memory": memory.process_memory(),
         },
         "uptime_seconds": round(time.monotonic() - _STARTED, 3),
@@ -90,6 +92,7 @@ def _report(reports: Reports) -> dict[str, Any]:
                 "ttft_ms": row.ttft_ms,
                 "tokens_per_second": dict(row.tokens_per_second),
                 "speed_ratio_to_fp32": row.speed_ratio,
+                "speed_ratio_range": _range(row.ratio_interval()),
                 "perplexity_ratio": row.perplexity_ratio,
                 "mean_kl": row.mean_kl,
                 "top1_agreement": row.top1_agreement,
@@ -97,6 +100,10 @@ def _report(reports: Reports) -> dict[str, Any]:
             for row in report.rows
         },
     }
+
+
+def _range(interval: Interval) -> list[float] | None:
+    return None if math.isinf(interval.high) else [interval.low, interval.high]
 
 
 @router.get("/metrics")
@@ -133,7 +140,7 @@ async def info(request: Request) -> dict[str, Any]:
 
 def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: int | None) -> dict[str, Any]:
     """The same keys whatever the state; what only a loaded one has is null for the others."""
-    ratio, note = _speed(metrics, state.name)
+    ratio, interval, note = _speed(metrics, state.name)
     model = state.engine.model if state.engine else None
     return {
         "state": state.state,
@@ -145,6 +152,7 @@ def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: i
         "latency": metrics.latency(state.name),
         "throughput": metrics.throughput(state.name),
         "speed_ratio_to_fp32": ratio,
+        "speed_ratio_range": interval,
         "note": note,
         "warning": hollow(model) if model else None,
     }
@@ -182,14 +190,23 @@ def _layers(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _speed(metrics: Metrics, precision: str) -> tuple[float | None, str | None]:
-    """Speed against fp32 over steps that decoded one row alone, which are comparable; and what to say."""
-    own, full = metrics.single_row_median(precision), metrics.single_row_median("fp32")
+def _speed(metrics: Metrics, precision: str) -> tuple[float | None, list[float] | None, str | None]:
+    """Speed against fp32 over steps that decoded one row alone, which are comparable; and what to say.
+
+    The two ran at different times: of how near their medians lie to each other nothing follows while the
+    middle halves of their steps overlap.
+
+    Returns: the ratio of the medians; the least and the largest one between the middle halves; the note.
+    """
+    own, full = metrics.single_row_quartiles(precision), metrics.single_row_quartiles("fp32")
     if own is None or full is None:
-        return None, None
-    ratio = round(full / own, 3)
-    slower = precision != "fp32" and ratio < 1
-    return ratio, f"{precision} is slower than fp32 on this host: {ratio} × its speed" if slower else None
+        return None, None, None
+    if precision == "fp32":
+        return 1.0, [1.0, 1.0], None
+    (fast, middle, slow), (full_fast, full_middle, full_slow) = own, full
+    ratio, low, high = round(full_middle / middle, 3), full_fast / slow, full_slow / fast
+    note = f"{precision} is slower than fp32 on this host: {ratio} × its speed" if high < 1 else None
+    return ratio, [round(low, 3), round(high, 3)], note
 
 
 def _device_name(device: str) -> str:

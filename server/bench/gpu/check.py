@@ -27,6 +27,7 @@ from server.bench.gpu.result import Result, default_file
 from server.bench.gpu.speed import Subject
 from server.bench.host import MemorySpeed
 from server.bench.session import Plan
+from server.threads import compute_with, default_threads
 
 _TESTS = 130.0  # seconds that the tests may take
 _ONE = {"correctness": 12.0, "speed": 25.0, "continuous": 20.0, "http": 45.0, "xl": 40.0, "steady": 12.0}
@@ -71,7 +72,9 @@ class Check:
         self._model = options.model or str(self._made(sizes.small))
         checkpoint = open_checkpoint(self._model)
         self._name = checkpoint.model_id
-        memory = MemorySpeed(self._device, torch.get_num_threads())
+        threads = default_threads()
+        compute_with(threads)
+        memory = MemorySpeed(self._device, threads)
         report = new_report(options, checkpoint, memory)
         print(introduction(report), flush=True)
         file = options.out or default_file(card_name(self._device))
@@ -84,7 +87,7 @@ class Check:
             sizes.tokens,
             sizes.repeat,
             checkpoint.vocabulary,
-            torch.get_num_threads(),
+            threads,
         )
         spec = ModelSpec(checkpoint, device=self._device, slots=max(sizes.batches))
         self._subject = Subject(self._name, spec, plan, memory, self.result)
