@@ -43,6 +43,12 @@ class TextCodec:
         """The text of ids, special tokens left out."""
         return self._decode(list(ids))
 
+    @property
+    def beginning(self) -> list[int]:
+        """What a text begins with that has no tokens: the tokenizer's first, else its end token, if any."""
+        ids = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        return [id_ for id_ in ids if id_ is not None][:1]
+
     def token_text(self, id_: int) -> str:
         """One token by itself, special ones by name. Remembered: an answer may tell of a hundred thousand."""
         if id_ not in self._texts:
