@@ -93,7 +93,8 @@ def test_what_is_allowed_is_answered_as_described(api: Any, tag: str) -> None:
 
 def test_what_is_not_allowed_is_refused(api: Any) -> None:
     operations = [one.ok() for one in api.include(method="POST").get_all_operations()]
-    with_body = [operation for operation in operations if operation.body]
+    # the same bodies go to the routes with a model's name in their path
+    with_body = [one for one in operations if one.body and not one.path.startswith("/models/")]
     assert len(with_body) > 5
     for operation in with_body:
         assert 400 <= max(exchange(operation, GenerationMode.NEGATIVE)) < 500, operation.label

@@ -1,4 +1,4 @@
-"""What OpenAI's and vLLM's clients send beside the plain fields: honoured, ignored as harmless, or refused."""
+"""What OpenAI's and vLLM's clients send beside plain fields: honoured, ignored if harmless, or refused."""
 
 import json
 from collections.abc import Callable
