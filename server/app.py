@@ -182,7 +182,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _translated(status: int) -> ServiceError:
     if status == 404:
-        return NotFound("no such route")
+        return NotFound("no such route here")
     if status == 405:
         return MethodNotAllowed("this route does not take that method")
     return BadRequest("the request can't be understood")

@@ -38,6 +38,8 @@ class GenerationRequest:
     """Keep the prompt's last n tokens."""
     max_new_tokens: int | None = None
     """64, or the context left if that is less, if None."""
+    length_parameter: str | None = "max_new_tokens"
+    """What the client called that; None if it said nothing of the length."""
     seed: int | None = None
     """Drawn if None."""
     choice: Choice | None = None
@@ -141,9 +143,10 @@ class Continuation:
 
     def _piece(self, token: Token) -> Piece:
         special = self._service.codec.is_special(token.id)
-        text = self._decoder.push(token.id)
+        # a token that was asked to stop at is no text, as a stop string is none
+        text = "" if token.finish == "stop_sequence" else self._decoder.push(token.id)
         finish: FinishReason | None = "stop_sequence" if self._decoder.stopped else token.finish
-        if finish in ("length", "eos_token"):
+        if finish is not None and not self._decoder.stopped:
             text += self._decoder.finish()
             finish = "stop_sequence" if self._decoder.stopped else finish
         return Piece(len(self.pieces) + 1, token, text, special, finish)

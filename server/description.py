@@ -86,7 +86,8 @@ def describe(app: FastAPI, settings: Settings) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = plain()
-            app.openapi_schema = _mended(document, secured=_needs_key(settings))
+            limited = _with_limits(document, settings)
+            app.openapi_schema = _mended(limited, secured=_needs_key(settings))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -94,6 +95,31 @@ def describe(app: FastAPI, settings: Settings) -> None:
 
 def _needs_key(settings: Settings) -> bool:
     return bool(settings.api_key or settings.admin_api_key)
+
+
+def _with_limits(node: Any, settings: Settings) -> Any:
+    """``node`` with the limits that are settings, wherever it describes a body's fields."""
+    if isinstance(node, list):
+        return [_with_limits(item, settings) for item in node]
+    if not isinstance(node, dict):
+        return node
+    described = {key: _with_limits(value, settings) for key, value in node.items()}
+    fields = described.get("properties", {})
+    for name, kind, limit, value in (
+        ("stop", "array", "maxItems", settings.max_stop_sequences),
+        ("n", "integer", "maximum", settings.max_best_of),
+        ("best_of", "integer", "maximum", settings.max_best_of),
+    ):
+        if name in fields:
+            fields[name] = _limited(fields[name], kind, {limit: value})
+    return described
+
+
+def _limited(node: Any, kind: str, limit: dict[str, int]) -> Any:
+    """A field's schema with ``limit`` on those of its alternatives that are of a ``kind``."""
+    alternatives = [_limited(one, kind, limit) for one in node.get("anyOf", ())]
+    more = {"anyOf": alternatives} if alternatives else {}
+    return {**node, **more, **(limit if node.get("type") == kind else {})}
 
 
 def _mended(document: dict[str, Any], secured: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ device splits a sum depends on the number of rows, and rounded to float32 it wou
 threshold.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -170,6 +171,8 @@ def _adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             change += [-(params.frequency_penalty * n + params.presence_penalty) for n in counts.values()]
         where += [(index, id_) for id_, _ in params.logit_bias]
         change += [bias for _, bias in params.logit_bias]
+        where += [(index, id_) for id_ in row.withheld]
+        change += [-math.inf] * len(row.withheld)
     if not where:
         return logits
     places = _send(list(zip(*where, strict=True)), torch.int64, logits)

@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from loaders.base import LoadedModel
-from server.errors import GenerationFailed, NotReady, ServiceError
+from server.errors import GenerationFailed, NotReady, ServiceError, Unloaded
 from server.sampler import Sampler
 from server.scheduler import Scheduler
 from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
@@ -183,16 +183,19 @@ class Engine:
 
     def fail(self, reason: str) -> None:
         """Ends every sequence with an error; nothing is accepted any more."""
+        self._end(reason, GenerationFailed(f"the {self.precision} worker failed: {reason}"))
+
+    def _end(self, reason: str, error: GenerationFailed) -> None:
         if self._dead is None:
             self._dead = reason
             for generation in self._live.values():
-                generation.put(GenerationFailed(f"the {self.precision} worker failed: {reason}"))
+                generation.put(error)
             self._live.clear()
             self._inbox.put(None)
 
     async def stop(self, patience: float = 5.0) -> None:
         """Ends what is in flight with an error, waits for the thread, drops the model."""
-        self.fail("it is being unloaded")
+        self._end("it is being unloaded", Unloaded(f"{self.precision} was unloaded; ask again to load it"))
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience)
 

@@ -6,7 +6,8 @@ ServiceError
 │   ├── PromptTooLong     422  more tokens than the context holds              (/v1: 400)
 │   └── BadPrecision      422  no such precision                               (/v1: 400)
 ├── Unauthorized          401
-├── NotFound              404  unknown route or model
+├── NotFound              404  no such route, nothing kept
+│   └── UnknownModel      404
 ├── MethodNotAllowed      405
 ├── RequestTimeout        408  the request took too long to arrive
 ├── Unavailable           409  this host can't run the asked precision
@@ -14,6 +15,7 @@ ServiceError
 ├── UnsupportedMedia      415
 ├── HeadersTooLarge       431
 ├── GenerationFailed      424  out of memory, NaN logits, a fault in the model (/v1: 500)
+│   └── Unloaded          424  its precision was unloaded meanwhile              (/v1: 500)
 ├── Overloaded            429  the queue is full
 ├── NotReady              503  loading, draining, worker dead, no room to load
 └── DeadlinePassed        504
@@ -34,6 +36,8 @@ class ServiceError(Exception):
     openai_code: ClassVar[str | None] = None
     retry_after: float | None = None
     """Seconds after which trying again makes sense, if ever."""
+    should_retry: ClassVar[bool | None] = None
+    """``x-should-retry``, where the status would lead a client to a wrong guess."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -67,10 +71,14 @@ class Unauthorized(ServiceError):
 
 
 class NotFound(ServiceError):
-    """No such model, or no such route."""
+    """No such route, or nothing there yet."""
 
     status, error_type = 404, "not_found"
-    openai_type, openai_code = "invalid_request_error", "model_not_found"
+    openai_type = "invalid_request_error"
+
+
+class UnknownModel(NotFound):
+    openai_code = "model_not_found"
 
 
 class MethodNotAllowed(ServiceError):
@@ -106,6 +114,13 @@ class HeadersTooLarge(ServiceError):
 class GenerationFailed(ServiceError):
     status, error_type = 424, "generation"
     openai_status = 500
+    should_retry = False
+
+
+class Unloaded(GenerationFailed):
+    """The next request for the precision loads it again."""
+
+    should_retry = True
 
 
 class Overloaded(ServiceError):

@@ -4,7 +4,6 @@ Lengths are checked, a place is taken, the prompt encoded, the engine found; the
 """
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
@@ -28,7 +27,7 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
-from server.sequence import SamplingParams, Timeline
+from server.sequence import SamplingParams, Timeline, drawn_seed
 from server.settings import Settings
 from server.text import TextCodec
 
@@ -206,24 +205,42 @@ class Service:
         """The parameters with length and seed settled, for a prompt of so many tokens.
 
         Raises:
-            PromptTooLong
+            PromptTooLong, Invalid
         """
-        limit = self.max_total_tokens
-        wanted = request.max_new_tokens
-        needed = prompt + (1 if wanted is None else wanted)
+        limit, wanted = self.max_total_tokens, request.max_new_tokens
+        read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
+        # libraries recognise these words, and shorten the conversation or take a larger model
+        context = f"This model's maximum context length is {limit} tokens"
         if prompt > self.max_input_tokens and not (wanted == 0 and prompt <= limit):
             raise PromptTooLong(
-                f"the prompt has {prompt} tokens; at most {self.max_input_tokens} are accepted",
+                f"{context}, of which the {read} may have {self.max_input_tokens}. "
+                f"However, your {read} resulted in {prompt} tokens.",
                 param="inputs",
             )
+        needed = prompt + (1 if wanted is None else wanted)
         if needed > limit:
+            name = request.length_parameter
             raise PromptTooLong(
-                f"{prompt} prompt tokens and max_new_tokens {wanted or 1} exceed the context of {limit}",
-                param="max_new_tokens",
+                f"{context}. However, you requested {needed} tokens ({prompt} in the {read}, "
+                f"{needed - prompt} {f'by {name}' if name else 'in the completion'}).",
+                param=name or "inputs",
             )
         count = min(DEFAULT_NEW_TOKENS, limit - prompt) if wanted is None else wanted
-        seed = secrets.randbits(64) if request.seed is None else request.seed
-        return replace(request.params, max_new_tokens=count, seed=seed)
+        seed = drawn_seed() if request.seed is None else request.seed
+        return replace(
+            request.params, max_new_tokens=count, seed=seed, withheld=self._withheld(request.params, count)
+        )
+
+    def _withheld(self, params: SamplingParams, count: int) -> tuple[int, ...]:
+        """Tokens that would end a sequence of ``count`` tokens before the fewest that were asked for."""
+        if params.min_new_tokens > count:
+            raise Invalid(f"min_tokens: at most the {count} tokens of the answer", param="min_tokens")
+        if not params.min_new_tokens:
+            return ()
+        ends = params.stop_ids | (frozenset() if params.ignore_eos else self._checkpoint.eos_ids)
+        if len(ends) >= self._checkpoint.vocabulary:
+            raise Invalid("min_tokens: stop_token_ids leave no token", param="stop_token_ids")
+        return tuple(sorted(ends))
 
     async def _find_engine(
         self, request: GenerationRequest, deadline: float

@@ -1,24 +1,28 @@
 """From a validated body to what the service is asked: one way for both dialects."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
 import loaders
 from loaders.base import LoaderError
 from server.automatic import bounds_of, choose_by_report
-from server.errors import BadPrecision, Invalid, NotFound
+from server.errors import BadPrecision, Invalid, UnknownModel
 from server.generation import Conversation, GenerationRequest
+from server.openai_schemas import OpenAIBody
 from server.report.choice import Bounds, Choice
 from server.schemas import AutoBounds, Sampling
 from server.sequence import SamplingParams
 from server.setting_types import AUTO
 from server.validation import printable
 
-_ANY_MODEL = ("tgi", "dummy")
-"""What Hugging Face's client and its documentation call the served model when only an address is known."""
+ANY_MODEL = "tgi"
+_ANY_MODEL = (ANY_MODEL, "dummy", "[UNUSED]")
+"""What Hugging Face's clients and their documentation call the served model when only an address is known."""
 
 _STRONGEST = 1e20
 """Repetition penalty: it has long decided everything, and beyond it float32 overflows into no numbers."""
@@ -44,13 +48,13 @@ def precision_of_model(name: str | None, model_id: str) -> str | None:
     """The precision a model name asks for: ``gpt2:int8`` → ``int8``, ``gpt2`` → None.
 
     Raises:
-        NotFound: not the served model.
+        UnknownModel: not the served model.
     """
     if name is None or name in _ANY_MODEL or name in model_names(model_id):
         return None
     base, colon, precision = name.rpartition(":")
     if not colon or base not in (*model_names(model_id), *_ANY_MODEL):
-        raise NotFound(f"no such model here; this server has {model_id}", param="model")
+        raise UnknownModel(f"no such model here; this server has {model_id}", param="model")
     return precision
 
 
@@ -61,10 +65,11 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: str | Non
 
     Raises:
         BadPrecision: no such precision, or two places disagree.
-        NotFound: the name is not the served model's.
+        UnknownModel: the name is not the served model's.
     """
     model_id = request.app.state.checkpoint.model_id
     names = [name for name in (request.path_params.get("model"), model) if name is not None]
+    names = [name for name in names if not _is_address(name, request)]
     asked: list[object] = [body["precision"]] if "precision" in body else []
     asked += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
     asked += [found for name in names if (found := precision_of_model(name, model_id)) is not None]
@@ -72,6 +77,15 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: str | Non
     if len(chosen) > 1:
         raise BadPrecision(f"the request names different precisions: {', '.join(chosen)}")
     return next(iter(chosen), None)
+
+
+def _is_address(name: str, request: Request) -> bool:
+    """Whether a model's name is this server's own address, as ``@huggingface/inference`` sends it."""
+    with suppress(ValueError):
+        address = urlsplit(name)
+        host = request.headers.get("host", "")
+        return address.scheme in ("http", "https") and address.netloc.lower() == host.lower() != ""
+    return False
 
 
 def settle(request: Request, name: str | None, wish: AutoBounds | None) -> Asked:
@@ -132,9 +146,10 @@ def make_request(
     logprobs: bool = False,
     top_n: int = 0,
     prompt_logprobs: bool = False,
-    logit_bias: tuple[tuple[int, float], ...] = (),
+    more: OpenAIBody | None = None,
 ) -> GenerationRequest:
-    """One sequence's request."""
+    """One sequence's request; ``more``: the body of the dialect that can ask for more than ``wishes`` say."""
+    length_parameter = "max_new_tokens" if wishes.max_new_tokens is not None else None
     params = SamplingParams(
         max_new_tokens=1,  # settled by the service, as the seed is
         do_sample=wishes.samples,
@@ -146,8 +161,10 @@ def make_request(
         repetition_penalty=min(max(wishes.repetition_penalty or 1.0, 1 / _STRONGEST), _STRONGEST),
         frequency_penalty=wishes.frequency_penalty or 0.0,
         presence_penalty=wishes.presence_penalty or 0.0,
-        logit_bias=logit_bias,
+        logit_bias=more.bias if more else (),
         ignore_eos=bool(wishes.ignore_eos),
+        stop_ids=frozenset((more and more.stop_token_ids) or ()),
+        min_new_tokens=(more and more.min_tokens) or 0,
         logprobs=logprobs,
         top_n=top_n,
         prompt_logprobs=prompt_logprobs,
@@ -160,6 +177,7 @@ def make_request(
         tuple(wishes.stop or ()),
         wishes.truncate,
         wishes.max_new_tokens,
+        more.length_parameter if more else length_parameter,
         seed,
         asked.choice,
     )

@@ -21,6 +21,12 @@ def usage(prompts: Iterable[Continuation], generated: Sequence[Continuation]) ->
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
+def running_usage(one: Continuation, generated: int) -> dict[str, int]:
+    """A continuation's usage when it has so many tokens."""
+    prompt = len(one.prompt_ids)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
 class CompletionLogprobs:
     """Builds the four parallel lists of a completion's ``logprobs``, piece by piece.
 

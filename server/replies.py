@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import GenerationFailed, ServiceError
+from server.errors import ServiceError
 
 T = TypeVar("T")
 _log = logging.getLogger("server")
@@ -26,7 +26,7 @@ def is_openai(path: str) -> bool:
     return path == "/v1" or path.startswith("/v1/") or (path.startswith("/models/") and "/v1/" in path)
 
 
-_OPENAI_NAMES = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
+_OPENAI_NAMES = {"inputs": "prompt", "max_new_tokens": "max_tokens", "truncate": "truncate_prompt_tokens"}
 _CHAT_NAMES = {**_OPENAI_NAMES, "inputs": "messages"}
 
 
@@ -35,8 +35,11 @@ def error_body(error: ServiceError, path: str, request_id: str) -> dict[str, Any
     if is_openai(path):
         names = _CHAT_NAMES if path.endswith("/chat/completions") else _OPENAI_NAMES
         param = names.get(error.param or "", error.param)
+        message = error.message
+        if message.startswith(prefix := f"{error.param}: "):
+            message = f"{param}: {message.removeprefix(prefix)}"
         kind, code = error.openai_type, error.openai_code
-        return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
+        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return {"error": error.message, "error_type": error.error_type, "request_id": request_id}
 
 
@@ -50,8 +53,8 @@ def error_response(
         out["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         out["Retry-After"] = str(math.ceil(error.retry_after))
-    if isinstance(error, GenerationFailed):
-        out["x-should-retry"] = "false"
+    if error.should_retry is not None:
+        out["x-should-retry"] = str(error.should_retry).lower()
     note_refusal(error, scope)
     return JSONResponse(error_body(error, path, request_id(scope)), status, out)
 

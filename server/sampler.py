@@ -99,6 +99,8 @@ class Sampler:
     def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
         if chosen in self._eos_ids and not sequence.params.ignore_eos:
             return "eos_token"
+        if chosen in sequence.params.stop_ids:
+            return "stop_sequence"
         return "length" if len(sequence.generated) + 1 >= sequence.params.max_new_tokens else None
 
 
@@ -167,7 +169,7 @@ def _choose(logits: Tensor, sequence: Sequence) -> int:
 
 
 def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
-    """The row with penalties and bias applied; a copy where there are any.
+    """The row with penalties and bias applied, withheld tokens excluded; a copy where there are any.
 
     The repetition penalty (Keskar et al. 2019) looks at prompt and continuation, the frequency and presence
     penalties (OpenAI's definition) at the continuation alone.
@@ -187,6 +189,8 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     if params.logit_bias:
         ids, biases = _bias(sequence)
         logits = logits.index_add(0, ids, biases.to(logits.dtype))
+    if sequence.withheld:
+        logits = logits.index_fill(0, torch.tensor(sequence.withheld), -torch.inf)
     return logits
 
 

@@ -1,15 +1,16 @@
-"""What clients may send: every field and every limit, once. Limits that are settings come as the context."""
+"""What clients may send: every field and every limit, once. Limits that are settings come as the context.
+
+The OpenAI dialect's bodies are in ``server.openai_schemas``.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
-    ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -21,13 +22,6 @@ from server.settings import Settings
 from server.validation import Strict
 
 MAX_STOP_LENGTH = 256
-_IDS: dict[str, JsonValue] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_PROMPTS: list[JsonValue] = [
-    {"type": "string", "minLength": 1},
-    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-    _IDS,
-    {"type": "array", "items": _IDS, "minItems": 1},
-]
 PRECISION_NAMES: list[JsonValue] = [*loaders.PRECISIONS, *loaders.ALIASES]
 _UNSUPPORTED = ("watermark", "grammar", "adapter_id", "tools")
 
@@ -46,7 +40,8 @@ def _stop_list(value: Any, info: ValidationInfo) -> Any:
     return listed
 
 
-def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:
+def within_best_of(value: int | None, info: ValidationInfo) -> int | None:
+    """Validates a number of continuations against the setting."""
     most = _settings(info).max_best_of
     if value is not None and value > most:
         raise ValueError(f"at most {most}")
@@ -55,8 +50,12 @@ def _within_best_of(value: int | None, info: ValidationInfo) -> int | None:
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Seed = Annotated[
+    int,
+    Field(ge=0, lt=2**64),
+    # no upper limit is described: 2⁶⁴ is more than JavaScript's numbers hold, and tools written in it send it
+    WithJsonSchema({"type": "integer", "format": "uint64", "minimum": 0}),
+]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     list[_StopString], BeforeValidator(_stop_list, json_schema_input_type=_StopString | list[_StopString])
@@ -130,7 +129,7 @@ class Parameters(Sampling):
     adapter_id: Any = None
     tools: Any = None
 
-    _best_of = field_validator("best_of")(_within_best_of)
+    _best_of = field_validator("best_of")(within_best_of)
 
     @field_validator(*_UNSUPPORTED)
     @classmethod
@@ -167,116 +166,3 @@ class TokenizeBody(Strict):
     """``POST /tokenize``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
-
-
-class StreamOptions(Strict):
-    include_usage: bool | None = None
-
-
-class OpenAIBody(Strict):
-    """What completions and chat have in common."""
-
-    model: str | None = None
-    n: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    stop: Stop | None = None
-    seed: Seed | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
-    user: str | None = None
-    precision: Any = Field(None, json_schema_extra={"enum": [*PRECISION_NAMES, AUTO]})
-    auto: AutoBounds | None = None
-    fallback: bool | None = None
-    ignore_eos: bool | None = None
-
-    _n = field_validator("n")(_within_best_of)
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _token_ids(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refused at the first that is wrong: there may be as many as fit into a body."""
-        last = info.context["vocabulary"] - 1 if info.context else 0
-        for key, bias in value.items() if isinstance(value, dict) else ():
-            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) <= last):
-                raise ValueError(f"token ids go from 0 to {last}")
-            if type(bias) not in (int, float) or not -100 <= bias <= 100:
-                raise ValueError("a bias is a number from -100 to 100")
-        return value
-
-    def parameters(self, max_tokens: int | None) -> Parameters:
-        """The same wishes in the native dialect. Sampling is the default here, temperature 0 is greedy."""
-        greedy = self.temperature == 0
-        return Parameters.model_construct(
-            max_new_tokens=max_tokens,
-            do_sample=not greedy,
-            temperature=None if greedy else self.temperature,
-            top_p=None if greedy or self.top_p == 1 else self.top_p,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-        )
-
-    @property
-    def bias(self) -> tuple[tuple[int, float], ...]:
-        return tuple((int(key), value) for key, value in (self.logit_bias or {}).items())
-
-
-class CompletionBody(OpenAIBody):
-    """``POST /v1/completions``."""
-
-    prompt: Any = Field(examples=["Once upon a time"], json_schema_extra={"anyOf": _PROMPTS})
-    best_of: int | None = Field(None, ge=1)
-    echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=5)
-    max_tokens: int | None = Field(None, ge=0)
-    suffix: None = None
-
-    _best_of = field_validator("best_of")(_within_best_of)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise Invalid("max_tokens 0 needs echo", param="max_tokens")
-        if self.best_of is not None and self.best_of < (self.n or 1):
-            raise Invalid("best_of must not be less than n", param="best_of")
-        if self.stream and (self.best_of or 1) > (self.n or 1):
-            raise Invalid("best_of above n can't be streamed", param="best_of")
-        return self
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-def _joined(value: Any) -> Any:
-    """The text of a content that comes in parts."""
-    if not isinstance(value, list):
-        return value
-    try:
-        return "".join(TextPart.model_validate(part).text for part in value)
-    except ValidationError:
-        raise ValueError("a part must be {type: text, text: …}") from None
-
-
-class Message(BaseModel):
-    """One turn; what else a client sends with it reaches the chat template."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
-
-
-class ChatBody(OpenAIBody):
-    """``POST /v1/chat/completions``."""
-
-    messages: list[Message] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=5)

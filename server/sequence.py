@@ -1,5 +1,6 @@
 """The plain data that scheduler, sampler and engine pass between them. Token ids only; no text, no torch."""
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,13 @@ COLDEST = 1e-6  # temperatures below it overflow float32; the distribution is a 
 LEAST_LOGPROB = -9999.0
 """Of a token that the model rules out, as OpenAI and vLLM have it: JSON has no infinity."""
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
+_DRAWN_BITS = 52
+"""Of a seed that nobody gave: it is told to clients, and JavaScript's numbers hold 53 bits."""
+
+
+def drawn_seed() -> int:
+    """For a request that brings none."""
+    return secrets.randbits(_DRAWN_BITS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the sequence beside the model's own end tokens, also where those are ignored."""
+    min_new_tokens: int = 0
+    """``withheld`` tokens are not picked before so many others."""
+    withheld: tuple[int, ...] = ()
     logprobs: bool = False
     """Report each generated token's log-probability under the model's own distribution."""
     top_n: int = 0
@@ -42,7 +55,8 @@ class SamplingParams:
     @cached_property
     def needs_history(self) -> bool:
         """Whether picking a token needs those before it, which the model has looked at already."""
-        return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
+        penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        return bool(penalties or self.withheld)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -69,7 +83,7 @@ class Token(NamedTuple):  # a frozen dataclass takes five times as long to make
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
-    """Set on a sequence's last token. ``stop_sequence`` is found by the text layer, never here."""
+    """Set on a sequence's last token. ``stop_sequence``: one of ``stop_ids``; strings are found later."""
 
 
 class PromptToken(NamedTuple):
@@ -140,6 +154,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.random = Random(self.params.seed)
+
+    @property
+    def withheld(self) -> tuple[int, ...]:
+        """Tokens that can't be its next one."""
+        return self.params.withheld if len(self.generated) < self.params.min_new_tokens else ()
 
     @property
     def remaining_prompt(self) -> int:

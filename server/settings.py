@@ -135,7 +135,7 @@ class Settings(PrecisionSettings):
         None, _REQUESTS, "N", "longest prompt", unset="one less than prompt and continuation", ge=1
     )
     max_best_of: int = option(4, _REQUESTS, "N", "largest best_of and n of a request", ge=1, le=64)
-    max_stop_sequences: int = option(4, _REQUESTS, "N", "most stop strings of a request", ge=0, le=64)
+    max_stop_sequences: int = option(4, _REQUESTS, "N", "most stop strings of a request", ge=0, le=1024)
     request_timeout: float = option(
         300, _REQUESTS, "SECONDS", "how long a request may take, waiting included", gt=0
     )

@@ -61,6 +61,12 @@ class TextCodec:
         """One token by itself."""
         return self.vocabulary[id_]
 
+    @property
+    def beginning(self) -> list[int]:
+        """What a text begins with that has no tokens: the tokenizer's first, else its end token, if any."""
+        ids = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        return [id_ for id_ in ids if id_ is not None][:1]
+
     def token_text(self, id_: int) -> str:
         """What one token adds to a text; of a special one its name."""
         return self.vocabulary[id_].text

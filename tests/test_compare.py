@@ -128,7 +128,7 @@ def test_markdown_has_the_table_and_the_texts(client: TestClient, loads: Loads) 
         ({"inputs": "a", "parameters": {"details": True}}, "unknown field 'details'"),
         ({"inputs": "a", "parameters": {"temperature": -1}}, "temperature"),
         ({"inputs": "a" * 300}, "300 tokens"),
-        ({"inputs": "a", "max_new_tokens": 256}, "exceed the context of 256"),
+        ({"inputs": "a", "max_new_tokens": 256}, "maximum context length is 256 tokens"),
     ],
 )
 def test_bad_requests(client: TestClient, body: Any, told: str) -> None:

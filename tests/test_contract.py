@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from server.description import EXAMPLES, TAGS
 from tests.conftest import Loads, serving
 from tests.fakes import fake_checkpoint
+from tests.test_openai import TEMPLATE
 from tests.test_report_route import keep_report
 
 CHECKS = [
@@ -32,6 +33,8 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
+MADE_AT_ONCE = [sys.executable, "-c", 'print(\'{"kept": ""}\')']
+"""In place of the process that measures a report."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,6 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from server.settings import Settings
 
     folder = tmp_path_factory.mktemp("fake")
-    made_at_once = [sys.executable, "-c", 'print(\'{"kept": ""}\')']
     app = create_app(
         Settings(precisions="fp32", device="cpu"),
         open_checkpoint=lambda *_: fake_checkpoint(folder),
@@ -48,7 +50,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     with pytest.MonkeyPatch.context() as patch, serving(app) as address:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setattr("server.reports.start_command", lambda *_: made_at_once)
+        patch.setattr("server.reports.start_command", lambda *_: MADE_AT_ONCE)
         keep_report(app.state.reports)
         report = app.state.reports.latest()
         patch.setattr(app.state.reports, "latest", lambda: report)  # every test has a cache of its own
@@ -91,7 +93,8 @@ def test_what_is_allowed_is_answered_as_described(api: Any, tag: str) -> None:
 
 def test_what_is_not_allowed_is_refused(api: Any) -> None:
     operations = [one.ok() for one in api.include(method="POST").get_all_operations()]
-    with_body = [operation for operation in operations if operation.body]
+    # the same bodies go to the routes with a model's name in their path
+    with_body = [one for one in operations if one.body and not one.path.startswith("/models/")]
     assert len(with_body) > 5
     for operation in with_body:
         assert 400 <= max(exchange(operation, GenerationMode.NEGATIVE)) < 500, operation.label
@@ -108,6 +111,49 @@ def keys(value: Any) -> Any:
 def test_examples_have_the_shape_of_answers(client: TestClient, path: str, example: Any) -> None:
     body = {"inputs" if path != "/v1/completions" else "prompt": "abc"}
     assert keys(client.post(path, json=body).json()) == keys(example)
+
+
+def example_request(path: str, operation: dict[str, Any]) -> tuple[str, Any]:
+    """The path and body that /docs sends if nothing is filled in."""
+    for parameter in operation.get("parameters", []):
+        if parameter["required"]:
+            named = [example["value"] for example in parameter.get("examples", {}).values()]
+            value = parameter.get("example") or next(iter(named), None) or parameter["schema"]["default"]
+            path = path.replace(f"{{{parameter['name']}}}", value)
+    body = operation.get("requestBody")
+    return path, body and body["content"]["application/json"]["example"]
+
+
+def test_every_example_is_answered_as_it_stands(
+    make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model with a chat template, which only chat needs."""
+    client = make_client()
+    app: Any = client.app
+    monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
+    monkeypatch.setattr("server.reports.start_command", lambda *_: MADE_AT_ONCE)
+    keep_report(app.state.reports)
+    paths = client.get("/openapi.json").json()["paths"]
+    operations = [(path, method, one) for path, each in paths.items() for method, one in each.items()]
+    assert len(operations) > 20
+    for path, method, operation in operations:
+        address, body = example_request(path, operation)
+        reply = client.request(method, address, json=body)
+        assert reply.status_code == 200, (method, address, reply.text)
+        assert "error_type" not in reply.text, (method, address, reply.text)
+    assert client.get("/health").status_code == 200
+
+
+def numbers(node: Any) -> Iterator[int | float]:
+    if isinstance(node, dict | list):
+        for inner in node.values() if isinstance(node, dict) else node:
+            yield from numbers(inner)
+    elif isinstance(node, int | float):
+        yield node
+
+
+def test_javascript_can_hold_every_number_that_is_described(client: TestClient) -> None:
+    assert max(abs(number) for number in numbers(client.get("/openapi.json").json())) < 2**53
 
 
 def test_keys_are_described_where_there_are_any(make_client: Callable[..., TestClient]) -> None:

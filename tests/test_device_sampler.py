@@ -32,6 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "both, greedy": {"frequency_penalty": 2.0, "presence_penalty": 2.0, "do_sample": False},
     "bias": {"logit_bias": ((8, 5.0), (9, -100.0), (3, 1.0))},
     "bias, greedy": {"logit_bias": ((8, 100.0),), "do_sample": False},
+    "withheld": {"withheld": (8, 9, 402), "min_new_tokens": 6},
+    "withheld, greedy": {"withheld": (8, 9, 402), "min_new_tokens": 6, "do_sample": False},
+    "withheld no more": {"withheld": (8, 9, 402), "min_new_tokens": 5, "do_sample": False},
     "all at once": {
         "temperature": 1.3, "top_k": 50, "top_p": 0.9, "typical_p": 0.95, "min_p": 0.01,
         "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2,

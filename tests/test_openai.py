@@ -37,8 +37,6 @@ def test_models(client: TestClient) -> None:
     missing = client.get("/v1/models/other")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
-    nowhere = client.get("/v1/nothing")
-    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_a_completion(client: TestClient) -> None:
@@ -138,12 +136,12 @@ def test_the_precision_in_the_models_name(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"prompt": ""}, {"prompt": []}, {"prompt": [[]]}, {"prompt": ["a", [1]]}, {"prompt": [1, "a"]},
+        {"prompt": []}, {"prompt": [[]]}, {"prompt": ["a", [1]]}, {"prompt": [1, "a"]},
         {"prompt": None}, {"prompt": [-1]}, {"prompt": [320]}, {"prompt": [True]},
         {"prompt": ["a"] * 300_000},
         {"n": 10**7}, {"n": 0}, {"best_of": 10**7}, {"best_of": 1, "n": 2}, {"max_tokens": 0},
         {"max_tokens": -1}, {"logprobs": 6}, {"logprobs": True}, {"temperature": -1}, {"temperature": 3},
-        {"top_p": 0}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"320": 1}}, {"logit_bias": {"1": 101}},
+        {"top_p": 1.1}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"320": 1}}, {"logit_bias": {"1": 101}},
         {"precision": "int3"}, {"model": "fake:int3"}, {"suffix": "x"}, {"unheard_of": 1},
         {"stop": ["a"] * 100_000}, {"prompt": "\ud800"}, {"prompt": ["\ud800"]}, {"user": 5},
     ],
@@ -164,7 +162,6 @@ def test_bad_requests(client: TestClient, body: dict[str, Any]) -> None:
         ({"prompt": "x" * 400}, "prompt", "context_length_exceeded"),
         ({"prompt": [1] * 300}, "prompt", "context_length_exceeded"),
         ({"max_tokens": 10**9}, "max_tokens", "context_length_exceeded"),
-        ({"prompt": ""}, "prompt", None),
         ({"prompt": [320]}, "prompt", None),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"n": 3, "best_of": 2}, "best_of", None),

@@ -46,6 +46,7 @@ def test_unloading_ends_what_is_generated_with_an_error(make_app: MakeApp, loads
             assert [one.get("error_type") for one in told] == [None] * (len(told) - 1) + ["generation"]
             assert "unloaded" in told[-1]["error"]
             assert (await whole).status_code == 424
+            assert (await whole).headers["x-should-retry"] == "true"
             assert (await mate).json()["generated_text"] == greedy(200)
             assert loads.runners["bf16"].closed
             assert (await client.get("/health")).status_code == 200

@@ -1,6 +1,5 @@
 """``POST /v1/chat/completions``: a conversation's next turn."""
 
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -13,11 +12,12 @@ from starlette.responses import JSONResponse, Response
 
 from server.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.intake import Asked, make_request
-from server.openai_format import chat_logprobs, finish, usage
+from server.openai_format import chat_logprobs, finish, running_usage, usage
+from server.openai_schemas import ChatBody
 from server.replies import EventStream, event
 from server.routes.merge import merged
 from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
-from server.schemas import ChatBody
+from server.sequence import drawn_seed
 from server.text import TextCodec
 
 
@@ -42,7 +42,7 @@ class Chat:
     def _wanted(self) -> list[GenerationRequest]:
         body = self.body
         prompt = Conversation([message.model_dump() for message in body.messages])
-        first = secrets.randbits(64) if body.seed is None else body.seed
+        first = drawn_seed() if body.chosen_seed is None else body.chosen_seed
         wishes = body.parameters(body.max_completion_tokens or body.max_tokens)
         return [
             make_request(
@@ -53,7 +53,7 @@ class Chat:
                 seed=(first + i) % SEEDS,
                 logprobs=bool(body.logprobs),
                 top_n=(body.top_logprobs or 0) if body.logprobs else 0,
-                logit_bias=body.bias,
+                more=body,
             )
             for i in range(body.n or 1)
         ]
@@ -88,27 +88,31 @@ class Chat:
 
     async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
         for index, one in enumerate(opened):
-            yield self._chunk(index, {"role": "assistant", "content": ""}, one)
+            yield self._chunk(index, {"role": "assistant", "content": ""}, one, 0)
         async for index, pieces in merged(opened):
             yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, opened[index]))
-        if self.body.stream_options and self.body.stream_options.include_usage:
+        if self.body.tells_usage:
             frame = self._frame("chat.completion.chunk", [], opened[0])
             yield event({**frame, "usage": usage(opened[:1], opened)})
         yield event("[DONE]")
 
     def _chunks(self, index: int, piece: Piece, one: Continuation) -> Iterator[bytes]:
         logprobs = chat_logprobs([piece], self.codec) if self.body.logprobs else None
-        yield self._chunk(index, {"content": piece.text}, one, logprobs)
+        yield self._chunk(index, {"content": piece.text}, one, piece.index, logprobs)
         if piece.finish:
-            yield self._chunk(index, {}, one, reason=finish(piece.finish))
+            yield self._chunk(index, {}, one, piece.index, reason=finish(piece.finish))
 
     def _chunk(
         self,
         index: int,
         delta: dict[str, str],
         one: Continuation,
+        generated: int,
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event(self._frame("chat.completion.chunk", [choice], one))
+        frame = self._frame("chat.completion.chunk", [choice], one)
+        if self.body.tells_usage_continuously:
+            frame["usage"] = running_usage(one, generated)
+        return event(frame)

@@ -47,7 +47,11 @@ class Answer:
     rows: dict[str, Compared | ServiceError]
 
 
-@router.post("/compare", openapi_extra=body_of(CompareBody, parameters=Sampling.model_json_schema()))
+_EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}  # of what is loaded already
+_BODY = body_of(CompareBody, _EXAMPLE, parameters=Sampling.model_json_schema())
+
+
+@router.post("/compare", openapi_extra=_BODY)
 async def compare(request: Request) -> Response:
     """Continues a prompt in several precisions, and tells how far each is from the reference on it."""
     values, state = merge_parameters(await read_object(request)), request.app.state

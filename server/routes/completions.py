@@ -1,7 +1,6 @@
 """``POST /v1/completions``: the prompts, the choices, the stream."""
 
 import asyncio
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -16,11 +15,12 @@ from starlette.responses import JSONResponse, Response
 from server.errors import Invalid
 from server.generation import Continuation, GenerationRequest, Piece
 from server.intake import Asked, make_request
-from server.openai_format import CompletionLogprobs, finish, joined, usage
+from server.openai_format import CompletionLogprobs, finish, joined, running_usage, usage
+from server.openai_schemas import CompletionBody
 from server.replies import EventStream, event
 from server.routes.merge import merged
 from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
-from server.schemas import CompletionBody
+from server.sequence import drawn_seed
 from server.settings import Settings
 from server.text import TextCodec
 
@@ -89,12 +89,13 @@ class Completion:
         return await (self._stream() if self.body.stream else self._whole())
 
     def _wanted(self) -> list[GenerationRequest]:
-        first = secrets.randbits(64) if self.body.seed is None else self.body.seed
+        chosen = self.body.chosen_seed
+        first = drawn_seed() if chosen is None else chosen
         most = _DEFAULT_TOKENS if self.body.max_tokens is None else self.body.max_tokens
         wishes = self.body.parameters(most)
         return [
             make_request(
-                prompt,
+                prompt or self._beginning(),
                 wishes,
                 asked=self.asked,
                 fallback=self.body.fallback,
@@ -102,11 +103,15 @@ class Completion:
                 logprobs=self.body.logprobs is not None or self.each > self.n,
                 top_n=self.body.logprobs or 0,
                 prompt_logprobs=bool(self.body.echo) and self.body.logprobs is not None,
-                logit_bias=self.body.bias,
+                more=self.body,
             )
             for prompt in self.prompts
             for i in range(self.each)
         ]
+
+    def _beginning(self) -> Prompt:
+        """What an empty text is continued from, as the model's own documents begin."""
+        return "" if self.codec.encode("") else self.codec.beginning
 
     async def _whole(self) -> Response:
         done = await run_all(self.request, self._wanted())
@@ -168,11 +173,18 @@ class Completion:
             for piece in pieces or (None,):
                 choice = self._delta(index, piece, opened[index], builders[index], first=index not in begun)
                 begun.add(index)
-                told.append(event(self._frame([choice], opened[index])))
+                counts = self._counts(opened[index], piece)
+                told.append(event({**self._frame([choice], opened[index]), **counts}))
             yield b"".join(told)
-        if self.body.stream_options and self.body.stream_options.include_usage:
+        if self.body.tells_usage:
             yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
         yield event("[DONE]")
+
+    def _counts(self, one: Continuation, piece: Piece | None) -> dict[str, Any]:
+        """The usage so far, where every chunk is to tell it."""
+        if not self.body.tells_usage_continuously:
+            return {}
+        return {"usage": running_usage(one, piece.index if piece else 0)}
 
     def _delta(
         self,

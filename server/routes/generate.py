@@ -1,6 +1,5 @@
 """The dialect of Text Generation Inference: ``/generate``, ``/generate_stream``, ``/``."""
 
-import secrets
 from collections.abc import AsyncIterator
 from functools import partial
 from operator import attrgetter
@@ -11,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
+from server.errors import NotFound
 from server.generation import Continuation, GenerationRequest, Piece
 from server.intake import Asked, choose_precision, make_request, merge_parameters, settle
-from server.replies import EventStream, event
+from server.replies import EventStream, event, is_openai
 from server.routes.shared import (
     SEEDS,
     body_of,
@@ -27,14 +27,15 @@ from server.routes.shared import (
     timings,
 )
 from server.schemas import GenerateBody, Parameters
-from server.sequence import PromptToken, Token
+from server.sequence import PromptToken, Token, drawn_seed
 from server.text import TextCodec
 from server.validation import validate
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
 _prompt = {"type": "string", "minLength": 1, "description": "another name of inputs"}
-_BODY = body_of(GenerateBody, parameters=_parameters, prompt=_prompt)
+_EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}
+_BODY = body_of(GenerateBody, _EXAMPLE, parameters=_parameters, prompt=_prompt)
 _schema = _BODY["requestBody"]["content"]["application/json"]["schema"]
 del _schema["required"]
 _schema["oneOf"] = [{"required": ["inputs"]}, {"required": ["prompt"]}]
@@ -63,6 +64,8 @@ root_router = APIRouter(tags=["generate"])
 @root_router.post("/models/{model:path}", openapi_extra=_NAMED)
 async def compatible(request: Request) -> Response:
     """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
+    if is_openai(request.url.path):  # a route of the other dialect that isn't there, not a model of that name
+        raise NotFound("no such route here")
     return await _answer(request, listed=True)
 
 
@@ -83,7 +86,7 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
 
 def _wanted(body: GenerateBody, asked: Asked) -> list[GenerationRequest]:
     count = body.best_of or 1
-    first = secrets.randbits(64) if body.seed is None else body.seed
+    first = drawn_seed() if body.seed is None else body.seed
     detailed = bool(body.details or body.decoder_input_details)
     return [
         make_request(

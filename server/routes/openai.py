@@ -1,25 +1,28 @@
 """The OpenAI dialect: models, completions, chat."""
 
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
-from server.errors import BadPrecision, BadRequest, NotFound
+from server.errors import BadPrecision, BadRequest, UnknownModel
 from server.generation import NO_TEMPLATE
-from server.intake import Asked, choose_precision, known_precision, precision_of_model, settle
+from server.intake import ANY_MODEL, Asked, choose_precision, known_precision, precision_of_model, settle
+from server.openai_schemas import ChatBody, CompletionBody, OpenAIBody
 from server.routes.chat import Chat
 from server.routes.completions import Completion
 from server.routes.shared import body_of, precision_parameters
-from server.schemas import ChatBody, CompletionBody, OpenAIBody
 from server.validation import validate
 
 router = APIRouter(tags=["openai"])
 Body = TypeVar("Body", bound=OpenAIBody)
-_COMPLETION, _CHAT = body_of(CompletionBody), body_of(ChatBody)
+_COMPLETION = body_of(CompletionBody, {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0})
+_CHAT = body_of(
+    ChatBody, {"messages": [{"role": "user", "content": "Tell me a story."}], "max_completion_tokens": 20}
+)
 
 
 @router.get("/v1/models")
@@ -31,11 +34,13 @@ async def models(request: Request) -> Response:
 
 
 @router.get("/v1/models/{id:path}")
-async def model(request: Request, id: str) -> Response:
+async def model(
+    request: Request, id: Annotated[str, Path(openapi_examples={ANY_MODEL: {"value": ANY_MODEL}})]
+) -> Response:
     """One entry of the list of models."""
     found = _models(request).get(_entry(id, request.app.state.checkpoint.model_id))
     if found is None:
-        raise NotFound("no such model here", param="model")
+        raise UnknownModel("no such model here", param="model")
     return JSONResponse(found)
 
 

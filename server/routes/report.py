@@ -54,7 +54,7 @@ async def kept(request: Request) -> Response:
     return JSONResponse(as_json(report.document))
 
 
-_BODY = body_of(ReportBody)
+_BODY = body_of(ReportBody, {"precisions": ["fp32"], "quality": False, "plots": False})
 _BODY["requestBody"]["required"] = False
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.generation import Continuation, GenerationRequest
+from server.intake import ANY_MODEL
 from server.replies import cancelled, until_disconnect
 from server.schemas import PRECISION_NAMES
 from server.setting_types import AUTO
@@ -89,12 +90,16 @@ def _ms(seconds: float) -> str:
     return str(round(seconds * 1000))
 
 
-def body_of(model: type[BaseModel], **extra: Any) -> dict[str, Any]:
-    """The ``openapi_extra`` of a route that takes a ``model``; ``extra`` are further properties."""
+def body_of(model: type[BaseModel], example: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    """The ``openapi_extra`` of a route that takes a ``model``; ``extra`` are further properties.
+
+    Args:
+        example: a body that any server answers as it stands: /docs sends it.
+    """
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
     schema["properties"].update(extra)
-    content = {"application/json": {"schema": _inlined(schema, definitions)}}
+    content = {"application/json": {"schema": _inlined(schema, definitions), "example": example}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -102,7 +107,7 @@ def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[
     """``extra`` with the other places of a precision; ``named``: the path has a model's name."""
     choice = {"type": "string", "enum": [*PRECISION_NAMES, AUTO]}
     parameters = [_parameter("query", "precision", choice), _parameter("header", "X-Precision", choice)]
-    model = _parameter("path", "model", {"type": "string"})
+    model = {**_parameter("path", "model", {"type": "string"}), "example": ANY_MODEL}
     return {**extra, "parameters": [*parameters, *([model] if named else [])]}
 
 

@@ -17,7 +17,7 @@ router = APIRouter(tags=["looking"])
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-@router.post("/tokenize", openapi_extra=body_of(TokenizeBody))
+@router.post("/tokenize", openapi_extra=body_of(TokenizeBody, {"inputs": "Once upon a time"}))
 async def tokenize(request: Request) -> Response:
     """The tokens of a text and where each stands in it."""
     values, state = await read_object(request), request.app.state
