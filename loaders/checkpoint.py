@@ -93,7 +93,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises whatever its parsers do, or its Rust panics
-        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer ({in_short(error)})") from error
+        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
     if not usable:  # without any files the library makes one of no words
         raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer")
     return tokenizer
