@@ -8,6 +8,7 @@ LoaderError
 └── OutOfMemory           the device has no room for it
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 Logits = Literal["none", "last", "all"]
 Progress = Callable[[str, int, int], None]
 """Told (stage, current, total) as loading goes on; total is 0 where it isn't known."""
+
+_PATH = re.compile(r"(?<!\w)/[^\s'\"`,;:)]+")
 
 
 class LoaderError(Exception):
@@ -287,10 +290,10 @@ def ignore_progress(stage: str, current: int, total: int) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """An error of a library in one line; the system's errors without their paths."""
+    """An error of a library in one line and without paths, fit to be shown to a client."""
     if isinstance(error, OSError):
         return type(error).__name__
-    said = " ".join(str(error).split())
+    said = _PATH.sub("…", " ".join(str(error).split()))
     return f"{type(error).__name__}: {said[:200]}".rstrip(": ")
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from loaders import gpt2_runner, kernels
 from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
@@ -44,6 +45,8 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     _quieten()
+    if spec.device == "cpu" and precision != "int8":
+        _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)
     model = load_pretrained(
         spec,
@@ -108,6 +111,20 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
         lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
         return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
     return torch.float16 if precision == "int8" else _sixteen_bits()
+
+
+def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
+    """On a CPU a row of weights must be whole blocks; on a card bitsandbytes unpacks the others first."""
+    head = model.get_output_embeddings()
+    for at, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+            continue
+        inputs = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+        if inputs % BLOCK:
+            raise CheckpointError(
+                f"{name} can't be served in {precision} on a CPU: {at} has {inputs} inputs, no multiple of "
+                f"the {BLOCK} that share a scale; int8 and dynamic-int8 take any width"
+            )
 
 
 def _check_layers(model: nn.Module, precision: str, name: str) -> None:

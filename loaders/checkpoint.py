@@ -96,7 +96,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except BaseException as error:  # the library raises whatever its parsers do, and panics
         if not is_tokenizer_fault(error):
             raise
-        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer ({in_short(error)})") from error
+        raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
     return tokenizer
 
 

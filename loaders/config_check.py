@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -161,7 +161,11 @@ def meta_model_of(config: Any) -> PreTrainedModel:
 
 
 def _check_counts(name: str, raw: Mapping[str, Any], held: Held) -> None:
-    """Before anything is built: numbers by which lists and layers are."""
+    """Before anything is built: sizes, and numbers by which lists and layers are."""
+    family = CONFIG_MAPPING[raw["model_type"]]
+    for size in _SIZES:
+        shown = _own_name(family, size)
+        _check_size(name, shown, raw.get(shown))
     for key, value, in_list in _numbers(raw):
         if in_list:
             most = _MOST_IN_LIST
@@ -174,7 +178,9 @@ def _check_counts(name: str, raw: Mapping[str, Any], held: Held) -> None:
         else:
             continue
         if value > most:
-            raise CheckpointError(f"config.json of {name} has {key} {value}; {most} are possible here")
+            raise CheckpointError(
+                f"config.json of {name} has {key} {value}, beyond what is possible ({most})"
+            )
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, int | float, bool]]:
@@ -197,9 +203,13 @@ def _check_sizes(name: str, text: Any) -> None:
         value, shown = getattr(text, size, None), _own_name(text, size)
         if value is None and size in _NEEDED:
             raise CheckpointError(f"config.json of {name} tells no {shown}")
-        for one in value if isinstance(value, list) else [value]:  # of some, one for each layer
-            if one is not None and (type(one) is not int or not 1 <= one <= _MOST):
-                raise CheckpointError(f"config.json of {name} has {shown} {str(one)[:40]}")
+        _check_size(name, shown, value)
+
+
+def _check_size(name: str, shown: str, value: Any) -> None:
+    for one in value if isinstance(value, list) else [value]:  # of some, one for each layer
+        if one is not None and (type(one) is not int or not 1 <= one <= _MOST):
+            raise CheckpointError(f"config.json of {name} has {shown} {str(one)[:40]}")
 
 
 def _own_name(text: Any, size: str) -> str:

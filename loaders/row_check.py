@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loaders.base import CheckpointError, Runner
+from loaders.base import CheckpointError, Runner, in_short
 
 _LONG, _SHORT = 24, 5  # tokens of the two rows
 _FARTHEST = 1024  # of a window of attention that is looked beyond
@@ -32,7 +32,7 @@ def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> No
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a forward pass makes of arguments that it doesn't expect
-        raise CheckpointError(f"{name} can't be batched here ({type(error).__name__})") from error
+        raise CheckpointError(f"{name} can't be batched here ({in_short(error)})") from error
     if apart >= _APART:
         raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
     if not apart < _APART:
