@@ -66,6 +66,7 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await app.state.reports.stop()
+            app.state.service.prompts.close()
             await app.state.pool.stop()
             if app.state.tracing is not None:
                 await app.state.tracing.close()

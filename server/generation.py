@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,7 +18,6 @@ from server.engine import Engine
 from server.errors import (
     BadPrecision,
     DeadlinePassed,
-    Invalid,
     NotReady,
     Overloaded,
     PromptTooLong,
@@ -26,6 +25,8 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
+from server.precision_state import Lease
+from server.prompt_encoder import PromptEncoder
 from server.sequence import SamplingParams, Timeline
 from server.settings import Settings
 from server.text import TextCodec
@@ -39,7 +40,6 @@ __all__ = [
     "Piece",
     "Service",
 ]
-_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
 
 
 class PoolLike(Protocol):
@@ -47,7 +47,7 @@ class PoolLike(Protocol):
 
     default: str
 
-    def use(self, precision: str) -> AbstractAsyncContextManager[Engine]: ...
+    def use(self, precision: str) -> Lease: ...
 
 
 class MetricsLike(Protocol):
@@ -71,7 +71,7 @@ class Service:
         lifecycle: Lifecycle,
     ) -> None:
         self.codec = codec
-        self._settings, self._checkpoint = settings, checkpoint
+        self._settings = settings
         self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
         self.on_arrival: Callable[[], None] = lambda: None
         self.on_success: Callable[[Continuation], None] = lambda done: None
@@ -81,27 +81,41 @@ class Service:
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
+        self.prompts = PromptEncoder(codec, checkpoint.vocabulary, self.max_input_tokens, total)
 
     async def open(self, request: GenerationRequest) -> Continuation:
         """Raises a ``ServiceError`` and holds nothing, or returns what must be closed."""
-        return (await self.open_all([request]))[0]
+        with ExitStack() as held:
+            (opened,) = await self.open_all([request], held)
+            held.pop_all()
+        return opened
 
-    async def open_all(self, requests: Sequence[GenerationRequest]) -> list[Continuation]:
-        """All of them or, with an error, none."""
+    async def open_all(self, requests: Sequence[GenerationRequest], held: ExitStack) -> list[Continuation]:
+        """Opens them all.
+
+        Args:
+            held: of the caller, who closes it in any case, without having awaited anything before. It closes
+                what was opened, also where an error or a cancellation lets some of them be opened only.
+
+        Raises:
+            ServiceError
+        """
         opened: list[Continuation] = []
+        encoded: dict[int, list[int]] = {}  # n and best_of have the same prompt several times
         places = 0
         try:
             places = self._reserve(len(requests))
             deadline = time.perf_counter() + self._settings.request_timeout
             for request in requests:
-                opened.append(await self._open(request, deadline))
-        except BaseException as error:
-            self.in_flight -= places - len(opened)
-            if isinstance(error, ServiceError):
-                self._count(requests[len(opened) :], error)
-            for continuation in opened:
-                await continuation.aclose()
+                if (key := id(request.prompt)) not in encoded:
+                    encoded[key] = await self.prompts.encode(request, deadline)
+                opened.append(await self._open(request, encoded[key], deadline))
+                held.callback(opened[-1].close)
+        except ServiceError as error:
+            self._count(requests[len(opened) :], error)
             raise
+        finally:
+            self.in_flight -= places - len(opened)
         return opened
 
     def _count(self, refused: Sequence[GenerationRequest], error: ServiceError) -> None:
@@ -150,43 +164,16 @@ class Service:
         self.on_arrival()
         return places
 
-    async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
-        prompt = await self.encode(request)
+    async def _open(self, request: GenerationRequest, prompt: list[int], deadline: float) -> Continuation:
         params = self.resolve(request, len(prompt))
         lease, engine, reason = await self._find_engine(request, deadline)
-        try:
+        with ExitStack() as held:
+            held.callback(lease.release)
             generation = engine.generate(prompt, params, deadline)
-        except BaseException:
-            await lease.__aexit__(None, None, None)
-            raise
-        return Continuation(self, request, engine, lease, generation, prompt, params, reason)
-
-    async def encode(self, request: GenerationRequest) -> list[int]:
-        """The prompt's ids, all of them in the vocabulary; at least one.
-
-        Raises:
-            Invalid
-        """
-        if (request.truncate or 0) > self.max_total_tokens:
-            raise Invalid(f"truncate: at most {self.max_total_tokens} tokens", param="truncate")
-        ids = await self._ids(request.prompt)
-        if not ids:
-            raise Invalid("the input has no tokens", param="inputs")
-        if min(ids) < 0 or max(ids) >= self._checkpoint.vocabulary:
-            raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="inputs")
-        return ids[-request.truncate :] if request.truncate else ids
-
-    async def _ids(self, prompt: str | list[int] | Conversation) -> list[int]:
-        if isinstance(prompt, list):
-            return prompt
-        if isinstance(prompt, Conversation):
-            try:
-                return await asyncio.to_thread(self.codec.encode_chat, prompt.messages)
-            except Exception:  # a template is a program of the model's author, and refuses in its own ways
-                raise Invalid("the model's chat template refuses these messages", param="inputs") from None
-        if len(prompt) > _LONG:
-            return await asyncio.to_thread(self.codec.encode, prompt)
-        return self.codec.encode(prompt)
+            held.callback(generation.close)
+            opened = Continuation(self, request, engine, lease, generation, prompt, params, reason)
+            held.pop_all()
+        return opened
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
         """The parameters with length and seed settled, for a prompt of so many tokens.
@@ -213,7 +200,7 @@ class Service:
 
     async def _find_engine(
         self, request: GenerationRequest, deadline: float
-    ) -> tuple[AbstractAsyncContextManager[Engine], Engine, str | None]:
+    ) -> tuple[Lease, Engine, str | None]:
         name = request.precision or self._pool.default
         try:
             name = loaders.canonical(name)
@@ -227,9 +214,7 @@ class Service:
             reason = error.message
         return *await self._lease(self._pool.default, deadline), reason
 
-    async def _lease(
-        self, precision: str, deadline: float
-    ) -> tuple[AbstractAsyncContextManager[Engine], Engine]:
+    async def _lease(self, precision: str, deadline: float) -> tuple[Lease, Engine]:
         lease = self._pool.use(precision)
         try:
             async with asyncio.timeout(deadline - time.perf_counter()):

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TokenizersBackend
 
+from server.token_length import token_length
+
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 _LONGEST_CHARACTER = 4  # bytes, so as many tokens may be needed to make one whole
 _MOST_PENDING = 16  # tokens of which none ended with a whole character: they are no text
@@ -34,9 +36,11 @@ class TextCodec:
         self._special = frozenset(tokenizer.all_special_ids)
         self._texts: dict[int, str] = {}
         self._decode = _decoder(tokenizer)
+        self.token_length = token_length(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        encoding = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[int] = encoding["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -61,11 +65,10 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return bool(getattr(self._tokenizer, "chat_template", None))
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation, ready for the assistant's turn."""
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """The text of a conversation, special tokens included, ready for the assistant's turn."""
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
         return IncrementalDecoder(self, prompt, stop)

@@ -3,9 +3,9 @@
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response
 from server.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.intake import Asked, make_request
 from server.openai_format import chat_logprobs, finish, usage
-from server.replies import EventStream, event
+from server.replies import event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all
 from server.schemas import ChatBody
 from server.text import TextCodec
 
@@ -83,14 +83,15 @@ class Chat:
         }
 
     async def _stream(self) -> Response:
-        opened = await open_all(self.request, self._wanted())
-        return EventStream(self._events(opened), partial(close_all, opened), opening_headers(opened[0]))
+        return await stream_all(self.request, self._wanted(), self._events)
 
-    async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
+    async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         for index, one in enumerate(opened):
             yield self._chunk(index, {"role": "assistant", "content": ""}, one)
-        async for index, pieces in merged(opened):
-            yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, opened[index]))
+        async with aclosing(merged(opened)) as items:
+            async for index, pieces in items:
+                one = opened[index]
+                yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, one))
         if self.body.stream_options and self.body.stream_options.include_usage:
             frame = self._frame("chat.completion.chunk", [], opened[0])
             yield event({**frame, "usage": usage(opened[:1], opened)})

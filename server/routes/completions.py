@@ -4,9 +4,9 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -17,9 +17,9 @@ from server.errors import Invalid
 from server.generation import Continuation, GenerationRequest, Piece
 from server.intake import Asked, make_request
 from server.openai_format import CompletionLogprobs, finish, joined, usage
-from server.replies import EventStream, event
+from server.replies import event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all
 from server.schemas import CompletionBody
 from server.settings import Settings
 from server.text import TextCodec
@@ -150,21 +150,21 @@ class Completion:
         return prompt if isinstance(prompt, str) else self.codec.decode(prompt)
 
     async def _stream(self) -> Response:
-        opened = await open_all(self.request, self._wanted())
-        close, told = partial(close_all, opened), opening_headers(opened[0])
-        return EventStream(self._events(opened), close, told)
+        return await stream_all(self.request, self._wanted(), self._events)
 
-    async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
+    async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         top = self.body.logprobs or 0
         builders = [CompletionLogprobs(self.codec, top) for _ in opened]
         begun: set[int] = set()
-        async for index, pieces in merged(opened):
-            told: list[bytes] = []
-            for piece in pieces or (None,):
-                choice = self._delta(index, piece, opened[index], builders[index], first=index not in begun)
-                begun.add(index)
-                told.append(event(self._frame([choice], opened[index])))
-            yield b"".join(told)
+        async with aclosing(merged(opened)) as items:
+            async for index, pieces in items:
+                told: list[bytes] = []
+                for piece in pieces or (None,):
+                    first = index not in begun
+                    choice = self._delta(index, piece, opened[index], builders[index], first)
+                    begun.add(index)
+                    told.append(event(self._frame([choice], opened[index])))
+                yield b"".join(told)
         if self.body.stream_options and self.body.stream_options.include_usage:
             yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
         yield event("[DONE]")
