@@ -148,6 +148,16 @@ class Service:
         finally:
             self.in_flight -= 1
 
+    def hold_place(self) -> Callable[[], None]:
+        """Takes a place, whether one is free or not, for a computed answer; returns what gives it back."""
+        held = ExitStack()
+        self.in_flight += 1
+        held.callback(self._give_back)
+        return held.close
+
+    def _give_back(self) -> None:
+        self.in_flight -= 1
+
     def check(self, places: int) -> None:
         """Whether so many would be given now.
 

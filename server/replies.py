@@ -103,13 +103,15 @@ class Stream(Response):
     Args:
         pieces: the body.
         close: frees what the pieces come from; it doesn't wait, so that no cancellation can prevent it.
+        headers: with the content's length where it is known.
     """
 
     def __init__(
         self, pieces: AsyncGenerator[bytes], close: Callable[[], object], headers: Mapping[str, str]
     ) -> None:
         super().__init__(headers=dict(headers))
-        del self.headers["content-length"]
+        if "content-length" not in headers:
+            del self.headers["content-length"]
         self._pieces, self._close = pieces, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

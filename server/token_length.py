@@ -10,14 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 from transformers import TokenizersBackend
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _MARGIN = 64  # tokens at the begin of a text's end, which may be others than in the whole text
 _LOOK_BACK = 4096  # characters
 _COMPOSED = 4  # characters that one composed by NFC or NFKC stands for, at most
 _KEEPING_NORMALIZERS = {"Prepend", "Lowercase", "NFD", "NFKD", "ByteLevel"}  # no fewer characters than before
 _KEEPING_PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts"}
+_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 doesn't use
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,26 @@ class TokenLength:
     Args:
         most: characters, or bytes of UTF-8, of the longest token.
         in_bytes: whether it is bytes.
+        dropped: bytes that the vocabulary lacks, as some do of control characters, and that leave no token.
         swallowing: tokens that take along the white space beside them, however much; nothing is known of a
             text that has one of them.
     """
 
     most: int
     in_bytes: bool
+    dropped: bytes = b""
     swallowing: tuple[str, ...] = ()
 
     def fewest(self, text: str) -> int:
         """Tokens that the text has at least."""
         if any(token in text for token in self.swallowing):
             return 0
-        size = len(text.encode("utf-8", "surrogatepass")) if self.in_bytes else len(text)
-        return math.ceil(size / self.most)
+        return math.ceil(self._size(text) / self.most)
+
+    def _size(self, text: str) -> int:
+        if not self.in_bytes:
+            return len(text)
+        return len(text.encode("utf-8", "surrogatepass").translate(None, self.dropped))
 
     def end(self, text: str, tokens: int) -> str:
         """An end of the text whose last tokens, so many, are those of the whole text.
@@ -49,9 +57,9 @@ class TokenLength:
         characters without any: the tokens at the seam may differ, and are not among the last.
         """
         kept = (tokens + _MARGIN) * self.most
-        if len(text) <= kept + _LOOK_BACK or any(token in text for token in self.swallowing):
-            return text
         at = len(text) - kept
+        if at <= _LOOK_BACK or self.fewest(text[at:]) < tokens + _MARGIN:  # spaces swallowed, bytes dropped
+            return text
         for seam in range(at, at - _LOOK_BACK, -1):
             before, first, second = text[seam - 1 : seam + 2]
             if first.isspace() and not before.isspace() and not second.isspace():
@@ -72,16 +80,18 @@ def token_length(tokenizer: Any) -> TokenLength | None:
     shrinks = math.prod(_shrinks(one) for one in normalizers)
     vocabulary = tokenizer.get_vocab()
     byte_level = any(one["type"] == "ByteLevel" for one in (*normalizers, *splitters))
-    if not math.isfinite(shrinks) or not _covers_everything(beneath.model, vocabulary, byte_level):
+    in_bytes = byte_level and not normalizers
+    dropped = _missing_bytes(vocabulary) if byte_level else b""
+    covered = (in_bytes or not dropped) if byte_level else _covers_everything(beneath.model, vocabulary)
+    if not math.isfinite(shrinks) or not covered:
         return None
     added = list(beneath.get_added_tokens_decoder().values())
     texts = [one.content for one in added]
     if beneath.normalizer is not None:
         texts += [beneath.normalizer.normalize_str(text) for text in texts]
-    in_bytes = byte_level and not normalizers
     most = max(map(len, [*vocabulary, *texts, *([text.encode() for text in texts] if in_bytes else [])]))
     swallowing = tuple(one.content for one in added if one.lstrip or one.rstrip)
-    return TokenLength(int(most * shrinks), in_bytes, swallowing)
+    return TokenLength(math.ceil(most * shrinks), in_bytes, dropped, swallowing)
 
 
 def _parts(component: Any) -> list[dict[str, Any]] | None:
@@ -118,10 +128,13 @@ def _keeps_text(splitter: dict[str, Any]) -> bool:
     return splitter["type"] in _KEEPING_PRE_TOKENIZERS
 
 
-def _covers_everything(model: models.BPE, vocabulary: dict[str, int], byte_level: bool) -> bool:
+def _missing_bytes(vocabulary: dict[str, int]) -> bytes:
+    letters = bytes_to_unicode().items()
+    return bytes(byte for byte, letter in letters if letter not in vocabulary and byte not in _IN_NO_TEXT)
+
+
+def _covers_everything(model: models.BPE, vocabulary: dict[str, int]) -> bool:
     """Whether no stretch of text is dropped, or becomes one unknown token."""
-    if byte_level:
-        return all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet())
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         return True
     return model.unk_token is not None and not model.fuse_unk

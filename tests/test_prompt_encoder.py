@@ -1,4 +1,4 @@
-"""Long prompts: refused by their length, encoded few at a time, within their deadline, for those still there."""
+"""Long prompts: refused by their length; encoded few at a time, in time, for those who are still there."""
 
 import asyncio
 import json

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import loaders.checkpoint
 from server.text import TextCodec
@@ -96,6 +97,18 @@ def word_level() -> PreTrainedTokenizerFast:
 )
 def test_where_a_token_may_stand_for_any_length(make: Callable[[], Any]) -> None:
     assert token_length(make()) is None
+
+
+def test_bytes_that_leave_no_token() -> None:
+    alphabet = [letter for byte, letter in bytes_to_unicode().items() if byte not in (0x04, 0xF1, 0xFF)]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec = TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert codec.token_length is not None
+    assert (codec.token_length.most, sorted(codec.token_length.dropped)) == (1, [0x04, 0xF1])
+    for text in ("\x04" * 9000, "\U00040000" * 50, "a\x04b\U00040000" * 50):
+        assert codec.token_length.fewest(text) == len(codec.encode(text))
+        assert codec.token_length.end(text, 1) == text
 
 
 def test_a_token_that_takes_the_spaces_beside_it() -> None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.intake import Asked, make_request
 from server.openai_format import chat_logprobs, finish, usage
 from server.replies import event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, headers, run_all, served, stream_all
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.schemas import ChatBody
 from server.text import TextCodec
 
@@ -62,7 +62,7 @@ class Chat:
         done = await run_all(self.request, self._wanted())
         reply = self._frame("chat.completion", [self._choice(i, one) for i, one in enumerate(done)], done[0])
         reply["usage"] = usage(done[:1], done)
-        return JSONResponse(reply, headers=headers(done[0]))
+        return whole(self.request, reply, headers(done[0]))
 
     def _choice(self, index: int, done: Continuation) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.errors import Invalid
 from server.generation import Continuation, GenerationRequest, Piece
@@ -19,7 +19,7 @@ from server.intake import Asked, make_request
 from server.openai_format import CompletionLogprobs, finish, joined, usage
 from server.replies import event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, headers, run_all, served, stream_all
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.schemas import CompletionBody
 from server.settings import Settings
 from server.text import TextCodec
@@ -123,7 +123,7 @@ class Completion:
             await asyncio.sleep(0)  # a hundred with log-probabilities take half a second: others go on
         reply = self._frame(choices, done[0])
         reply["usage"] = usage(done[:: self.each], done)
-        return JSONResponse(reply, headers=headers(done[0]))
+        return whole(self.request, reply, headers(done[0]))
 
     def _frame(self, choices: list[dict[str, Any]], one: Continuation) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.body import read_object
 from server.generation import Continuation, GenerationRequest, Piece
@@ -24,6 +24,7 @@ from server.routes.shared import (
     served,
     stream_all,
     timings,
+    whole,
 )
 from server.schemas import GenerateBody, Parameters
 from server.sequence import PromptToken, Token
@@ -77,7 +78,7 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
     done = await run_all(request, _wanted(body, asked))
     done.sort(key=attrgetter("mean_logprob"), reverse=True)
     reply = _reply(body, done, state.codec)
-    return JSONResponse([reply] if listed else reply, headers=headers(done[0]))
+    return whole(request, [reply] if listed else reply, headers(done[0]))
 
 
 def _wanted(body: GenerateBody, asked: Asked) -> list[GenerationRequest]:

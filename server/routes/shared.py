@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from server.generation import Continuation, GenerationRequest
-from server.replies import EventStream, cancelled, until_disconnect
+from server.replies import EventStream, Stream, cancelled, until_disconnect
 from server.schemas import PRECISION_NAMES
 from server.setting_types import AUTO
 
 SEEDS = 2**64
+_SLICE = 2**16  # bytes, as much as the server beneath keeps unsent before it waits for the reader
 
 
 async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
@@ -43,6 +45,20 @@ async def stream_all(
         opened: list[Continuation] = await until_disconnect(request, service.open_all(wanted, held))
         told, coming = opening_headers(opened[0]), events(opened)
         return EventStream(coming, held.pop_all().close, told)
+
+
+def whole(request: Request, content: Any, told: dict[str, str]) -> Response:
+    """An answer in one piece of JSON. A large one goes out in slices, and holds a place until it is read:
+    else slow readers could keep any number of such answers in memory."""
+    response = JSONResponse(content, headers=told)
+    if len(response.body) <= _SLICE:
+        return response
+    return Stream(_slices(response.body), request.app.state.service.hold_place(), response.headers)
+
+
+async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:
+    for at in range(0, len(body), _SLICE):
+        yield bytes(body[at : at + _SLICE])
 
 
 def timings(done: Continuation) -> dict[str, float]:
