@@ -17,6 +17,7 @@ from server.errors import DeadlinePassed, Invalid, PromptTooLong
 from server.text import TextCodec, TokenSpan
 
 _LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
+_SHORT = 400
 _T = TypeVar("_T")
 
 
@@ -115,6 +116,8 @@ class PromptEncoder:
             else:
                 self._check_length(length.fewest(text), request)
         if len(text) <= _LONG:
+            if len(text) > _SHORT:
+                await asyncio.sleep(0)  # a request may have a hundred of them, one after another
             return self._codec.encode(text, add_special_tokens)
         return await self._threads.run(partial(self._codec.encode, text, add_special_tokens))
 
