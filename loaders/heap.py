@@ -1,4 +1,4 @@
-"""The C library's heap while weights are loaded.
+"""The C library's heap: while weights are loaded, and after much was needed for a while.
 
 Loading makes and drops a float32 copy of every layer. From glibc's heap such blocks seldom go back to the
 system: it raises the size from which a block is mapped by itself to whatever was freed (mallopt(3),
@@ -31,6 +31,12 @@ def large_blocks_returned() -> Iterator[None]:
         yield
     finally:
         _enter(-1)
+
+
+def trim() -> None:
+    """Gives what is free to the system, of every thread's heap; takes some tens of milliseconds."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
 
 
 def _enter(change: int) -> None:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""An hour of mixed traffic, with disconnects, bad input and more than there is room for: does anything grow?
+"""Mixed traffic with disconnects, resets, unloads, comparisons, bad input: does anything grow, or stay taken?
 
     .venv/bin/python scripts/soak.py [--minutes 60] [--model bundled] [--clients 24]
 
 Starts a server of its own. What it holds is looked at in its rests: after a warm-up in which every slot
 of every precision has been full once, on the way, and at the end. Prints a table, and one JSON line last;
-exits with 1 if memory, open files, threads or slots grew, or an answer came that should not.
+exits with 1 if memory, open files or threads grew, a place or a sequence was taken in any rest, or an answer
+came that should not. Ten minutes (``--minutes 10``) are enough to find a place that is lost.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import json
 import random
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -31,6 +34,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ["fp32", "int8", "nf4", "dynamic-int8"]
 COMING_AND_GOING = "bf16"
+SHADOW = ["--shadow-precision", "fp32", "--shadow-fraction", "1"]
+TAKEN = ("places", "sequences")  # none in any rest
 ALLOWED = {"rss_bytes": 32 * 2**20}  # what an allocator may hold at one time and not at another
 PARTS = 6  # after each, what is held is looked at
 LONG = 400
@@ -69,6 +74,10 @@ class Traffic:
             (self.bad, 15),
             (self.look, 5),
             (self.come_and_go, 1),
+            (self.unload_under_way, 2),
+            (self.compare, 2),
+            (self.reset, 25),
+            (self.long_texts, 4),
         ]
 
     async def run(self, until: float) -> None:
@@ -136,6 +145,59 @@ class Traffic:
         await self.client.post("/generate", json=self.body(precision=COMING_AND_GOING))
         return (await self.client.post(f"/precisions/{COMING_AND_GOING}/unload")).status_code
 
+    async def unload_under_way(self) -> int:
+        """Ends the generations of a precision while they run; a client leaves at that very time."""
+        body = self.body(precision=COMING_AND_GOING, max_new_tokens=LONG)
+        several = {"prompt": [PROMPT] * 3, "n": 2, "max_tokens": LONG, "precision": COMING_AND_GOING}
+        calls = [("/generate", body), ("/generate_stream", body), ("/v1/completions", several)]
+        calls.append(("/v1/completions", {**several, "stream": True}))
+        asked = [asyncio.create_task(self.client.post(path, json=sent)) for path, sent in calls]
+        await asyncio.sleep(random.uniform(0.05, 0.5))
+        unloading = asyncio.create_task(self.client.post(f"/precisions/{COMING_AND_GOING}/unload"))
+        await asyncio.sleep(random.uniform(0, 0.02))
+        random.choice(asked).cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        return (await unloading).status_code
+
+    async def compare(self) -> int:
+        wishes = {"precisions": random.sample(PRECISIONS, 2), "max_new_tokens": random.randint(1, 30)}
+        if random.random() < 0.3:  # it leaves
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(0.01, 0.3)):
+                    await self.client.post("/compare", json={"inputs": PROMPT, **wishes})
+            return 200
+        return (await self.client.post("/compare", json={"inputs": PROMPT, **wishes})).status_code
+
+    async def reset(self) -> str:
+        """Ends the connection at any moment of a request, without the usual goodbye."""
+        path, body = random.choice([
+            ("/generate", self.body(max_new_tokens=LONG)),
+            ("/generate", self.body(precision=COMING_AND_GOING)),
+            ("/generate_stream", self.body(max_new_tokens=LONG)),
+            ("/v1/completions", {"prompt": [PROMPT] * 4, "n": 2, "stream": True, "max_tokens": LONG}),
+            ("/v1/completions", {"prompt": [PROMPT] * 4, "max_tokens": LONG}),
+            ("/compare", {"inputs": PROMPT, "precisions": PRECISIONS, "max_new_tokens": 20}),
+            ("/tokenize", {"inputs": PROMPT * 5000}),
+            (f"/precisions/{COMING_AND_GOING}/load", {}),
+        ])  # fmt: skip
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        host, port = self.client.base_url.host, self.client.base_url.port
+        _, sink = await asyncio.open_connection(host, port)
+        sink.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        await asyncio.sleep(random.choice([0.0, 0.001, 0.01, 0.1, 0.5]) * random.random())
+        found: socket.socket = sink.get_extra_info("socket")
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sink.transport.abort()
+        return "left"
+
+    async def long_texts(self) -> int:
+        text = PROMPT * random.choice([500, 5000])
+        body = {"inputs": text, "truncate": 8, "max_new_tokens": 2}
+        path = random.choice(["/tokenize", "/generate"])
+        sent = {"inputs": text} if path == "/tokenize" else body
+        return (await self.client.post(path, json=sent)).status_code
+
     def unwanted(self) -> dict[str, int]:
         """Answers that no action should have had."""
         refusals = {400, 404, 413, 422}
@@ -152,7 +214,8 @@ async def served(model: str) -> AsyncIterator[tuple[psutil.Popen, httpx.AsyncCli
     """A server of its own, ready."""
     names = ",".join(PRECISIONS)
     process = psutil.Popen(
-        [sys.executable, "-m", "server", "serve", "--model", model, "--port", "0", "--precisions", names],
+        [sys.executable, "-m", "server", "serve", *SHADOW,
+         "--model", model, "--port", "0", "--precisions", names],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
@@ -176,25 +239,27 @@ async def warm_up(client: httpx.AsyncClient) -> None:
         wanted = [client.post("/v1/completions", json={**body, "precision": precision}) for _ in range(16)]
         assert {reply.status_code for reply in await asyncio.gather(*wanted)} == {200}
     # long texts are encoded in threads, of which there come to be only so many
-    await asyncio.gather(*(client.post("/tokenize", json={"inputs": PROMPT * 20_000}) for _ in range(32)))
+    await asyncio.gather(*(client.post("/tokenize", json={"inputs": PROMPT * 10_000}) for _ in range(8)))
     await client.post(f"/precisions/{COMING_AND_GOING}/unload")
 
 
 async def at_rest(process: psutil.Popen, client: httpx.AsyncClient) -> dict[str, int]:
     """What the server holds when nothing is asked of it."""
+    await client.post(f"/precisions/{COMING_AND_GOING}/unload")
     queue: dict[str, int] = {}
-    for _ in range(100):
-        queue = (await client.get("/stats")).json()["queue"]
-        if not queue["running"] + queue["waiting"] + queue["in_flight"]:
+    for _ in range(600):  # what was finished is replayed first, by its shadow
+        stats = (await client.get("/stats")).json()
+        queue = stats["queue"]
+        if not queue["running"] + queue["waiting"] + queue["in_flight"] + stats["shadow"]["waiting"]:
             break
         await asyncio.sleep(0.1)
-    await client.post(f"/precisions/{COMING_AND_GOING}/unload")
     await asyncio.sleep(2)
     return {
         "rss_bytes": process.memory_info().rss,
         "open_files": process.num_fds(),
         "threads": process.num_threads(),
-        "sequences": queue["running"] + queue["waiting"] + queue["in_flight"],
+        "places": queue["in_flight"],
+        "sequences": queue["running"] + queue["waiting"],
     }
 
 
@@ -213,6 +278,7 @@ async def soak(process: psutil.Popen, client: httpx.AsyncClient, seconds: float,
 def report(held: list[dict[str, int]], traffic: Traffic, seconds: float) -> int:
     start, end = held[0], held[-1]
     grew = [name for name in start if end[name] > start[name] + ALLOWED.get(name, 0)]
+    grew += [name for name in TAKEN if name not in grew and any(one[name] for one in held)]
     for name in start:
         figures = "".join(f"{one[name]:>14,}" for one in held)
         print(f"{name:<12}{figures}{'  grew' if name in grew else ''}")

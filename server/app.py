@@ -70,6 +70,7 @@ def create_app(
             await app.state.reports.stop()
             if app.state.chat is not None:
                 await app.state.chat.stop()
+            app.state.service.prompts.close()
             await app.state.pool.stop()
             if app.state.tracing is not None:
                 await app.state.tracing.close()

@@ -1,8 +1,9 @@
 """HTTP connections that cost a bounded time: slow senders and readers that stop are cut off.
 
 The server beneath bounds only idle connections. Here the head of a request (its line and headers) must come
-within the receive timeout and in so many bytes, and a reader must take something of what was sent to it
-within that time. The body has a limit of its own (``server.middleware``).
+within the receive timeout and in so many bytes. A reader must take something of what was sent to it within
+that time, and an answer waits for its reader no longer than the request timeout in all. The body has a limit
+of its own (``server.middleware``).
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
+from server.reader_clock import ReaderClock
 from server.replies import error_body
 from server.settings import Settings
 
@@ -47,6 +49,7 @@ class ServerConfig(uvicorn.Config):
             **{"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 1, **others},
         )
         self.receive_timeout = settings.receive_timeout
+        self.reading_timeout = max(settings.request_timeout, settings.receive_timeout)
 
 
 class Connection(H11Protocol):
@@ -64,6 +67,7 @@ class Connection(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
+        self._reader_clock = ReaderClock(config.reading_timeout)
 
     # the sender
 
@@ -160,11 +164,14 @@ class Connection(H11Protocol):
         """Closing waits until all is sent, so that a reader which stopped would keep it open for ever."""
         self._unsent = self.transport.get_write_buffer_size()
         if self._unsent and self._reader_timer is None:
-            self._reader_timer = self.loop.call_later(self._patience, self._check_reader)
+            self._reader_clock.start(self.cycle, self.loop.time())
+            soon = min(self._patience, self._reader_clock.left)
+            self._reader_timer = self.loop.call_later(soon, self._check_reader)
 
     def _check_reader(self) -> None:
-        self._reader_timer = None
-        if 0 < self._unsent <= self.transport.get_write_buffer_size():
+        self._stop_reader_timer()
+        stopped = 0 < self._unsent <= self.transport.get_write_buffer_size()
+        if stopped or self._reader_clock.left <= 0:
             self.transport.abort()
         else:
             self._watch_reader()
@@ -173,6 +180,7 @@ class Connection(H11Protocol):
         if self._reader_timer is not None:
             self._reader_timer.cancel()
             self._reader_timer = None
+            self._reader_clock.stop(self.loop.time())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()

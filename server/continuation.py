@@ -1,12 +1,12 @@
 """A running request: what was asked for, and its text piece by piece."""
 
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from server.engine import Engine, Generation
 from server.errors import ServiceError
+from server.precision_state import Lease
 from server.report.choice import Choice
 from server.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
 from server.setting_types import AUTO
@@ -67,14 +67,14 @@ class Owner(Protocol):
 
 
 class Continuation:
-    """A running request. Its ``bursts`` are its text; close it in a ``finally``, whatever happens."""
+    """A running request. Its ``bursts`` are its text; ``close`` it in a ``finally``, before any await."""
 
     def __init__(
         self,
         service: Owner,
         request: GenerationRequest,
         engine: Engine,
-        lease: AbstractAsyncContextManager[Engine],
+        lease: Lease,
         generation: Generation,
         prompt_ids: list[int],
         params: SamplingParams,
@@ -124,7 +124,7 @@ class Continuation:
                 burst = self._burst(token)
                 self.finish_reason = burst[-1].finish
                 if self.finish_reason is not None:
-                    await self.aclose()
+                    self.close()
                 yield burst
                 if self.finish_reason is not None:
                     return
@@ -151,14 +151,21 @@ class Continuation:
             finish = "stop_sequence" if self._decoder.stopped else finish
         return Piece(len(self.pieces) + 1, token, text, special, finish)
 
-    async def aclose(self) -> None:
-        """Cancels what is still running, gives the place and the engine back. Any number of times."""
+    def close(self) -> None:
+        """Cancels what is still running, gives the place and the engine back. Any number of times.
+
+        It never waits, so that no cancellation can keep it from its end.
+        """
         if self._closed:
             return
         self._closed = True
-        await self._generation.aclose()
-        await self._lease.__aexit__(None, None, None)
+        self._generation.close()
+        self._lease.release()
         self._service.closed(self, self._outcome())
+
+    async def aclose(self) -> None:
+        """``close``, for ``contextlib.aclosing``."""
+        self.close()
 
     def _outcome(self) -> str:
         if self._error is not None:

@@ -80,10 +80,14 @@ class Generation(AsyncIterator[Token]):
         self._closed = token.finish is not None
         return token
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Cancels what has not been generated yet. Harmless when all has been."""
         self._closed = True
         self._engine.cancel(self._sequence)
+
+    async def aclose(self) -> None:
+        """``close``, for ``contextlib.aclosing``."""
+        self.close()
 
 
 class Engine:

@@ -6,7 +6,7 @@ Lengths are checked, a place is taken, the prompt encoded, the engine found; the
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +17,6 @@ from server.continuation import DEFAULT_NEW_TOKENS, Continuation, Conversation, 
 from server.engine import Engine
 from server.errors import (
     BadPrecision,
-    BadRequest,
     DeadlinePassed,
     Invalid,
     NotReady,
@@ -27,6 +26,8 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
+from server.precision_state import Lease
+from server.prompt_encoder import PromptEncoder
 from server.sequence import SamplingParams, Timeline, drawn_seed
 from server.settings import Settings
 from server.text import TextCodec
@@ -40,7 +41,6 @@ __all__ = [
     "Piece",
     "Service",
 ]
-NO_TEMPLATE = "this model has no chat template; use /v1/completions"
 
 
 class PoolLike(Protocol):
@@ -48,7 +48,7 @@ class PoolLike(Protocol):
 
     default: str
 
-    def use(self, precision: str) -> AbstractAsyncContextManager[Engine]: ...
+    def use(self, precision: str) -> Lease: ...
 
 
 class MetricsLike(Protocol):
@@ -72,7 +72,7 @@ class Service:
         lifecycle: Lifecycle,
         chat: ChatRenderer | None = None,
     ) -> None:
-        self.codec, self._chat = codec, chat
+        self.codec = codec
         self._settings, self._checkpoint = settings, checkpoint
         self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
         self.on_arrival: Callable[[], None] = lambda: None
@@ -83,27 +83,41 @@ class Service:
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
+        self.prompts = PromptEncoder(codec, checkpoint.vocabulary, self.max_input_tokens, total, chat)
 
     async def open(self, request: GenerationRequest) -> Continuation:
         """Raises a ``ServiceError`` and holds nothing, or returns what must be closed."""
-        return (await self.open_all([request]))[0]
+        with ExitStack() as held:
+            (opened,) = await self.open_all([request], held)
+            held.pop_all()
+        return opened
 
-    async def open_all(self, requests: Sequence[GenerationRequest]) -> list[Continuation]:
-        """All of them or, with an error, none."""
+    async def open_all(self, requests: Sequence[GenerationRequest], held: ExitStack) -> list[Continuation]:
+        """Opens them all.
+
+        Args:
+            held: of the caller, who closes it in any case, without having awaited anything before. It closes
+                what was opened, also where an error or a cancellation lets some of them be opened only.
+
+        Raises:
+            ServiceError
+        """
         opened: list[Continuation] = []
+        encoded: dict[int, list[int]] = {}  # n and best_of have the same prompt several times
         places = 0
         try:
             places = self._reserve(len(requests))
             deadline = time.perf_counter() + self._settings.request_timeout
             for request in requests:
-                opened.append(await self._open(request, deadline))
-        except BaseException as error:
-            self.in_flight -= places - len(opened)
-            if isinstance(error, ServiceError):
-                self._count(requests[len(opened) :], error)
-            for continuation in opened:
-                await continuation.aclose()
+                if (key := id(request.prompt)) not in encoded:
+                    encoded[key] = await self.prompts.encode(request, deadline)
+                opened.append(await self._open(request, encoded[key], deadline))
+                held.callback(opened[-1].close)
+        except ServiceError as error:
+            self._count(requests[len(opened) :], error)
             raise
+        finally:
+            self.in_flight -= places - len(opened)
         return opened
 
     def _count(self, refused: Sequence[GenerationRequest], error: ServiceError) -> None:
@@ -136,6 +150,16 @@ class Service:
         finally:
             self.in_flight -= 1
 
+    def hold_place(self) -> Callable[[], None]:
+        """Takes a place, whether one is free or not, for a computed answer; returns what gives it back."""
+        held = ExitStack()
+        self.in_flight += 1
+        held.callback(self._give_back)
+        return held.close
+
+    def _give_back(self) -> None:
+        self.in_flight -= 1
+
     def check(self, places: int) -> None:
         """Whether so many would be given now.
 
@@ -152,54 +176,16 @@ class Service:
         self.on_arrival()
         return places
 
-    async def _open(self, request: GenerationRequest, deadline: float) -> Continuation:
-        prompt = await self.encode(request, deadline)
+    async def _open(self, request: GenerationRequest, prompt: list[int], deadline: float) -> Continuation:
         params = self.resolve(request, len(prompt))
         lease, engine, reason = await self._find_engine(request, deadline)
-        try:
+        with ExitStack() as held:
+            held.callback(lease.release)
             generation = engine.generate(prompt, params, deadline)
-            return Continuation(self, request, engine, lease, generation, prompt, params, reason)
-        except BaseException:
-            await lease.__aexit__(None, None, None)
-            raise
-
-    async def encode(self, request: GenerationRequest, deadline: float | None = None) -> list[int]:
-        """The prompt's ids, all of them in the vocabulary; at least one.
-
-        Args:
-            deadline: of ``time.perf_counter()``; a request's usual time from now on if None.
-
-        Raises:
-            Invalid, DeadlinePassed
-        """
-        if deadline is None:
-            deadline = time.perf_counter() + self._settings.request_timeout
-        if (request.truncate or 0) > self.max_total_tokens:
-            raise Invalid(f"truncate: at most {self.max_total_tokens} tokens", param="truncate")
-        ids = await self._ids(request.prompt, deadline)
-        if not ids:
-            raise Invalid("the input has no tokens", param="inputs")
-        if min(ids) < 0 or max(ids) >= self._checkpoint.vocabulary:
-            raise Invalid(f"token ids go from 0 to {self._checkpoint.vocabulary - 1}", param="inputs")
-        return ids[-request.truncate :] if request.truncate else ids
-
-    async def _ids(self, prompt: str | list[int] | Conversation, deadline: float) -> list[int]:
-        if isinstance(prompt, list):
-            return prompt
-        if isinstance(prompt, Conversation):
-            text = await self._rendered(prompt, deadline)
-            return await self._encoded(text, add_special_tokens=False)  # the template wrote them
-        return await self._encoded(prompt, add_special_tokens=True)
-
-    async def _rendered(self, conversation: Conversation, deadline: float) -> str:
-        if self._chat is None:
-            raise BadRequest(NO_TEMPLATE, param="inputs")
-        return await self._chat.render(conversation.messages, deadline)
-
-    async def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
-        if self.codec.is_quick(text):
-            return self.codec.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.codec.encode, text, add_special_tokens)
+            held.callback(generation.close)
+            opened = Continuation(self, request, engine, lease, generation, prompt, params, reason)
+            held.pop_all()
+        return opened
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
         """The parameters with length and seed settled, for a prompt of so many tokens.
@@ -244,7 +230,7 @@ class Service:
 
     async def _find_engine(
         self, request: GenerationRequest, deadline: float
-    ) -> tuple[AbstractAsyncContextManager[Engine], Engine, str | None]:
+    ) -> tuple[Lease, Engine, str | None]:
         name = request.precision or self._pool.default
         try:
             name = loaders.canonical(name)
@@ -258,9 +244,7 @@ class Service:
             reason = error.message
         return *await self._lease(self._pool.default, deadline), reason
 
-    async def _lease(
-        self, precision: str, deadline: float
-    ) -> tuple[AbstractAsyncContextManager[Engine], Engine]:
+    async def _lease(self, precision: str, deadline: float) -> tuple[Lease, Engine]:
         lease = self._pool.use(precision)
         try:
             async with asyncio.timeout(deadline - time.perf_counter()):

@@ -5,8 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 import loaders
@@ -17,7 +16,7 @@ from server.engine import Engine
 from server.errors import NotReady, ServiceError
 from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.metrics import Metrics
-from server.precision_state import LoadProgress, PrecisionState
+from server.precision_state import Lease, LoadProgress, PrecisionState
 from server.settings import Settings
 from server.threads import compute_with
 from server.turn import Turn
@@ -81,20 +80,14 @@ class Pool:
 
     # using
 
-    @asynccontextmanager
-    async def use(self, precision: str) -> AsyncIterator[Engine]:
+    def use(self, precision: str) -> Lease:
         """The engine, loaded if it must be; it is not unloaded while in use.
 
-        Raises:
+        Entering raises:
             Unavailable: this host can't run it.
             NotReady: it could not be loaded, or there is no room.
         """
-        state = self.state(precision)
-        state.users += 1
-        try:
-            yield state.engine or await self._loaded(state)
-        finally:
-            state.users -= 1
+        return Lease(self.state(precision), self._loaded)
 
     async def _loaded(self, state: PrecisionState) -> Engine:
         if state.state == "unavailable":
@@ -190,7 +183,7 @@ class Pool:
         budget = self._settings.memory_budget
         return free if budget is None else min(free, budget - self.used_bytes())
 
-    async def load(self, precision: str) -> AsyncIterator[LoadProgress]:
+    async def load(self, precision: str) -> AsyncGenerator[LoadProgress]:
         """Loads it, reporting progress; ends when it is ready.
 
         Raises:

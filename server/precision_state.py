@@ -1,5 +1,7 @@
 """What is known of one precision while the server runs."""
 
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,3 +38,41 @@ class PrecisionState:
         """What to raise where the precision can't run here."""
         mend = f" (mend it with: {self.install})" if self.install else ""
         return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
+
+
+class Lease(AbstractAsyncContextManager[Engine]):
+    """The use of one precision's engine, which is not unloaded as idle meanwhile.
+
+    Entering waits until the engine is loaded; releasing never waits, so that no cancellation can keep it
+    from its end.
+
+    Args:
+        state: the precision, whose users are counted.
+        loaded: loads it where it is not.
+    """
+
+    def __init__(self, state: PrecisionState, loaded: Callable[[PrecisionState], Awaitable[Engine]]) -> None:
+        self._state, self._loaded, self._held = state, loaded, False
+
+    async def __aenter__(self) -> Engine:
+        """The engine.
+
+        Raises:
+            ServiceError: it can't be had; nothing is held then.
+        """
+        self._held = True
+        self._state.users += 1
+        try:
+            return self._state.engine or await self._loaded(self._state)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Any number of times."""
+        if self._held:
+            self._held = False
+            self._state.users -= 1
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()

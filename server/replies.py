@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
@@ -80,9 +80,11 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGone
-        return task.result()
-    finally:
+    except BaseException:
         await cancelled(task, gone)
+        raise
+    gone.cancel()  # not awaited: a cancellation here would lose what the work has brought
+    return task.result()
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -111,52 +113,62 @@ def event(data: Mapping[str, Any] | str) -> bytes:
     return b"data: %b\n\n" % text
 
 
-class EventStream(Response):
-    """Server-sent events. Whatever happens, even before the first one, ``close`` is awaited.
+class Stream(Response):
+    """A body sent piece by piece, as its reader takes it. However it ends, ``close`` is called.
 
-    A reader that stops reading is the connection's business (``server.connection``): it is cut off.
+    A reader that stops reading, or is too slow, is cut off by its connection (``server.connection``).
 
     Args:
-        events: each already encoded; a ``ServiceError`` raised by it becomes the last event.
-        close: frees what the events come from.
+        pieces: the body.
+        close: frees what the pieces come from; it doesn't wait, so that no cancellation can prevent it.
+        headers: with the content's length where it is known.
     """
+
+    def __init__(
+        self, pieces: AsyncGenerator[bytes], close: Callable[[], object], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(headers=dict(headers))
+        if "content-length" not in headers:
+            del self.headers["content-length"]
+        self._pieces, self._close = pieces, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send_all(scope, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                with suppress(OSError):  # the reader left
+                    sending.result()
+        finally:
+            self._close()  # before anything is awaited
+            await cancelled(sending, gone)
+
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._pieces), aclosing(self._guarded(scope)) as pieces:
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _guarded(self, scope: Scope) -> AsyncGenerator[bytes]:
+        return self._pieces
+
+
+class EventStream(Stream):
+    """Server-sent events, each already encoded; a ``ServiceError`` raised by them becomes the last one."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        close: Callable[[], Awaitable[None]],
-        headers: Mapping[str, str],
+        self, events: AsyncGenerator[bytes], close: Callable[[], object], headers: Mapping[str, str]
     ) -> None:
-        super().__init__(headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache", **headers})
-        del self.headers["content-length"]
-        self._events, self._close = events, close
+        super().__init__(events, close, {"X-Accel-Buffering": "no", "Cache-Control": "no-cache", **headers})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _guarded(self, scope: Scope) -> AsyncGenerator[bytes]:
         try:
-            sending = asyncio.ensure_future(self._send_all(scope, send))
-            gone = asyncio.ensure_future(_disconnected(receive))
-            try:
-                await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    with suppress(OSError):  # the reader left
-                        sending.result()
-            finally:
-                await cancelled(sending, gone)
-        finally:
-            await self._close()
-
-    async def _send_all(self, scope: Scope, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for chunk in self._guarded(scope):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _guarded(self, scope: Scope) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._events:
-                yield chunk
+            async for event_ in self._pieces:
+                yield event_
         except ServiceError as error:
             note_refusal(error, scope)
             yield event(error_body(error, scope["path"], request_id(scope)))

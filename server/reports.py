@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ class Reports:
             f"`bitdial report --model {shown}` or POST /report"
         )
 
-    async def make(self, wishes: Mapping[str, Any], text: str | None) -> AsyncIterator[dict[str, Any]]:
+    async def make(self, wishes: Mapping[str, Any], text: str | None) -> AsyncGenerator[dict[str, Any]]:
         """Measures in a process of its own and tells the progress; ended early, it goes on the next time.
 
         Args:
@@ -93,16 +93,19 @@ class Reports:
         self._reserve(wishes["precisions"])
         try:
             process = self._process = await self._start(wishes, text)
-            pausing = asyncio.create_task(self._pause_while_busy(process))
-            try:
-                yield {"status": "starting"}
-                async for event in self._events(process):
-                    yield event
-            finally:
-                pausing.cancel()
-                await _ended(process)
+        except BaseException:
+            self._making = False
+            raise
+        pausing = asyncio.create_task(self._pause_while_busy(process))
+        try:
+            yield {"status": "starting"}
+            async for event in self._events(process):
+                yield event
         finally:
-            self._making, self._process = False, None
+            pausing.cancel()
+            if self._process is process:  # no other has been begun meanwhile
+                self.abandon()
+            await _ended(process)
 
     def _reserve(self, precisions: Sequence[str]) -> None:
         if self._making:
@@ -125,9 +128,13 @@ class Reports:
         settings["threads"] = self._spec.threads  # as many as serve, whatever that process would find
         order = {"settings": settings, "wishes": dict(wishes), "text": text}
         assert process.stdin is not None
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-        with suppress(ConnectionError):
-            await process.stdin.drain()
+        try:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            with suppress(ConnectionError):
+                await process.stdin.drain()
+        except BaseException:
+            _kill(process)
+            raise
         return process
 
     async def _events(self, process: Process) -> AsyncIterator[dict[str, Any]]:
@@ -159,16 +166,26 @@ class Reports:
                     stopped = False
                 await asyncio.sleep(_POLL)
 
+    def abandon(self) -> None:
+        """Ends what is being made, without waiting for its process to be gone; another may be begun."""
+        if self._process is not None:
+            _kill(self._process)
+            self._making, self._process = False, None
+
     async def stop(self) -> None:
         """Ends what is being made."""
         if self._process is not None:
             await _ended(self._process)
 
 
-async def _ended(process: Process) -> None:
-    """Killed, stopped or not: every step that it finished is kept."""
+def _kill(process: Process) -> None:
+    """Stopped or not: every step that it finished is kept."""
     with suppress(ProcessLookupError):
         process.kill()
+
+
+async def _ended(process: Process) -> None:
+    _kill(process)
     await process.wait()
 
 

@@ -11,6 +11,7 @@ from server.detokenizer import Detokenizer, continued
 from server.errors import Invalid
 from server.stop_strings import StopStrings
 from server.text_offsets import TextOffsets
+from server.token_length import token_length
 from server.vocabulary import Vocabulary, VocabularyToken, cleans_up
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class TextCodec:
             tokenizer.clean_up_tokenization if cleans_up(tokenizer) else None
         )
         self._explodes = False
+        self.token_length = token_length(tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises ``Invalid`` where the tokenizer fails on the text."""

@@ -1,7 +1,7 @@
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from server.errors import (
 )
 from server.generation import Continuation, GenerationRequest, Service
 from server.lifecycle import Lifecycle
+from server.precision_state import Lease, PrecisionState
 from server.sequence import SamplingParams, Timeline
 from server.settings import Settings
 from server.text import TextCodec
@@ -33,20 +34,22 @@ class OneEngine:
     default = "fp32"
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.users = engine, 0
+        self.engine, self.state = engine, PrecisionState("fp32", "loaded", engine=engine)
 
     def engine_rests(self) -> bool:
         return not self.engine.running + self.engine.waiting
 
-    @asynccontextmanager
-    async def use(self, precision: str) -> AsyncIterator[Engine]:
+    def use(self, precision: str) -> Lease:
         if precision != "fp32":
-            raise Unavailable(f"{precision} needs a card")
-        self.users += 1
-        try:
-            yield self.engine
-        finally:
-            self.users -= 1
+            return Lease(PrecisionState(precision, "unavailable"), self._refuse)
+        return Lease(self.state, self._refuse)
+
+    async def _refuse(self, state: PrecisionState) -> Engine:
+        raise Unavailable(f"{state.name} needs a card")
+
+    @property
+    def users(self) -> int:
+        return self.state.users
 
 
 class Outcomes:
@@ -171,14 +174,14 @@ def test_places_are_counted_and_given_back(tmp_path: Path) -> None:
     async def check(house: House) -> None:
         house.runner.delay = 0.005
         requests = [GenerationRequest("abc", max_new_tokens=50)] * 2
-        opened = await house.service.open_all(requests)
-        with pytest.raises(Overloaded):
-            await house.service.open_all(requests)
-        await opened[0].aclose()
-        third = await house.service.open(GenerationRequest("abc", max_new_tokens=1))
-        for continuation in (*opened, third):
-            await continuation.aclose()
-        await third.aclose()
+        with ExitStack() as held:
+            opened = await house.service.open_all(requests, held)
+            with pytest.raises(Overloaded):
+                await house.service.open_all(requests, held)
+            opened[0].close()
+            third = await house.service.open(GenerationRequest("abc", max_new_tokens=1))
+        third.close()
+        third.close()
         assert [outcome for _, outcome, _ in house.outcomes.seen] == ["overloaded"] * 2 + ["cancelled"] * 3
 
     with_service(tmp_path, check, max_concurrent_requests=2)
@@ -186,8 +189,8 @@ def test_places_are_counted_and_given_back(tmp_path: Path) -> None:
 
 def test_all_or_none(tmp_path: Path) -> None:
     async def check(house: House) -> None:
-        with pytest.raises(Invalid):
-            await house.service.open_all([GenerationRequest("abc"), GenerationRequest("")])
+        with pytest.raises(Invalid), ExitStack() as held:
+            await house.service.open_all([GenerationRequest("abc"), GenerationRequest("")], held)
 
     with_service(tmp_path, check)
 

@@ -222,7 +222,7 @@ def send(address: str, path: str, body: bytes, declared: int | None = None) -> s
 def test_a_stream_is_closed_even_if_it_never_begins() -> None:
     closed: list[float] = []
 
-    async def close() -> None:
+    def close() -> None:
         closed.append(time.monotonic())
 
     async def never() -> Any:

@@ -209,3 +209,33 @@ def test_a_first_process_ends_when_told_before_it_listens(monkeypatch: pytest.Mo
     assert main(["--version"]) == 0
     signal.raise_signal(signal.SIGTERM)
     assert ended == [143]
+
+
+SLEEPY = """
+    from server.text import TextCodec
+    tokenize = TextCodec.tokenize
+    TextCodec.tokenize = lambda codec, text: time.sleep(60) if text == "sleep" else tokenize(codec, text)
+"""
+
+
+def test_slow_readers_and_a_text_being_encoded_do_not_keep_it_longer_than_its_grace(folder: Path) -> None:
+    with serving(folder, SLEEPY, grace="1") as (process, port):
+        ready(port)
+        readers = [open_tokens(port, text) for text in ("the others, " * 20_000, "sleep")]
+        while json.loads(ask(port, "GET", "/stats")[1])["queue"]["in_flight"] < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        for reader in readers:
+            reader.close()
+
+
+def open_tokens(port: int, text: str) -> socket.socket:
+    """A reader of ``/tokenize`` that takes nothing of its answer."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", port))
+    body = json.dumps({"inputs": text})
+    head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    return connection

@@ -183,6 +183,19 @@ def test_an_answer_that_nobody_fetches_does_not_hold_its_connection(
         still_serves(address, app)
 
 
+def test_a_large_answer_holds_a_place_until_it_is_read(make_app: MakeApp) -> None:
+    body = {"prompt": ["a"] * 100, "max_tokens": 5, "logprobs": 5}
+    app = make_app()
+    with serving(app, send_buffer=4096) as address, connected(address, 4096) as stopped:
+        stopped.sendall(request_for("/v1/completions", body))
+        stopped.recv(1, socket.MSG_PEEK)  # the answer has begun: all is computed
+        assert app.state.pool.state("fp32").engine.running == 0
+        assert app.state.service.in_flight == 1
+        stopped.close()
+        wait_until(lambda: app.state.service.in_flight == 0)
+        still_serves(address, app)
+
+
 def test_a_slow_reader_that_goes_on_reading_gets_it_all(make_app: MakeApp) -> None:
     body = {"prompt": ["a"] * 60, "max_tokens": 5, "logprobs": 5, "temperature": 0}
     app = make_app(receive_timeout=0.4)

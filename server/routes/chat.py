@@ -2,21 +2,21 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.intake import Asked, make_request
 from server.openai_format import chat_logprobs, finish, running_usage, usage
 from server.openai_schemas import ChatBody
-from server.replies import EventStream, event
+from server.replies import event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.sequence import drawn_seed
 from server.text import TextCodec
 
@@ -62,7 +62,7 @@ class Chat:
         done = await run_all(self.request, self._wanted())
         reply = self._frame("chat.completion", [self._choice(i, one) for i, one in enumerate(done)], done[0])
         reply["usage"] = usage(done[:1], done)
-        return JSONResponse(reply, headers=headers(done[0]))
+        return whole(self.request, reply, headers(done[0]))
 
     def _choice(self, index: int, done: Continuation) -> dict[str, Any]:
         return {
@@ -83,14 +83,15 @@ class Chat:
         }
 
     async def _stream(self) -> Response:
-        opened = await open_all(self.request, self._wanted())
-        return EventStream(self._events(opened), partial(close_all, opened), opening_headers(opened[0]))
+        return await stream_all(self.request, self._wanted(), self._events)
 
-    async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
+    async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         for index, one in enumerate(opened):
             yield self._chunk(index, {"role": "assistant", "content": ""}, one, 0)
-        async for index, pieces in merged(opened):
-            yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, opened[index]))
+        async with aclosing(merged(opened)) as items:
+            async for index, pieces in items:
+                one = opened[index]
+                yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, one))
         if self.body.tells_usage:
             frame = self._frame("chat.completion.chunk", [], opened[0])
             yield event({**frame, "usage": usage(opened[:1], opened)})

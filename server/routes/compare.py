@@ -1,6 +1,7 @@
 """``POST /compare``: one prompt in several precisions, and how far each is from a reference."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,8 @@ def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str
 
 async def _wish(state: State, body: CompareBody) -> Wish:
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
-    ids = await state.service.encode(request)
+    deadline = time.perf_counter() + state.settings.request_timeout
+    ids = await state.service.prompts.encode(request, deadline)
     most = longest_prompt(state.checkpoint.vocabulary)
     if len(ids) > most:
         raise PromptTooLong(f"the prompt has {len(ids)} tokens; a comparison takes at most {most}")

@@ -3,23 +3,23 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.errors import Invalid
 from server.generation import Continuation, GenerationRequest, Piece
 from server.intake import Asked, make_request
 from server.openai_format import CompletionLogprobs, finish, joined, running_usage, usage
 from server.openai_schemas import CompletionBody
-from server.replies import EventStream, event
+from server.replies import event
 from server.routes.merge import merged
-from server.routes.shared import SEEDS, close_all, headers, open_all, opening_headers, run_all, served
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.sequence import drawn_seed
 from server.settings import Settings
 from server.text import TextCodec
@@ -128,7 +128,7 @@ class Completion:
             await asyncio.sleep(0)  # a hundred with log-probabilities take half a second: others go on
         reply = self._frame(choices, done[0])
         reply["usage"] = usage(done[:: self.each], done)
-        return JSONResponse(reply, headers=headers(done[0]))
+        return whole(self.request, reply, headers(done[0]))
 
     def _frame(self, choices: list[dict[str, Any]], one: Continuation) -> dict[str, Any]:
         return {
@@ -160,22 +160,22 @@ class Completion:
         return self._prompt_text(index) if self.body.echo else ""
 
     async def _stream(self) -> Response:
-        opened = await open_all(self.request, self._wanted())
-        close, told = partial(close_all, opened), opening_headers(opened[0])
-        return EventStream(self._events(opened), close, told)
+        return await stream_all(self.request, self._wanted(), self._events)
 
-    async def _events(self, opened: list[Continuation]) -> AsyncIterator[bytes]:
+    async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         asked = self.body.logprobs is not None
         builders = [self._logprobs(index, one) if asked else None for index, one in enumerate(opened)]
         begun: set[int] = set()
-        async for index, pieces in merged(opened):
-            told: list[bytes] = []
-            for piece in pieces or (None,):
-                choice = self._delta(index, piece, opened[index], builders[index], first=index not in begun)
-                begun.add(index)
-                counts = self._counts(opened[index], piece)
-                told.append(event({**self._frame([choice], opened[index]), **counts}))
-            yield b"".join(told)
+        async with aclosing(merged(opened)) as items:
+            async for index, pieces in items:
+                told: list[bytes] = []
+                for piece in pieces or (None,):
+                    first = index not in begun
+                    choice = self._delta(index, piece, opened[index], builders[index], first)
+                    begun.add(index)
+                    counts = self._counts(opened[index], piece)
+                    told.append(event({**self._frame([choice], opened[index]), **counts}))
+                yield b"".join(told)
         if self.body.tells_usage:
             yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
         yield event("[DONE]")

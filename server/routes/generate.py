@@ -1,30 +1,30 @@
 """The dialect of Text Generation Inference: ``/generate``, ``/generate_stream``, ``/``."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.body import read_object
 from server.errors import NotFound
 from server.generation import Continuation, GenerationRequest, Piece
 from server.intake import Asked, choose_precision, make_request, merge_parameters, settle
-from server.replies import EventStream, event, is_openai
+from server.replies import event, is_openai
 from server.routes.shared import (
     SEEDS,
     body_of,
-    close_all,
     headers,
-    open_all,
-    opening_headers,
     precision_parameters,
     run_all,
     served,
+    stream_all,
     timings,
+    whole,
 )
 from server.schemas import GenerateBody, Parameters
 from server.sequence import PromptToken, Token, drawn_seed
@@ -81,7 +81,7 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
     done = await run_all(request, _wanted(body, asked))
     done.sort(key=attrgetter("mean_logprob"), reverse=True)
     reply = _reply(body, done, state.codec)
-    return JSONResponse([reply] if listed else reply, headers=headers(done[0]))
+    return whole(request, [reply] if listed else reply, headers(done[0]))
 
 
 def _wanted(body: GenerateBody, asked: Asked) -> list[GenerationRequest]:
@@ -174,17 +174,13 @@ def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
 async def _stream(request: Request, body: GenerateBody, asked: Asked) -> Response:
     state = request.app.state
     body.stream = True
-    opened = await open_all(request, _wanted(body, asked))
-    return EventStream(
-        _events(body, opened[0], state.codec),
-        partial(close_all, opened),
-        opening_headers(opened[0]),
-    )
+    return await stream_all(request, _wanted(body, asked), partial(_events, body, state.codec))
 
 
-async def _events(body: GenerateBody, opened: Continuation, codec: TextCodec) -> AsyncIterator[bytes]:
-    async for burst in opened.bursts():
-        yield b"".join(_event(body, opened, codec, piece) for piece in burst)
+async def _events(body: GenerateBody, codec: TextCodec, opened: list[Continuation]) -> AsyncGenerator[bytes]:
+    async with aclosing(opened[0].bursts()) as bursts:
+        async for burst in bursts:
+            yield b"".join(_event(body, opened[0], codec, piece) for piece in burst)
 
 
 def _event(body: GenerateBody, opened: Continuation, codec: TextCodec, piece: Piece) -> bytes:

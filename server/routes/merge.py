@@ -1,7 +1,7 @@
 """Several continuations as one stream, each token when it comes."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from server.generation import Continuation, Piece
@@ -10,7 +10,7 @@ from server.replies import cancelled
 Item = tuple[int, list[Piece]]
 
 
-async def merged(continuations: Sequence[Continuation]) -> AsyncIterator[Item]:
+async def merged(continuations: Sequence[Continuation]) -> AsyncGenerator[Item]:
     """(index, pieces) of all; one that ends without any token gives a single empty list."""
     if len(continuations) == 1:
         async with aclosing(_from(0, continuations[0])) as items:

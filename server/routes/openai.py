@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from server.body import read_object
 from server.errors import BadPrecision, BadRequest, UnknownModel
-from server.generation import NO_TEMPLATE
 from server.intake import ANY_MODEL, Asked, choose_precision, known_precision, precision_of_model, settle
 from server.openai_schemas import ChatBody, CompletionBody, OpenAIBody
+from server.prompt_encoder import NO_TEMPLATE
 from server.routes.chat import Chat
 from server.routes.completions import Completion
 from server.routes.shared import body_of, precision_parameters

@@ -1,11 +1,11 @@
 """GET /precisions; POST /precisions/{name}/load and /unload for the admin."""
 
-import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
 from pydantic import WithJsonSchema
 
 import loaders
@@ -13,6 +13,7 @@ from loaders.base import LoaderError
 from server.errors import BadPrecision, ServiceError
 from server.pool import Pool
 from server.precision_state import PrecisionState
+from server.replies import EventStream, event
 from server.schemas import PRECISION_NAMES
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
@@ -41,16 +42,14 @@ async def list_precisions(request: Request) -> list[dict[str, Any]]:
 
 
 @router.post("/{name}/load")
-async def load(request: Request, name: Changed) -> StreamingResponse:
+async def load(request: Request, name: Changed) -> Response:
     """Loads a precision; server-sent events tell the progress."""
     pool: Pool = request.app.state.pool
     request.app.state.lifecycle.check()
     state = pool.state(known(name))
     if state.state == "unavailable":
         raise state.refusal()
-    return StreamingResponse(
-        _progress(pool, state.name), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-    )
+    return EventStream(_progress(pool, state.name), lambda: None, {})
 
 
 @router.post("/{name}/unload")
@@ -61,18 +60,15 @@ async def unload(request: Request, name: Changed) -> dict[str, Any]:
     return _describe(pool.state(known(name)))
 
 
-async def _progress(pool: Pool, name: PrecisionName) -> AsyncIterator[str]:
+async def _progress(pool: Pool, name: PrecisionName) -> AsyncGenerator[bytes]:
     try:
-        async for step in pool.load(name):
-            progress = {"current": step.current, "total": step.total}
-            yield _event({"status": "loading", "stage": step.stage, "progress": progress})
-        yield _event({"status": "ready"})
+        async with aclosing(pool.load(name)) as steps:
+            async for step in steps:
+                progress = {"current": step.current, "total": step.total}
+                yield event({"status": "loading", "stage": step.stage, "progress": progress})
+        yield event({"status": "ready"})
     except ServiceError as error:
-        yield _event({"status": "failed", "error": error.message, "error_type": error.error_type})
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+        yield event({"status": "failed", "error": error.message, "error_type": error.error_type})
 
 
 def _describe(state: PrecisionState) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """``GET /report``: the kept report. ``POST /report``: a new one, its progress as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
@@ -72,16 +73,17 @@ async def make(request: Request) -> Response:
     }
     events = state.reports.make(wishes, body.text)
     first = await anext(events, None)  # refusals have their own status
-    return EventStream(_told(state, first, events), events.aclose, {})
+    return EventStream(_told(state, first, events), state.reports.abandon, {})
 
 
 async def _told(
-    state: State, first: dict[str, Any] | None, events: AsyncIterator[Any]
-) -> AsyncIterator[bytes]:
-    if first is not None:
-        yield event(first)
-    async for one in events:
-        yield event(one)
+    state: State, first: dict[str, Any] | None, events: AsyncGenerator[Any]
+) -> AsyncGenerator[bytes]:
+    async with aclosing(events):
+        if first is not None:
+            yield event(first)
+        async for one in events:
+            yield event(one)
     report = state.reports.latest()
     advice = None if report is None else advice_of(report.document)
     yield event({

@@ -1,45 +1,65 @@
 """What the generating routes have in common: running, timing, describing bodies in the API document."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from server.generation import Continuation, GenerationRequest
 from server.intake import ANY_MODEL
-from server.replies import cancelled, until_disconnect
+from server.replies import EventStream, Stream, cancelled, until_disconnect
 from server.schemas import PRECISION_NAMES
 from server.setting_types import AUTO
 
 SEEDS = 2**64
+_SLICE = 2**16  # bytes, as much as the server beneath keeps unsent before it waits for the reader
 
 
 async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
     """Runs them together to their end and closes them; stops when the client goes."""
 
     async def work() -> list[Continuation]:
-        continuations: list[Continuation] = await request.app.state.service.open_all(wanted)
-        runs = [asyncio.ensure_future(continuation.run()) for continuation in continuations]
+        opened: list[Continuation] = await request.app.state.service.open_all(wanted, held)
+        runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
             return await asyncio.gather(*runs)  # each read as it comes: a stop string ends it there and then
         finally:
+            held.close()  # before anything is awaited: the client's leaving may cancel that
             await cancelled(*runs)
-            await close_all(continuations)
 
-    return await until_disconnect(request, work())
-
-
-async def open_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
-    """Opens them for streaming; the caller closes them."""
-    opened: list[Continuation] = await until_disconnect(request, request.app.state.service.open_all(wanted))
-    return opened
+    with ExitStack() as held:
+        return await until_disconnect(request, work())
 
 
-async def close_all(continuations: Sequence[Continuation]) -> None:
-    for continuation in continuations:
-        await continuation.aclose()
+async def stream_all(
+    request: Request,
+    wanted: Sequence[GenerationRequest],
+    events: Callable[[list[Continuation]], AsyncGenerator[bytes]],
+) -> EventStream:
+    """Opens them and streams the events made of them; they are closed however the stream ends."""
+    with ExitStack() as held:
+        service = request.app.state.service
+        opened: list[Continuation] = await until_disconnect(request, service.open_all(wanted, held))
+        told, coming = opening_headers(opened[0]), events(opened)
+        return EventStream(coming, held.pop_all().close, told)
+
+
+def whole(request: Request, content: Any, told: dict[str, str]) -> Response:
+    """An answer in one piece of JSON. A large one goes out in slices, and holds a place until it is read:
+    else slow readers could keep any number of such answers in memory."""
+    response = JSONResponse(content, headers=told)
+    if len(response.body) <= _SLICE:
+        return response
+    return Stream(_slices(response.body), request.app.state.service.hold_place(), response.headers)
+
+
+async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:
+    for at in range(0, len(body), _SLICE):
+        yield bytes(body[at : at + _SLICE])
 
 
 def timings(done: Continuation) -> dict[str, float]:

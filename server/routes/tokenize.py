@@ -2,18 +2,27 @@
 
 import asyncio
 import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.body import read_object
+from server.errors import PromptTooLong
+from server.prompt_encoder import Tokens
+from server.replies import Stream, until_disconnect
 from server.routes.shared import body_of
 from server.schemas import TokenizeBody
-from server.text import TextCodec
 from server.validation import validate
 
 router = APIRouter(tags=["looking"])
+_CHARACTERS = 250_000  # of a text, or as many as the longest prompt usually has if that is more
+_CHARACTERS_A_TOKEN = 8
+_PIECE = 512  # tokens, which take a millisecond to encode
+_JSON = "application/json"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -22,11 +31,32 @@ async def tokenize(request: Request) -> Response:
     """The tokens of a text and where each stands in it."""
     values, state = await read_object(request), request.app.state
     body = validate(TokenizeBody, values, state.settings)
-    with state.service.place():
-        content = await asyncio.to_thread(_rendered, state.codec, body.inputs)
-    return Response(content, media_type="application/json")
+    _check_length(len(body.inputs), state.service.max_total_tokens)
+    deadline = time.perf_counter() + state.settings.request_timeout
+    with ExitStack() as held:
+        held.enter_context(state.service.place())
+        tokens = await until_disconnect(request, state.service.prompts.tokenize(body.inputs, deadline))
+        if len(tokens) <= _PIECE:
+            return Response(b"[%b]" % _rendered(tokens, 0), media_type=_JSON)
+        # the place is held until all is sent: answers that are under way are counted, and so is their memory
+        return Stream(_pieces(tokens), held.pop_all().close, {"Content-Type": _JSON})
 
 
-def _rendered(codec: TextCodec, text: str) -> bytes:
-    """Token by token: a long text's, encoded in one go, would keep the event loop waiting for seconds."""
-    return f"[{','.join(_encode(vars(span)) for span in codec.tokenize(text))}]".encode()
+def _check_length(characters: int, max_total_tokens: int) -> None:
+    most = max(_CHARACTERS, _CHARACTERS_A_TOKEN * max_total_tokens)
+    if characters > most:
+        raise PromptTooLong(
+            f"the text has {characters} characters; at most {most} are accepted", param="inputs"
+        )
+
+
+async def _pieces(tokens: Tokens) -> AsyncGenerator[bytes]:
+    yield b"["
+    for first in range(0, len(tokens), _PIECE):
+        yield (b"," if first else b"") + _rendered(tokens, first)
+        await asyncio.sleep(0)  # a reader who takes it all at once doesn't keep the event loop
+    yield b"]"
+
+
+def _rendered(tokens: Tokens, first: int) -> bytes:
+    return ",".join(_encode(vars(span)) for span in tokens.spans(first, _PIECE)).encode()
