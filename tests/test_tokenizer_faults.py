@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from transformers import PreTrainedTokenizerFast
 import loaders.checkpoint
 from server.__main__ import main
 from server.generation import GenerationRequest
+from server.prompt_encoder import PromptEncoder
 from server.text import TextCodec
 from tests import checkpoints
 from tests.chat_templates import SMOLLM
 from tests.checkpoints import EXPLOSIVE, exploding_tokenizer
 from tests.conftest import Loads, wait_until
 from tests.test_generate import PROMPT, greedy
-from tests.test_generation import House, with_service
 from tests.test_http_robustness import still_serves
 
 FAILS = "the model's tokenizer fails on this text"
@@ -162,20 +163,19 @@ def test_a_tokenizer_that_panics_at_once_is_not_usable(
     assert capsys.readouterr().err.splitlines()[-1] == "bitdial serve: tiny has no usable tokenizer"
 
 
-def test_a_pattern_that_explodes_keeps_the_event_loop_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pattern_that_explodes_keeps_the_event_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the library's limit nothing ends it; what is encoded after that is encoded in a thread."""
     monkeypatch.setattr("server.text._SLOW", 0.001)
     slow = "x" * 22 + "z"
     turns: list[int] = []
 
-    async def check(house: House) -> None:
-        house.service.codec = TextCodec(exploding_tokenizer())
+    async def check() -> None:
+        prompts = PromptEncoder(TextCodec(exploding_tokenizer()), 1000, 400, 400)
         for _ in range(2):
             ticking = asyncio.create_task(tick())
-            await house.service.encode(GenerationRequest(slow))
+            await prompts.encode(GenerationRequest(slow), time.perf_counter() + 60)
             ticking.cancel()
+        prompts.close()
 
     async def tick() -> None:
         turns.append(0)
@@ -183,6 +183,6 @@ def test_a_pattern_that_explodes_keeps_the_event_loop_once(
             turns[-1] += 1
             await asyncio.sleep(0)
 
-    with_service(tmp_path, check)
+    asyncio.run(check())
     (while_encoding,) = turns  # the first never had its turn
     assert while_encoding > 10
