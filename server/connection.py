@@ -3,10 +3,15 @@
 The server beneath bounds only idle connections. Here the head of a request (its line and headers) must come
 within the receive timeout and in so many bytes, and a reader must take something of what was sent to it
 within that time. The body has a limit of its own (``server.middleware``).
+
+What arrives is parsed in turns (``server.turns``) by a parser with bounds of its own (``server.framing``);
+a connection that ends while its client is sending lingers (``server.linger``); an idle one may have to make
+room for a newcomer (``server.open_connections``).
 """
 
 import asyncio
 import json
+import math
 import sys
 import uuid
 from typing import Any
@@ -17,14 +22,17 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
+from server.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
+from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming
+from server.linger import Linger, LingeringTransport
+from server.open_connections import OpenConnections, Stage
+from server.open_files import most_connections
 from server.replies import error_body
 from server.settings import Settings
+from server.turns import FIRST_EVENTS, ParseTurns, ReadFlow
 
-HEAD_BYTES = 32 * 1024
-"""Most that the line and headers of a request may have."""
 KEEP_ALIVE_SECONDS = 30
-_SLICE = 4096  # judged this many bytes at a time, or one large packet would pass the limit whole
+_SLICE = 4096  # parsed this many bytes at a time, or one large packet would pass the limits whole
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
 
 
@@ -47,6 +55,8 @@ class ServerConfig(uvicorn.Config):
             **{"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 1, **others},
         )
         self.receive_timeout = settings.receive_timeout
+        self.turns = ParseTurns()
+        self.connections = OpenConnections(most_connections(settings.max_connections))
 
 
 class Connection(H11Protocol):
@@ -60,23 +70,82 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn: RequestParser = RequestParser()
+        self._turns, self._open = config.turns, config.connections
+        self._unparsed = bytearray()
+        self._refused = False
         self._patience = config.receive_timeout
         self._head_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
 
-    # the sender
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._time_head()
+        super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
+        self.flow = ReadFlow(self.transport, self._read_on)
+        if self._open.admit(self):
+            self._settle()
+            self._time_head()
+        else:
+            self._refuse(NotReady("as many connections as the server may have are at work"))
+
+    # what arrives is parsed in turns
 
     def data_received(self, data: bytes) -> None:
-        for at in range(0, len(data), _SLICE):
-            if self.transport.is_closing():
-                break
-            super().data_received(data[at : at + _SLICE])
-        self._time_head()
+        self._unset_keepalive_if_required()
+        self._unparsed += data
+        if self in self._turns:
+            self.transport.pause_reading()
+        else:
+            self.take_turn(FIRST_EVENTS)
+
+    def take_turn(self, events: int) -> None:
+        if not self.transport.is_closing():
+            self.conn.begin_turn(events)
+            self.handle_events()
+            self._settle()
+            self._time_head()
+
+    def handle_events(self) -> None:
+        """Until the turn is over, a pipelined request has to wait, or all is parsed."""
+        super().handle_events()
+        while self._unparsed and not (self.conn.turn_over or self.flow.read_paused or self._is_closing):
+            # a body of a declared length is no work however long it is
+            piece = len(self._unparsed) if self.conn.in_plain_body else _SLICE
+            self.conn.receive_data(bytes(self._unparsed[:piece]))
+            del self._unparsed[:piece]
+            super().handle_events()
+        if self._is_closing:
+            self._unparsed.clear()
+        elif self.conn.turn_over or self._unparsed:
+            self.transport.pause_reading()
+            if self.conn.turn_over:
+                self._turns.add(self)
+
+    def _read_on(self) -> None:
+        """Reading may go on as far as requests and bodies are concerned; what was read before comes first."""
+        if self._unparsed or self.conn.turn_over:
+            self._turns.add(self)
+        else:
+            self.transport.resume_reading()
+
+    @property
+    def _is_closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def _settle(self) -> None:
+        """Notes what the connection waits for now."""
+        stage = self._stage()
+        self._open.settle(self, stage)
+        if stage is Stage.RECEIVING:
+            self._time_head()
+
+    def _stage(self) -> Stage:
+        if self._answering and not self.cycle.more_body:
+            return Stage.BUSY
+        arriving = self._answering or self._unparsed or self.conn.is_unread
+        return Stage.RECEIVING if arriving else Stage.IDLE
+
+    # the sender
 
     def _time_head(self) -> None:
         """The clock runs from the first byte, or the connection's begin, until a request's head is there.
@@ -99,8 +168,7 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        begun, _ = self.conn.trailing_data
-        if begun and self.conn.our_state is h11.IDLE:
+        if self.conn.received and self.conn.our_state is h11.IDLE:
             self._refuse(RequestTimeout("the request took too long to arrive"))
         else:
             self.transport.close()
@@ -108,8 +176,12 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Called where the request is no HTTP; answers as every other refusal is answered."""
         fault = sys.exception()
-        if isinstance(fault, h11.RemoteProtocolError) and fault.error_status_hint == HeadersTooLarge.status:
-            self._refuse(HeadersTooLarge(f"line and headers may have {HEAD_BYTES} bytes"))
+        if isinstance(fault, TooMuchFraming):
+            self._refuse(BadRequest(str(fault)))
+        elif isinstance(fault, h11.RemoteProtocolError) and fault.error_status_hint == HeadersTooLarge.status:
+            self._refuse(
+                HeadersTooLarge(f"line and headers may have {HEAD_BYTES} bytes and {HEAD_LINES} lines")
+            )
         else:
             self._refuse(BadRequest("the request is not valid HTTP"))
 
@@ -121,6 +193,7 @@ class Connection(H11Protocol):
         if self.cycle is not None:  # the app may be at work on this very request: nobody hears it any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        self._refused = True
         self.transport.close()
 
     def _refusal(self, error: ServiceError, path: str) -> bytes:
@@ -132,6 +205,8 @@ class Connection(H11Protocol):
             "connection": "close",
             "x-request-id": id_,
         }
+        if error.retry_after is not None:
+            headers["retry-after"] = str(math.ceil(error.retry_after))
         events: list[h11.Event] = [
             h11.Response(status_code=error.status, headers=list(headers.items())),
             h11.Data(data=body),
@@ -155,6 +230,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._stop_reader_timer()
         self._watch_reader()
+        self._settle()
 
     def _watch_reader(self) -> None:
         """Closing waits until all is sent, so that a reader which stopped would keep it open for ever."""
@@ -174,7 +250,31 @@ class Connection(H11Protocol):
             self._reader_timer.cancel()
             self._reader_timer = None
 
+    # the end
+
+    def evict(self) -> None:
+        """Its place is needed. Who is just sending a request gets an answer; an idle one expects none."""
+        if self._stage() is Stage.RECEIVING:
+            self._refuse(NotReady("the server needs this connection for others"))
+        else:
+            self.transport.close()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def _must_linger(self) -> bool:
+        return self._refused or bool(self._unparsed) or self.conn.is_unread
+
+    def _linger(self) -> None:
+        """An end for which the server doesn't wait when it shuts down."""
+        self._stop_head_timer()
+        self._unset_keepalive_if_required()
+        self._open.linger(self)
+        transport = self.transport.inner  # type: ignore[attr-defined]
+        Linger(transport, self, self._patience, lambda: self.connections.discard(self)).begin()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._open.remove(self)
         self._stop_head_timer()
         self._stop_reader_timer()
         super().connection_lost(exc)

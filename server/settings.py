@@ -203,6 +203,14 @@ class Settings(PrecisionSettings):
     cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = option(
         (), _NETWORK, "ORIGINS", "origins whose pages may call, separated by commas", unset="none"
     )
+    max_connections: int | None = option(
+        None,
+        _NETWORK,
+        "N",
+        "connections open at once; for more, the longest idle one is closed, or the new one gets a 503",
+        unset="what the limit of open files leaves, up to 4096",
+        ge=1,
+    )
     payload_limit: Bytes = option(2_000_000, _NETWORK, "BYTES", "largest request body, such as 2MB", ge=1)
     receive_timeout: float = option(
         30,

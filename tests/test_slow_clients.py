@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from server.connection import HEAD_BYTES
+from server.framing import HEAD_BYTES
 from tests.conftest import Loads, serving, wait_until
 from tests.test_generate import PROMPT, greedy
 
