@@ -10,10 +10,7 @@ room for a newcomer (``server.open_connections``).
 """
 
 import asyncio
-import json
-import math
 import sys
-import uuid
 from typing import Any
 
 import h11
@@ -23,11 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from server.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
-from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming
+from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming, refusal
 from server.linger import Linger, LingeringTransport
 from server.open_connections import OpenConnections, Stage
 from server.open_files import most_connections
-from server.replies import error_body
+from server.reader_clock import ReaderClock
 from server.settings import Settings
 from server.turns import FIRST_EVENTS, ParseTurns, ReadFlow
 
@@ -76,12 +73,12 @@ class Connection(H11Protocol):
         self._refused = False
         self._patience = config.receive_timeout
         self._head_timer: asyncio.TimerHandle | None = None
-        self._reader_timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
+        self._reader: ReaderClock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
         self.flow = ReadFlow(self.transport, self._read_on)
+        self._reader = ReaderClock(self.transport, self._patience)
         if self._open.admit(self):
             self._settle()
             self._time_head()
@@ -120,6 +117,8 @@ class Connection(H11Protocol):
             self.transport.pause_reading()
             if self.conn.turn_over:
                 self._turns.add(self)
+        elif not self.flow.read_paused:
+            self.transport.resume_reading()
 
     def _read_on(self) -> None:
         """Reading may go on as far as requests and bodies are concerned; what was read before comes first."""
@@ -189,66 +188,30 @@ class Connection(H11Protocol):
         """An answer from here, where no app sees the request; then the end of the connection."""
         if self.conn.our_state in _CAN_ANSWER:
             path = self.scope["path"] if self._answering else ""
-            self.transport.write(self._refusal(error, path))
+            self.transport.write(refusal(self.conn, error, path))
         if self.cycle is not None:  # the app may be at work on this very request: nobody hears it any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._refused = True
         self.transport.close()
 
-    def _refusal(self, error: ServiceError, path: str) -> bytes:
-        id_ = uuid.uuid4().hex
-        body = json.dumps(error_body(error, path, id_)).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "connection": "close",
-            "x-request-id": id_,
-        }
-        if error.retry_after is not None:
-            headers["retry-after"] = str(math.ceil(error.retry_after))
-        events: list[h11.Event] = [
-            h11.Response(status_code=error.status, headers=list(headers.items())),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ]
-        return b"".join(self.conn.send(event) or b"" for event in events)
-
     # the reader
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._reader.watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_reader_timer()
+        self._reader.stop()
         if self.transport.is_closing() or not self._answering:
-            self._watch_reader()
+            self._reader.watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._stop_reader_timer()
-        self._watch_reader()
+        self._reader.stop()
+        self._reader.watch()
         self._settle()
-
-    def _watch_reader(self) -> None:
-        """Closing waits until all is sent, so that a reader which stopped would keep it open for ever."""
-        self._unsent = self.transport.get_write_buffer_size()
-        if self._unsent and self._reader_timer is None:
-            self._reader_timer = self.loop.call_later(self._patience, self._check_reader)
-
-    def _check_reader(self) -> None:
-        self._reader_timer = None
-        if 0 < self._unsent <= self.transport.get_write_buffer_size():
-            self.transport.abort()
-        else:
-            self._watch_reader()
-
-    def _stop_reader_timer(self) -> None:
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
 
     # the end
 
@@ -261,6 +224,10 @@ class Connection(H11Protocol):
 
     def abort(self) -> None:
         self.transport.abort()
+
+    def shutdown(self) -> None:
+        if not self._is_closing:
+            super().shutdown()
 
     def _must_linger(self) -> bool:
         return self._refused or bool(self._unparsed) or self.conn.is_unread
@@ -276,5 +243,5 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._open.remove(self)
         self._stop_head_timer()
-        self._stop_reader_timer()
+        self._reader.stop()
         super().connection_lost(exc)

@@ -4,10 +4,16 @@ What parsing costs is bounded, and a request whose end two readers could see in 
 (RFC 9112, sections 6.1 and 6.3).
 """
 
+import json
+import math
 import re
+import uuid
 from typing import Any
 
 import h11
+
+from server.errors import ServiceError
+from server.replies import error_body
 
 HEAD_BYTES = 32 * 1024
 """Most that the line and headers of a request may have."""
@@ -98,7 +104,7 @@ class RequestParser(h11.Connection):
     def send(self, event: Any) -> Any:
         """As the base does. A response before the request's body has come says that the connection ends,
         unless so little is missing that reading it is cheaper than a new connection."""
-        if isinstance(event, h11.Response) and self._leaves_a_body():
+        if isinstance(event, h11.Response) and _CLOSE not in event.headers and self._leaves_a_body():
             headers = [*event.headers, _CLOSE]
             event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
         return super().send(event)
@@ -137,3 +143,23 @@ def _body_length(request: h11.Request) -> int | None:
     if chunked and (lengths or request.http_version == b"1.0"):
         raise h11.RemoteProtocolError("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
     return None if chunked else int(lengths[0]) if lengths else 0
+
+
+def refusal(connection: h11.Connection, error: ServiceError, path: str) -> bytes:
+    """A whole response, the connection's last, where no app sees the request."""
+    id_ = uuid.uuid4().hex
+    body = json.dumps(error_body(error, path, id_)).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        "x-request-id": id_,
+    }
+    if error.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    events: list[h11.Event] = [
+        h11.Response(status_code=error.status, headers=list(headers.items())),
+        h11.Data(data=body),
+        h11.EndOfMessage(),
+    ]
+    return b"".join(connection.send(event) or b"" for event in events)

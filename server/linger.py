@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-_PACE_SECONDS = 0.02  # between two reads, of up to 256 KiB each
+_PACE_SECONDS = 0.05  # between two reads, of up to 256 KiB each
 _CHECK_SECONDS = 0.25
 
 
@@ -77,7 +77,6 @@ class Linger(asyncio.Protocol):
         self._seconds = seconds
         self._end: float | None = None
         self._timers: list[asyncio.TimerHandle] = []
-        self.pause_writing, self.resume_writing = owner.pause_writing, owner.resume_writing
 
     def begin(self) -> None:
         self._transport.set_protocol(self)
@@ -92,6 +91,12 @@ class Linger(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._transport.pause_reading()
         self._timers[1:] = [self._loop.call_later(_PACE_SECONDS, self._transport.resume_reading)]
+
+    def pause_writing(self) -> None:
+        self._owner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._owner.resume_writing()
 
     def _check(self) -> None:
         """A reader that is slow has all the time it needs: one that stops is the owner's to cut off."""

@@ -116,13 +116,19 @@ class Server(uvicorn.Server):
         self.servers = acceptors  # type: ignore[assignment]
         self.started = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for requests and readers, but for no client that goes on sending after its answer."""
+        await super().shutdown(sockets)
+        self._connections.abort_lingering()
+        await asyncio.sleep(0)  # their ends are of the loop's next pass
+
     @property
     def _connections(self) -> OpenConnections:
         connections: OpenConnections = self.config.connections  # type: ignore[attr-defined]
         return connections
 
     def _protocol(self) -> asyncio.Protocol:
-        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg,assignment]
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return protocol

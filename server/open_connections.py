@@ -83,6 +83,10 @@ class OpenConnections:
         if len(self._lingering) > self._linger_limit:
             self._abort_oldest_lingering()
 
+    def abort_lingering(self) -> None:
+        while self._lingering:
+            self._abort_oldest_lingering()
+
     def remove(self, connection: Evictable) -> None:
         stage = self._stages.pop(connection, None)
         if stage is not None:
