@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
 from server.replies import ClientGone, error_response
+from server.secret_text import Redaction
 from server.sequence import Timeline
 from server.settings import Settings
 
@@ -23,20 +24,24 @@ _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions"
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
+_METHOD_CHARACTERS, _PATH_CHARACTERS = 20, 200  # of the access log
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Envelope:
-    """Outermost: gives the request its id, logs it without its query, and answers what nobody else did."""
+    """Outermost: gives the request its id, logs it without its query and without keys, and answers what
+    nobody
+    else did."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self._redaction = Redaction(settings.secrets())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        id_ = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        id_ = scope.setdefault("state", {})["request_id"] = self._request_id(scope)
         started, status = time.perf_counter(), 0
 
         async def labelled(message: Message) -> None:
@@ -58,8 +63,16 @@ class Envelope:
             await error_response(_told(error), scope)(scope, receive, labelled)
         finally:
             took = (time.perf_counter() - started) * 1000
-            path = json.dumps(scope["path"][:200])
-            _access.info("%s %s %s %d %.1f ms", id_, scope["method"], path, status, took)
+            method = self._redaction(scope["method"])[:_METHOD_CHARACTERS]
+            path = json.dumps(self._redaction.address(scope["path"])[:_PATH_CHARACTERS])
+            _access.info("%s %s %s %d %.1f ms", id_, method, path, status, took)
+
+    def _request_id(self, scope: Scope) -> str:
+        """The client's own id if it is short and plain and no key, else a new one."""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _ID.fullmatch(value) and not self._redaction.is_in(value):
+                return str(value.decode("ascii"))
+        return uuid.uuid4().hex
 
 
 def _told(error: Exception) -> ServiceError:
@@ -75,14 +88,6 @@ async def _answer_nobody(send: Send) -> None:
     """Ends the exchange formally; the client has gone."""
     await send({"type": "http.response.start", "status": 499, "headers": []})
     await send({"type": "http.response.body", "body": b""})
-
-
-def _request_id(scope: Scope) -> str:
-    """The client's own id if it is short and plain, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _ID.fullmatch(value):
-            return str(value.decode("ascii"))
-    return uuid.uuid4().hex
 
 
 class Doorkeeper:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, SecretStr
+from pydantic import AliasChoices, BeforeValidator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from loaders.base import Checkpoint, ModelSpec, default_device
@@ -11,6 +11,7 @@ from server.setting_types import (
     AUTO,
     Bytes,
     Endpoint,
+    Key,
     Precision,
     PrecisionOrAuto,
     Precisions,
@@ -190,10 +191,10 @@ class Settings(PrecisionSettings):
 
     host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")
     port: int = option(8080, _NETWORK, "N", "port to listen on; 0 takes a free one", ge=0, le=65535)
-    api_key: SecretStr | None = option(
+    api_key: Key | None = option(
         None, _NETWORK, "KEY", "clients must send it as a Bearer token", unset="open to all"
     )
-    admin_api_key: SecretStr | None = option(
+    admin_api_key: Key | None = option(
         None,
         _NETWORK,
         "KEY",
@@ -274,6 +275,11 @@ class Settings(PrecisionSettings):
         """The default, these and the shadow's, each once; what ``auto`` stands for is not known here."""
         shadow = () if self.shadow_precision is None else (self.shadow_precision,)
         return tuple(name for name in dict.fromkeys((self.precision, *names, *shadow)) if name != AUTO)
+
+    def secrets(self) -> tuple[str, ...]:
+        """The keys, the longest first, since one may be a part of the other."""
+        keys = (self.api_key, self.admin_api_key)
+        return tuple(sorted({key.get_secret_value() for key in keys if key}, key=len, reverse=True))
 
     def busy_chunk(self) -> int:
         """Prompt tokens of a step that decodes, too. On a GPU as many as ever: they hardly delay it."""

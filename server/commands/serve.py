@@ -13,6 +13,7 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError
 from server.logs import set_up_logging
+from server.open_files import most_connections, raise_limit
 from server.setting_types import AUTO
 from server.settings import Settings
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
-        set_up_logging(options.json_output)
+        _require_files(options)
+        set_up_logging(options.json_output, options.secrets())
         # late: help and usage needn't wait for transformers
         from loaders.checkpoint import load_tokenizer, open_checkpoint
 
@@ -73,6 +75,14 @@ def _require_tracing(options: Settings) -> None:
         import_module("server.tracing")
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
+
+
+def _require_files(options: Settings) -> None:
+    raise_limit()
+    try:
+        most_connections(options.max_connections)
+    except ValueError as error:
+        raise UsageError(f"--max-connections (or MAX_CONNECTIONS): {error}") from None
 
 
 def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:
