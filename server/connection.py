@@ -213,6 +213,9 @@ class Connection(H11Protocol):
         self._reader.watch()
         self._settle()
 
+    def _should_upgrade(self) -> bool:
+        return False  # uvicorn's own also logs two warnings a request; some clients always ask for h2c
+
     # the end
 
     def evict(self) -> None:
