@@ -111,7 +111,8 @@ def answer_on(connection: socket.socket) -> int:
     """The status of a JSON object that is read to its end, the connection left open."""
     said = b""
     while not said.endswith(b"}"):
-        assert (part := connection.recv(65536)), said
+        part = connection.recv(65536)
+        assert part, said
         said += part
     return status_of(said)
 
