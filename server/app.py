@@ -24,6 +24,7 @@ from server.description import describe
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.generation import Service
 from server.lifecycle import Lifecycle
+from server.methods import HeadAsGet, allowed
 from server.metrics import Metrics
 from server.middleware import BodyLimits, Doorkeeper, Envelope
 from server.pool import Pool
@@ -151,6 +152,7 @@ def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tra
 
 def _surround(app: FastAPI, settings: Settings) -> None:
     """Middleware, the innermost first."""
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Doorkeeper, state=app.state)
     if settings.otlp_endpoint is not None:
         from server.tracing import TraceContext  # needs an extra
@@ -166,7 +168,7 @@ def _surround(app: FastAPI, settings: Settings) -> None:
             allow_headers=["*"],  # clients have their own beside ours; none is taken for an identity
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(Envelope)
+    app.add_middleware(Envelope, settings=settings)
 
 
 async def _on_service_error(request: Request, error: Exception) -> Response:
@@ -178,6 +180,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """The framework's own refusals, in the dialect of the path."""
     assert isinstance(error, HTTPException)
     headers: Mapping[str, Any] = error.headers or {}
+    if error.status_code == 405:
+        # a mounted app's own routes are not among these
+        headers = {**headers, "Allow": allowed(request.app.routes, request.scope) or headers.get("Allow", "")}
     return error_response(_translated(error.status_code), request.scope, headers)
 
 

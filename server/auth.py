@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 from urllib.parse import parse_qsl
 
 from pydantic import SecretStr
@@ -9,10 +10,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ServiceError, Unauthorized
 from server.replies import error_response
+from server.secret_text import Redaction
 from server.settings import Settings
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/favicon.ico"})
-_QUERY_KEYS = frozenset({"api_key", "apikey", "api-key", "key", "token", "access_token", "authorization"})
+_KEY_NAME = re.compile(
+    r"(?:x[-_]?)?(?:(?:api|auth|access|admin|bearer|hf|secret)[-_]?)*(?:key|token)|auth(?:orization)?|bearer",
+    re.IGNORECASE,
+)
+"""What a parameter of the query is called whose value is meant as a key."""
+_Digests = frozenset[bytes]
 
 
 class Auth:
@@ -20,7 +27,8 @@ class Auth:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self._client, self._admin = _digest_of(settings.api_key), _digest_of(settings.admin_api_key)
+        self._client, self._admin = _digests_of(settings.api_key), _digests_of(settings.admin_api_key)
+        self._keys = Redaction(settings.secrets())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self.refusal(scope)) is not None:
@@ -30,24 +38,32 @@ class Auth:
 
     def refusal(self, scope: Scope) -> ServiceError | None:
         """Why this request may not pass, None if it may."""
-        if scope["path"] in OPEN_PATHS or (self._client is None and self._admin is None):
+        if scope["path"] in OPEN_PATHS or not (self._client or self._admin):
             return None
-        if self._key_in_query(scope["query_string"]):
-            return Unauthorized("send the key in the Authorization header, not in the address")
-        token = _bearer(scope)
-        if is_admin(scope):
-            return None if _same(token, self._admin) else Unauthorized("this needs the administrator's key")
-        if self._client is None or _same(token, self._client) or _same(token, self._admin):
+        query = scope["query_string"]
+        if _names_a_key(query):
+            return Unauthorized(_NOT_THERE)
+        refusal = self._judge(_bearer(scope), is_admin(scope))
+        if refusal is None and self._keys.is_in(query):
+            return Unauthorized(_NOT_THERE)
+        return refusal
+
+    def _judge(self, token: bytes, admin: bool) -> ServiceError | None:
+        if admin:
+            return (
+                None if _is_one_of(token, self._admin) else Unauthorized("this needs the administrator's key")
+            )
+        if not self._client or _is_one_of(token, self._client | self._admin):
             return None
         return Unauthorized("a valid key is needed: Authorization: Bearer <key>")
 
-    def _key_in_query(self, query: bytes) -> bool:
-        """Under a name that says so, or under whatever name."""
-        for name, value in parse_qsl(query.decode("latin-1"), errors="surrogateescape"):
-            token = value.encode("utf-8", "surrogateescape")
-            if name.lower() in _QUERY_KEYS or _same(token, self._client) or _same(token, self._admin):
-                return True
-        return False
+
+_NOT_THERE = "send the key in the Authorization header, not in the address"
+
+
+def _names_a_key(query: bytes) -> bool:
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return any(_KEY_NAME.fullmatch(name.strip()) for name, _ in pairs)
 
 
 def is_admin(scope: Scope) -> bool:
@@ -63,10 +79,14 @@ def _bearer(scope: Scope) -> bytes:
     return bytes(values[0][7:].strip())
 
 
-def _digest_of(key: SecretStr | None) -> bytes | None:
+def _digests_of(key: SecretStr | None) -> _Digests:
+    """Of the bytes that clients may send for a key: most write headers in UTF-8, some in Latin-1."""
     text = key.get_secret_value() if key else ""
-    return hashlib.sha256(text.encode()).digest() if text else None
+    return frozenset(
+        hashlib.sha256(text.encode(encoding)).digest() for encoding in ("utf-8", "latin-1") if text
+    )
 
 
-def _same(token: bytes, digest: bytes | None) -> bool:
-    return digest is not None and hmac.compare_digest(hashlib.sha256(token).digest(), digest)
+def _is_one_of(token: bytes, digests: _Digests) -> bool:
+    sent = hashlib.sha256(token).digest()
+    return any(hmac.compare_digest(sent, digest) for digest in digests)

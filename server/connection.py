@@ -4,12 +4,14 @@ The server beneath bounds only idle connections. Here the head of a request (its
 within the receive timeout and in so many bytes. A reader must take something of what was sent to it within
 that time, and an answer waits for its reader no longer than the request timeout in all. The body has a limit
 of its own (``server.middleware``).
+
+What arrives is parsed in turns (``server.turns``) by a parser with bounds of its own (``server.framing``);
+a connection that ends while its client is sending lingers (``server.linger``); an idle one may have to make
+room for a newcomer (``server.open_connections``).
 """
 
 import asyncio
-import json
 import sys
-import uuid
 from typing import Any
 
 import h11
@@ -18,15 +20,17 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
+from server.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
+from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming, refusal
+from server.linger import Linger, LingeringTransport
+from server.open_connections import OpenConnections, Stage
+from server.open_files import most_connections
 from server.reader_clock import ReaderClock
-from server.replies import error_body
 from server.settings import Settings
+from server.turns import FIRST_EVENTS, ParseTurns, ReadFlow
 
-HEAD_BYTES = 32 * 1024
-"""Most that the line and headers of a request may have."""
 KEEP_ALIVE_SECONDS = 30
-_SLICE = 4096  # judged this many bytes at a time, or one large packet would pass the limit whole
+_SLICE = 4096  # parsed this many bytes at a time, or one large packet would pass the limits whole
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
 
 
@@ -50,6 +54,8 @@ class ServerConfig(uvicorn.Config):
         )
         self.receive_timeout = settings.receive_timeout
         self.reading_timeout = max(settings.request_timeout, settings.receive_timeout)
+        self.turns = ParseTurns()
+        self.connections = OpenConnections(most_connections(settings.max_connections))
 
 
 class Connection(H11Protocol):
@@ -63,24 +69,85 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn: RequestParser = RequestParser()
+        self._turns, self._open = config.turns, config.connections
+        self._unparsed = bytearray()
+        self._refused = False
         self._patience = config.receive_timeout
         self._head_timer: asyncio.TimerHandle | None = None
-        self._reader_timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
-        self._reader_clock = ReaderClock(config.reading_timeout)
-
-    # the sender
+        self._reading_timeout = config.reading_timeout
+        self._reader: ReaderClock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._time_head()
+        super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
+        self.flow = ReadFlow(self.transport, self._read_on)
+        self._reader = ReaderClock(self.transport, self._patience, self._reading_timeout)
+        if self._open.admit(self):
+            self._settle()
+            self._time_head()
+        else:
+            self._refuse(NotReady("as many connections as the server may have are at work"))
+
+    # what arrives is parsed in turns
 
     def data_received(self, data: bytes) -> None:
-        for at in range(0, len(data), _SLICE):
-            if self.transport.is_closing():
-                break
-            super().data_received(data[at : at + _SLICE])
-        self._time_head()
+        self._unset_keepalive_if_required()
+        self._unparsed += data
+        if self in self._turns:
+            self.transport.pause_reading()
+        else:
+            self.take_turn(FIRST_EVENTS)
+
+    def take_turn(self, events: int) -> None:
+        if not self.transport.is_closing():
+            self.conn.begin_turn(events)
+            self.handle_events()
+            self._settle()
+            self._time_head()
+
+    def handle_events(self) -> None:
+        """Until the turn is over, a pipelined request has to wait, or all is parsed."""
+        super().handle_events()
+        while self._unparsed and not (self.conn.turn_over or self.flow.read_paused or self._is_closing):
+            # a body of a declared length is no work however long it is
+            piece = len(self._unparsed) if self.conn.in_plain_body else _SLICE
+            self.conn.receive_data(bytes(self._unparsed[:piece]))
+            del self._unparsed[:piece]
+            super().handle_events()
+        if self._is_closing:
+            self._unparsed.clear()
+        elif self.conn.turn_over or self._unparsed:
+            self.transport.pause_reading()
+            if self.conn.turn_over:
+                self._turns.add(self)
+        elif not self.flow.read_paused:
+            self.transport.resume_reading()
+
+    def _read_on(self) -> None:
+        """Reading may go on as far as requests and bodies are concerned; what was read before comes first."""
+        if self._unparsed or self.conn.turn_over:
+            self._turns.add(self)
+        else:
+            self.transport.resume_reading()
+
+    @property
+    def _is_closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def _settle(self) -> None:
+        """Notes what the connection waits for now."""
+        stage = self._stage()
+        self._open.settle(self, stage)
+        if stage is Stage.RECEIVING:
+            self._time_head()
+
+    def _stage(self) -> Stage:
+        if self._answering and not self.cycle.more_body:
+            return Stage.BUSY
+        arriving = self._answering or self._unparsed or self.conn.is_unread
+        return Stage.RECEIVING if arriving else Stage.IDLE
+
+    # the sender
 
     def _time_head(self) -> None:
         """The clock runs from the first byte, or the connection's begin, until a request's head is there.
@@ -103,8 +170,7 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        begun, _ = self.conn.trailing_data
-        if begun and self.conn.our_state is h11.IDLE:
+        if self.conn.received and self.conn.our_state is h11.IDLE:
             self._refuse(RequestTimeout("the request took too long to arrive"))
         else:
             self.transport.close()
@@ -112,8 +178,12 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Called where the request is no HTTP; answers as every other refusal is answered."""
         fault = sys.exception()
-        if isinstance(fault, h11.RemoteProtocolError) and fault.error_status_hint == HeadersTooLarge.status:
-            self._refuse(HeadersTooLarge(f"line and headers may have {HEAD_BYTES} bytes"))
+        if isinstance(fault, TooMuchFraming):
+            self._refuse(BadRequest(str(fault)))
+        elif isinstance(fault, h11.RemoteProtocolError) and fault.error_status_hint == HeadersTooLarge.status:
+            self._refuse(
+                HeadersTooLarge(f"line and headers may have {HEAD_BYTES} bytes and {HEAD_LINES} lines")
+            )
         else:
             self._refuse(BadRequest("the request is not valid HTTP"))
 
@@ -121,68 +191,63 @@ class Connection(H11Protocol):
         """An answer from here, where no app sees the request; then the end of the connection."""
         if self.conn.our_state in _CAN_ANSWER:
             path = self.scope["path"] if self._answering else ""
-            self.transport.write(self._refusal(error, path))
+            self.transport.write(refusal(self.conn, error, path))
         if self.cycle is not None:  # the app may be at work on this very request: nobody hears it any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        self._refused = True
         self.transport.close()
-
-    def _refusal(self, error: ServiceError, path: str) -> bytes:
-        id_ = uuid.uuid4().hex
-        body = json.dumps(error_body(error, path, id_)).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "connection": "close",
-            "x-request-id": id_,
-        }
-        events: list[h11.Event] = [
-            h11.Response(status_code=error.status, headers=list(headers.items())),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ]
-        return b"".join(self.conn.send(event) or b"" for event in events)
 
     # the reader
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._reader.watch(self.cycle)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_reader_timer()
+        self._reader.stop()
         if self.transport.is_closing() or not self._answering:
-            self._watch_reader()
+            self._reader.watch(self.cycle)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._stop_reader_timer()
-        self._watch_reader()
+        self._reader.stop()
+        self._reader.watch(self.cycle)
+        self._settle()
 
-    def _watch_reader(self) -> None:
-        """Closing waits until all is sent, so that a reader which stopped would keep it open for ever."""
-        self._unsent = self.transport.get_write_buffer_size()
-        if self._unsent and self._reader_timer is None:
-            self._reader_clock.start(self.cycle, self.loop.time())
-            soon = min(self._patience, self._reader_clock.left)
-            self._reader_timer = self.loop.call_later(soon, self._check_reader)
+    def _should_upgrade(self) -> bool:
+        return False  # uvicorn's own also logs two warnings a request; some clients always ask for h2c
 
-    def _check_reader(self) -> None:
-        self._stop_reader_timer()
-        stopped = 0 < self._unsent <= self.transport.get_write_buffer_size()
-        if stopped or self._reader_clock.left <= 0:
-            self.transport.abort()
+    # the end
+
+    def evict(self) -> None:
+        """Its place is needed. Who is just sending a request gets an answer; an idle one expects none."""
+        if self._stage() is Stage.RECEIVING:
+            self._refuse(NotReady("the server needs this connection for others"))
         else:
-            self._watch_reader()
+            self.transport.close()
 
-    def _stop_reader_timer(self) -> None:
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
-            self._reader_clock.stop(self.loop.time())
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        if not self._is_closing:
+            super().shutdown()
+
+    def _must_linger(self) -> bool:
+        return self._refused or bool(self._unparsed) or self.conn.is_unread
+
+    def _linger(self) -> None:
+        """An end for which the server doesn't wait when it shuts down."""
+        self._stop_head_timer()
+        self._unset_keepalive_if_required()
+        self._open.linger(self)
+        transport = self.transport.inner  # type: ignore[attr-defined]
+        Linger(transport, self, self._patience, lambda: self.connections.discard(self)).begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._open.remove(self)
         self._stop_head_timer()
-        self._stop_reader_timer()
+        self._reader.stop()
         super().connection_lost(exc)

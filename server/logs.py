@@ -3,6 +3,9 @@
 import json
 import logging
 import time
+from collections.abc import Iterable
+
+from server.secret_text import Redaction
 
 
 class JsonFormatter(logging.Formatter):
@@ -21,14 +24,27 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def set_up_logging(json_output: bool, level: str = "info") -> None:
-    """
+class RedactingFormatter(logging.Formatter):
+    """Another formatter's lines without the keys, wherever in a record they are."""
+
+    def __init__(self, formatter: logging.Formatter, secrets: Iterable[str]) -> None:
+        super().__init__()
+        self._formatter, self._redacted = formatter, Redaction(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redacted(self._formatter.format(record))
+
+
+def set_up_logging(json_output: bool, level: str = "info", secrets: Iterable[str] = ()) -> None:
+    """Of the whole process, on stderr.
+
     Args:
         level: the least that bitdial's own loggers write; the libraries write warnings and worse.
+        secrets: what no line may show.
     """
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
-    handler.setFormatter(JsonFormatter() if json_output else plain)
+    handler.setFormatter(RedactingFormatter(JsonFormatter() if json_output else plain, secrets))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))

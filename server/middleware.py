@@ -1,7 +1,6 @@
 """Around every request: an id, an access log, an answer to any fault, limits on the body. Pure ASGI."""
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -12,33 +11,36 @@ from starlette.datastructures import MutableHeaders, State
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access_log import log_access
 from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
 from server.replies import ClientGone, error_response
+from server.secret_text import Redaction
 from server.sequence import Timeline
 from server.settings import Settings
 
-_access = logging.getLogger("server.access")
 _log = logging.getLogger("server")
 _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
 _NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
-_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Envelope:
-    """Outermost: gives the request its id, logs it without its query, and answers what nobody else did."""
+    """Outermost: gives the request its id, logs it without its query and without keys, and answers what
+    nobody
+    else did."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self._redaction = Redaction(settings.secrets())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        id_ = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        id_ = scope.setdefault("state", {})["request_id"] = self._request_id(scope)
         started, status = time.perf_counter(), 0
 
         async def labelled(message: Message) -> None:
@@ -61,30 +63,14 @@ class Envelope:
             _log_fault(error, id_)
             await error_response(_told(error), scope)(scope, receive, labelled)
         finally:
-            _log_access(scope, status, (time.perf_counter() - started) * 1000)
+            log_access(scope, status, (time.perf_counter() - started) * 1000, self._redaction)
 
-
-def _log_access(scope: Scope, status: int, milliseconds: float) -> None:
-    """One line a request; those that supervisors and scrapers repeat for ever only at level debug."""
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status < 400 else logging.INFO
-    if not _access.isEnabledFor(level):
-        return
-    reason = scope["state"].get("refusal")
-    fields = {
-        "request_id": scope["state"]["request_id"],
-        "method": scope["method"],
-        "path": scope["path"][:200],
-        "status": status,
-        "duration_ms": round(milliseconds, 1),
-        **({} if reason is None else {"reason": reason}),
-    }
-    path, because = json.dumps(fields["path"]), "" if reason is None else f" ({reason})"
-    _access.log(
-        level,
-        "%s %s %s %d %.1f ms%s",
-        fields["request_id"], fields["method"], path, status, milliseconds, because,
-        extra={"fields": fields},
-    )  # fmt: skip
+    def _request_id(self, scope: Scope) -> str:
+        """The client's own id if it is short and plain and no key, else a new one."""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _ID.fullmatch(value) and not self._redaction.is_in(value):
+                return str(value.decode("ascii"))
+        return uuid.uuid4().hex
 
 
 def _told(error: BaseException) -> ServiceError:
@@ -100,14 +86,6 @@ async def _answer_nobody(send: Send) -> None:
     """Ends the exchange formally; the client has gone."""
     await send({"type": "http.response.start", "status": 499, "headers": []})
     await send({"type": "http.response.body", "body": b""})
-
-
-def _request_id(scope: Scope) -> str:
-    """The client's own id if it is short and plain, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _ID.fullmatch(value):
-            return str(value.decode("ascii"))
-    return uuid.uuid4().hex
 
 
 class Doorkeeper:

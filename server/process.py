@@ -15,23 +15,25 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-import uvicorn
 from fastapi import FastAPI
 
 from server.connection import ServerConfig
 from server.lifecycle import EXIT_FAILED, Lifecycle
+from server.listening import Server
+from server.open_files import raise_limit
 from server.settings import Settings
 
 _FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
 _log = logging.getLogger(__name__)
 
 
-class Process(uvicorn.Server):
+class Process(Server):
     """Runs the app until it is told to end; ``serve`` returns the exit code."""
 
     def __init__(
         self, app: FastAPI, settings: Settings, on_listening: Callable[[int], None] = lambda port: None
     ) -> None:
+        raise_limit()
         super().__init__(ServerConfig(app, settings))
         self._app, self._settings, self._on_listening = app, settings, on_listening
         self._signals = 0

@@ -1,14 +1,16 @@
-"""What a setting may be: a size, names, a precision, an address; and how ``--help`` shows it."""
+"""What a setting may be: a size, names, a precision, an address, a key; and how ``--help`` shows it."""
 
 import re
+import unicodedata
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 import loaders
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_LATIN_1 = 0xFF
 AUTO = "auto"
 """In place of a precision's name: chosen by the kept report."""
 ALL = "all"
@@ -52,6 +54,21 @@ def parse_endpoint(value: Any) -> Any:
     return value if parts.path.strip("/") else parts._replace(path="/v1/traces").geturl()
 
 
+def sendable_key(value: SecretStr) -> SecretStr:
+    """A key that a client can send in a header. One that can't be sent would let nobody in, and not say
+    why."""
+    key = value.get_secret_value()
+    if not key.strip():
+        raise ValueError("it is blank; leave it out for a server without a key")
+    if any(unicodedata.category(character) == "Cc" for character in key):
+        raise ValueError("it has a line break or another control character, which no header can carry")
+    if key != key.strip():
+        raise ValueError("it begins or ends with a space, which no header keeps")
+    if any(ord(character) > _LATIN_1 for character in key):
+        raise ValueError("it has characters beyond Latin-1, which no header can carry")
+    return value
+
+
 def known_or_auto(value: Any) -> Any:
     """As ``known_precision``, or ``AUTO``."""
     return value if value == AUTO else known_precision(value)
@@ -68,6 +85,7 @@ Precision = Annotated[str, BeforeValidator(known_precision)]
 PrecisionOrAuto = Annotated[str, BeforeValidator(known_or_auto)]
 Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names_or_all)]
 """Canonical names, or ``ALL``."""
+Key = Annotated[SecretStr, AfterValidator(sendable_key)]
 Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
 
 

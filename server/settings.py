@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, SecretStr
+from pydantic import BeforeValidator
 
 from server.model_settings import ModelSettings, PrecisionSettings
 from server.setting_types import (
     AUTO,
     Bytes,
     Endpoint,
+    Key,
     Precision,
     PrecisionOrAuto,
     Precisions,
@@ -103,10 +104,10 @@ class Settings(PrecisionSettings):
 
     host: str = option("127.0.0.1", _NETWORK, "ADDRESS", "address to listen on")
     port: int = option(8080, _NETWORK, "N", "port to listen on; 0 takes a free one", ge=0, le=65535)
-    api_key: SecretStr | None = option(
+    api_key: Key | None = option(
         None, _NETWORK, "KEY", "clients must send it as a Bearer token", unset="open to all"
     )
-    admin_api_key: SecretStr | None = option(
+    admin_api_key: Key | None = option(
         None,
         _NETWORK,
         "KEY",
@@ -115,6 +116,14 @@ class Settings(PrecisionSettings):
     )
     cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = option(
         (), _NETWORK, "ORIGINS", "origins whose pages may call, separated by commas", unset="none"
+    )
+    max_connections: int | None = option(
+        None,
+        _NETWORK,
+        "N",
+        "connections open at once; for more, the longest idle one is closed, or the new one gets a 503",
+        unset="what the limit of open files leaves, up to 4096",
+        ge=1,
     )
     payload_limit: Bytes = option(2_000_000, _NETWORK, "BYTES", "largest request body, such as 2MB", ge=1)
     receive_timeout: float = option(
@@ -188,6 +197,11 @@ class Settings(PrecisionSettings):
         """The default, these and the shadow's, each once; what ``auto`` stands for is not known here."""
         shadow = () if self.shadow_precision is None else (self.shadow_precision,)
         return tuple(name for name in dict.fromkeys((self.precision, *names, *shadow)) if name != AUTO)
+
+    def secrets(self) -> tuple[str, ...]:
+        """The keys, the longest first, since one may be a part of the other."""
+        keys = (self.api_key, self.admin_api_key)
+        return tuple(sorted({key.get_secret_value() for key in keys if key}, key=len, reverse=True))
 
     def busy_chunk(self) -> int:
         """Prompt tokens of a step that decodes, too. On a GPU as many as ever: they hardly delay it."""

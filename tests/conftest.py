@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -20,6 +19,7 @@ from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from server.connection import ServerConfig
+from server.listening import Server
 from server.settings import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
@@ -130,7 +130,7 @@ def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Ite
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(ServerConfig(app, app.state.settings, **options))
+        server = Server(ServerConfig(app, app.state.settings, **options))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:

@@ -13,6 +13,7 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError
 from server.logs import set_up_logging
+from server.open_files import most_connections, raise_limit
 from server.setting_types import AUTO
 from server.settings import Settings
 
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
         _require_chat_template(options)
-        set_up_logging(options.json_output, options.log_level)
+        _require_files(options)
+        set_up_logging(options.json_output, options.log_level, options.secrets())
         # late: help and usage needn't wait for transformers
         from loaders.checkpoint import load_tokenizer, open_checkpoint
 
@@ -97,6 +99,14 @@ def _require_chat_template(options: Settings) -> None:
         raise UsageError(f"{name}: {error}") from None
     except ServiceError as error:
         raise UsageError(f"{name} {error.message.removeprefix(SUBJECT)}") from None
+
+
+def _require_files(options: Settings) -> None:
+    raise_limit()
+    try:
+        most_connections(options.max_connections)
+    except ValueError as error:
+        raise UsageError(f"--max-connections (or MAX_CONNECTIONS): {error}") from None
 
 
 def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:
