@@ -3,10 +3,11 @@
 
     .venv/bin/python scripts/rude_clients.py [--seconds 5] [--tree FOLDER] [--only chunks|idle]
 
-A real server runs on one core, the rude clients and the one who asks on another. Two attacks, neither with
-a key: `POST /generate` in chunks of one byte without end, on 1, 16 and 64 connections that come back when
-they are closed; and 400 connections that send nothing, to a server that may open 256 files. `--tree`
-measures the server of another checkout of this repository. Prints milliseconds; one JSON line last.
+A real server runs on one core, the rude clients and the one who asks on another. Two attacks: `POST
+/generate` in chunks of one byte without end, on 1, 16 and 64 connections without a key and on 16 with it,
+which come back when they are closed; and 400 connections that send nothing, to a server that may open 256
+files. `--tree` measures the server of another checkout of this repository. Prints milliseconds; one JSON
+line last.
 """
 
 import argparse
@@ -30,10 +31,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "the-key-of-this-measurement"
-HEAD = (
-    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
-)
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+WITH_KEY = f"Authorization: Bearer {KEY}\r\n".encode()
 CHUNKS = b"1\r\nx\r\n" * 10_000
+CHUNK_ATTACKS = ((1, b""), (16, b""), (64, b""), (16, WITH_KEY))
 FILES, IDLE = 256, 400
 PAUSE = 0.05  # between two questions of the one who asks
 CLIENT_CORE, SERVER_CORE = 0, 1
@@ -92,7 +93,7 @@ def ask_for(seconds: float, port: int) -> dict[str, Any]:
     return {"asked": len(found), "statuses": statuses, "median_ms": median, "longest_ms": longest}
 
 
-def send_chunks(port: int, connections: int, seconds: float) -> None:
+def send_chunks(port: int, connections: int, key: bytes, seconds: float) -> None:
     """A process of its own: every connection sends as fast as it may, and comes back when it is closed."""
     end = time.monotonic() + seconds
 
@@ -100,7 +101,7 @@ def send_chunks(port: int, connections: int, seconds: float) -> None:
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as rude:
                 rude.settimeout(1)
-                rude.sendall(HEAD + b"\r\n")
+                rude.sendall(HEAD + key + b"\r\n")
                 while time.monotonic() < end:
                     rude.sendall(CHUNKS)
 
@@ -111,9 +112,9 @@ def send_chunks(port: int, connections: int, seconds: float) -> None:
         one.join()
 
 
-def under_chunks(tree: Path, log: Path, connections: int, seconds: float) -> dict[str, Any]:
+def under_chunks(tree: Path, log: Path, connections: int, key: bytes, seconds: float) -> dict[str, Any]:
     with serving(tree, log) as port:
-        rude = get_context("spawn").Process(target=send_chunks, args=(port, connections, seconds + 1))
+        rude = get_context("spawn").Process(target=send_chunks, args=(port, connections, key, seconds + 1))
         rude.start()
         time.sleep(1)
         found = ask_for(seconds, port)
@@ -141,13 +142,14 @@ def main() -> None:
     os.sched_setaffinity(0, {CLIENT_CORE})
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for connections in (1, 16, 64) if options.only != "idle" else ():
-            name = f"{connections} × one-byte chunks"
-            found[name] = under_chunks(options.tree, Path(folder) / "log", connections, options.seconds)
+        log = Path(folder) / "log"
+        for connections, key in CHUNK_ATTACKS if options.only != "idle" else ():
+            name = f"{connections} × one-byte chunks{', with the key' if key else ''}"
+            found[name] = under_chunks(options.tree, log, connections, key, options.seconds)
             print(name, found[name], flush=True)
         if options.only != "chunks":
             name = f"{IDLE} idle, {FILES} files"
-            found[name] = under_idle(options.tree, Path(folder) / "log", options.seconds)
+            found[name] = under_idle(options.tree, log, options.seconds)
             print(name, found[name], flush=True)
     print(json.dumps(found, ensure_ascii=False))
 

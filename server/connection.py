@@ -190,8 +190,7 @@ class Connection(H11Protocol):
     def _refuse(self, error: ServiceError) -> None:
         """An answer from here, where no app sees the request; then the end of the connection."""
         if self.conn.our_state in _CAN_ANSWER:
-            path = self.scope["path"] if self._answering else ""
-            self.transport.write(refusal(self.conn, error, path))
+            self.transport.write(refusal(self.conn, error))
         if self.cycle is not None:  # the app may be at work on this very request: nobody hears it any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -223,7 +222,9 @@ class Connection(H11Protocol):
 
     def evict(self) -> None:
         """Its place is needed. Who is just sending a request gets an answer; an idle one expects none."""
-        if self._stage() is Stage.RECEIVING:
+        if self._is_closing or self.transport.get_write_buffer_size():
+            self.transport.abort()  # closing would wait for the slow reader of its last answer
+        elif self._stage() is Stage.RECEIVING:
             self._refuse(NotReady("the server needs this connection for others"))
         else:
             self.transport.close()
@@ -242,6 +243,7 @@ class Connection(H11Protocol):
         """An end for which the server doesn't wait when it shuts down."""
         self._stop_head_timer()
         self._unset_keepalive_if_required()
+        self._unparsed.clear()
         self._open.linger(self)
         transport = self.transport.inner  # type: ignore[attr-defined]
         Linger(transport, self, self._patience, lambda: self.connections.discard(self)).begin()

@@ -9,6 +9,7 @@ import math
 import re
 import uuid
 from typing import Any
+from urllib.parse import unquote
 
 import h11
 
@@ -43,6 +44,8 @@ class RequestParser(h11.Connection):
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEAD_BYTES)
+        self.path = ""
+        """Of the current request, empty before its head is there."""
         self.turn_over = False
         self._events_left = 0
         self._fed = self._body_begin = self._data = self._chunks = 0
@@ -64,6 +67,10 @@ class RequestParser(h11.Connection):
     def begin_turn(self, events: int) -> None:
         self._events_left, self.turn_over = events, False
 
+    def start_next_cycle(self) -> None:
+        super().start_next_cycle()
+        self.path = ""
+
     def receive_data(self, data: bytes) -> None:
         self._fed += len(data)
         super().receive_data(data)
@@ -84,6 +91,7 @@ class RequestParser(h11.Connection):
 
     def _note(self, event: Any) -> None:
         if isinstance(event, h11.Request):
+            self.path = unquote(event.target.partition(b"?")[0].decode("ascii"))
             self._declared = _body_length(event)
             self._expected_go_ahead = self.they_are_waiting_for_100_continue
             self._body_begin = self._fed - len(self.received)
@@ -145,10 +153,10 @@ def _body_length(request: h11.Request) -> int | None:
     return None if chunked else int(lengths[0]) if lengths else 0
 
 
-def refusal(connection: h11.Connection, error: ServiceError, path: str) -> bytes:
+def refusal(connection: RequestParser, error: ServiceError) -> bytes:
     """A whole response, the connection's last, where no app sees the request."""
     id_ = uuid.uuid4().hex
-    body = json.dumps(error_body(error, path, id_)).encode()
+    body = json.dumps(error_body(error, connection.path, id_)).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),

@@ -183,6 +183,7 @@ AMBIGUOUS = [
     "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "GET /health/live HTTP/9.9\r\nHost: x\r\n\r\n",
 ]
+OPENAI = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
 BAD_CHUNKS = ["-1\r\n", "0x1\r\nx\r\n", "1 \nx\r\n", "1\r\nxy\r\n", "g\r\n", "\r\n", "f" * 21 + "\r\n"]
 
 
@@ -193,6 +194,14 @@ def test_a_request_whose_end_is_ambiguous_is_the_connection_s_last(measuring: st
         said = received(connection)
         assert statuses(said) == [400]
         assert b"connection: close" in said.lower()
+
+
+def test_such_a_refusal_is_in_the_dialect_of_its_path(live: str) -> None:
+    for request_, kind in ((OPENAI, dict), (AMBIGUOUS[0], str), ("nonsense\r\n\r\n", str)):
+        with connected(live) as connection:
+            connection.sendall(request_.encode())
+            told = json.loads(received(connection).partition(b"\r\n\r\n")[2])
+        assert isinstance(told["error"], kind)
 
 
 @pytest.mark.parametrize(

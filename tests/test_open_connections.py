@@ -124,11 +124,11 @@ def wait_for_stages(*stages: Stage) -> None:
 
 @pytest.fixture
 def three(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FastAPI]]:
-    """A server for three connections."""
+    """A server for three connections, with little room between it and those who read."""
     monkeypatch.setattr("server.connection.OpenConnections", Observed)
     Observed.stages.clear()
     app = make_app(max_connections=3, receive_timeout=20)
-    with serving(app) as address:
+    with serving(app, send_buffer=4096) as address:
         yield address, app
 
 
@@ -175,6 +175,23 @@ def test_requests_that_do_not_come_to_their_end_make_room(
         assert json.loads(body)["error_type"] == "unavailable"
         slow[2].sendall(rest)
         assert answer_on(slow[2]) == 200
+    still_serves(address, app)
+
+
+def test_a_slow_reader_of_its_last_answer_makes_room(three: tuple[str, FastAPI]) -> None:
+    address, app = three
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connected(address, 4096)) for _ in range(3)]
+        for number, connection in enumerate(slow):
+            closing = "Connection: close" if number else "X-Nothing: 1"
+            connection.sendall(request_for("/openapi.json", None, closing))
+            connection.recv(1, socket.MSG_PEEK)
+        wait_for_stages(*[Stage.IDLE] * 3)
+        newcomers = [stack.enter_context(connected(address)) for _ in range(3)]
+        for newcomer in newcomers:
+            newcomer.sendall(LIVE)
+            assert answer_on(newcomer) == 200
+        assert all(len(received(connection)) < 80_000 for connection in slow)
     still_serves(address, app)
 
 
