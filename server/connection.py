@@ -65,14 +65,14 @@ class Connection(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self._patience = config.receive_timeout
         self._head_timer: asyncio.TimerHandle | None = None
-        self._reader_timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
-        self._reader_clock = ReaderClock(config.reading_timeout)
+        self._in_all = config.reading_timeout
+        self._reader: ReaderClock
 
     # the sender
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._reader = ReaderClock(transport, self._patience, self._in_all)
         self._time_head()
 
     def data_received(self, data: bytes) -> None:
@@ -147,42 +147,20 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._reader.watch(self.cycle)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_reader_timer()
+        self._reader.stop()
         if self.transport.is_closing() or not self._answering:
-            self._watch_reader()
+            self._reader.watch(self.cycle)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._stop_reader_timer()
-        self._watch_reader()
-
-    def _watch_reader(self) -> None:
-        """Closing waits until all is sent, so that a reader which stopped would keep it open for ever."""
-        self._unsent = self.transport.get_write_buffer_size()
-        if self._unsent and self._reader_timer is None:
-            self._reader_clock.start(self.cycle, self.loop.time())
-            soon = min(self._patience, self._reader_clock.left)
-            self._reader_timer = self.loop.call_later(soon, self._check_reader)
-
-    def _check_reader(self) -> None:
-        self._stop_reader_timer()
-        stopped = 0 < self._unsent <= self.transport.get_write_buffer_size()
-        if stopped or self._reader_clock.left <= 0:
-            self.transport.abort()
-        else:
-            self._watch_reader()
-
-    def _stop_reader_timer(self) -> None:
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
-            self._reader_clock.stop(self.loop.time())
+        self._reader.stop()
+        self._reader.watch(self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
-        self._stop_reader_timer()
+        self._reader.stop()
         super().connection_lost(exc)

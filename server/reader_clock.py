@@ -1,33 +1,53 @@
-"""How long one answer has waited for its reader, in all its pauses together."""
+"""Readers that stop, or are too slow, are cut off.
+
+Something of what was sent must be taken within the receive timeout, and an answer waits for its reader only
+so long in all.
+"""
+
+import asyncio
 
 
 class ReaderClock:
-    """Of one connection.
+    """Runs while a transport has bytes that its reader doesn't take.
+
+    Closing waits until all is sent, so that a reader which stopped would keep it open for ever.
 
     Args:
-        limit: seconds that an answer may wait.
+        transport: the connection's.
+        seconds: within which something must be taken.
+        in_all: seconds that an answer may wait for its reader, in all its pauses together.
     """
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
+    def __init__(self, transport: asyncio.Transport, seconds: float, in_all: float) -> None:
+        self._transport, self._seconds, self._in_all = transport, seconds, in_all
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
         self._answer: object = None
-        self._waited = 0.0
-        self._since: float | None = None
+        self._since, self._waited = 0.0, 0.0
 
-    def start(self, answer: object, now: float) -> None:
-        """Its reader is waited for, from now on; another answer than the last one has all its time."""
+    def watch(self, answer: object) -> None:
+        """Its reader is waited for, if anything is unsent. Another answer than before has all its time."""
         if answer is not self._answer:
-            self._answer, self._waited, self._since = answer, 0.0, None
-        if self._since is None:
-            self._since = now
+            self.stop()
+            self._answer, self._waited = answer, 0.0
+        self._unsent = self._transport.get_write_buffer_size()
+        if self._unsent and self._timer is None:
+            self._since = self._loop.time()
+            soon = min(self._seconds, self._in_all - self._waited)
+            self._timer = self._loop.call_later(soon, self._check)
 
-    def stop(self, now: float) -> None:
+    def _check(self) -> None:
+        self.stop()
+        stopped = 0 < self._unsent <= self._transport.get_write_buffer_size()
+        if stopped or self._waited >= self._in_all:
+            self._transport.abort()
+        else:
+            self.watch(self._answer)
+
+    def stop(self) -> None:
         """The reader has taken enough for now."""
-        if self._since is not None:
-            self._waited += now - self._since
-            self._since = None
-
-    @property
-    def left(self) -> float:
-        """Seconds, as of the last start or stop; none are left from 0 on."""
-        return self._limit - self._waited
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._waited += self._loop.time() - self._since
