@@ -61,8 +61,7 @@ class TokenLength:
         if at <= _LOOK_BACK or self.fewest(text[at:]) < tokens + _MARGIN:  # spaces swallowed, bytes dropped
             return text
         for seam in range(at, at - _LOOK_BACK, -1):
-            before, first, second = text[seam - 1 : seam + 2]
-            if first.isspace() and not before.isspace() and not second.isspace():
+            if text[seam].isspace() and not (text[seam - 1].isspace() or text[seam + 1].isspace()):
                 return text[seam:]
         return text[at:]
 
@@ -89,7 +88,8 @@ def token_length(tokenizer: Any) -> TokenLength | None:
     texts = [one.content for one in added]
     if beneath.normalizer is not None:
         texts += [beneath.normalizer.normalize_str(text) for text in texts]
-    most = max(map(len, [*vocabulary, *texts, *([text.encode() for text in texts] if in_bytes else [])]))
+    sizes = [len(text.encode()) if in_bytes else len(text) for text in texts]
+    most = max(*map(len, vocabulary), *sizes)
     swallowing = tuple(one.content for one in added if one.lstrip or one.rstrip)
     return TokenLength(math.ceil(most * shrinks), in_bytes, dropped, swallowing)
 

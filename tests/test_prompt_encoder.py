@@ -38,7 +38,7 @@ def test_a_prompt_that_cannot_fit_is_refused_unencoded(make_app: MakeApp, path: 
             codec = app.state.codec
             codec._tokenizer.chat_template = TEMPLATE
             encode = codec.encode
-            codec.encode = lambda text, *rest: encoded.append(len(text)) or encode(text, *rest)
+            codec.encode = Noted(encode, encoded)
             reply = await client.post(path, json=body)
             told = reply.json()["error"]
             if path.startswith("/v1"):
@@ -65,7 +65,7 @@ def test_of_a_far_longer_text_than_truncate_keeps_its_end_is_encoded(make_app: M
         async with entered(app) as client:
             codec = app.state.codec
             encode = codec.encode
-            codec.encode = lambda text, *rest: encoded.append(len(text)) or encode(text, *rest)
+            codec.encode = Noted(encode, encoded)
             reply = (await client.post("/generate", json=body)).json()
             shown = [token["id"] for token in reply["details"]["prefill"]]
             assert shown == encode(text)[-30:]
@@ -73,6 +73,17 @@ def test_of_a_far_longer_text_than_truncate_keeps_its_end_is_encoded(make_app: M
 
     app = make_app()
     asyncio.run(main())
+
+
+class Noted:
+    """An ``encode`` that notes the length of every text."""
+
+    def __init__(self, encode: Callable[..., list[int]], lengths: list[int]) -> None:
+        self._encode, self._lengths = encode, lengths
+
+    def __call__(self, text: str, *rest: Any) -> list[int]:
+        self._lengths.append(len(text))
+        return self._encode(text, *rest)
 
 
 class Gate:
@@ -158,9 +169,13 @@ def test_a_prompt_of_which_several_continuations_are_wanted_is_encoded_once(make
 def test_the_end_waits_for_no_text() -> None:
     begun, never = threading.Event(), threading.Event()
 
+    def wait() -> None:
+        begun.set()
+        never.wait(60)
+
     async def main() -> None:
         threads = EncodingThreads()
-        waiting = asyncio.ensure_future(threads.run(lambda: begun.set() or never.wait(60)))
+        waiting = asyncio.ensure_future(threads.run(wait))
         await until(begun.is_set)
         waiting.cancel()
         threads.close()
