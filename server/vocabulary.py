@@ -126,7 +126,10 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 def _special(tokenizer: Any) -> dict[int, str]:
     """Names of the tokens that decoding leaves out: those with a role, and all that are declared special."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    try:
+        added = tokenizer.added_tokens_decoder
+    except (AttributeError, NotImplementedError):  # not every kind of tokenizer has it
+        added = {}
     return {**named, **{id_: token.content for id_, token in added.items() if token.special}}
 
 
