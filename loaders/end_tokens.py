@@ -33,7 +33,7 @@ def _of_generation(folder: Path) -> Any:
     file = folder / _FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError):  # as if there were none
+    except (OSError, ValueError, RecursionError):  # as if there were none
         return None
     return found.get("eos_token_id") if isinstance(found, dict) else None
 

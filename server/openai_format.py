@@ -37,7 +37,7 @@ class CompletionLogprobs:
     """
 
     def __init__(self, codec: TextCodec, top: int, prompt: Sequence[int], prompt_characters: int) -> None:
-        self._codec, self._top = codec, top
+        self._codec, self._top, self._vocabulary = codec, top, codec.vocabulary
         self._offsets, self._prompt_characters = codec.offsets(prompt), prompt_characters
 
     def of_prompt(self, tokens: Sequence[PromptToken]) -> dict[str, Any]:
@@ -59,31 +59,30 @@ class CompletionLogprobs:
     def _alternatives(self, token: Token | PromptToken) -> dict[str, float | None] | None:
         if token.logprob is None:
             return None
-        shown: dict[str, float | None] = {self._text(token.id): token.logprob}
-        for id_, logprob in token.top:
-            if id_ != token.id:  # two tokens may share a text: the token's own is its key
-                text = self._text(id_)
-                shown[f"token_id:{id_}" if text in shown else text] = logprob
-        return dict(sorted(shown.items(), key=_by_logprob))
+        own = self._text(token.id)
+        shown: dict[str, float | None] = {}
+        for id_, logprob in with_own(token):
+            text = self._text(id_)
+            if id_ != token.id and (text == own or text in shown):  # two tokens may share a text
+                text = f"token_id:{id_}"
+            shown[text] = logprob
+        return shown
 
     def _text(self, id_: int) -> str:
         """As OpenAI has it: a part of a character is written as ``bytes:\\xe2\\x80``."""
-        token = self._codec.token(id_)
-        return token.text if token.is_text else f"bytes:{_escaped(token.data)}"
-
-
-def _by_logprob(item: tuple[str, float | None]) -> float:
-    return 0.0 if item[1] is None else -item[1]
+        token = self._vocabulary[id_]
+        return f"bytes:{_escaped(token.data)}" if token.partial else token.text
 
 
 def _escaped(data: bytes) -> str:
     return "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def with_own(token: Token) -> tuple[TokenLogprob, ...]:
+def with_own(token: Token | PromptToken) -> tuple[TokenLogprob, ...]:
     """A token's alternatives, itself among them: OpenAI adds it where it is not one of the likeliest."""
-    if any(id_ == token.id for id_, _ in token.top):
-        return token.top
+    for id_, _ in token.top:
+        if id_ == token.id:
+            return token.top
     return (*token.top, TokenLogprob(token.id, token.logprob))
 
 
@@ -97,7 +96,7 @@ def chat_logprobs(pieces: Sequence[Piece], codec: TextCodec) -> dict[str, Any]:
 
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
         token = codec.token(id_)
-        text = token.text if token.is_text else _escaped(token.data)
+        text = _escaped(token.data) if token.partial else token.text
         return {"token": text, "logprob": logprob, "bytes": list(token.data)}
 
     def alternatives(token: Token) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ class VocabularyToken(NamedTuple):
         data: the UTF-8 bytes that it adds to a text, perhaps of part of a character; none if it is hidden.
         special: it controls the model and is no text.
         hidden: it is left out of texts: special, or unknown to the tokenizer.
+        partial: its bytes are no text by themselves.
         fallback: one byte, which makes a character together with the fallback tokens around it.
         waits: what follows decides how it reads: a fallback one, or a beginning of a word that is marked so.
     """
@@ -38,29 +39,24 @@ class VocabularyToken(NamedTuple):
     data: bytes
     special: bool = False
     hidden: bool = False
+    partial: bool = False
     fallback: bool = False
     waits: bool = False
 
-    @property
-    def is_text(self) -> bool:
-        """Whether it is more than a part of a character."""
-        try:
-            self.data.decode()
-        except UnicodeDecodeError:
-            return False
-        return True
 
+class Vocabulary(dict[int, VocabularyToken]):
+    """The tokens of a ``transformers`` tokenizer by their ids, looked at when they are first asked for.
 
-class Vocabulary:
-    """The tokens of a ``transformers`` tokenizer, looked at when they are first asked for."""
+    Any id can be asked for: one that the tokenizer doesn't know is hidden and has no text.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
         self._decode = _decoder(tokenizer)
         self._special = _special(tokenizer)
         self._byte_level = _BYTES if "ByteLevel" in _decoder_types(tokenizer) else None
         self._anchor = self._find_anchor()
-        self._tokens: dict[int, VocabularyToken] = {}
 
     def decode(self, ids: list[int]) -> str:
         """Ids → text, special tokens left out, before the tokenizer's clean-up of spaces.
@@ -76,10 +72,8 @@ class Vocabulary:
             _log.warning("the tokenizer failed to decode tokens (%s)", type(error).__name__)
             raise GenerationFailed("the model's tokenizer fails to decode these tokens") from None
 
-    def __getitem__(self, id_: int) -> VocabularyToken:
-        """Of any id: one that the tokenizer doesn't know is hidden and has no text."""
-        if (found := self._tokens.get(id_)) is None:
-            found = self._tokens[id_] = self._look_up(id_)
+    def __missing__(self, id_: int) -> VocabularyToken:
+        found = self[id_] = self._look_up(id_)
         return found
 
     def _look_up(self, id_: int) -> VocabularyToken:
@@ -89,10 +83,9 @@ class Vocabulary:
             return VocabularyToken(id_, "", b"", hidden=True)
         if (byte := _FALLBACK.fullmatch(piece)) and self.decode([id_]) != piece:
             data = bytes.fromhex(byte[1])
-            return VocabularyToken(id_, _readable(data), data, fallback=True, waits=True)
+            return _of_bytes(id_, data)._replace(fallback=True, waits=True)
         if self._byte_level is not None:
-            data = _byte_level(piece, self._byte_level)
-            return VocabularyToken(id_, _readable(data), data)
+            return _of_bytes(id_, _byte_level(piece, self._byte_level))
         text, waits = self._continuing(id_)
         return VocabularyToken(id_, text, text.encode(), waits=waits)
 
@@ -149,7 +142,10 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 def _special(tokenizer: Any) -> dict[int, str]:
     """Names of the tokens that decoding leaves out: those with a role, and all that are declared special."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    try:
+        added = tokenizer.added_tokens_decoder
+    except (AttributeError, NotImplementedError):  # not every kind of tokenizer has it
+        added = {}
     return {**named, **{id_: token.content for id_, token in added.items() if token.special}}
 
 
@@ -179,5 +175,8 @@ def _byte_level(piece: str, alphabet: Mapping[str, int]) -> bytes:
         return piece.encode()
 
 
-def _readable(data: bytes) -> str:
-    return data.decode(errors="replace")
+def _of_bytes(id_: int, data: bytes) -> VocabularyToken:
+    try:
+        return VocabularyToken(id_, data.decode(), data)
+    except UnicodeDecodeError:
+        return VocabularyToken(id_, data.decode(errors="replace"), data, partial=True)

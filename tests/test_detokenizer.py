@@ -81,3 +81,29 @@ def test_spaces_are_cleaned_up_alike_in_pieces_and_in_one(pieces: list[str]) -> 
     cleaner = CleanUp(clean)
     given = [cleaner.push(piece, final=False) for piece in pieces]
     assert "".join([*given, cleaner.push("", final=True)]) == clean("".join(pieces))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("byte-level", [*"ðŁ¤Ĺx"]), ("llama", ["<0xF0>", "<0x9F>", "<0xA4>", "<0x97>", "x"])],
+)
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_prompt_that_ends_amid_a_character(kind: str, tokens: list[str], cut: int) -> None:
+    tokenizer, codec = made(kind)
+    ids = [*codec.encode("a"), *ids_of(tokenizer, tokens)]
+    cut += len(ids) - len(tokens)
+    assert "".join(streamed(codec, ids[cut:], ids[:cut])) == "🤗x"
+    assert "".join(codec.shares(ids[:cut], ids[cut:])) == "🤗x"
+    offsets = codec.offsets(ids[:cut])
+    assert [offsets.add(id_) for id_ in ids[cut:]][-1] == 1
+
+
+def test_whole_characters_of_a_long_run_of_bytes_are_not_held_back_for_ever() -> None:
+    tokenizer, codec = made("llama")
+    text = "አማርኛ" * 10
+    ids = ids_of(tokenizer, [f"<0x{byte:02X}>" for byte in text.encode()])
+    decoder = codec.incremental(codec.encode("a"))
+    given = [decoder.push(id_) for id_ in ids]
+    assert text.startswith("".join(given))
+    assert len("".join(given)) > len(text) - 8
+    assert "".join([*given, decoder.finish()]) == text

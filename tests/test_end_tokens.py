@@ -31,7 +31,7 @@ def test_what_the_configurations_name(
     assert configured(tmp_path, GPT2Config(eos_token_id=config)) == expected
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", b"\xff"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", b"\xff", "[" * 100_000])
 def test_without_a_usable_generation_config(tmp_path: Path, content: str | bytes | None) -> None:
     if content is not None:
         (tmp_path / "generation_config.json").write_bytes(
