@@ -195,20 +195,20 @@ class Service:
         """
         limit, wanted = self.max_total_tokens, request.max_new_tokens
         read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
-        # libraries recognise these words, and shorten the conversation or take a larger model
-        context = f"This model's maximum context length is {limit} tokens"
+        # litellm knows the beginning, LangChain the end: they shorten the conversation or take a larger model
+        context = f"This model's maximum context length is {limit} tokens. However,"
         if prompt > self.max_input_tokens and not (wanted == 0 and prompt <= limit):
             raise PromptTooLong(
-                f"{context}, of which the {read} may have {self.max_input_tokens}. "
-                f"However, your {read} resulted in {prompt} tokens.",
+                f"{context} your {read} resulted in {prompt} tokens, of which {self.max_input_tokens} are "
+                "accepted: the prompt is too long.",
                 param="inputs",
             )
         needed = prompt + (1 if wanted is None else wanted)
         if needed > limit:
             name = request.length_parameter
             raise PromptTooLong(
-                f"{context}. However, you requested {needed} tokens ({prompt} in the {read}, "
-                f"{needed - prompt} {f'by {name}' if name else 'in the completion'}).",
+                f"{context} you requested {needed} tokens ({prompt} in the {read}, {needed - prompt} "
+                f"{f'by {name}' if name else 'in the completion'}): the prompt is too long for that.",
                 param=name or "inputs",
             )
         count = min(DEFAULT_NEW_TOKENS, limit - prompt) if wanted is None else wanted

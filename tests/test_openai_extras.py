@@ -235,7 +235,7 @@ def refusal(client: TestClient, path: str, **body: Any) -> Any:
 
 
 CONTEXT = "This model's maximum context length is 256 tokens"
-"""What litellm looks for."""
+"""What litellm looks for; LangChain: "prompt is too long"."""
 
 
 def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
@@ -254,11 +254,13 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
         told = refusal(chatty, path, **body)
         assert told["message"].startswith(CONTEXT), told
         assert words in told["message"], told
+        assert "prompt is too long" in told["message"], told
         assert (told["param"], told["code"]) == (param, "context_length_exceeded"), told
     native = chatty.post("/generate", json={"inputs": long, "max_new_tokens": 7})
     assert (native.status_code, native.json()["error"]) == (
         422,
-        f"{CONTEXT}. However, you requested 257 tokens (250 in the prompt, 7 by max_new_tokens).",
+        f"{CONTEXT}. However, you requested 257 tokens (250 in the prompt, 7 by max_new_tokens): "
+        "the prompt is too long for that.",
     )
 
 
