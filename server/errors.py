@@ -57,7 +57,12 @@ class Invalid(ServiceError):
 
 
 class PromptTooLong(Invalid):
+    """The message ends in words by which litellm and LangChain know it, whatever else it says."""
+
     openai_code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(f"{message.rstrip('.')}: the prompt is too long", param=param)
 
 
 class BadPrecision(Invalid):

@@ -195,12 +195,11 @@ class Service:
         """
         limit, wanted = self.max_total_tokens, request.max_new_tokens
         read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
-        # litellm knows the beginning, LangChain the end: they shorten the conversation or take a larger model
         context = f"This model's maximum context length is {limit} tokens. However,"
         if prompt > self.max_input_tokens and not (wanted == 0 and prompt <= limit):
             raise PromptTooLong(
                 f"{context} your {read} resulted in {prompt} tokens, of which {self.max_input_tokens} are "
-                "accepted: the prompt is too long.",
+                "accepted",
                 param="inputs",
             )
         needed = prompt + (1 if wanted is None else wanted)
@@ -208,7 +207,7 @@ class Service:
             name = request.length_parameter
             raise PromptTooLong(
                 f"{context} you requested {needed} tokens ({prompt} in the {read}, {needed - prompt} "
-                f"{f'by {name}' if name else 'in the completion'}): the prompt is too long for that.",
+                f"{f'by {name}' if name else 'in the completion'})",
                 param=name or "inputs",
             )
         count = min(DEFAULT_NEW_TOKENS, limit - prompt) if wanted is None else wanted

@@ -117,6 +117,23 @@ def client(make_client: Callable[..., TestClient]) -> TestClient:
 
 
 @pytest.fixture
+def make_chatty(
+    make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., TestClient]:
+    """As ``make_client``, of a model that has a chat template."""
+
+    def make(**values: Any) -> TestClient:
+        from tests.test_openai import TEMPLATE
+
+        client = make_client(**values)
+        app: Any = client.app
+        monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
+        return client
+
+    return make
+
+
+@pytest.fixture
 def live(make_app: Callable[..., FastAPI]) -> Iterator[str]:
     """The address of a server behind a real socket."""
     with serving(make_app()) as address:

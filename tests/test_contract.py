@@ -22,7 +22,6 @@ from starlette.testclient import TestClient
 from server.description import EXAMPLES, TAGS
 from tests.conftest import Loads, serving
 from tests.fakes import fake_checkpoint
-from tests.test_openai import TEMPLATE
 from tests.test_report_route import keep_report
 
 CHECKS = [
@@ -125,12 +124,11 @@ def example_request(path: str, operation: dict[str, Any]) -> tuple[str, Any]:
 
 
 def test_every_example_is_answered_as_it_stands(
-    make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+    make_chatty: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a model with a chat template, which only chat needs."""
-    client = make_client()
+    client = make_chatty()
     app: Any = client.app
-    monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
     monkeypatch.setattr("server.reports.start_command", lambda *_: MADE_AT_ONCE)
     keep_report(app.state.reports)
     paths = client.get("/openapi.json").json()["paths"]
