@@ -79,8 +79,8 @@ class ModelSettings(BaseSettings):
         "auto",
         _QUANTIZATION,
         "TYPE",
-        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone; fp16 becomes fp32 where it "
-        "does not hold them",
+        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone; fp16 becomes fp32 "
+        "where it does not hold them",
     )
 
     cuda_graphs: bool = option(
