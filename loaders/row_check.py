@@ -29,7 +29,7 @@ def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> No
     """
     try:
         apart = _difference(runner, _texts(runner, config))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever a forward pass makes of arguments that it doesn't expect
         raise CheckpointError(f"{name} can't be batched here ({in_short(error)})") from error

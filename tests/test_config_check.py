@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 import loaders
-from loaders.base import CheckpointError, LoaderError, ModelSpec
+from loaders.base import CheckpointError, LoaderError, ModelSpec, OutOfMemory
 from loaders.checkpoint import load_tokenizer, open_checkpoint
+from server.__main__ import main
 from server.commands import generate, serve
 from tests import checkpoints
 
@@ -107,6 +109,12 @@ def test_a_file_without_an_end_is_never_opened(
         open_checkpoint(str(place))
 
 
+def test_a_context_that_no_memory_holds(folder: Callable[[str], Path]) -> None:
+    place = change(folder("llama"), max_position_embeddings=2**31)
+    with pytest.raises(OutOfMemory, match="MAX_TOTAL_TOKENS"):
+        loaders.load("fp32", ModelSpec(open_checkpoint(str(place)), slots=2**14))
+
+
 def test_deep_nesting_and_an_object_that_is_none(folder: Callable[[str], Path]) -> None:
     place = folder("gpt2")
     deep(place / "config.json")
@@ -156,6 +164,19 @@ def test_a_width_that_four_bits_do_not_take_is_named(tmp_path: Path) -> None:
     ):
         loaders.load("nf4", spec)
     assert loaders.load("dynamic-int8", spec).runner.score([5, 6]).isfinite().all()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = checkpoints.gpt2().config
+    config.vocab_size = 100
+    place = checkpoints.save(GPT2LMHeadModel(config), tmp_path / "few")
+    (tmp_path / "words.txt").write_text("the other theatre")
+    text = str(tmp_path / "words.txt")
+    assert main(["quality", "--model", str(place), "--precisions", "fp32", "--text", text]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "its tokenizer knows more tokens than it" in last
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def measure(
         QualityError: the text is empty, too short or not UTF-8; window or stride don't fit; logits are NaN.
     """
     passes = Passes.of([reference, *candidates], window, stride, batch)
-    stream = TokenStream(text, tokenizer)
+    stream = TokenStream(text, tokenizer, vocabulary=reference.runner.vocabulary)
     scorer = Scorer(reference, passes)
     # the reference is not computed a second time to be held against itself
     tallies = [_Tally(scorer if model is reference else Scorer(model, passes)) for model in candidates]

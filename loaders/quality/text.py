@@ -79,10 +79,18 @@ def text_file(path: Path) -> Text:
 
 
 class TokenStream:
-    """The token ids of a text, piece by piece, and how much of it has been read."""
+    """The token ids of a text, piece by piece, and how much of it has been read.
 
-    def __init__(self, text: Text, tokenizer: Any, block: int = BLOCK) -> None:
+    Args:
+        vocabulary: the model's; a tokenizer may know more tokens than it.
+
+    Raises:
+        QualityError: the text has a token that the model has not; while iterating.
+    """
+
+    def __init__(self, text: Text, tokenizer: Any, block: int = BLOCK, vocabulary: int | None = None) -> None:
         self._text, self._tokenizer, self._block = text, tokenizer, block
+        self._vocabulary = vocabulary
         self.tokens = self.bytes = 0
         """Encoded so far."""
 
@@ -91,6 +99,12 @@ class TokenStream:
         for number, piece in enumerate(self._text.pieces(self._block)):
             # a tokenizer's own first token (BOS) belongs at the text's beginning only
             encoded = self._encoded(piece, add_special_tokens=number == 0)
+            largest = max(encoded["input_ids"], default=0)
+            if self._vocabulary is not None and largest >= self._vocabulary:
+                raise QualityError(
+                    f"the model has no token {largest} of {self._text.name}: "
+                    "its tokenizer knows more tokens than it"
+                )
             self.tokens += len(encoded["input_ids"])
             self.bytes += len(piece.encode())
             yield from encoded["input_ids"]

@@ -137,7 +137,8 @@ def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
     if needed > free:
         raise UsageError(
             f"no room for {options.precision}: it needs {needed} bytes, {free} are free; "
-            "choose another --precision (or PRECISION) as the default, or more --memory-budget"
+            "choose another --precision (or PRECISION) as the default, fewer --max-total-tokens or more "
+            "--memory-budget"
         )
 
 
