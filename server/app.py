@@ -16,6 +16,7 @@ from starlette.responses import Response
 import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
+from server.admission_control import AdmissionControl
 from server.auth import Auth
 from server.automatic import resolved
 from server.description import describe
@@ -142,7 +143,8 @@ def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tra
 
 def _surround(app: FastAPI, settings: Settings) -> None:
     """Middleware, the innermost first."""
-    app.add_middleware(Doorkeeper, state=app.state)
+    app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
+    app.add_middleware(Doorkeeper, admission=app.state.admission)
     if settings.otlp_endpoint is not None:
         from server.tracing import TraceContext  # needs an extra
 

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from server.early_refusal import EarlyRefusal
 from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
 from server.replies import error_body
 from server.settings import Settings
@@ -26,6 +27,15 @@ HEAD_BYTES = 32 * 1024
 KEEP_ALIVE_SECONDS = 30
 _SLICE = 4096  # judged this many bytes at a time, or one large packet would pass the limit whole
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
+
+
+def early_refusal_of(app: FastAPI, settings: Settings) -> EarlyRefusal:
+    """The app's, with traces where a collector is configured."""
+    if settings.otlp_endpoint is None:
+        return EarlyRefusal(app.state.admission, settings)
+    from server.tracing import trace_context  # needs an extra
+
+    return EarlyRefusal(app.state.admission, settings, trace_context)
 
 
 class ServerConfig(uvicorn.Config):
@@ -47,6 +57,7 @@ class ServerConfig(uvicorn.Config):
             **{"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 1, **others},
         )
         self.receive_timeout = settings.receive_timeout
+        self.early_refusal = early_refusal_of(app, settings)
 
 
 class Connection(H11Protocol):
@@ -64,6 +75,9 @@ class Connection(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
+        self._early_refusal = config.early_refusal
+        self._skipping = 0  # bytes of a refused request's body that have not come yet
+        self._ends_after_body = False
 
     # the sender
 
@@ -72,11 +86,46 @@ class Connection(H11Protocol):
         self._time_head()
 
     def data_received(self, data: bytes) -> None:
+        data = self._refuse_early(self._skip(data))
         for at in range(0, len(data), _SLICE):
             if self.transport.is_closing():
                 break
             super().data_received(data[at : at + _SLICE])
-        self._time_head()
+        if data or self._skipping:
+            self._time_head()
+        else:
+            self._stop_head_timer()
+
+    def _refuse_early(self, data: bytes) -> bytes:
+        """Answers what is refused for its head alone, below HTTP's state machine; returns the rest of data.
+
+        One request a call: those that come behind it in the same packet go the usual way, one after another.
+        """
+        if not data or not self._early_refusal.is_closed or not self._between_requests:
+            return data
+        if (refusal := self._early_refusal.refuse(data)) is None:
+            return data
+        self._stop_head_timer()
+        self.transport.write(refusal.answer)
+        self._skipping, self._ends_after_body = refusal.body_bytes, refusal.close
+        self.on_response_complete()
+        return self._skip(data[refusal.head_bytes :])
+
+    def _skip(self, data: bytes) -> bytes:
+        """Drops what belongs to the body of a request that has been refused."""
+        skipped = min(self._skipping, len(data))
+        self._skipping -= skipped
+        if self._ends_after_body and not self._skipping:
+            self.transport.close()
+            return b""
+        return data[skipped:]
+
+    @property
+    def _between_requests(self) -> bool:
+        """Whether the next byte is the first of a request."""
+        answered = self.cycle is None or self.cycle.response_complete
+        states = (self.conn.our_state, self.conn.their_state)
+        return answered and states == (h11.IDLE, h11.IDLE) and not self.conn.trailing_data[0]
 
     def _time_head(self) -> None:
         """The clock runs from the first byte, or the connection's begin, until a request's head is there.

@@ -4,6 +4,7 @@ Lengths are checked, a place is taken, the prompt encoded, the engine found; the
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ __all__ = [
     "Piece",
     "Service",
 ]
+_DRAIN_AGE = 0.25  # seconds for which the estimate that clients are sent away with is kept
 _LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
 
 
@@ -48,6 +50,8 @@ class PoolLike(Protocol):
     default: str
 
     def use(self, precision: str) -> AbstractAsyncContextManager[Engine]: ...
+
+    def drain_seconds(self) -> float | None: ...
 
 
 class MetricsLike(Protocol):
@@ -78,6 +82,7 @@ class Service:
         """Told of every request that was served to its end."""
         self.in_flight = 0
         """Places taken: continuations open or opening, and what else holds one."""
+        self._drain, self._drain_measured = 0.0, -math.inf
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
@@ -142,7 +147,16 @@ class Service:
         """
         self._lifecycle.check()
         if self.in_flight + places > self._settings.max_concurrent_requests:
-            raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
+            message = f"all {self._settings.max_concurrent_requests} places are taken"
+            raise Overloaded(message, retry_spread=self._retry_spread())
+
+    def _retry_spread(self) -> float:
+        """Seconds within which refused clients should come back: twice as long as the queue is now, so that
+        on average they come when it is served, and some sooner, for places become free all the time."""
+        now = time.perf_counter()
+        if now - self._drain_measured > _DRAIN_AGE:
+            self._drain, self._drain_measured = self._pool.drain_seconds() or 0.0, now
+        return max(2 * self._drain, Overloaded.retry_spread)
 
     def _reserve(self, places: int) -> int:
         self.check(places)
@@ -155,11 +169,22 @@ class Service:
         params = self.resolve(request, len(prompt))
         lease, engine, reason = await self._find_engine(request, deadline)
         try:
+            self._check_deadline(engine, deadline, len(prompt), params.max_new_tokens)
             generation = engine.generate(prompt, params, deadline)
         except BaseException:
             await lease.__aexit__(None, None, None)
             raise
         return Continuation(self, request, engine, lease, generation, prompt, params, reason)
+
+    def _check_deadline(self, engine: Engine, deadline: float, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuses now what would be computed, or wait, for nothing."""
+        seconds = engine.finish_seconds(prompt_tokens, new_tokens)
+        if seconds is not None and time.perf_counter() + seconds > deadline:
+            limit = self._settings.request_timeout
+            raise Overloaded(
+                f"so much is waiting that this would not be finished within {limit:g} s",
+                retry_spread=self._retry_spread(),
+            )
 
     async def encode(self, request: GenerationRequest) -> list[int]:
         """The prompt's ids, all of them in the vocabulary; at least one.

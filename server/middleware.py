@@ -8,21 +8,17 @@ import time
 import uuid
 from contextlib import suppress
 
-from starlette.datastructures import MutableHeaders, State
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.admission_control import AdmissionControl
 from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
 from server.replies import ClientGone, error_response
-from server.sequence import Timeline
 from server.settings import Settings
 
 _access = logging.getLogger("server.access")
 _log = logging.getLogger("server")
-_GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
-_PLACED = _GENERATING | {"/compare", "/tokenize"}
-UNREAD = "unread"
-"""What metrics call the precision of a request that was refused before it was read."""
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -36,7 +32,7 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        id_ = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        id_ = scope.setdefault("state", {})["request_id"] = request_id_of(scope)
         started, status = time.perf_counter(), 0
 
         async def labelled(message: Message) -> None:
@@ -77,7 +73,7 @@ async def _answer_nobody(send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def _request_id(scope: Scope) -> str:
+def request_id_of(scope: Scope) -> str:
     """The client's own id if it is short and plain, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _ID.fullmatch(value):
@@ -86,37 +82,18 @@ def _request_id(scope: Scope) -> str:
 
 
 class Doorkeeper:
-    """Refuses what needs a place while none is free, before anything of it is read: the more there is to
-    refuse, the less a refusal may cost those who are served."""
+    """Refuses what needs a place while none is free, before anything of it is read. ``server.early_refusal``
+    does the same below the framework where it can; here is what comes another way."""
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
-        self.app, self._state = app, state
+    def __init__(self, app: ASGIApp, admission: AdmissionControl) -> None:
+        self.app, self._admission = app, admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" and _takes_a_place(scope) else None
+        refusal = self._admission.refusal(scope) if scope["type"] == "http" else None
         if refusal is None:
             await self.app(scope, receive, send)
         else:
             await error_response(refusal, scope)(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> ServiceError | None:
-        service = self._state.service
-        try:
-            service.check(1)
-        except ServiceError as error:
-            if _is_among(_GENERATING, scope):
-                service.observe(UNREAD, error.error_type, Timeline(), 0)
-            return error
-        return None
-
-
-def _takes_a_place(scope: Scope) -> bool:
-    return scope["method"] == "POST" and _is_among(_PLACED, scope)
-
-
-def _is_among(paths: frozenset[str], scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path in paths or path.startswith("/models/")
 
 
 class BodyLimits:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from server.connection import ServerConfig
 from server.lifecycle import EXIT_FAILED, Lifecycle
+from server.listener import listen
 from server.settings import Settings
 
 _FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
@@ -51,13 +52,22 @@ class Process(uvicorn.Server):
         return lifecycle
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(sockets or await self._listeners())
         if self.started:
             self._lifecycle.subscribe(self._on_change)
             port = self.servers[0].sockets[0].getsockname()[1] if self.servers else self._settings.port
             self._on_listening(port)
             if self._lifecycle.fatal is not None:  # sooner than anybody listened
                 self._on_change()
+
+    async def _listeners(self) -> list[socket.socket]:
+        config = self.config
+        assert isinstance(config, ServerConfig)
+        try:
+            return await listen(config.host, config.port, config.early_refusal)
+        except OSError as error:
+            _log.error("%s", (error.strerror or "").lower())
+            raise SystemExit(EXIT_FAILED) from None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1

@@ -20,6 +20,7 @@ from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from server.connection import ServerConfig
+from server.listener import Listener
 from server.settings import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
@@ -126,11 +127,12 @@ def live(make_app: Callable[..., FastAPI]) -> Iterator[str]:
 @contextmanager
 def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Iterator[str]:
     """Behind a socket, as the process has it; ``send_buffer``: the kernel's bytes; ``options``: uvicorn's."""
-    with socket.socket() as listener:
+    config = ServerConfig(app, app.state.settings, **options)
+    with Listener(socket.AF_INET, config.early_refusal) as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(ServerConfig(app, app.state.settings, **options))
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
