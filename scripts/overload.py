@@ -7,7 +7,8 @@ Starts a server on one core and loads it from another. First as many clients as 
 request after another: the peak. Then ``factor`` times that rate arrives whatever is answered, each request on
 a connection of its own, then on kept ones; then ``factor`` times as many clients as places, each of which
 waits as ``Retry-After`` says. Prints a table, and one JSON line last. Latencies are from when a request was
-due, so that a client which falls behind shows; ``lag`` is how late its own event loop is.
+due, so that a client which falls behind shows; ``lag`` is how late its own event loop is. ``by CPU`` is the
+share of the peak by the server's CPU time, which other work on this host changes less.
 """
 
 import argparse
@@ -56,6 +57,8 @@ class Phase:
     asked: int = 0
     lags: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """The server's."""
 
     def row(self) -> dict[str, object]:
         counts = Counter(answer.status for answer in self.answers)
@@ -66,6 +69,7 @@ class Phase:
             "seconds": round(self.seconds, 2),
             "asked_per_second": round(self.asked / self.seconds, 1),
             "goodput": round(counts[200] / self.seconds, 2),
+            "served_per_cpu_second": round(counts[200] / max(self.cpu_seconds, 1e-9), 2),
             "statuses": {str(status): count for status, count in sorted(counts.items())},
             "refused_ms": percentiles(refused),
             "served_ms": percentiles(served),
@@ -124,8 +128,8 @@ class Connection(asyncio.Protocol):
 class Load:
     """Asks one server the same request over and over."""
 
-    def __init__(self, port: int, request: bytes, seconds: float) -> None:
-        self._port, self._request, self._seconds = port, request, seconds
+    def __init__(self, port: int, request: bytes, seconds: float, server: psutil.Process) -> None:
+        self._port, self._request, self._seconds, self._server = port, request, seconds, server
         self._idle: list[Connection] = []
 
     async def _exchange(self, phase: Phase, due: float, keep: bool) -> Answer:
@@ -185,9 +189,16 @@ class Load:
 
     async def _watch(self, phase: Phase) -> None:
         """Wakes every ``TICK`` seconds and notes how late it is."""
+        await asyncio.sleep(WARM_UP)
+        used = self._cpu_seconds()
         while (now := time.perf_counter()) < phase.begun + WARM_UP + self._seconds:
             await asyncio.sleep(TICK)
             phase.lags.append(time.perf_counter() - now - TICK)
+        phase.cpu_seconds = self._cpu_seconds() - used
+
+    def _cpu_seconds(self) -> float:
+        times = self._server.cpu_times()
+        return times.user + times.system
 
     async def _end(self, phase: Phase, *tasks: asyncio.Future[Any]) -> None:
         phase.seconds = self._seconds
@@ -200,37 +211,32 @@ class Load:
 
 async def measured(port: int, server: psutil.Process, options: argparse.Namespace) -> list[dict[str, object]]:
     body = json.dumps({"inputs": PROMPT, "max_new_tokens": options.tokens, "ignore_eos": True})
-    load = Load(port, HEAD.format(len(body), body).encode(), options.seconds)
+    load = Load(port, HEAD.format(len(body), body).encode(), options.seconds, server)
     rows: list[dict[str, object]] = []
-    peak = 0.0
 
-    async def phase(running: Awaitable[Phase]) -> float:
-        used = server.cpu_times()
-        found = await running
-        row, now = found.row(), server.cpu_times()
-        rows.append({**row, "server_cpu_seconds": now.user + now.system - used.user - used.system})
-        rows[-1]["rss_bytes"] = server.memory_info().rss
-        show(rows[-1], peak)
+    async def phase(running: Awaitable[Phase]) -> None:
+        rows.append({**(await running).row(), "rss_bytes": server.memory_info().rss})
+        show(rows[-1], rows[0])
         await asyncio.sleep(2)
-        return float(str(row["goodput"]))
 
-    peak = await phase(load.closed("peak", options.places))
-    arriving = options.factor * peak
+    await phase(load.closed("peak", options.places))
+    arriving = options.factor * float(str(rows[0]["goodput"]))
     await phase(load.open("open, a connection each", arriving, keep=False))
     await phase(load.open("open, kept connections", arriving, keep=True))
     await phase(load.closed("clients that wait and retry", options.factor * options.places))
     return rows
 
 
-def show(row: dict[str, Any], peak: float) -> None:
+def show(row: dict[str, Any], peak: dict[str, Any]) -> None:
     refused, served, lag = (row[name] or {} for name in ("refused_ms", "served_ms", "lag_ms"))
 
     def three(found: dict[str, float]) -> str:
         return " / ".join(f"{found[q]:.0f}" for q in ("p50", "p90", "p99")) if found else "-"
 
-    share = f"{row['goodput'] / peak:.2f}" if peak else "1"
+    shares = [row[name] / peak[name] for name in ("goodput", "served_per_cpu_second")]
     print(
-        f"{row['phase']:<29}{row['asked_per_second']:>8.0f}{row['goodput']:>9.1f}{share:>6}"
+        f"{row['phase']:<29}{row['asked_per_second']:>8.0f}{row['goodput']:>9.1f}"
+        f"{shares[0]:>7.2f}{shares[1]:>7.2f}"
         f"{three(refused):>21}{three(served):>22}{three(lag):>14}   {row['statuses']}",
         flush=True,
     )
@@ -272,7 +278,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with own_server(options) as (port, server):
         print(
-            f"{'phase':<29}{'asked/s':>8}{'served/s':>9}{'share':>6}{'refused, ms 50/90/99':>21}"
+            f"{'phase':<29}{'asked/s':>8}{'served/s':>9}{'share':>7}{'by CPU':>7}{'refused, ms 50/90/99':>21}"
             f"{'served, ms 50/90/99':>22}{'lag, ms':>14}   statuses"
         )
         rows = asyncio.run(measured(port, server, options))

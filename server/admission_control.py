@@ -8,6 +8,7 @@ from starlette.types import Scope
 
 from server.auth import Auth
 from server.errors import ServiceError
+from server.promised_places import Promise, PromisedPlaces
 from server.sequence import Timeline
 from server.settings import Settings
 
@@ -38,18 +39,33 @@ class AdmissionControl:
         """Why no place is given to this request, which has passed every earlier check; counts it."""
         if not takes_a_place(scope) or (error := self._closed()) is None:
             return None
+        return self._counted(error, scope)
+
+    def judge(self, scope: Scope, body_bytes: int, is_whole: bool) -> ServiceError | Promise | None:
+        """Of a request that has passed no check yet: the error it is refused with, or a place promised to it.
+
+        None where that is for the stack behind to say: no place is needed, the body is too large, it has yet to
+        come (and must not keep a place meanwhile), or the key is not right.
+
+        Args:
+            scope: its head.
+            body_bytes: how long its body is.
+            is_whole: all of the body has come.
+        """
+        if not takes_a_place(scope) or body_bytes > self._body_limit:
+            return None
+        unauthorized, error = self._auth.refusal(scope), self._closed()
+        if error is not None:
+            return unauthorized or self._counted(error, scope)
+        if unauthorized is not None or not is_whole or not hasattr(self._state, "service"):
+            return None
+        promised: PromisedPlaces = self._state.service.promised
+        return promised.promise()
+
+    def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
         if _is_among(_GENERATING, scope):
             self._state.service.observe(UNREAD, error.error_type, Timeline(), 0)
         return error
-
-    def early_refusal(self, scope: Scope, body_bytes: int) -> ServiceError | None:
-        """As ``refusal`` for a request that has passed no check yet: 401 and 413 come first.
-
-        None also where the body is too large: the stack that would read it refuses it.
-        """
-        if not takes_a_place(scope) or self._closed() is None or body_bytes > self._body_limit:
-            return None
-        return self._auth.refusal(scope) or self.refusal(scope)
 
     def _closed(self) -> ServiceError | None:
         service = getattr(self._state, "service", None)  # none before the lifespan has begun

@@ -17,8 +17,9 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from server.early_refusal import EarlyRefusal
+from server.early_refusal import EarlyRefusal, Refusal
 from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
+from server.promised_places import Promise
 from server.replies import error_body
 from server.settings import Settings
 
@@ -75,6 +76,7 @@ class Connection(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
+        self.app_state = dict(app_state)
         self._early_refusal = config.early_refusal
         self._skipping = 0  # bytes of a refused request's body that have not come yet
         self._ends_after_body = False
@@ -101,15 +103,21 @@ class Connection(H11Protocol):
 
         One request a call: those that come behind it in the same packet go the usual way, one after another.
         """
-        if not data or not self._early_refusal.is_closed or not self._between_requests:
-            return data
-        if (refusal := self._early_refusal.refuse(data)) is None:
+        found = self._early_refusal.judge(data) if data and self._between_requests else None
+        if isinstance(found, Promise):
+            self.app_state["promise"] = found  # the request's scope gets a copy
+        if not isinstance(found, Refusal):
             return data
         self._stop_head_timer()
-        self.transport.write(refusal.answer)
-        self._skipping, self._ends_after_body = refusal.body_bytes, refusal.close
+        self.transport.write(found.answer)
+        self._skipping, self._ends_after_body = found.body_bytes, found.close
         self.on_response_complete()
-        return self._skip(data[refusal.head_bytes :])
+        return self._skip(data[found.head_bytes :])
+
+    def _release_promise(self) -> None:
+        promise: Promise | None = self.app_state.pop("promise", None)
+        if promise is not None:
+            promise.release()
 
     def _skip(self, data: bytes) -> bytes:
         """Drops what belongs to the body of a request that has been refused."""
@@ -201,6 +209,7 @@ class Connection(H11Protocol):
             self._watch_reader()
 
     def on_response_complete(self) -> None:
+        self._release_promise()
         super().on_response_complete()
         self._stop_reader_timer()
         self._watch_reader()
@@ -224,6 +233,7 @@ class Connection(H11Protocol):
             self._reader_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._release_promise()
         self._stop_head_timer()
         self._stop_reader_timer()
         super().connection_lost(exc)

@@ -21,6 +21,7 @@ from starlette.types import Scope
 from server.admission_control import AdmissionControl
 from server.errors import ServiceError
 from server.middleware import request_id_of
+from server.promised_places import Promise
 from server.refusal_log import RefusalLog
 from server.replies import error_body, error_headers, error_status
 from server.settings import Settings
@@ -34,7 +35,7 @@ Headers = list[tuple[bytes, bytes]]
 TraceContext = Callable[[Scope], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Refusal:
     """The answer to a request, whose body is to be skipped."""
 
@@ -66,30 +67,41 @@ class EarlyRefusal:
 
     @property
     def is_closed(self) -> bool:
-        """Whether requests are being refused: only then is it worth a look at their bytes."""
+        """Whether requests that need a place are being refused."""
         return self._admission.is_closed
 
-    def refuse(self, data: bytes, *, at_once: bool = False) -> Refusal | None:
-        """The refusal of the request that ``data`` begins with; None if it goes the usual way.
+    def refuse_at_once(self, data: bytes) -> bytes | None:
+        """The answer to the whole request that ``data`` is; None if it is none or goes the usual way.
 
-        Args:
-            data: what has come since the last request.
-            at_once: only if ``data`` is that request and nothing else; the connection ends then.
+        To be called while ``is_closed``.
         """
-        if not self._admission.is_closed or (head := _HEAD.match(data)) is None:
+        found = self._judge(data, only=True)
+        return found.answer if isinstance(found, Refusal) else None
+
+    def judge(self, data: bytes) -> Refusal | Promise | None:
+        """Of the request that ``data`` begins with: its refusal, or the place that it gets on the usual way.
+
+        None if it goes the usual way without either.
+        """
+        return self._judge(data)
+
+    def _judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
+        """``only``: if there is nothing else in ``data``; the connection ends with the answer then."""
+        if (head := _HEAD.match(data)) is None:
             return None
         began, headers = time.perf_counter(), _headers(head[2])
         length = self._body_bytes(headers)
-        if length is None or (at_once and head.end() + length != len(data)):
+        missing = 0 if length is None else head.end() + length - len(data)
+        if length is None or (only and missing):
             return None
         scope = _scope(head[1], headers)
         with self._trace_context(scope):
-            error = self._admission.early_refusal(scope, length)
-        if error is None:
-            return None
-        close = at_once or any(name == b"connection" and value.lower() == b"close" for name, value in headers)
-        answer = _answer(error, scope, close)
-        self._log.add(scope, error_status(error, scope["path"]), time.perf_counter() - began)
+            found = self._admission.judge(scope, length, missing <= 0)
+        if not isinstance(found, ServiceError):
+            return found
+        close = only or any(name == b"connection" and value.lower() == b"close" for name, value in headers)
+        answer = _answer(found, scope, close)
+        self._log.add(scope, error_status(found, scope["path"]), time.perf_counter() - began)
         return Refusal(answer, head.end(), length, close)
 
     def _body_bytes(self, headers: Headers) -> int | None:

@@ -27,6 +27,7 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
+from server.promised_places import PromisedPlaces, release_held
 from server.sequence import SamplingParams, Timeline
 from server.settings import Settings
 from server.text import TextCodec
@@ -82,6 +83,7 @@ class Service:
         """Told of every request that was served to its end."""
         self.in_flight = 0
         """Places taken: continuations open or opening, and what else holds one."""
+        self.promised = PromisedPlaces()
         self._drain, self._drain_measured = 0.0, -math.inf
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
@@ -146,7 +148,7 @@ class Service:
             NotReady, Overloaded
         """
         self._lifecycle.check()
-        if self.in_flight + places > self._settings.max_concurrent_requests:
+        if self.in_flight + self.promised.count + places > self._settings.max_concurrent_requests:
             message = f"all {self._settings.max_concurrent_requests} places are taken"
             raise Overloaded(message, retry_spread=self._retry_spread())
 
@@ -159,6 +161,7 @@ class Service:
         return max(2 * self._drain, Overloaded.retry_spread)
 
     def _reserve(self, places: int) -> int:
+        release_held()
         self.check(places)
         self.in_flight += places
         self.on_arrival()

@@ -49,21 +49,24 @@ class Listener(socket.socket):
         self._left = _ACCEPTED_PER_TURN
 
     def _refuse(self, connection: socket.socket) -> bool:
-        """Whether this connection was answered and closed."""
-        if not self._early_refusal.is_closed:
-            return False
-        with contextlib.suppress(OSError):  # also where nothing has come yet
-            data = connection.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            return self._answer(connection, data)
-        return False
+        return self._early_refusal.is_closed and refuse_accepted(connection, self._early_refusal)
 
-    def _answer(self, connection: socket.socket, data: bytes) -> bool:
-        if (refusal := self._early_refusal.refuse(data, at_once=True)) is None:
-            return False
-        with connection, contextlib.suppress(OSError):
-            connection.recv(len(data), socket.MSG_DONTWAIT)  # closing with something unread would reset it
-            connection.send(refusal.answer, socket.MSG_DONTWAIT)
-        return True
+
+def refuse_accepted(connection: socket.socket, early_refusal: EarlyRefusal) -> bool:
+    """Whether the request on this new connection was answered here and the connection closed.
+
+    If not, all that it has sent is still to be read.
+    """
+    try:
+        data = connection.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:  # nothing has come yet, or nobody is there
+        return False
+    if (answer := early_refusal.refuse_at_once(data)) is None:
+        return False
+    with connection, contextlib.suppress(OSError):
+        connection.recv(len(data), socket.MSG_DONTWAIT)  # closed with something unread, it would be reset
+        connection.send(answer, socket.MSG_DONTWAIT)
+    return True
 
 
 async def listen(host: str, port: int, early_refusal: EarlyRefusal) -> list[socket.socket]:

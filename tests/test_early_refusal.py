@@ -21,6 +21,7 @@ from server.early_refusal import EarlyRefusal, Refusal
 from server.errors import Overloaded
 from server.listener import Listener
 from server.middleware import Envelope
+from server.promised_places import Promise
 from server.refusal_log import LINES_PER_SECOND, RefusalLog
 from server.settings import Settings
 from tests.conftest import Loads, serving, until, wait_until
@@ -238,7 +239,7 @@ class Closed(AdmissionControl):
 
     is_closed = True
 
-    def early_refusal(self, scope: Any, body_bytes: int) -> Overloaded:
+    def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Overloaded:
         self.scope = scope
         return Overloaded("full")
 
@@ -263,13 +264,14 @@ def test_what_is_read_here_h11_reads_the_same(
 ) -> None:
     head = f"POST {target} HTTP/1.1{end}Host: x{end}" + "".join("".join(line) + end for line in lines) + end
     data = head.encode("latin-1", "replace")
-    refusal, admission = None, Closed()
+    admission = Closed()
 
-    async def main() -> Refusal | None:
-        return EarlyRefusal(admission, Settings(device="cpu")).refuse(data)
+    async def main() -> Refusal | Promise | None:
+        return EarlyRefusal(admission, Settings(device="cpu")).judge(data)
 
     if (refusal := asyncio.run(main())) is None:
         return
+    assert isinstance(refusal, Refusal)
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(data)
     request = connection.next_event()
