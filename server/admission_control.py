@@ -42,10 +42,10 @@ class AdmissionControl:
         return self._counted(error, scope)
 
     def judge(self, scope: Scope, body_bytes: int, is_whole: bool) -> ServiceError | Promise | None:
-        """Of a request that has passed no check yet: the error it is refused with, or a place promised to it.
+        """Of a request that has passed no check yet: the error that refuses it, or a place promised.
 
-        None where that is for the stack behind to say: no place is needed, the body is too large, it has yet to
-        come (and must not keep a place meanwhile), or the key is not right.
+        None where the stack behind has to decide: no place is needed, the body is too large or has yet to come
+        (and must not keep a place meanwhile), or the key is not right.
 
         Args:
             scope: its head.

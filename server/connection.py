@@ -85,6 +85,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if (promise := self._early_refusal.arriving.take(self.client)) is not None:
+            self.app_state["promise"] = promise
         self._time_head()
 
     def data_received(self, data: bytes) -> None:
@@ -103,7 +105,8 @@ class Connection(H11Protocol):
 
         One request a call: those that come behind it in the same packet go the usual way, one after another.
         """
-        found = self._early_refusal.judge(data) if data and self._between_requests else None
+        judged = "promise" in self.app_state or not self._between_requests
+        found = self._early_refusal.judge(data) if data and not judged else None
         if isinstance(found, Promise):
             self.app_state["promise"] = found  # the request's scope gets a copy
         if not isinstance(found, Refusal):

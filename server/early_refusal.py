@@ -21,7 +21,7 @@ from starlette.types import Scope
 from server.admission_control import AdmissionControl
 from server.errors import ServiceError
 from server.middleware import request_id_of
-from server.promised_places import Promise
+from server.promised_places import Arriving, Promise
 from server.refusal_log import RefusalLog
 from server.replies import error_body, error_headers, error_status
 from server.settings import Settings
@@ -64,29 +64,17 @@ class EarlyRefusal:
         self._admission, self._trace_context = admission, trace_context
         self._not_plain = _NOT_PLAIN | ({b"origin"} if settings.cors_allow_origin else set())
         self._log = RefusalLog()
+        self.arriving = Arriving()
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether requests that need a place are being refused."""
-        return self._admission.is_closed
-
-    def refuse_at_once(self, data: bytes) -> bytes | None:
-        """The answer to the whole request that ``data`` is; None if it is none or goes the usual way.
-
-        To be called while ``is_closed``.
-        """
-        found = self._judge(data, only=True)
-        return found.answer if isinstance(found, Refusal) else None
-
-    def judge(self, data: bytes) -> Refusal | Promise | None:
+    def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
         """Of the request that ``data`` begins with: its refusal, or the place that it gets on the usual way.
 
         None if it goes the usual way without either.
-        """
-        return self._judge(data)
 
-    def _judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
-        """``only``: if there is nothing else in ``data``; the connection ends with the answer then."""
+        Args:
+            data: what has come.
+            only: if there is a whole request and nothing else in it; the connection ends with a refusal then.
+        """
         if (head := _HEAD.match(data)) is None:
             return None
         began, headers = time.perf_counter(), _headers(head[2])

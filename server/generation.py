@@ -181,8 +181,9 @@ class Service:
 
     def _check_deadline(self, engine: Engine, deadline: float, prompt_tokens: int, new_tokens: int) -> None:
         """Refuses now what would be computed, or wait, for nothing."""
+        left = deadline - time.perf_counter()
         seconds = engine.finish_seconds(prompt_tokens, new_tokens)
-        if seconds is not None and time.perf_counter() + seconds > deadline:
+        if seconds is not None and seconds > left:
             limit = self._settings.request_timeout
             raise Overloaded(
                 f"so much is waiting that this would not be finished within {limit:g} s",

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
+from typing import Any
 
-from server.early_refusal import EarlyRefusal
+from server.early_refusal import EarlyRefusal, Refusal
+from server.promised_places import Promise
 
 _REFUSED_PER_TURN, _ACCEPTED_PER_TURN = 64, 16
 _PEEKED = 16 * 1024  # a request that is longer goes the usual way
@@ -12,7 +14,7 @@ _DEFER_SECONDS = 1  # Linux: a connection is accepted when it has sent something
 
 
 class Listener(socket.socket):
-    """A listening TCP socket whose ``accept`` answers and closes connections while no place is free.
+    """A listening TCP socket whose ``accept`` answers and closes what is refused.
 
     It does so where the whole request is there already; all others are accepted as ever. In one turn of the
     event loop it accepts so many and no more: the tokens of running streams are sent in between.
@@ -39,7 +41,7 @@ class Listener(socket.socket):
             if not self._left:
                 break
             connection, address = super().accept()
-            if not self._refuse(connection):
+            if not refuse_accepted(connection, address, self._early_refusal):
                 self._left -= 1
                 return connection, address
         self._left = 0
@@ -48,24 +50,24 @@ class Listener(socket.socket):
     def _next_turn(self) -> None:
         self._left = _ACCEPTED_PER_TURN
 
-    def _refuse(self, connection: socket.socket) -> bool:
-        return self._early_refusal.is_closed and refuse_accepted(connection, self._early_refusal)
 
-
-def refuse_accepted(connection: socket.socket, early_refusal: EarlyRefusal) -> bool:
+def refuse_accepted(connection: socket.socket, address: Any, early_refusal: EarlyRefusal) -> bool:
     """Whether the request on this new connection was answered here and the connection closed.
 
-    If not, all that it has sent is still to be read.
+    If not, all that it has sent is still to be read, and a place may be promised to it.
     """
     try:
         data = connection.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:  # nothing has come yet, or nobody is there
+    except OSError:  # nothing has come yet, or it is gone
         return False
-    if (answer := early_refusal.refuse_at_once(data)) is None:
+    found = early_refusal.judge(data, only=True)
+    if isinstance(found, Promise):
+        early_refusal.arriving.put((address[0], address[1]), found)
+    if not isinstance(found, Refusal):
         return False
     with connection, contextlib.suppress(OSError):
         connection.recv(len(data), socket.MSG_DONTWAIT)  # closed with something unread, it would be reset
-        connection.send(answer, socket.MSG_DONTWAIT)
+        connection.send(found.answer, socket.MSG_DONTWAIT)
     return True
 
 

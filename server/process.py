@@ -7,6 +7,7 @@ that a supervisor restarts it.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -39,6 +40,10 @@ class Process(uvicorn.Server):
 
     def serve_forever(self) -> int:
         """Blocks until the end; returns the process's exit code."""
+        # imported modules are half a million objects that stay: without this, every full collection walks
+        # over them, and nobody is answered meanwhile
+        gc.collect()
+        gc.freeze()
         try:
             self.run()
         except SystemExit:  # the server beneath has said why

@@ -76,7 +76,7 @@ def test_sequences_that_end_early_are_counted_in() -> None:
 
 
 class Simulation:
-    """An engine's queue behind a deadline: the real scheduler and estimate, and a clock that steps advance."""
+    """An engine's queue behind a deadline: the real scheduler and estimate, a clock that steps advance."""
 
     def __init__(self, sheds: bool) -> None:
         self.sheds, self.now = sheds, 0.0
