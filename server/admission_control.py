@@ -44,8 +44,8 @@ class AdmissionControl:
     def judge(self, scope: Scope, body_bytes: int, is_whole: bool) -> ServiceError | Promise | None:
         """Of a request that has passed no check yet: the error that refuses it, or a place promised.
 
-        None where the stack behind has to decide: no place is needed, the body is too large or has yet to come
-        (and must not keep a place meanwhile), or the key is not right.
+        None where the stack behind has to decide: no place is needed, the body is too large or has yet to
+        come (and must not keep a place meanwhile), or the key is not right.
 
         Args:
             scope: its head.
