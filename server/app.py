@@ -17,6 +17,7 @@ import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
 from loaders.end_tokens import with_end_token
+from server.admission_control import AdmissionControl
 from server.auth import Auth
 from server.automatic import resolved
 from server.chat_source import make_renderer
@@ -153,7 +154,8 @@ def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tra
 def _surround(app: FastAPI, settings: Settings) -> None:
     """Middleware, the innermost first."""
     app.add_middleware(HeadAsGet)
-    app.add_middleware(Doorkeeper, state=app.state)
+    app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
+    app.add_middleware(Doorkeeper, admission=app.state.admission)
     if settings.otlp_endpoint is not None:
         from server.tracing import TraceContext  # needs an extra
 

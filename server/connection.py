@@ -12,50 +12,26 @@ room for a newcomer (``server.open_connections``).
 
 import asyncio
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
-import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from server.early_refusal import Refusal
 from server.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
 from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming, refusal
 from server.linger import Linger, LingeringTransport
-from server.open_connections import OpenConnections, Stage
-from server.open_files import most_connections
+from server.open_connections import Stage
+from server.promised_places import Promise
 from server.reader_clock import ReaderClock
-from server.settings import Settings
-from server.turns import FIRST_EVENTS, ParseTurns, ReadFlow
+from server.turns import FIRST_EVENTS, ReadFlow
 
-KEEP_ALIVE_SECONDS = 30
+if TYPE_CHECKING:
+    from server.server_config import ServerConfig
+
 _SLICE = 4096  # parsed this many bytes at a time, or one large packet would pass the limits whole
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
-
-
-class ServerConfig(uvicorn.Config):
-    """How every server of the app listens, in production and in tests."""
-
-    def __init__(self, app: FastAPI, settings: Settings, **others: Any) -> None:
-        super().__init__(
-            app,
-            host=settings.host,
-            port=settings.port,
-            http=Connection,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            lifespan="on",
-            h11_max_incomplete_event_size=HEAD_BYTES,
-            **{"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 1, **others},
-        )
-        self.receive_timeout = settings.receive_timeout
-        self.reading_timeout = max(settings.request_timeout, settings.receive_timeout)
-        self.turns = ParseTurns()
-        self.connections = OpenConnections(most_connections(settings.max_connections))
 
 
 class Connection(H11Protocol):
@@ -63,7 +39,7 @@ class Connection(H11Protocol):
 
     def __init__(
         self,
-        config: ServerConfig,
+        config: "ServerConfig",
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
@@ -77,6 +53,10 @@ class Connection(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._reading_timeout = config.reading_timeout
         self._reader: ReaderClock
+        self.app_state = dict(app_state)
+        self._early_refusal = config.early_refusal
+        self._skipping = 0  # bytes of a refused request's body that have not come yet
+        self._ends_after_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
@@ -91,6 +71,10 @@ class Connection(H11Protocol):
     # what arrives is parsed in turns
 
     def data_received(self, data: bytes) -> None:
+        data = self._refuse_early(self._skip(data))
+        if not data:
+            self._settle()
+            return
         self._unset_keepalive_if_required()
         self._unparsed += data
         if self in self._turns:
@@ -144,8 +128,59 @@ class Connection(H11Protocol):
     def _stage(self) -> Stage:
         if self._answering and not self.cycle.more_body:
             return Stage.BUSY
-        arriving = self._answering or self._unparsed or self.conn.is_unread
+        arriving = self._answering or self._unparsed or self.conn.is_unread or self._skipping
         return Stage.RECEIVING if arriving else Stage.IDLE
+
+    # requests that are refused for their head alone
+
+    @property
+    def promise(self) -> Promise | None:
+        """The place kept for the request that comes next; its scope gets a copy."""
+        found: Promise | None = self.app_state.get("promise")
+        return found
+
+    @promise.setter
+    def promise(self, promise: Promise | None) -> None:
+        if promise is not None:
+            self.app_state["promise"] = promise
+
+    def _release_promise(self) -> None:
+        promise: Promise | None = self.app_state.pop("promise", None)
+        if promise is not None:
+            promise.release()
+
+    def _refuse_early(self, data: bytes) -> bytes:
+        """Answers what is refused below HTTP's state machine; returns the rest of data.
+
+        One request a call: those that come behind it in the same packet go the usual way, one after another.
+        """
+        judged = self.promise is not None or not self._between_requests
+        found = self._early_refusal.judge(data) if data and not judged else None
+        if isinstance(found, Promise):
+            self.promise = found
+        if not isinstance(found, Refusal):
+            return data
+        self._stop_head_timer()
+        self.transport.write(found.answer)
+        self._skipping, self._ends_after_body = found.body_bytes, found.close
+        self.on_response_complete()
+        return self._skip(data[found.head_bytes :])
+
+    def _skip(self, data: bytes) -> bytes:
+        """Drops what belongs to the body of a request that has been refused."""
+        skipped = min(self._skipping, len(data))
+        self._skipping -= skipped
+        if self._ends_after_body and not self._skipping:
+            self.transport.close()
+            return b""
+        return data[skipped:]
+
+    @property
+    def _between_requests(self) -> bool:
+        """Whether the next byte is the first of a request."""
+        answered = self.cycle is None or self.cycle.response_complete
+        states = (self.conn.our_state, self.conn.their_state)
+        return answered and states == (h11.IDLE, h11.IDLE) and not (self._unparsed or self.conn.received)
 
     # the sender
 
@@ -210,6 +245,7 @@ class Connection(H11Protocol):
             self._reader.watch(self.cycle)
 
     def on_response_complete(self) -> None:
+        self._release_promise()
         super().on_response_complete()
         self._reader.stop()
         self._reader.watch(self.cycle)
@@ -250,6 +286,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._open.remove(self)
+        self._release_promise()
         self._stop_head_timer()
         self._reader.stop()
         super().connection_lost(exc)

@@ -16,7 +16,8 @@ from functools import partial
 from torch import Tensor
 
 from loaders.base import LoadedModel
-from server.errors import GenerationFailed, NotReady, ServiceError, Unloaded
+from server.errors import DeadlinePassed, GenerationFailed, NotReady, ServiceError, Unloaded
+from server.queue_estimate import QueueEstimate
 from server.sampler import Sampler
 from server.scheduler import Scheduler
 from server.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
@@ -114,6 +115,9 @@ class Engine:
         self._on_step, self._on_death = on_step, on_death
         self._threads = resolve(threads)
         self._scheduler = Scheduler(model.runner.slots, prefill_chunk, prefill_chunk_busy)
+        self._estimate = QueueEstimate(
+            model.runner.slots, min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
+        )
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._live: dict[Sequence, Generation] = {}
@@ -169,6 +173,14 @@ class Engine:
     @property
     def waiting(self) -> int:
         return len(self._live) - self.running
+
+    def drain_seconds(self) -> float | None:
+        """Until everything that runs or waits is served; None before that can be estimated."""
+        return self._estimate.drain_seconds(self._live)
+
+    def finish_seconds(self, prompt_tokens: int, new_tokens: int) -> float | None:
+        """Until a sequence that came now would be served; None if it need not wait, or it isn't known."""
+        return self._estimate.finish_seconds(self._live, prompt_tokens, new_tokens)
 
     @property
     def stalled_seconds(self) -> float:
@@ -258,10 +270,15 @@ class Engine:
             generation.put(item)
             if not isinstance(item, Token) or item.finish is not None:
                 del self._live[sequence]
+                if not isinstance(item, ServiceError) or isinstance(item, DeadlinePassed):
+                    self._estimate.observe_end(sequence, late=isinstance(item, DeadlinePassed))
         if step.events:
             self.last_used = time.perf_counter()
-        if self._on_step is not None and step.stats is not None:
-            self._on_step(step.stats)
+        if step.stats is not None:
+            if self.waiting:
+                self._estimate.observe_step(step.stats)
+            if self._on_step is not None:
+                self._on_step(step.stats)
 
     def _died(self, reason: str) -> None:
         if self._dead is None:

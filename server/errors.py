@@ -38,12 +38,23 @@ class ServiceError(Exception):
     """Seconds after which trying again makes sense, if ever."""
     should_retry: ClassVar[bool | None] = None
     """``x-should-retry``, where the status would lead a client to a wrong guess."""
+    retry_spread: float = 2.0
+    """Seconds over which the clients that are refused together should come back."""
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        retry_spread: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.message, self.param = message, param
         if retry_after is not None:
             self.retry_after = retry_after
+        if retry_spread is not None:
+            self.retry_spread = retry_spread
 
 
 class BadRequest(ServiceError):

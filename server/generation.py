@@ -4,6 +4,7 @@ Lengths are checked, a place is taken, the prompt encoded, the engine found; the
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,6 +28,7 @@ from server.errors import (
 )
 from server.lifecycle import Lifecycle
 from server.precision_state import Lease
+from server.promised_places import PromisedPlaces, release_held
 from server.prompt_encoder import PromptEncoder
 from server.sequence import SamplingParams, Timeline, drawn_seed
 from server.settings import Settings
@@ -41,6 +43,7 @@ __all__ = [
     "Piece",
     "Service",
 ]
+_DRAIN_AGE = 0.25  # seconds for which the estimate that clients are sent away with is kept
 
 
 class PoolLike(Protocol):
@@ -49,6 +52,8 @@ class PoolLike(Protocol):
     default: str
 
     def use(self, precision: str) -> Lease: ...
+
+    def drain_seconds(self) -> float | None: ...
 
 
 class MetricsLike(Protocol):
@@ -80,6 +85,8 @@ class Service:
         """Told of every request that was served to its end."""
         self.in_flight = 0
         """Places taken: continuations open or opening, and what else holds one."""
+        self.promised = PromisedPlaces()
+        self._drain, self._drain_measured = 0.0, -math.inf
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
@@ -167,10 +174,20 @@ class Service:
             NotReady, Overloaded
         """
         self._lifecycle.check()
-        if self.in_flight + places > self._settings.max_concurrent_requests:
-            raise Overloaded(f"all {self._settings.max_concurrent_requests} places are taken")
+        if self.in_flight + self.promised.count + places > self._settings.max_concurrent_requests:
+            message = f"all {self._settings.max_concurrent_requests} places are taken"
+            raise Overloaded(message, retry_spread=self._retry_spread())
+
+    def _retry_spread(self) -> float:
+        """Seconds within which refused clients should come back: twice as long as the queue is now, so that
+        on average they come when it is served, and some sooner, for places become free all the time."""
+        now = time.perf_counter()
+        if now - self._drain_measured > _DRAIN_AGE:
+            self._drain, self._drain_measured = self._pool.drain_seconds() or 0.0, now
+        return max(2 * self._drain, Overloaded.retry_spread)
 
     def _reserve(self, places: int) -> int:
+        release_held()
         self.check(places)
         self.in_flight += places
         self.on_arrival()
@@ -181,11 +198,23 @@ class Service:
         lease, engine, reason = await self._find_engine(request, deadline)
         with ExitStack() as held:
             held.callback(lease.release)
+            self._check_deadline(engine, deadline, len(prompt), params.max_new_tokens)
             generation = engine.generate(prompt, params, deadline)
             held.callback(generation.close)
             opened = Continuation(self, request, engine, lease, generation, prompt, params, reason)
             held.pop_all()
         return opened
+
+    def _check_deadline(self, engine: Engine, deadline: float, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuses now what would be computed, or wait, for nothing."""
+        left = deadline - time.perf_counter()
+        seconds = engine.finish_seconds(prompt_tokens, new_tokens)
+        if seconds is not None and seconds > left:
+            limit = self._settings.request_timeout
+            raise Overloaded(
+                f"so much is waiting that this would not be finished within {limit:g} s",
+                retry_spread=self._retry_spread(),
+            )
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
         """The parameters with length and seed settled, for a prompt of so many tokens.

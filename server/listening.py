@@ -10,15 +10,19 @@ import errno
 import logging
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
+from server.early_refusal import EarlyRefusal, Refusal
+from server.new_connection import defer_accept, judge
 from server.open_connections import OpenConnections, RateLimited
+from server.promised_places import Promise
 
 _AT_ONCE = 16
+_REFUSED_AT_ONCE = 64  # those cost a fraction of a connection that is served
 _BACKLOG = 2048
 _PAUSE_SECONDS = 0.1  # where nothing could be closed to free a file
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -30,10 +34,15 @@ class Acceptor:
     """Accepts from one listening socket until it is closed. uvicorn treats it as one of asyncio's servers."""
 
     def __init__(
-        self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol], connections: OpenConnections
+        self,
+        listener: socket.socket,
+        protocol: Callable[[Promise | None], asyncio.Protocol],
+        connections: OpenConnections,
+        early_refusal: EarlyRefusal,
     ) -> None:
         self.sockets = (listener,)
         self._listener, self._protocol, self._connections = listener, protocol, connections
+        self._early_refusal = early_refusal
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[Any]] = set()
         self._said = RateLimited()
@@ -49,7 +58,8 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._accept_some)
 
     def _accept_some(self) -> None:
-        for _ in range(_AT_ONCE):
+        left = _AT_ONCE
+        for _ in range(_REFUSED_AT_ONCE):
             try:
                 accepted, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
@@ -62,16 +72,27 @@ class Acceptor:
                     raise
             else:
                 accepted.setblocking(False)
-                self._begin(self._loop.connect_accepted_socket(self._protocol, accepted))
+                if isinstance(found := judge(accepted, self._early_refusal), Refusal):
+                    continue
+                self._begin(accepted, found)
+                if (left := left - 1) == 0:
+                    return
 
-    def _begin(self, opening: Coroutine[Any, Any, Any]) -> None:
+    def _begin(self, accepted: socket.socket, promise: Promise | None) -> None:
+        opening = self._loop.connect_accepted_socket(lambda: self._protocol(promise), accepted)
         task = self._loop.create_task(opening)
         self._opening.add(task)
-        task.add_done_callback(self._opened)
+        task.add_done_callback(lambda task: self._opened(task, accepted, promise))
 
-    def _opened(self, task: "asyncio.Task[Any]") -> None:
+    def _opened(self, task: "asyncio.Task[Any]", accepted: socket.socket, promise: Promise | None) -> None:
         self._opening.discard(task)
-        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            return
+        accepted.close()
+        if promise is not None:
+            promise.release()
+        if isinstance(error, Exception):
             self._said.warning("a connection could not be opened: %s", error)
 
     def _make_do(self, error: OSError) -> None:
@@ -110,7 +131,8 @@ class Server(uvicorn.Server):
             _log.error("%s", error)
             await self.lifespan.shutdown()
             sys.exit(STARTUP_FAILURE)
-        acceptors = [Acceptor(one, self._protocol, self._connections) for one in listeners]
+        early_refusal: EarlyRefusal = self.config.early_refusal  # type: ignore[attr-defined]
+        acceptors = [Acceptor(one, self._protocol, self._connections, early_refusal) for one in listeners]
         for acceptor in acceptors:
             acceptor.start()
         self.servers = acceptors  # type: ignore[assignment]
@@ -127,11 +149,12 @@ class Server(uvicorn.Server):
         connections: OpenConnections = self.config.connections  # type: ignore[attr-defined]
         return connections
 
-    def _protocol(self) -> asyncio.Protocol:
-        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+    def _protocol(self, promise: Promise | None) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
-        return protocol
+        protocol.promise = promise
+        return cast(asyncio.Protocol, protocol)
 
     async def _listeners(self, sockets: Sequence[socket.socket] | None) -> list[socket.socket]:
         if sockets is not None:
@@ -140,4 +163,7 @@ class Server(uvicorn.Server):
             asyncio.Protocol, self.config.host, self.config.port, start_serving=False
         )
         with contextlib.closing(bound):
-            return [one.dup() for one in bound.sockets]
+            listeners = [one.dup() for one in bound.sockets]
+        for listener in listeners:
+            defer_accept(listener)
+        return listeners

@@ -2,35 +2,29 @@
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from contextlib import suppress
 
-from starlette.datastructures import MutableHeaders, State
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access_log import log_access
+from server.admission_control import AdmissionControl
 from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
+from server.promised_places import hold
 from server.replies import ClientGone, error_response
+from server.request_id import request_id_of
 from server.secret_text import Redaction
-from server.sequence import Timeline
 from server.settings import Settings
 
 _log = logging.getLogger("server")
-_GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
-_PLACED = _GENERATING | {"/compare", "/tokenize"}
 _NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
-UNREAD = "unread"
-"""What metrics call the precision of a request that was refused before it was read."""
-_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Envelope:
-    """Outermost: gives the request its id, logs it without its query and without keys, and answers what
-    nobody
-    else did."""
+    """Outermost: gives the request its id, logs it without its query and without keys, and answers what no
+    other part did."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -40,7 +34,7 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        id_ = scope.setdefault("state", {})["request_id"] = self._request_id(scope)
+        id_ = scope.setdefault("state", {})["request_id"] = request_id_of(scope, self._redaction)
         started, status = time.perf_counter(), 0
 
         async def labelled(message: Message) -> None:
@@ -65,13 +59,6 @@ class Envelope:
         finally:
             log_access(scope, status, (time.perf_counter() - started) * 1000, self._redaction)
 
-    def _request_id(self, scope: Scope) -> str:
-        """The client's own id if it is short and plain and no key, else a new one."""
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and _ID.fullmatch(value) and not self._redaction.is_in(value):
-                return str(value.decode("ascii"))
-        return uuid.uuid4().hex
-
 
 def _told(error: BaseException) -> ServiceError:
     return error if isinstance(error, ServiceError) else ServiceError("internal error")
@@ -89,37 +76,21 @@ async def _answer_nobody(send: Send) -> None:
 
 
 class Doorkeeper:
-    """Refuses what needs a place while none is free, before anything of it is read: the more there is to
-    refuse, the less a refusal may cost those who are served."""
+    """Refuses what needs a place while none is free, before anything of it is read. ``server.early_refusal``
+    does the same below the framework where it can; here is what comes another way."""
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
-        self.app, self._state = app, state
+    def __init__(self, app: ASGIApp, admission: AdmissionControl) -> None:
+        self.app, self._admission = app, admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" and _takes_a_place(scope) else None
+        promise = scope.get("state", {}).pop("promise", None)
+        if promise is not None:
+            hold(promise)
+        refusal = self._admission.refusal(scope) if scope["type"] == "http" and promise is None else None
         if refusal is None:
             await self.app(scope, receive, send)
         else:
             await error_response(refusal, scope)(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> ServiceError | None:
-        service = self._state.service
-        try:
-            service.check(1)
-        except ServiceError as error:
-            if _is_among(_GENERATING, scope):
-                service.observe(UNREAD, error.error_type, Timeline(), 0)
-            return error
-        return None
-
-
-def _takes_a_place(scope: Scope) -> bool:
-    return scope["method"] == "POST" and _is_among(_PLACED, scope)
-
-
-def _is_among(paths: frozenset[str], scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path in paths or path.startswith("/models/")
 
 
 class BodyLimits:

@@ -75,6 +75,11 @@ class Pool:
     def engines(self) -> list[Engine]:
         return [state.engine for state in self._states.values() if state.engine is not None]
 
+    def drain_seconds(self) -> float | None:
+        """Until the engine with the most to do has served what runs or waits; None if none can tell."""
+        known = [seconds for engine in self.engines if (seconds := engine.drain_seconds()) is not None]
+        return max(known, default=None)
+
     def used_bytes(self) -> int:
         return sum(memory.used_bytes(engine.model) for engine in self.engines)
 

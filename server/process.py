@@ -7,6 +7,7 @@ that a supervisor restarts it.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -17,10 +18,10 @@ from types import FrameType
 
 from fastapi import FastAPI
 
-from server.connection import ServerConfig
 from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.listening import Server
 from server.open_files import raise_limit
+from server.server_config import ServerConfig
 from server.settings import Settings
 
 _FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
@@ -40,6 +41,10 @@ class Process(Server):
 
     def serve_forever(self) -> int:
         """Blocks until the end; returns the process's exit code."""
+        # imported modules are half a million objects that stay: without this, every full collection walks
+        # over them, and nobody is answered meanwhile
+        gc.collect()
+        gc.freeze()
         try:
             self.run()
         except SystemExit:  # the server beneath has said why

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import ServiceError
+from server.retry_after import retry_after
 
 T = TypeVar("T")
 _log = logging.getLogger("server")
@@ -47,16 +47,26 @@ def error_response(
     error: ServiceError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     path = scope["path"]
-    status = (error.openai_status if is_openai(path) else None) or error.status
-    out = dict(headers or {})
+    note_refusal(error, scope)
+    out = {**(headers or {}), **error_headers(error)}
+    return JSONResponse(error_body(error, path, request_id(scope)), error_status(error, path), out)
+
+
+def error_status(error: ServiceError, path: str) -> int:
+    """The status that ``error`` has in the dialect of ``path``."""
+    return (error.openai_status if is_openai(path) else None) or error.status
+
+
+def error_headers(error: ServiceError) -> dict[str, str]:
+    """What an error's answer has beside the headers of every answer."""
+    out = {}
     if error.status == 401:
         out["WWW-Authenticate"] = "Bearer"
-    if error.retry_after is not None:
-        out["Retry-After"] = str(math.ceil(error.retry_after))
+    if (seconds := retry_after(error)) is not None:
+        out["Retry-After"] = str(seconds)
     if error.should_retry is not None:
         out["x-should-retry"] = str(error.should_retry).lower()
-    note_refusal(error, scope)
-    return JSONResponse(error_body(error, path, request_id(scope)), status, out)
+    return out
 
 
 def note_refusal(error: ServiceError, scope: Scope) -> None:

@@ -11,6 +11,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from opentelemetry import context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -31,6 +33,7 @@ _EXPORT_SECONDS = 5.0
 _CLOSE_SECONDS = 2.0
 _HEADERS = (b"traceparent", b"tracestate")
 _REQUEST_ID = "bitdial.request_id"
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
@@ -97,19 +100,25 @@ class TraceContext:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._propagator = TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        carrier = {n.decode(): v.decode("latin-1") for n, v in scope["headers"] if n in _HEADERS}
-        parent = self._propagator.extract(carrier, context.Context())
-        token = context.attach(context.set_value(_REQUEST_ID, request_id(scope), parent))
-        try:
+        with trace_context(scope):
             await self.app(scope, receive, send)
-        finally:
-            context.detach(token)
+
+
+@contextmanager
+def trace_context(scope: Scope) -> Iterator[None]:
+    """Within it, spans are children of the trace that the request names."""
+    carrier = {n.decode(): v.decode("latin-1") for n, v in scope["headers"] if n in _HEADERS}
+    parent = _PROPAGATOR.extract(carrier, context.Context())
+    token = context.attach(context.set_value(_REQUEST_ID, request_id(scope), parent))
+    try:
+        yield
+    finally:
+        context.detach(token)
 
 
 def _nanoseconds(seconds: float) -> int:

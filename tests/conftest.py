@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
-from server.connection import ServerConfig
 from server.listening import Server
+from server.server_config import ServerConfig
 from server.settings import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model

@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from uvicorn.server import ServerState
 
-from server.connection import Connection, ServerConfig
+from server.connection import Connection
 from server.framing import DRAINED_BYTES, FRAMING_BYTES
+from server.server_config import ServerConfig
 from server.settings import Settings
 from server.turns import FIRST_EVENTS
 from tests.conftest import serving

@@ -36,6 +36,9 @@ class OneEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.state = engine, PrecisionState("fp32", "loaded", engine=engine)
 
+    def drain_seconds(self) -> float | None:
+        return self.engine.drain_seconds()
+
     def engine_rests(self) -> bool:
         return not self.engine.running + self.engine.waiting
 

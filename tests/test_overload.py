@@ -170,6 +170,36 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504_and_nothing_is_computed(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+def test_what_would_be_late_is_refused_before_it_is_admitted(
+    make_app: MakeApp, loads: Loads, path: str
+) -> None:
+    """Behind 200 tokens of 10 ms and more, which is known from those before."""
+
+    async def main() -> None:
+        async with entered(app) as client:
+            runner, prompts = loads.runners["fp32"], list[list[int]]()
+            runner.delay = 0.01
+            two = [client.post("/generate", json={"inputs": PROMPT, "max_new_tokens": 9}) for _ in range(2)]
+            assert [reply.status_code for reply in await asyncio.gather(*two)] == [200, 200]
+            runner.on_prefill = lambda slot, ids: prompts.append(list(ids))
+            long = {"inputs": "first", "max_new_tokens": 200}
+            running = asyncio.create_task(client.post("/generate_stream", json=long))
+            await until(lambda: prompts)
+            limit = "max_tokens" if path.startswith("/v1") else "max_new_tokens"
+            refused = await client.post(path, json={"prompt": "second", limit: 5})
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert "within 1.5 s" in refused.text
+            assert app.state.pool.state("fp32").engine.waiting == 0
+            await running
+            assert prompts == [app.state.codec.encode("first")]
+            await at_rest(app, client)
+
+    app = make_app(max_batch_size=1, request_timeout=1.5)
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 def test_a_client_that_leaves_the_queue_is_never_computed(make_app: MakeApp, loads: Loads, path: str) -> None:
     app = make_app(max_batch_size=1)

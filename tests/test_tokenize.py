@@ -51,7 +51,7 @@ def test_a_long_text_keeps_nobody_waiting_and_takes_a_place(
                 await until(begun.is_set)
                 assert (await client.get("/health")).status_code == 200
                 over = await client.post("/tokenize", json={"inputs": PROMPT})
-                assert (over.status_code, over.headers["retry-after"]) == (429, "1")
+                assert (over.status_code, int(over.headers["retry-after"]) >= 1) == (429, True)
                 go.set()
                 assert (await asked).json() == [{"id": 1, "text": PROMPT, "start": 0, "stop": len(PROMPT)}]
             await at_rest(app, client)

@@ -1,5 +1,6 @@
 """Traces as a collector gets them, and requests when it doesn't."""
 
+import asyncio
 import gzip
 import socket
 import sys
@@ -15,6 +16,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.testclient import TestClient
 
 from server.__main__ import main
+from server.early_refusal import Refusal
+from server.server_config import early_refusal_of
 from tests.conftest import wait_until
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -166,6 +169,25 @@ def test_a_refusal_is_a_span_too(traced: Callable[..., list[Any]]) -> None:
     (span,) = traced(ask, max_concurrent_requests=1)
     assert attributes_of(span)["error.type"] == "overloaded"
     assert attributes_of(span)["bitdial.precision"] == "unread"
+
+
+def test_a_refusal_below_the_framework_is_a_span_of_its_trace(traced: Callable[..., list[Any]]) -> None:
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\ntraceparent: 00-{TRACE}-{PARENT}-01\r\nx-request-id: mine\r\n"
+    )
+
+    def ask(client: TestClient) -> None:
+        async def judge() -> object:
+            app = client.app
+            return early_refusal_of(app, app.state.settings).judge(head.encode() + b"\r\n")  # type: ignore
+
+        with client.app.state.service.place():  # type: ignore[attr-defined]
+            assert isinstance(asyncio.run(judge()), Refusal)
+
+    (span,) = traced(ask, max_concurrent_requests=1)
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert attributes_of(span)["error.type"] == "overloaded"
+    assert attributes_of(span)["bitdial.request_id"] == "mine"
 
 
 def test_a_full_path_is_taken_as_it_is(traced: Callable[..., list[Any]], collector: Collector) -> None:
