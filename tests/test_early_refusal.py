@@ -3,11 +3,10 @@
 import asyncio
 import json
 import logging
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import h11
@@ -20,9 +19,8 @@ from hypothesis import strategies as st
 from server.admission_control import AdmissionControl
 from server.early_refusal import EarlyRefusal, Refusal
 from server.errors import Overloaded
-from server.listener import Listener
 from server.middleware import Envelope
-from server.promised_places import Arriving, Promise, PromisedPlaces
+from server.promised_places import Promise
 from server.refusal_log import LINES_PER_SECOND, RefusalLog
 from server.settings import Settings
 from tests.conftest import Loads, serving, until, wait_until
@@ -211,75 +209,6 @@ def test_while_draining_the_answer_is_503(make_app: MakeApp, loads: Loads) -> No
                 assert body["error"]["message"] == "the server is shutting down"
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_a_free_place_lets_one_request_into_the_framework(
-    make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch, is_kept: bool
-) -> None:
-    """However many come before it has reserved its place."""
-    app, entered = make_app(max_concurrent_requests=1), []
-    real = Envelope.__call__
-
-    async def counted(self: Envelope, scope: Any, *rest: Any) -> None:
-        entered.append(scope["path"])
-        await real(self, scope, *rest)
-
-    with serving(app) as address, ExitStack() as opened:
-        gate = Gate(loads.runners["fp32"])
-        request = request_for("/generate", BODY)
-        clients = [opened.enter_context((kept if is_kept else connected)(address)) for _ in range(20)]
-        monkeypatch.setattr(Envelope, "__call__", counted)
-        for client in clients:
-            client.sendall(request)
-        wait_until(lambda: len(select.select(clients, [], [], 0.1)[0]) == 19)
-        gate.opened.set()
-        assert sorted(status_of(answer(client)[0]) for client in clients) == [200] + [429] * 19
-        assert entered == ["/generate"]
-
-
-@pytest.mark.parametrize("leaves", [True, False])
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_no_promised_place_is_lost(make_app: MakeApp, is_kept: bool, leaves: bool) -> None:
-    app = make_app(max_concurrent_requests=2, api_key="secret")
-    bodies = [BODY, {}, {**BODY, "max_new_tokens": -1}, {**BODY, "precision": "int3"}, {"inputs": "x" * 999}]
-    with serving(app) as address:
-        service = app.state.service
-        for path in (
-            "/generate",
-            "/generate_stream",
-            "/compare",
-            "/tokenize",
-            "/models/a/b",
-            "/v1/completions",
-        ):
-            for headers in ([KEY], []):
-                for body in bodies:
-                    with (kept if is_kept else connected)(address) as connection:
-                        connection.sendall(request_for(path, body, *headers))
-                        if not leaves:
-                            connection.recv(1)
-                    wait_until(lambda: (service.promised.count, service.in_flight) == (0, 0))
-
-
-def test_a_promise_that_is_not_taken_over_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.promised_places._ARRIVAL_SECONDS", 0.01)
-    places = PromisedPlaces()
-
-    async def main() -> None:
-        arriving, peer = Arriving(), ("127.0.0.1", 1)
-        arriving.put(peer, places.promise())
-        kept, other = arriving.take(peer), places.promise()
-        assert kept is not None
-        assert arriving.take(peer) is None
-        arriving.put(peer, other)
-        await until(lambda: places.count == 1)
-        assert arriving.take(peer) is None
-        kept.release()
-        kept.release()
-        assert places.count == 0
-
-    asyncio.run(main())
-
-
 def test_refusals_are_logged_some_lines_a_second(caplog: pytest.LogCaptureFixture) -> None:
     scope = {"method": "POST", "path": "/generate\n", "state": {"request_id": "id"}}
 
@@ -352,71 +281,3 @@ def test_what_is_read_here_h11_reads_the_same(
     length = dict(request.headers).get(b"content-length", b"0")
     assert (refusal.head_bytes, refusal.body_bytes) == (len(data), int(length))
     assert connection.trailing_data[0] == b""
-
-
-@contextmanager
-def listening() -> Iterator[Listener]:
-    with Listener(socket.AF_INET, EarlyRefusal(Closed(), Settings(device="cpu"))) as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        listener.setblocking(False)
-        yield listener
-
-
-def accepted(listener: Listener, begun: bytes, count: int = 1) -> tuple[list[bytes], list[bytes]]:
-    """Of clients that begin so: what those that were accepted have sent, and what the others were told."""
-
-    async def main() -> tuple[list[bytes], list[bytes]]:
-        clients = [socket.create_connection(listener.getsockname()) for _ in range(count)]
-        for client in clients:
-            client.sendall(begun)
-        taken, told = [], []
-        for _ in range(count):  # turns
-            with suppress(BlockingIOError):
-                taken.append(listener.accept()[0])
-            await asyncio.sleep(0)
-        sent = [connection.recv(65536) for connection in taken]
-        for connection in taken:
-            connection.close()
-        for client in clients:
-            told.append(received(client))
-            client.close()
-        return sent, [one for one in told if one]
-
-    return asyncio.run(main())
-
-
-def test_a_request_that_is_there_is_refused_by_the_listening_socket() -> None:
-    with listening() as listener:
-        sent, told = accepted(listener, request_for("/generate", BODY, "Connection: keep-alive"), 30)
-    assert not sent
-    assert [status_of(one) for one in told] == [429] * 30
-    assert all(b"\r\nconnection: close\r\n" in one for one in told)
-
-
-@pytest.mark.parametrize("missing", [1, 60, 100])
-def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(missing: int) -> None:
-    begun = request_for("/generate", BODY)[:-missing]
-    with listening() as listener:
-        assert accepted(listener, begun, 3) == ([begun] * 3, [])
-
-
-def test_in_one_turn_of_the_loop_so_many_are_accepted() -> None:
-    async def main() -> list[int]:
-        turns = []
-        with listening() as listener:
-            clients = [socket.create_connection(listener.getsockname()) for _ in range(40)]
-            for _ in range(4):
-                await asyncio.sleep(0)
-                taken = list(accepting(listener))
-                turns.append(len(taken))
-                for one in [*taken, *clients[: len(taken)]]:
-                    one.close()
-        return turns
-
-    def accepting(listener: Listener) -> Iterator[socket.socket]:
-        with suppress(BlockingIOError):
-            while True:
-                yield listener.accept()[0]
-
-    assert asyncio.run(main()) == [16, 16, 8, 0]
