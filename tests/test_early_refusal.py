@@ -3,16 +3,14 @@
 import asyncio
 import json
 import logging
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import h11
 import httpx
-import psutil
 import pytest
 from fastapi import FastAPI
 from hypothesis import given
@@ -21,10 +19,8 @@ from hypothesis import strategies as st
 from server.admission_control import AdmissionControl
 from server.early_refusal import EarlyRefusal, Refusal
 from server.errors import Overloaded
-from server.listening import Acceptor
 from server.middleware import Envelope
-from server.open_connections import OpenConnections
-from server.promised_places import Promise, PromisedPlaces
+from server.promised_places import Promise
 from server.refusal_log import LINES_PER_SECOND, RefusalLog
 from server.secret_text import Redaction
 from server.settings import Settings
@@ -214,55 +210,6 @@ def test_while_draining_the_answer_is_503(make_app: MakeApp, loads: Loads) -> No
                 assert body["error"]["message"] == "the server is shutting down"
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_a_free_place_lets_one_request_into_the_framework(
-    make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch, is_kept: bool
-) -> None:
-    """However many come before it has reserved its place."""
-    app, entered = make_app(max_concurrent_requests=1), []
-    real = Envelope.__call__
-
-    async def counted(self: Envelope, scope: Any, *rest: Any) -> None:
-        entered.append(scope["path"])
-        await real(self, scope, *rest)
-
-    with serving(app) as address, ExitStack() as opened:
-        gate = Gate(loads.runners["fp32"])
-        request = request_for("/generate", BODY)
-        clients = [opened.enter_context((kept if is_kept else connected)(address)) for _ in range(20)]
-        monkeypatch.setattr(Envelope, "__call__", counted)
-        for client in clients:
-            client.sendall(request)
-        wait_until(lambda: len(select.select(clients, [], [], 0.1)[0]) == 19)
-        gate.opened.set()
-        assert sorted(status_of(answer(client)[0]) for client in clients) == [200] + [429] * 19
-        assert entered == ["/generate"]
-
-
-@pytest.mark.parametrize("leaves", [True, False])
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_no_promised_place_is_lost(make_app: MakeApp, is_kept: bool, leaves: bool) -> None:
-    app = make_app(max_concurrent_requests=2, api_key="secret")
-    bodies = [BODY, {}, {**BODY, "max_new_tokens": -1}, {**BODY, "precision": "int3"}, {"inputs": "x" * 999}]
-    with serving(app) as address:
-        service = app.state.service
-        for path in (
-            "/generate",
-            "/generate_stream",
-            "/compare",
-            "/tokenize",
-            "/models/a/b",
-            "/v1/completions",
-        ):
-            for headers in ([KEY], []):
-                for body in bodies:
-                    with (kept if is_kept else connected)(address) as connection:
-                        connection.sendall(request_for(path, body, *headers))
-                        if not leaves:
-                            connection.recv(1)
-                    wait_until(lambda: (service.promised.count, service.in_flight) == (0, 0))
-
-
 def test_refusals_are_logged_some_lines_a_second(caplog: pytest.LogCaptureFixture) -> None:
     scope = {"method": "POST", "path": "/generate\n", "state": {"request_id": "id"}}
 
@@ -335,93 +282,3 @@ def test_what_is_read_here_h11_reads_the_same(
     length = dict(request.headers).get(b"content-length", b"0")
     assert (refusal.head_bytes, refusal.body_bytes) == (len(data), int(length))
     assert connection.trailing_data[0] == b""
-
-
-class Seen(asyncio.Protocol):
-    """Of an accepted connection, what it has sent."""
-
-    def __init__(self, promise: Promise | None) -> None:
-        self.promise, self.data = promise, b""
-
-    def data_received(self, data: bytes) -> None:
-        self.data += data
-
-
-async def accepting(
-    admission: Any, begun: bytes, count: int, make: Callable[[Promise | None], asyncio.Protocol]
-) -> tuple[list[bytes], list[int]]:
-    """What clients that begin so are answered, and how many open files of theirs a pass of the loop took."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        acceptor = Acceptor(
-            listener, make, OpenConnections(100), EarlyRefusal(admission, Settings(device="cpu"))
-        )
-        acceptor.start()
-        clients = [socket.create_connection(listener.getsockname()) for _ in range(count)]
-        for client in clients:
-            client.sendall(begun)
-        opened: list[int] = []
-        for _ in range(12):
-            before = len(psutil.Process().net_connections("tcp"))
-            await asyncio.sleep(0)
-            opened.append(len(psutil.Process().net_connections("tcp")) - before)
-        acceptor.close()
-        await acceptor.wait_closed()
-        told = []
-        for client in clients:
-            client.setblocking(False)
-            with suppress(BlockingIOError, ConnectionResetError):
-                told.append(client.recv(65536))
-            client.close()
-        return told, opened
-
-
-def test_a_request_that_is_there_is_refused_as_its_connection_is_accepted() -> None:
-    made: list[Seen] = []
-
-    def make(promise: Promise | None) -> Seen:
-        made.append(Seen(promise))
-        return made[-1]
-
-    whole = request_for("/generate", BODY, "Connection: keep-alive")
-    told, _ = asyncio.run(accepting(Closed(), whole, 30, make))
-    assert not made
-    assert [status_of(one) for one in told] == [429] * 30
-    assert all(b"\r\nconnection: close\r\n" in one for one in told)
-
-
-@pytest.mark.parametrize("missing", [1, 60, 100])
-def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(missing: int) -> None:
-    made: list[Seen] = []
-
-    def make(promise: Promise | None) -> Seen:
-        made.append(Seen(promise))
-        return made[-1]
-
-    begun = request_for("/generate", BODY)[:-missing]
-    told, _ = asyncio.run(accepting(Closed(), begun, 3, make))
-    assert told == []
-    assert [(one.data, one.promise) for one in made] == [(begun, None)] * 3
-
-
-def test_in_one_pass_of_the_loop_so_many_are_accepted() -> None:
-    begun = request_for("/generate", BODY)[:-1]
-    _, opened = asyncio.run(accepting(Closed(), begun, 40, Seen))
-    assert [count for count in opened if count] == [16, 16, 8]
-
-
-def test_a_connection_that_cannot_be_opened_gives_its_promise_back() -> None:
-    places = PromisedPlaces()
-    promised: list[Promise | None] = []
-
-    class Open:
-        def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Promise:
-            return places.promise()
-
-    def fails(promise: Promise | None) -> asyncio.Protocol:
-        promised.append(promise)
-        raise RuntimeError("no protocol")
-
-    asyncio.run(accepting(Open(), request_for("/generate", BODY), 2, fails))
-    assert [isinstance(one, Promise) for one in promised] == [True, True]
-    assert places.count == 0

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,7 +142,8 @@ def test_parsing_gives_way_to_the_event_loop() -> None:
                 return
 
     async def check() -> None:
-        app: Any = reader
+        app: Any = reader  # a function, which may have attributes
+        app.state = SimpleNamespace(admission=SimpleNamespace(judge=lambda *_: None))
         config = ServerConfig(app, Settings())
         connections = [Connection(config, ServerState(), {}) for _ in range(3)]
         transports = [SilentTransport() for _ in connections]
