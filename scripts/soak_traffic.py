@@ -95,7 +95,7 @@ class Traffic:
                 last, seen = line or last, seen + 1
                 if leave_after is not None and seen > leave_after:
                     return reply.status_code
-            cut = leave_after is None and reply.status_code == 200 and '"details": {' not in last
+            cut = leave_after is None and reply.status_code == 200 and '"details":{' not in last
             return "cut" if cut else reply.status_code
 
     async def leave_plain(self) -> str:
