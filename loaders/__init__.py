@@ -124,7 +124,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
         raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id} in {name}") from error
     except MemoryError as error:
         raise OutOfMemory(
-            f"no room for {spec.checkpoint.model_id} in {name}; a smaller MAX_TOTAL_TOKENS makes its cache smaller"
+            f"no room for {spec.checkpoint.model_id} in {name}; "
+            "a smaller MAX_TOTAL_TOKENS makes its cache smaller"
         ) from error
     except Exception as error:  # what no check of the checkpoint foresaw
         _log.debug("loading %s", name, exc_info=error)
