@@ -204,8 +204,7 @@ class LengthRunner(Protocol):
     def catch_up(self, slot: int, tokens: int) -> bool:
         """Whether one more token can be decoded in the slot at once.
 
-        Where what it holds must be computed again for that, up to ``tokens`` of it are. ``decode`` does all
-        that is left; called before it, this lets other sequences advance in between.
+        If not, up to ``tokens`` of what it holds are computed again. ``decode`` does all that is left.
         """
         ...
 
