@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.auth import OPEN_PATHS, Auth
-from server.errors import GenerationFailed, ServiceError
+from server.errors import GenerationFailed, ServiceError, Unloaded
 from server.replies import EventStream, error_response
 from server.settings import Settings
 from tests.conftest import Loads, serving, wait_until
@@ -247,3 +247,5 @@ def test_a_failed_generation_is_not_to_be_retried() -> None:
     assert told(GenerationFailed("x"), "/generate").status_code == 424
     openai = told(GenerationFailed("x"), "/v1/completions")
     assert (openai.status_code, openai.headers["x-should-retry"]) == (500, "false")
+    again = told(Unloaded("x"), "/v1/completions")
+    assert (again.status_code, again.headers["x-should-retry"]) == (500, "true")

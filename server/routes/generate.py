@@ -64,7 +64,7 @@ root_router = APIRouter(tags=["generate"])
 @root_router.post("/models/{model:path}", openapi_extra=_NAMED)
 async def compatible(request: Request) -> Response:
     """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
-    if is_openai(request.url.path):  # a route of the other dialect that isn't there, not a model of that name
+    if is_openai(request.scope["path"]):  # a route that isn't there, no model of that name
         raise NotFound("no such route here")
     return await _answer(request, listed=True)
 
