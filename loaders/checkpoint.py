@@ -76,7 +76,7 @@ def open_checkpoint(
         architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
         context_length=text.max_position_embeddings,
         vocabulary=text.vocab_size,
-        eos_ids=frozenset(id_ for id_ in end_tokens.configured(folder, config) if id_ < text.vocab_size),
+        eos_ids=end_tokens.configured(folder, config),
         file_bytes=sum(file.stat().st_size for file in files),
     )
 

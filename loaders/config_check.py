@@ -192,7 +192,7 @@ def _numbers(value: Any) -> Iterator[tuple[str, int | float, bool]]:
             left += ((str(inner), item, in_list) for inner, item in value.items())
         elif isinstance(value, list):
             left += ((key, item, True) for item in value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int if in_list else int | float) and not isinstance(value, bool):
             yield key, value, in_list
 
 

@@ -12,10 +12,13 @@ _FILE = "generation_config.json"
 
 
 def configured(folder: Path, config: Any) -> frozenset[int]:
-    """``generation_config.json``'s if it names any, else ``config.json``'s, the nested text model's first."""
+    """``generation_config.json``'s if it names any, else ``config.json``'s, the nested text model's first.
+
+    Ids beyond the vocabulary don't count.
+    """
     nested = config.get_text_config()
     for value in (_of_generation(folder), *(getattr(one, "eos_token_id", None) for one in (nested, config))):
-        if ids := frozenset(_ids(value)):
+        if ids := frozenset(id_ for id_ in _ids(value) if id_ < nested.vocab_size):
             return ids
     return frozenset()
 
@@ -25,7 +28,10 @@ def with_end_token(checkpoint: Checkpoint, tokenizer: Any) -> Checkpoint:
 
     Models tuned for conversations often end turns by a token that only their tokenizer names.
     """
-    own = frozenset(_ids(getattr(tokenizer, "eos_token_id", None)))
+    ids = _ids(getattr(tokenizer, "eos_token_id", None))
+    own = frozenset(
+        id_ for id_ in ids if id_ < checkpoint.vocabulary
+    )  # a tokenizer may know more than its model
     return replace(checkpoint, eos_ids=checkpoint.eos_ids | own)
 
 

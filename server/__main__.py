@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         with end_at_once(f"bitdial {name}: interrupted"):
             _say_start(name, rest)
             return int(import_module(f"server.commands.{name}").main(rest))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # of a command that ends other processes first
+        print(f"\nbitdial {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `bitdial … | head`
         return 1

@@ -59,8 +59,8 @@ class EncodingThreads:
         job = _Job(work, loop.create_future(), loop)
         self._jobs.put(job)
         if self._started < _THREADS:
-            self._started += 1
             threading.Thread(target=self._serve, name=f"encoding-{self._started}", daemon=True).start()
+            self._started += 1
         result: _T = await job.result
         return result
 

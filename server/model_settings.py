@@ -1,5 +1,6 @@
 """Which model is loaded, and how: the settings of every command."""
 
+from inspect import get_annotations
 from typing import Any, Literal
 
 from pydantic import AliasChoices
@@ -24,7 +25,7 @@ def has_variable(options: type[BaseSettings], name: str) -> bool:
     A command's own options have none: SEED, PROMPT or TEXT may stand in an environment for other reasons,
     and would silently change what the command does.
     """
-    declared = next((base for base in options.__mro__ if name in vars(base).get("__annotations__", {})), None)
+    declared = next((base for base in options.__mro__ if name in get_annotations(base)), None)
     return declared is not None and declared.__module__ in (__name__, "server.settings")
 
 

@@ -65,6 +65,8 @@ class StopStrings:
             cut = len(self._held)
         else:
             cut = min(_certain(self._held, self._strings), places[_certain(shown, self._strings)])
+            while self._kinds[cut : cut + 1] == _INSIDE:  # no string begins inside a name
+                cut += 1
         released = shown[: self._kinds.count(_SHOWN, 0, cut)]
         self._held, self._kinds = self._held[cut:], self._kinds[cut:] if _NAME in self._kinds[cut:] else ""
         return released

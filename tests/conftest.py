@@ -117,18 +117,15 @@ def client(make_client: Callable[..., TestClient]) -> TestClient:
 
 
 @pytest.fixture
-def make_chatty(
-    make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., TestClient]:
+def make_chatty(make_client: Callable[..., TestClient], tmp_path: Path) -> Callable[..., TestClient]:
     """As ``make_client``, of a model that has a chat template."""
 
     def make(**values: Any) -> TestClient:
         from tests.test_openai import TEMPLATE
 
-        client = make_client(**values)
-        app: Any = client.app
-        monkeypatch.setattr(app.state.codec._tokenizer, "chat_template", TEMPLATE)
-        return client
+        file = tmp_path / "template.jinja"
+        file.write_text(TEMPLATE)
+        return make_client(**{"chat_template": file, **values})
 
     return make
 

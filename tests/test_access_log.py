@@ -51,7 +51,7 @@ def test_json_has_the_parts_by_name(make_client: MakeClient, caplog: pytest.LogC
     refused, served = (json.loads(JsonFormatter().format(record)) for record in access_lines(caplog))
     assert refused["request_id"] == "mine"
     assert (refused["method"], refused["path"], refused["status"]) == ("GET", "/nowhere", 404)
-    assert refused["reason"] == "not_found: no such route"
+    assert refused["reason"] == "not_found: no such route here"
     assert refused["duration_ms"] > 0
     assert served["status"] == 200
     assert "reason" not in served

@@ -20,8 +20,8 @@ from server.__main__ import main
 from server.open_connections import OpenConnections, RateLimited, Stage
 from server.open_files import most_connections
 from server.settings import Settings
+from tests import checkpoints
 from tests.conftest import Loads, serving, wait_until
-from tests.fakes import fake_checkpoint
 from tests.test_process import ROOT, ask, environment
 from tests.test_signals import SERVE
 from tests.test_slow_clients import connected, received, request_for, status_of, still_serves
@@ -125,7 +125,7 @@ def wait_for_stages(*stages: Stage) -> None:
 @pytest.fixture
 def three(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FastAPI]]:
     """A server for three connections, with little room between it and those who read."""
-    monkeypatch.setattr("server.connection.OpenConnections", Observed)
+    monkeypatch.setattr("server.server_config.OpenConnections", Observed)
     Observed.stages.clear()
     app = make_app(max_connections=3, receive_timeout=20)
     with serving(app, send_buffer=4096) as address:
@@ -234,8 +234,7 @@ def open_files(pid: int) -> int:
 def confined(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int, Path]]:
     """A real server that starts with a soft limit of 80 open files and a hard one of 120; its port and
     log."""
-    fake_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    checkpoints.save(checkpoints.gpt2(), tmp_path)
     log = tmp_path / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(

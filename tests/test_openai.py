@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,11 +187,9 @@ def test_chat_needs_a_template(client: TestClient) -> None:
 
 
 @pytest.fixture
-def chatty(make_client: Callable[..., TestClient], tmp_path: Path) -> TestClient:
+def chatty(make_chatty: Callable[..., TestClient]) -> TestClient:
     """A client of a model that has a chat template."""
-    file = tmp_path / "template.jinja"
-    file.write_text(TEMPLATE)
-    return make_client(max_concurrent_requests=2, chat_template=file)
+    return make_chatty(max_concurrent_requests=2)
 
 
 def test_a_conversation_is_not_rendered_before_there_is_a_place(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,13 +31,16 @@ LONG = "x " * 2500  # more than is encoded on the event loop
         ("/compare", {"inputs": FAR_TOO_LONG}),
     ],
 )
-def test_a_prompt_that_cannot_fit_is_refused_unencoded(make_app: MakeApp, path: str, body: Any) -> None:
+def test_a_prompt_that_cannot_fit_is_refused_unencoded(
+    make_app: MakeApp, tmp_path: Path, path: str, body: Any
+) -> None:
     encoded: list[int] = []
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
 
     async def main() -> None:
         async with entered(app) as client:
             codec = app.state.codec
-            codec._tokenizer.chat_template = TEMPLATE
             encode = codec.encode
             codec.encode = Noted(encode, encoded)
             reply = await client.post(path, json=body)
@@ -52,7 +56,7 @@ def test_a_prompt_that_cannot_fit_is_refused_unencoded(make_app: MakeApp, path: 
             assert max(encoded, default=0) <= 1
             await at_rest(app, client)
 
-    app = make_app()
+    app = make_app(chat_template=template)
     asyncio.run(main())
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from server.__main__ import main
+from tests import checkpoints
 from tests.conftest import wait_until
-from tests.fakes import fake_checkpoint
 from tests.test_chat_renderer import BOMB, mine
 from tests.test_process import ROOT, ask, environment
 
@@ -61,9 +61,7 @@ def serving(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    fake_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return tmp_path
+    return checkpoints.save(checkpoints.gpt2(), tmp_path)
 
 
 def ready(port: int) -> None:

@@ -50,6 +50,8 @@ def test_a_name_is_matched_whole_or_not_at_all() -> None:
         ("end", False),
         ("a<", False),
         ("|>", False),
+        (">b", False),
+        (">>>", False),
     ):
         matcher = StopStrings([stop])
         released = [matcher.push("a", "<|im_end|>"), matcher.push("b"), matcher.push("", final=True)]

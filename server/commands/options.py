@@ -16,6 +16,8 @@ class NotSaved(Exception):
 def _file(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path.name!r} is a folder")
+    if path.exists() and not path.is_file():
+        return path  # a device or a pipe, such as a shell's >(…)
     return _writable(path, path.absolute().parent)
 
 

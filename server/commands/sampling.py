@@ -51,7 +51,7 @@ def read_prompt(given: str, arguments: Sequence[str]) -> str:
     Raises:
         UsageError: the prompt is empty, or standard input is not UTF-8.
     """
-    if "" in arguments:
+    if given == STDIN and STDIN not in arguments and arguments and arguments[-1] == "":
         raise UsageError("PROMPT is empty")
     if given != STDIN:
         return given

@@ -146,18 +146,20 @@ class Completion:
             builder = self._logprobs(index, done)
             prompt = builder.of_prompt(done.prompt_tokens if self.body.echo else [])
             logprobs = joined(prompt, builder.of_pieces(done.pieces))
-        return _choice(index, self._echo(index) + done.text, logprobs, finish(done.finish_reason))
+        return _choice(index, self._echo(index, done) + done.text, logprobs, finish(done.finish_reason))
 
     def _logprobs(self, index: int, one: Continuation) -> CompletionLogprobs:
-        characters = len(self._prompt_text(index))
+        characters = len(self._prompt_text(index, one))
         return CompletionLogprobs(self.codec, self.body.logprobs or 0, one.prompt_ids, characters)
 
-    def _prompt_text(self, index: int) -> str:
+    def _prompt_text(self, index: int, one: Continuation) -> str:
         prompt = self.prompts[index // self.n]
-        return prompt if isinstance(prompt, str) else self.codec.decode(prompt)
+        if isinstance(prompt, str) and not self.body.truncate_prompt_tokens:
+            return prompt
+        return self.codec.decode(one.prompt_ids)
 
-    def _echo(self, index: int) -> str:
-        return self._prompt_text(index) if self.body.echo else ""
+    def _echo(self, index: int, one: Continuation) -> str:
+        return self._prompt_text(index, one) if self.body.echo else ""
 
     async def _stream(self) -> Response:
         return await stream_all(self.request, self._wanted(), self._events)
@@ -199,7 +201,7 @@ class Completion:
         if builder is not None:
             prompt = builder.of_prompt(one.prompt_tokens if first and self.body.echo else [])
             logprobs = joined(prompt, builder.of_pieces(pieces))
-        text = (self._echo(index) if first else "") + (piece.text if piece else "")
+        text = (self._echo(index, one) if first else "") + (piece.text if piece else "")
         reason = piece.finish if piece else one.finish_reason
         return _choice(index, text, logprobs, finish(reason))
 
