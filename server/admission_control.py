@@ -30,11 +30,6 @@ class AdmissionControl:
     def __init__(self, state: State, auth: Auth, settings: Settings) -> None:
         self._state, self._auth, self._body_limit = state, auth, settings.payload_limit
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether a request that needs one place would be refused now."""
-        return self._closed() is not None
-
     def refusal(self, scope: Scope) -> ServiceError | None:
         """Why no place is given to this request, which has passed every earlier check; counts it."""
         if not takes_a_place(scope) or (error := self._closed()) is None:

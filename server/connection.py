@@ -5,8 +5,9 @@ within the receive timeout and in so many bytes. A reader must take something of
 that time, and an answer waits for its reader no longer than the request timeout in all. The body has a limit
 of its own (``server.middleware``).
 
-What arrives is parsed in turns (``server.turns``) by a parser with bounds of its own (``server.framing``);
-a connection that ends while its client is sending lingers (``server.linger``); an idle one may have to make
+A request that is refused for its head is answered unparsed and its body skipped (``server.early_refusal``).
+What else arrives is parsed in turns (``server.turns``) by a parser with its bounds (``server.framing``).
+A connection that ends while its client is sending lingers (``server.linger``); an idle one may have to make
 room for a newcomer (``server.open_connections``).
 """
 
@@ -24,7 +25,9 @@ from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming
 from server.linger import Linger, LingeringTransport
 from server.open_connections import Stage
 from server.promised_places import Promise
-from server.reader_clock import ReaderClock
+from server.reader_clock import HeadClock, ReaderClock
+from server.replies import error_status, note_refusal
+from server.request_id import new_request_id
 from server.turns import FIRST_EVENTS, ReadFlow
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ class Connection(H11Protocol):
         self._unparsed = bytearray()
         self._refused = False
         self._patience = config.receive_timeout
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._head = HeadClock(self.loop, self._patience, self._head_is_late)
         self._reading_timeout = config.reading_timeout
         self._reader: ReaderClock
         self.app_state = dict(app_state)
@@ -92,13 +95,15 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         """Until the turn is over, a pipelined request has to wait, or all is parsed."""
         super().handle_events()
-        while self._unparsed and not (self.conn.turn_over or self.flow.read_paused or self._is_closing):
+        while self._unparsed and not (
+            self.conn.turn_over or self.flow.read_paused or self.transport.is_closing()
+        ):
             # a body of a declared length is no work however long it is
             piece = len(self._unparsed) if self.conn.in_plain_body else _SLICE
             self.conn.receive_data(bytes(self._unparsed[:piece]))
             del self._unparsed[:piece]
             super().handle_events()
-        if self._is_closing:
+        if self.transport.is_closing():
             self._unparsed.clear()
         elif self.conn.turn_over or self._unparsed:
             self.transport.pause_reading()
@@ -113,10 +118,6 @@ class Connection(H11Protocol):
             self._turns.add(self)
         else:
             self.transport.resume_reading()
-
-    @property
-    def _is_closing(self) -> bool:
-        return self.transport.is_closing()
 
     def _settle(self) -> None:
         """Notes what the connection waits for now."""
@@ -135,7 +136,7 @@ class Connection(H11Protocol):
 
     @property
     def promise(self) -> Promise | None:
-        """The place kept for the request that comes next; its scope gets a copy."""
+        """The place kept for the request that comes next, whose scope gets it too; setting None keeps it."""
         found: Promise | None = self.app_state.get("promise")
         return found
 
@@ -145,8 +146,7 @@ class Connection(H11Protocol):
             self.app_state["promise"] = promise
 
     def _release_promise(self) -> None:
-        promise: Promise | None = self.app_state.pop("promise", None)
-        if promise is not None:
+        if (promise := self.app_state.pop("promise", None)) is not None:
             promise.release()
 
     def _refuse_early(self, data: bytes) -> bytes:
@@ -154,22 +154,27 @@ class Connection(H11Protocol):
 
         One request a call: those that come behind it in the same packet go the usual way, one after another.
         """
-        judged = self.promise is not None or not self._between_requests
+        judged = self.promise is not None or not self._between_requests or self.flow.write_paused
         found = self._early_refusal.judge(data) if data and not judged else None
         if isinstance(found, Promise):
             self.promise = found
         if not isinstance(found, Refusal):
             return data
-        self._stop_head_timer()
         self.transport.write(found.answer)
         self._skipping, self._ends_after_body = found.body_bytes, found.close
+        rest = self._skip(data[found.head_bytes :])
+        self._head.stop()
         self.on_response_complete()
-        return self._skip(data[found.head_bytes :])
+        return rest
 
     def _skip(self, data: bytes) -> bytes:
         """Drops what belongs to the body of a request that has been refused."""
         skipped = min(self._skipping, len(data))
         self._skipping -= skipped
+        if skipped:
+            self._unset_keepalive_if_required()
+            if not self._skipping:
+                self._head.stop()
         if self._ends_after_body and not self._skipping:
             self.transport.close()
             return b""
@@ -190,21 +195,15 @@ class Connection(H11Protocol):
         It runs too while the rest of a body comes whose request has already been answered.
         """
         if self._answering or self.transport.is_closing():
-            self._stop_head_timer()
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._patience, self._head_is_late)
+            self._head.stop()
+        else:
+            self._head.start()
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
     def _head_is_late(self) -> None:
-        self._head_timer = None
         if self.conn.received and self.conn.our_state is h11.IDLE:
             self._refuse(RequestTimeout("the request took too long to arrive"))
         else:
@@ -225,12 +224,20 @@ class Connection(H11Protocol):
     def _refuse(self, error: ServiceError) -> None:
         """An answer from here, where no app sees the request; then the end of the connection."""
         if self.conn.our_state in _CAN_ANSWER:
-            self.transport.write(refusal(self.conn, error))
+            self._answer(error)
         if self.cycle is not None:  # the app may be at work on this very request: nobody hears it any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._refused = True
+        self._release_promise()
         self.transport.close()
+
+    def _answer(self, error: ServiceError) -> None:
+        id_ = new_request_id()
+        self.transport.write(refusal(self.conn, error, id_))
+        scope = {"method": self.conn.method or "-", "path": self.conn.path, "state": {"request_id": id_}}
+        note_refusal(error, scope)
+        self._early_refusal.log.add(scope, error_status(error, self.conn.path), 0.0)
 
     # the reader
 
@@ -258,9 +265,9 @@ class Connection(H11Protocol):
 
     def evict(self) -> None:
         """Its place is needed. Who is just sending a request gets an answer; an idle one expects none."""
-        if self._is_closing or self.transport.get_write_buffer_size():
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
             self.transport.abort()  # closing would wait for the slow reader of its last answer
-        elif self._stage() is Stage.RECEIVING:
+        elif self._stage() is Stage.RECEIVING and not self._skipping:
             self._refuse(NotReady("the server needs this connection for others"))
         else:
             self.transport.close()
@@ -269,15 +276,16 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def shutdown(self) -> None:
-        if not self._is_closing:
+        if not self.transport.is_closing():
             super().shutdown()
 
     def _must_linger(self) -> bool:
-        return self._refused or bool(self._unparsed) or self.conn.is_unread
+        return self._refused or bool(self._unparsed or self._skipping) or self.conn.is_unread
 
     def _linger(self) -> None:
         """An end for which the server doesn't wait when it shuts down."""
-        self._stop_head_timer()
+        self._release_promise()
+        self._head.stop()
         self._unset_keepalive_if_required()
         self._unparsed.clear()
         self._open.linger(self)
@@ -287,6 +295,6 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._open.remove(self)
         self._release_promise()
-        self._stop_head_timer()
+        self._head.stop()
         self._reader.stop()
         super().connection_lost(exc)

@@ -18,8 +18,9 @@ from typing import Any
 from pydantic_core import to_json
 from starlette.types import Scope
 
-from server.admission_control import AdmissionControl
+from server.admission_control import AdmissionControl, takes_a_place
 from server.errors import ServiceError
+from server.framing import HEAD_BYTES, HEAD_LINES
 from server.promised_places import Promise
 from server.refusal_log import RefusalLog
 from server.replies import error_body, error_headers, error_status, note_refusal
@@ -31,6 +32,7 @@ from server.settings import Settings
 _HEAD = re.compile(
     rb"POST (/[!-$&-~]*) HTTP/1\.1\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)+)\r\n"
 )
+_MOST_DIGITS = 18  # of a length: more could be read in two ways
 _NOT_PLAIN = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
 Headers = list[tuple[bytes, bytes]]
 TraceContext = Callable[[Scope], AbstractContextManager[None]]
@@ -65,7 +67,7 @@ class EarlyRefusal:
         self._admission, self._trace_context = admission, trace_context
         self._not_plain = _NOT_PLAIN | ({b"origin"} if settings.cors_allow_origin else set())
         self._redaction = Redaction(settings.secrets())
-        self._log = RefusalLog(self._redaction)
+        self.log = RefusalLog(self._redaction)
 
     def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
         """Of the request that ``data`` begins with: its refusal, or the place that it gets on the usual way.
@@ -76,7 +78,8 @@ class EarlyRefusal:
             data: what has come.
             only: if there is a whole request and nothing else in it; the connection ends with a refusal then.
         """
-        if (head := _HEAD.match(data)) is None:
+        head = _HEAD.match(data, 0, HEAD_BYTES)
+        if head is None or head[2].count(b"\n") > HEAD_LINES - 2 or not takes_a_place(_target(head[1])):
             return None
         began, headers = time.perf_counter(), _headers(head[2])
         length = self._body_bytes(headers)
@@ -91,7 +94,7 @@ class EarlyRefusal:
         close = only or any(name == b"connection" and value.lower() == b"close" for name, value in headers)
         answer = _answer(found, scope, close)
         note_refusal(found, scope)
-        self._log.add(scope, error_status(found, scope["path"]), time.perf_counter() - began)
+        self.log.add(scope, error_status(found, scope["path"]), time.perf_counter() - began)
         return Refusal(answer, head.end(), length, close)
 
     def _body_bytes(self, headers: Headers) -> int | None:
@@ -101,19 +104,24 @@ class EarlyRefusal:
             return None
         found = dict(headers)
         length = found.get(b"content-length", b"0")
+        if len(length) > _MOST_DIGITS:
+            return None
         if names.count(b"content-length") > 1 or names.count(b"connection") > 1 or not length.isdigit():
             return None
         if found.get(b"connection", b"close").lower() not in (b"close", b"keep-alive"):
             return None
-        return int(length[:18])
+        return int(length)
 
     def _scope(self, target: bytes, headers: Headers) -> dict[str, Any]:
         """What admission, log and traces look at of an ASGI scope."""
-        path, _, query = target.partition(b"?")
-        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": path.decode("ascii")}
-        scope |= {"query_string": query, "headers": headers}
+        scope = {**_target(target), "headers": headers}
         scope["state"] = {"request_id": request_id_of(scope, self._redaction)}
         return scope
+
+
+def _target(target: bytes) -> dict[str, Any]:
+    path, _, query = target.partition(b"?")
+    return {"type": "http", "method": "POST", "path": path.decode("ascii"), "query_string": query}
 
 
 def _headers(lines: bytes) -> Headers:

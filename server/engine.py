@@ -275,7 +275,7 @@ class Engine:
         if step.events:
             self.last_used = time.perf_counter()
         if step.stats is not None:
-            if self.waiting:
+            if self.running >= self.model.runner.slots:
                 self._estimate.observe_step(step.stats)
             if self._on_step is not None:
                 self._on_step(step.stats)

@@ -5,16 +5,14 @@ What parsing costs is bounded, and a request whose end two readers could see in 
 """
 
 import json
-import math
 import re
-import uuid
 from typing import Any
 from urllib.parse import unquote
 
 import h11
 
 from server.errors import ServiceError
-from server.replies import error_body
+from server.replies import error_body, error_headers, error_status
 
 HEAD_BYTES = 32 * 1024
 """Most that the line and headers of a request may have."""
@@ -44,7 +42,7 @@ class RequestParser(h11.Connection):
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEAD_BYTES)
-        self.path = ""
+        self.method = self.path = ""
         """Of the current request, empty before its head is there."""
         self.turn_over = False
         self._events_left = 0
@@ -69,7 +67,7 @@ class RequestParser(h11.Connection):
 
     def start_next_cycle(self) -> None:
         super().start_next_cycle()
-        self.path = ""
+        self.method = self.path = ""
 
     def receive_data(self, data: bytes) -> None:
         self._fed += len(data)
@@ -91,6 +89,7 @@ class RequestParser(h11.Connection):
 
     def _note(self, event: Any) -> None:
         if isinstance(event, h11.Request):
+            self.method = event.method.decode("ascii")
             self.path = unquote(event.target.partition(b"?")[0].decode("ascii"))
             self._declared = _body_length(event)
             self._expected_go_ahead = self.they_are_waiting_for_100_continue
@@ -153,21 +152,19 @@ def _body_length(request: h11.Request) -> int | None:
     return None if chunked else int(lengths[0]) if lengths else 0
 
 
-def refusal(connection: RequestParser, error: ServiceError) -> bytes:
+def refusal(connection: RequestParser, error: ServiceError, request_id: str) -> bytes:
     """A whole response, the connection's last, where no app sees the request."""
-    id_ = uuid.uuid4().hex
-    body = json.dumps(error_body(error, connection.path, id_)).encode()
+    body = json.dumps(error_body(error, connection.path, request_id)).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "connection": "close",
-        "x-request-id": id_,
+        "x-request-id": request_id,
+        **error_headers(error),
     }
-    if error.retry_after is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-    events: list[h11.Event] = [
-        h11.Response(status_code=error.status, headers=list(headers.items())),
-        h11.Data(data=body),
-        h11.EndOfMessage(),
-    ]
+    status = error_status(error, connection.path)
+    events: list[h11.Event] = [h11.Response(status_code=status, headers=list(headers.items()))]
+    if connection.method != "HEAD":  # whose answer has no body
+        events.append(h11.Data(data=body))
+    events.append(h11.EndOfMessage())
     return b"".join(connection.send(event) or b"" for event in events)

@@ -48,5 +48,7 @@ def set_up_logging(json_output: bool, level: str = "info", secrets: Iterable[str
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    # it warns of each request that is no HTTP, which the access log has as well
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     for name in ("server", "loaders"):
         logging.getLogger(name).setLevel(level.upper())

@@ -12,7 +12,9 @@ _DEFER_SECONDS = 1
 
 def defer_accept(listener: socket.socket) -> None:
     """Connections wait in the kernel until they have sent something, or for a second; Linux only."""
-    if hasattr(socket, "TCP_DEFER_ACCEPT"):
+    if not hasattr(socket, "TCP_DEFER_ACCEPT"):
+        return
+    with contextlib.suppress(OSError):  # some sandboxes know it and don't have it
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _DEFER_SECONDS)
 
 

@@ -33,7 +33,7 @@ class QueueEstimate:
         self._shares: deque[float] = deque(maxlen=_WINDOW)
 
     def observe_step(self, stats: StepStats) -> None:
-        """A step while sequences were waiting.
+        """A step while every slot was in use, also where none waits: it may be the estimate that lets none.
 
         What counts is the time from token to token, of which prompts and other engines' steps are part.
         """

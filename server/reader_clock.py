@@ -5,6 +5,7 @@ so long in all.
 """
 
 import asyncio
+from collections.abc import Callable
 
 
 class ReaderClock:
@@ -51,3 +52,31 @@ class ReaderClock:
             self._timer.cancel()
             self._timer = None
             self._waited += self._loop.time() - self._since
+
+
+class HeadClock:
+    """Runs while the head of a request is awaited.
+
+    Args:
+        loop: the connection's.
+        seconds: within which it must be there.
+        late: called once if it isn't.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, late: Callable[[], None]) -> None:
+        self._loop, self._seconds, self._late = loop, seconds, late
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """From now on, unless it runs already."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._seconds, self._is_late)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _is_late(self) -> None:
+        self._timer = None
+        self._late()

@@ -15,5 +15,9 @@ def request_id_of(scope: Scope, redaction: Redaction) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _ID.fullmatch(value) and not redaction.is_in(value):
             return str(value.decode("ascii"))
-    # no secret: it needn't come from the system, which takes a while under load
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """No secret: it needn't come from the system, which takes a while under load."""
     return f"{random.getrandbits(128):032x}"

@@ -6,6 +6,7 @@ brought.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,11 +18,15 @@ FIRST_EVENTS = 4
 """Parsed at once when bytes arrive: a whole request of the usual kind, its head, data and end."""
 TURN_EVENTS = 32
 PASS_SECONDS = 0.002
+_log = logging.getLogger(__name__)
 
 
 class Turn(Protocol):
     def take_turn(self, events: int) -> None:
         """Parses at most so many events; asks for another turn if there are more."""
+
+    def abort(self) -> None:
+        """Ends the connection without another word."""
 
 
 class ParseTurns:
@@ -52,7 +57,11 @@ class ParseTurns:
         while self._waiting and time.perf_counter() < end:
             connection = self._waiting.popleft()
             self._known.discard(connection)
-            connection.take_turn(TURN_EVENTS)
+            try:
+                connection.take_turn(TURN_EVENTS)
+            except Exception:  # the others have their turns whatever becomes of this one
+                _log.exception("a connection failed while its requests were parsed")
+                connection.abort()
         self._running = False
         self._schedule()
 

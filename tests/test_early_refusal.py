@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -237,8 +238,6 @@ class Closed(AdmissionControl):
     def __init__(self) -> None:
         pass
 
-    is_closed = True
-
     def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Overloaded:
         self.scope = scope
         return Overloaded("full")
@@ -282,3 +281,51 @@ def test_what_is_read_here_h11_reads_the_same(
     length = dict(request.headers).get(b"content-length", b"0")
     assert (refusal.head_bytes, refusal.body_bytes) == (len(data), int(length))
     assert connection.trailing_data[0] == b""
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [f"Content-Length: {'0' * 18}5"],  # nineteen digits: five bytes, or none to whom reads eighteen
+        ["a: b"] * 300,
+        [f"X-Large: {'a' * 40_000}"],
+    ],
+)
+def test_a_head_that_could_be_read_in_two_ways_or_is_too_large_is_not_judged(headers: list[str]) -> None:
+    lines = ["POST /generate HTTP/1.1", "Host: x", *headers, "", ""]
+    judge = EarlyRefusal(Closed(), Settings(device="cpu")).judge
+    assert judge("\r\n".join(lines).encode()) is None
+
+
+def test_the_next_request_after_a_padded_length_is_the_clients_own(make_app: MakeApp, loads: Loads) -> None:
+    """What one reader took for the body of the refused request must be no request to another."""
+    smuggled = LIVE
+    head = (
+        "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+    )
+    request = head.format(f"{len(smuggled):019}").encode() + smuggled
+    with full(make_app(max_concurrent_requests=1), loads) as address, kept(address) as connection:
+        connection.sendall(request + LIVE.replace(b"Host", b"Connection: close\r\nHost"))
+        said = received(connection)
+    assert [int(part.split()[0]) for part in said.split(b"HTTP/1.1 ")[1:]] in ([429, 200], [429])
+
+
+def test_a_kept_connection_outlives_the_clock_of_a_refused_request(make_app: MakeApp, loads: Loads) -> None:
+    with (
+        full(make_app(max_concurrent_requests=1, receive_timeout=0.5), loads) as address,
+        kept(address) as connection,
+    ):
+        connection.sendall(request_for("/generate", BODY))
+        assert status_of(answer(connection)[0]) == 429
+        time.sleep(0.7)
+        connection.sendall(LIVE)
+        assert status_of(answer(connection)[0]) == 200
+
+
+def test_refusals_wait_for_a_reader_that_has_stopped(make_app: MakeApp, loads: Loads) -> None:
+    app = make_app(max_concurrent_requests=1)
+    with full(app, loads) as address, kept(address) as connection:
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):  # the server reads no more
+            for _ in range(200_000):
+                connection.send(request_for("/generate", BODY))

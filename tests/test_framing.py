@@ -18,7 +18,7 @@ from server.connection import Connection
 from server.framing import DRAINED_BYTES, FRAMING_BYTES
 from server.server_config import ServerConfig
 from server.settings import Settings
-from server.turns import FIRST_EVENTS
+from server.turns import FIRST_EVENTS, ParseTurns
 from tests.conftest import serving
 from tests.test_slow_clients import connected, received, status_of, still_serves
 
@@ -259,6 +259,46 @@ def test_many_requests_in_one_packet_are_answered_in_order(measuring: str) -> No
     with connected(measuring) as connection:
         connection.sendall(b"".join(requests))
         assert statuses(received(connection)) == [404, 200] * (count // 2)
+
+
+def test_a_connection_that_fails_in_its_turn_takes_no_turn_from_others(measuring: str) -> None:
+    """HEAD, whose refusal has no body, behind as many requests as are parsed at once."""
+    bad = LIVE * 2 + b"HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n"
+    with connected(measuring) as connection:
+        connection.sendall(bad)
+        said = received(connection)
+        assert statuses(said) == [200, 200, 400]
+        assert said.endswith(b"\r\n\r\n"), "a HEAD's answer has no body"
+    with connected(measuring) as connection:
+        connection.sendall(LIVE * 9 + LAST)
+        assert statuses(received(connection)) == [200] * 10
+
+
+def test_a_fault_in_one_turn_leaves_the_others_theirs() -> None:
+    taken: list[str] = []
+
+    class One:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def take_turn(self, events: int) -> None:
+            taken.append(self.name)
+            if self.name == "fails":
+                raise RuntimeError("in its turn")
+
+        def abort(self) -> None:
+            taken.append("aborted")
+
+    async def check() -> None:
+        turns = ParseTurns()
+        for name in ("fails", "next"):
+            turns.add(One(name))
+        await asyncio.sleep(0)
+        turns.add(One("later"))
+        await asyncio.sleep(0)
+
+    asyncio.run(check())
+    assert taken == ["fails", "aborted", "next", "later"]
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])

@@ -64,3 +64,12 @@ def test_no_promised_place_is_lost(make_app: MakeApp, is_kept: bool, leaves: boo
                         if not leaves:
                             connection.recv(1)
                     wait_until(lambda: (service.promised.count, service.in_flight) == (0, 0))
+
+
+def test_a_refused_connection_that_lingers_keeps_no_place(make_app: MakeApp) -> None:
+    app = make_app(max_concurrent_requests=2)
+    many = [f"X-{number}: 1" for number in range(255)]  # one line more than a head may have
+    with serving(app) as address, connected(address) as connection:
+        connection.sendall(request_for("/generate", BODY, *many))
+        assert status_of(connection.recv(65536)) == 431
+        assert app.state.service.promised.count == 0

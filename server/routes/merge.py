@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from server.errors import ServiceError
 from server.generation import Continuation, Piece
 from server.replies import cancelled
 
@@ -47,5 +48,7 @@ async def _pump(index: int, one: Continuation, ready: asyncio.Queue[Item | Excep
             async for item in items:
                 await ready.put(item)
         await ready.put(None)
-    except Exception as error:
-        await ready.put(error)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # unheard, its reader would wait for ever
+        await ready.put(error if isinstance(error, Exception) else ServiceError("internal error"))
