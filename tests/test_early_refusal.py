@@ -320,12 +320,3 @@ def test_a_kept_connection_outlives_the_clock_of_a_refused_request(make_app: Mak
         time.sleep(0.7)
         connection.sendall(LIVE)
         assert status_of(answer(connection)[0]) == 200
-
-
-def test_refusals_wait_for_a_reader_that_has_stopped(make_app: MakeApp, loads: Loads) -> None:
-    app = make_app(max_concurrent_requests=1)
-    with full(app, loads) as address, kept(address) as connection:
-        connection.setblocking(False)
-        with pytest.raises(BlockingIOError):  # the server reads no more
-            for _ in range(200_000):
-                connection.send(request_for("/generate", BODY))

@@ -20,7 +20,8 @@ from server.server_config import ServerConfig
 from server.settings import Settings
 from server.turns import FIRST_EVENTS, ParseTurns
 from tests.conftest import serving
-from tests.test_slow_clients import connected, received, status_of, still_serves
+from tests.test_early_refusal import Closed
+from tests.test_slow_clients import connected, received, request_for, status_of, still_serves
 
 MakeApp = Callable[..., FastAPI]
 CHUNKED = (
@@ -118,8 +119,12 @@ class SilentTransport(asyncio.Transport):
     def can_write_eof(self) -> bool:
         return False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+
     def write(self, data: Any) -> None:
-        pass
+        self.written += data
 
     def writelines(self, list_of_data: Any) -> None:
         pass
@@ -272,6 +277,31 @@ def test_a_connection_that_fails_in_its_turn_takes_no_turn_from_others(measuring
     with connected(measuring) as connection:
         connection.sendall(LIVE * 9 + LAST)
         assert statuses(received(connection)) == [200] * 10
+
+
+def test_while_a_reader_takes_nothing_no_refusals_are_piled_up_for_it() -> None:
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def check() -> list[bytes]:
+        app: Any = handler
+        app.state = SimpleNamespace(admission=Closed())
+        written = []
+        for paused in (False, True):
+            connection, transport = (
+                Connection(ServerConfig(app, Settings()), ServerState(), {}),
+                SilentTransport(),
+            )
+            connection.connection_made(transport)
+            if paused:
+                connection.pause_writing()
+            connection.data_received(request_for("/generate", {"inputs": "a"}))
+            written.append(transport.written)
+            connection.connection_lost(None)
+        return written
+
+    refused, waiting = asyncio.run(check())
+    assert (statuses(refused), waiting) == ([429], b"")
 
 
 def test_a_fault_in_one_turn_leaves_the_others_theirs() -> None:
