@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from loaders import buckets
 from loaders.base import Logits, ModelSpec, OutOfMemory
-from loaders.cuda_graphs import Graphs, Replay, forget, release_unused
+from loaders.cuda_graphs import Graphs, Replay, forget, in_short, release_unused
 from loaders.longrope import depends_on_length
 from loaders.memory import fitting_slots
 from loaders.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
@@ -249,7 +249,7 @@ class CapturedRunner:
             for key in self._keys():
                 self._replays[key] = self._graphs.capture(self._work(key))
         except Exception as error:
-            self._why_not = _in_short(error)
+            self._why_not = in_short(error)
         if self._why_not is not None:  # out of the except block, whose traceback holds tensors
             forget(self._replays)
             self._give_back()
@@ -291,11 +291,6 @@ def _probe(step: Step, device: torch.device) -> Shape:
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise Unsuitable(f"its forward pass takes no cache of ours ({type(error).__name__})") from error
     return probe.shape()
-
-
-def _in_short(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]  # CUDA's errors go on with advice for debugging
-    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
 
 
 def _parts(ids: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], bool]]:
