@@ -26,7 +26,6 @@ from server.linger import Linger, LingeringTransport
 from server.open_connections import Stage
 from server.promised_places import Promise
 from server.reader_clock import HeadClock, ReaderClock
-from server.replies import error_status, note_refusal
 from server.request_id import new_request_id
 from server.turns import FIRST_EVENTS, ReadFlow
 
@@ -236,8 +235,7 @@ class Connection(H11Protocol):
         id_ = new_request_id()
         self.transport.write(refusal(self.conn, error, id_))
         scope = {"method": self.conn.method or "-", "path": self.conn.path, "state": {"request_id": id_}}
-        note_refusal(error, scope)
-        self._early_refusal.log.add(scope, error_status(error, self.conn.path), 0.0)
+        self._early_refusal.log.add(scope, error, 0.0)
 
     # the reader
 

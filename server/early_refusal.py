@@ -23,7 +23,7 @@ from server.errors import ServiceError
 from server.framing import HEAD_BYTES, HEAD_LINES
 from server.promised_places import Promise
 from server.refusal_log import RefusalLog
-from server.replies import error_body, error_headers, error_status, note_refusal
+from server.replies import error_body, error_headers, error_status
 from server.request_id import request_id_of
 from server.secret_text import Redaction
 from server.settings import Settings
@@ -93,8 +93,7 @@ class EarlyRefusal:
             return found
         close = only or any(name == b"connection" and value.lower() == b"close" for name, value in headers)
         answer = _answer(found, scope, close)
-        note_refusal(found, scope)
-        self.log.add(scope, error_status(found, scope["path"]), time.perf_counter() - began)
+        self.log.add(scope, found, time.perf_counter() - began)
         return Refusal(answer, head.end(), length, close)
 
     def _body_bytes(self, headers: Headers) -> int | None:

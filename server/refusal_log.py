@@ -7,6 +7,8 @@ from collections import Counter
 from starlette.types import Scope
 
 from server.access_log import log_access
+from server.errors import ServiceError
+from server.replies import error_status, note_refusal
 from server.secret_text import Redaction
 
 LINES_PER_SECOND = 10
@@ -24,11 +26,13 @@ class RefusalLog:
         self._lines = 0
         self._unlogged: Counter[int] = Counter()
 
-    def add(self, scope: Scope, status: int, seconds: float) -> None:
+    def add(self, scope: Scope, error: ServiceError, seconds: float) -> None:
+        status = error_status(error, scope["path"])
         if not self._lines:
             asyncio.get_running_loop().call_later(1.0, self._end_second)
         if self._lines < LINES_PER_SECOND:
             self._lines += 1
+            note_refusal(error, scope)
             log_access(scope, status, seconds * 1000, self._redaction)
         else:
             self._unlogged[status] += 1

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from server.admission_control import AdmissionControl
 from server.early_refusal import EarlyRefusal, Refusal
-from server.errors import Overloaded
+from server.errors import NotReady, Overloaded, ServiceError, Unauthorized
 from server.middleware import Envelope
 from server.promised_places import Promise
 from server.refusal_log import LINES_PER_SECOND, RefusalLog
@@ -217,18 +217,21 @@ def test_refusals_are_logged_some_lines_a_second(caplog: pytest.LogCaptureFixtur
     async def main() -> None:
         log = RefusalLog(Redaction(()))
         for number in range(LINES_PER_SECOND + 7):
-            log.add(scope, 401 if number == 15 else 429, 0.001)
+            error: ServiceError = Unauthorized("who?") if number == 15 else Overloaded("full")
+            log.add(scope, error, 0.001)
         await until(lambda: len(caplog.records) > LINES_PER_SECOND + 1)
-        log.add(scope, 503, 0.001)
+        log.add(scope, NotReady("not yet"), 0.001)
 
     with caplog.at_level(logging.INFO, "server.access"):
         asyncio.run(main())
     said = [record.getMessage() for record in caplog.records]
-    assert said[:LINES_PER_SECOND] == [r'id POST "/generate\n" 429 1.0 ms'] * LINES_PER_SECOND
+    assert (
+        said[:LINES_PER_SECOND] == [r'id POST "/generate\n" 429 1.0 ms (overloaded: full)'] * LINES_PER_SECOND
+    )
     assert said[LINES_PER_SECOND:] == [
         "1 more requests were answered 401 within a second",
         "6 more requests were answered 429 within a second",
-        r'id POST "/generate\n" 503 1.0 ms',
+        r'id POST "/generate\n" 503 1.0 ms (unavailable: not yet)',
     ]
 
 
