@@ -4,11 +4,12 @@
     .venv/bin/python scripts/overload.py [--seconds 15] [--tokens 32] [--factor 10]
 
 Starts a server on one core and loads it from another. First as many clients as there are places ask one
-request after another: the peak. Then ``factor`` times that rate arrives whatever is answered, each request on
-a connection of its own, then on kept ones; then ``factor`` times as many clients as places, each of which
-waits as ``Retry-After`` says. Prints a table, and one JSON line last. Latencies are from when a request was
-due, so that a client which falls behind shows; ``lag`` is how late its own event loop is. ``by CPU`` is the
-share of the peak by the server's CPU time, which other work on this host changes less.
+request after another: the peak. Then ``factor`` times that rate arrives whatever is answered, on connections
+that are kept; then ``factor`` times as many clients as places ask, each of which waits as ``Retry-After``
+says. Then the peak and the rate once more, with a connection for each request. ``share`` is of the peak just
+before; with ``--rounds``, medians of the shares come last. Prints a table, and one JSON line. Latencies are
+from when a request was due, so that a client which falls behind shows; ``lag`` is how late its own event loop
+is. ``by CPU`` is the share of the peak by the server's CPU time, which other work on this host changes less.
 
 Behind a deadline, at one and a half times the load and with more places than can be served in time:
 
@@ -22,6 +23,7 @@ import os
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -213,36 +215,50 @@ class Load:
             self._idle.pop().close()
 
 
-async def measured(port: int, server: psutil.Process, options: argparse.Namespace) -> list[dict[str, object]]:
+async def measured(port: int, server: psutil.Process, options: argparse.Namespace) -> list[dict[str, Any]]:
     body = json.dumps({"inputs": PROMPT, "max_new_tokens": options.tokens, "ignore_eos": True})
     load = Load(port, HEAD.format(len(body), body).encode(), options.seconds, server)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
 
-    async def phase(running: Awaitable[Phase]) -> dict[str, object]:
-        rows.append({**(await running).row(), "rss_bytes": server.memory_info().rss})
-        show(rows[-1], rows[0])
+    async def phase(running: Awaitable[Phase], peak: dict[str, Any] | None = None) -> dict[str, Any]:
+        row: dict[str, Any] = {**(await running).row(), "rss_bytes": server.memory_info().rss}
+        for share, of in (("share", "goodput"), ("share_by_cpu", "served_per_cpu_second")):
+            row[share] = round(row[of] / (peak or row)[of], 3)
+        rows.append(row)
+        show(row)
         await asyncio.sleep(2)
-        return rows[-1]
+        return row
 
-    peak = await phase(load.closed("peak, kept connections", options.places))
-    await phase(load.closed("peak, a connection each", options.places, keep=False))
-    arriving = options.factor * float(str(peak["goodput"]))
-    await phase(load.open("open, a connection each", arriving, keep=False))
-    await phase(load.open("open, kept connections", arriving, keep=True))
-    await phase(load.closed("clients that wait and retry", round(options.factor * options.places)))
+    for _ in range(options.rounds):
+        peak = await phase(load.closed("peak, kept connections", options.places))
+        arriving = options.factor * peak["goodput"]
+        await phase(load.open("open, kept connections", arriving, keep=True), peak)
+        many = round(options.factor * options.places)
+        await phase(load.closed("clients that wait and retry", many), peak)
+        peak = await phase(load.closed("peak, a connection each", options.places, keep=False))
+        await phase(load.open("open, a connection each", arriving, keep=False), peak)
     return rows
 
 
-def show(row: dict[str, Any], peak: dict[str, Any]) -> None:
+def summarise(rows: list[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["phase"] for row in rows):
+        shares = sorted(row["share"] for row in rows if row["phase"] == name)
+        by_cpu = statistics.median(row["share_by_cpu"] for row in rows if row["phase"] == name)
+        print(
+            f"{name:<29}share {statistics.median(shares):.2f} ({shares[0]:.2f}–{shares[-1]:.2f}), "
+            f"by CPU {by_cpu:.2f}"
+        )
+
+
+def show(row: dict[str, Any]) -> None:
     refused, served, lag = (row[name] or {} for name in ("refused_ms", "served_ms", "lag_ms"))
 
     def three(found: dict[str, float]) -> str:
         return " / ".join(f"{found[q]:.0f}" for q in ("p50", "p90", "p99")) if found else "-"
 
-    shares = [row[name] / peak[name] for name in ("goodput", "served_per_cpu_second")]
     print(
         f"{row['phase']:<29}{row['asked_per_second']:>8.0f}{row['goodput']:>9.1f}"
-        f"{shares[0]:>7.2f}{shares[1]:>7.2f}"
+        f"{row['share']:>7.2f}{row['share_by_cpu']:>7.2f}"
         f"{three(refused):>21}{three(served):>22}{three(lag):>14}   {row['statuses']}",
         flush=True,
     )
@@ -271,6 +287,7 @@ def own_server(options: argparse.Namespace) -> Iterator[tuple[int, psutil.Proces
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=15, help="of every phase")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="generated by each request")
     parser.add_argument("--factor", type=float, default=10, help="how many times too much")
     parser.add_argument("--places", type=int, default=128)
@@ -288,6 +305,8 @@ def main() -> None:
             f"{'served, ms 50/90/99':>22}{'lag, ms':>14}   statuses"
         )
         rows = asyncio.run(measured(port, server, options))
+    if options.rounds > 1:
+        summarise(rows)
     print(json.dumps({"factor": options.factor, "tokens": options.tokens, "phases": rows}))
 
 

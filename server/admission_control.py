@@ -37,17 +37,17 @@ class AdmissionControl:
         return self._counted(error, scope)
 
     def judge(self, scope: Scope, body_bytes: int, is_whole: bool) -> ServiceError | Promise | None:
-        """Of a request that has passed no check yet: the error that refuses it, or a place promised.
+        """Of a request for a place that has passed no check yet: the error that refuses it, or its place.
 
-        None where the stack behind has to decide: no place is needed, the body is too large or has yet to
-        come (and must not keep a place meanwhile), or the key is not right.
+        None where the stack behind has to decide: the body is too large or has yet to come (and must not
+        keep a place meanwhile), or the key is not right.
 
         Args:
             scope: its head.
             body_bytes: how long its body is.
             is_whole: all of the body has come.
         """
-        if not takes_a_place(scope) or body_bytes > self._body_limit:
+        if body_bytes > self._body_limit:
             return None
         unauthorized, error = self._auth.refusal(scope), self._closed()
         if error is not None:
@@ -66,11 +66,8 @@ class AdmissionControl:
         service = getattr(self._state, "service", None)  # none before the lifespan has begun
         if service is None:
             return None
-        try:
-            service.check(1)
-        except ServiceError as error:
-            return error
-        return None
+        error: ServiceError | None = service.refusal(1)
+        return error
 
 
 def takes_a_place(scope: Scope) -> bool:

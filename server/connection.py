@@ -5,7 +5,7 @@ within the receive timeout and in so many bytes. A reader must take something of
 that time, and an answer waits for its reader no longer than the request timeout in all. The body has a limit
 of its own (``server.middleware``).
 
-A request that is refused for its head is answered unparsed and its body skipped (``server.early_refusal``).
+A request that is refused for its head is answered unparsed (``server.refusing_protocol``).
 What else arrives is parsed in turns (``server.turns``) by a parser with its bounds (``server.framing``).
 A connection that ends while its client is sending lingers (``server.linger``); an idle one may have to make
 room for a newcomer (``server.open_connections``).
@@ -16,16 +16,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from server.early_refusal import Refusal
 from server.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
-from server.framing import HEAD_BYTES, HEAD_LINES, RequestParser, TooMuchFraming, refusal
+from server.framing import HEAD_BYTES, HEAD_LINES, TooMuchFraming, refusal
 from server.linger import Linger, LingeringTransport
 from server.open_connections import Stage
-from server.promised_places import Promise
 from server.reader_clock import HeadClock, ReaderClock
+from server.refusing_protocol import RefusingProtocol
+from server.replies import error_status
 from server.request_id import new_request_id
 from server.turns import FIRST_EVENTS, ReadFlow
 
@@ -36,7 +35,7 @@ _SLICE = 4096  # parsed this many bytes at a time, or one large packet would pas
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
 
 
-class Connection(H11Protocol):
+class Connection(RefusingProtocol):
     """One client's connection, with a clock on what it sends and on what it reads."""
 
     def __init__(
@@ -47,18 +46,11 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn: RequestParser = RequestParser()
         self._turns, self._open = config.turns, config.connections
-        self._unparsed = bytearray()
         self._refused = False
         self._patience = config.receive_timeout
         self._head = HeadClock(self.loop, self._patience, self._head_is_late)
         self._reading_timeout = config.reading_timeout
-        self._reader: ReaderClock
-        self.app_state = dict(app_state)
-        self._early_refusal = config.early_refusal
-        self._skipping = 0  # bytes of a refused request's body that have not come yet
-        self._ends_after_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
@@ -73,10 +65,11 @@ class Connection(H11Protocol):
     # what arrives is parsed in turns
 
     def data_received(self, data: bytes) -> None:
-        data = self._refuse_early(self._skip(data))
+        data = self._refuse_early(self._skip(data) if self._skipping else data)
         if not data:
             self._settle()
             return
+        self._at_start = False
         self._unset_keepalive_if_required()
         self._unparsed += data
         if self in self._turns:
@@ -126,65 +119,12 @@ class Connection(H11Protocol):
             self._time_head()
 
     def _stage(self) -> Stage:
+        if self._at_start:
+            return Stage.RECEIVING if self._skipping else Stage.IDLE
         if self._answering and not self.cycle.more_body:
             return Stage.BUSY
         arriving = self._answering or self._unparsed or self.conn.is_unread or self._skipping
         return Stage.RECEIVING if arriving else Stage.IDLE
-
-    # requests that are refused for their head alone
-
-    @property
-    def promise(self) -> Promise | None:
-        """The place kept for the request that comes next, whose scope gets it too; setting None keeps it."""
-        found: Promise | None = self.app_state.get("promise")
-        return found
-
-    @promise.setter
-    def promise(self, promise: Promise | None) -> None:
-        if promise is not None:
-            self.app_state["promise"] = promise
-
-    def _release_promise(self) -> None:
-        if (promise := self.app_state.pop("promise", None)) is not None:
-            promise.release()
-
-    def _refuse_early(self, data: bytes) -> bytes:
-        """Answers what is refused below HTTP's state machine; returns the rest of data.
-
-        One request a call: those that come behind it in the same packet go the usual way, one after another.
-        """
-        judged = self.promise is not None or not self._between_requests or self.flow.write_paused
-        found = self._early_refusal.judge(data) if data and not judged else None
-        if isinstance(found, Promise):
-            self.promise = found
-        if not isinstance(found, Refusal):
-            return data
-        self.transport.write(found.answer)
-        self._skipping, self._ends_after_body = found.body_bytes, found.close
-        rest = self._skip(data[found.head_bytes :])
-        self._head.stop()
-        self.on_response_complete()
-        return rest
-
-    def _skip(self, data: bytes) -> bytes:
-        """Drops what belongs to the body of a request that has been refused."""
-        skipped = min(self._skipping, len(data))
-        self._skipping -= skipped
-        if skipped:
-            self._unset_keepalive_if_required()
-            if not self._skipping:
-                self._head.stop()
-        if self._ends_after_body and not self._skipping:
-            self.transport.close()
-            return b""
-        return data[skipped:]
-
-    @property
-    def _between_requests(self) -> bool:
-        """Whether the next byte is the first of a request."""
-        answered = self.cycle is None or self.cycle.response_complete
-        states = (self.conn.our_state, self.conn.their_state)
-        return answered and states == (h11.IDLE, h11.IDLE) and not (self._unparsed or self.conn.received)
 
     # the sender
 
@@ -235,7 +175,7 @@ class Connection(H11Protocol):
         id_ = new_request_id()
         self.transport.write(refusal(self.conn, error, id_))
         scope = {"method": self.conn.method or "-", "path": self.conn.path, "state": {"request_id": id_}}
-        self._early_refusal.log.add(scope, error, 0.0)
+        self._early_refusal.log.add(scope, error, error_status(error, self.conn.path), 0.0)
 
     # the reader
 

@@ -167,16 +167,14 @@ class Service:
     def _give_back(self) -> None:
         self.in_flight -= 1
 
-    def check(self, places: int) -> None:
-        """Whether so many would be given now.
-
-        Raises:
-            NotReady, Overloaded
-        """
-        self._lifecycle.check()
-        if self.in_flight + self.promised.count + places > self._settings.max_concurrent_requests:
-            message = f"all {self._settings.max_concurrent_requests} places are taken"
-            raise Overloaded(message, retry_spread=self._retry_spread())
+    def refusal(self, places: int) -> ServiceError | None:
+        """Why so many would not be given now: ``NotReady`` or ``Overloaded``."""
+        if (not_ready := self._lifecycle.refusal()) is not None:
+            return not_ready
+        limit = self._settings.max_concurrent_requests
+        if self.in_flight + self.promised.count + places <= limit:
+            return None
+        return Overloaded(f"all {limit} places are taken", retry_spread=self._retry_spread())
 
     def _retry_spread(self) -> float:
         """Seconds within which refused clients should come back: twice as long as the queue is now, so that
@@ -188,7 +186,8 @@ class Service:
 
     def _reserve(self, places: int) -> int:
         release_held()
-        self.check(places)
+        if (error := self.refusal(places)) is not None:
+            raise error
         self.in_flight += places
         self.on_arrival()
         return places

@@ -34,10 +34,14 @@ class Lifecycle:
         Raises:
             NotReady
         """
+        if (error := self.refusal()) is not None:
+            raise error
+
+    def refusal(self) -> NotReady | None:
+        """Why new work may not begin."""
         if self.fatal is not None:
-            raise NotReady(f"the server has failed: {self.fatal}")
-        if self.draining:
-            raise NotReady("the server is shutting down")
+            return NotReady(f"the server has failed: {self.fatal}")
+        return NotReady("the server is shutting down") if self.draining else None
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         """``callback`` is called after every change."""

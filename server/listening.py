@@ -71,9 +71,9 @@ class Acceptor:
                 if error.errno not in _GONE:
                     raise
             else:
-                accepted.setblocking(False)
                 if isinstance(found := judge(accepted, self._early_refusal), Refusal):
                     continue
+                accepted.setblocking(False)
                 self._begin(accepted, found)
                 if (left := left - 1) == 0:
                     return

@@ -95,6 +95,7 @@ class Metrics:
             return Histogram(f"bitdial_{name}", text, label, buckets=_SECONDS, registry=self._registry)
 
         self._requests = counter("requests", "Requests ended, by outcome", ["model", "precision", "outcome"])
+        self._outcomes: dict[tuple[str, str], Counter] = {}  # the library's lookup takes a lock
         self._generated = counter("generated_tokens", "Tokens generated")
         self._prompt = counter("prompt_tokens", "Prompt tokens computed")
         self._duration = seconds("request_duration_seconds", "Arrival to last token")
@@ -142,7 +143,12 @@ class Metrics:
             self._batch.labels(self._model, precision).observe(step.batch)
 
     def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        self._requests.labels(self._model, precision, outcome).inc()
+        ended = self._outcomes.get((precision, outcome))
+        if ended is None:
+            ended = self._outcomes[precision, outcome] = self._requests.labels(
+                self._model, precision, outcome
+            )
+        ended.inc()
         if outcome != "success" or timeline.first_token is None:
             return
         record = self._records[precision]

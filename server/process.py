@@ -24,6 +24,7 @@ from server.open_files import raise_limit
 from server.server_config import ServerConfig
 from server.settings import Settings
 
+_COLLECT_AFTER = 10_000  # objects more than before; Python's 700 come together within a few refusals
 _FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Process(Server):
         # over them, and nobody is answered meanwhile
         gc.collect()
         gc.freeze()
+        gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
         try:
             self.run()
         except SystemExit:  # the server beneath has said why

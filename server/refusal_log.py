@@ -8,7 +8,7 @@ from starlette.types import Scope
 
 from server.access_log import log_access
 from server.errors import ServiceError
-from server.replies import error_status, note_refusal
+from server.replies import note_refusal
 from server.secret_text import Redaction
 
 LINES_PER_SECOND = 10
@@ -26,8 +26,7 @@ class RefusalLog:
         self._lines = 0
         self._unlogged: Counter[int] = Counter()
 
-    def add(self, scope: Scope, error: ServiceError, seconds: float) -> None:
-        status = error_status(error, scope["path"])
+    def add(self, scope: Scope, error: ServiceError, status: int, seconds: float) -> None:
         if not self._lines:
             asyncio.get_running_loop().call_later(1.0, self._end_second)
         if self._lines < LINES_PER_SECOND:

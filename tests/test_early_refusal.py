@@ -218,9 +218,9 @@ def test_refusals_are_logged_some_lines_a_second(caplog: pytest.LogCaptureFixtur
         log = RefusalLog(Redaction(()))
         for number in range(LINES_PER_SECOND + 7):
             error: ServiceError = Unauthorized("who?") if number == 15 else Overloaded("full")
-            log.add(scope, error, 0.001)
+            log.add(scope, error, error.status, 0.001)
         await until(lambda: len(caplog.records) > LINES_PER_SECOND + 1)
-        log.add(scope, NotReady("not yet"), 0.001)
+        log.add(scope, NotReady("not yet"), 503, 0.001)
 
     with caplog.at_level(logging.INFO, "server.access"):
         asyncio.run(main())
