@@ -8,6 +8,8 @@ from server.promised_places import Promise
 
 _PEEKED = 16 * 1024  # a request that is longer goes the usual way
 _DEFER_SECONDS = 1
+# the answer and the connection's end leave in one packet, and wake the client once
+_WITH_THE_END = getattr(socket, "MSG_MORE", 0)
 
 
 def defer_accept(listener: socket.socket) -> None:
@@ -32,5 +34,5 @@ def judge(connection: socket.socket, early_refusal: EarlyRefusal) -> Refusal | P
     if isinstance(found, Refusal):
         with connection, contextlib.suppress(OSError):
             connection.recv(len(data), socket.MSG_DONTWAIT)  # closed with something unread, it would be reset
-            connection.send(found.answer, socket.MSG_DONTWAIT)
+            connection.send(found.answer, socket.MSG_DONTWAIT | _WITH_THE_END)
     return found
