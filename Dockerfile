@@ -109,7 +109,7 @@ VOLUME ["/data"]
 EXPOSE 8080
 USER 10001:0
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
-  CMD ["python", "-P", "-m", "server.health_check"]
+  CMD ["python", "-P", "-m", "server.http.health_check"]
 ENTRYPOINT ["bitdial", "serve"]
 # what changes with every commit
 COPY --from=code /opt/bitdial /opt/bitdial

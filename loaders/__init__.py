@@ -24,7 +24,7 @@ from loaders.base import (
     ignore_progress,
     in_short,
 )
-from loaders.heap import large_blocks_returned
+from loaders.malloc import large_blocks_returned
 
 __all__ = [
     "ALIASES",
@@ -42,13 +42,13 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 PRECISIONS: dict[str, str] = {
-    "fp32": "loaders.full",
-    "bf16": "loaders.full",
-    "fp16": "loaders.full",
-    "int8": "loaders.bnb",
-    "nf4": "loaders.bnb",
-    "fp4": "loaders.bnb",
-    "dynamic-int8": "loaders.dynamic_int8",
+    "fp32": "loaders.precisions.full",
+    "bf16": "loaders.precisions.full",
+    "fp16": "loaders.precisions.full",
+    "int8": "loaders.precisions.bnb",
+    "nf4": "loaders.precisions.bnb",
+    "fp4": "loaders.precisions.bnb",
+    "dynamic-int8": "loaders.precisions.dynamic_int8",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

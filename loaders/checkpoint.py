@@ -42,7 +42,7 @@ from loaders.config_check import (
     read_json,
     read_raw,
 )
-from loaders.memory import refusals
+from loaders.cuda.memory import refusals
 from loaders.tokenizer_faults import is_tokenizer_fault
 
 BUNDLED = "bundled"

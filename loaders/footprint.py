@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.base import Footprint, KeptLayer
-from loaders.native_linear import NativeLinear
+from loaders.layers.native_linear import NativeLinear
 
 StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
 """A layer's quantization state that is no parameter or buffer: (role, tensor) pairs."""

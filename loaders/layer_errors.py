@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import meta_model, weight_files
-from loaders.full import DTYPES
-from loaders.stored import StoredMatrix, stored
+from loaders.layers.dequantize import StoredMatrix, stored
+from loaders.precisions.full import DTYPES
 
 _LITTLE = 0.5  # a share of the linear weights below which "quantized" is hardly the word
 _ROWS = 2**22  # weights compared at a time

@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from server import cache  # noqa: E402
-from server.bench.serving.own_server import own_server  # noqa: E402
-from server.settings import ModelSettings  # noqa: E402
+from server.bench.http.own_server import own_server  # noqa: E402
+from server.host import cache  # noqa: E402
+from server.settings.server import ModelSettings  # noqa: E402
 
 HERE = ROOT / "scripts" / "clients"
 IN_PYTHON = ("openai", "huggingface_hub", "litellm", "langchain-openai", "vllm bench serve")

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from server.commands.help import default_of
-from server.settings import Settings
+from server.settings.server import Settings
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 _TABLES = re.compile(r"(?<=<!-- tables -->\n).*(?=<!-- end of the tables -->)", re.S)

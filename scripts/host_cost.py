@@ -25,11 +25,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loaders.base import Checkpoint, DeviceRunner, Footprint, LoadedModel, ModelSpec
-from loaders.captured_runner import CapturedRunner
-from server.engine import Engine
-from server.metrics import Metrics
-from server.sequence import SamplingParams, StepStats
-from server.threads import compute_with
+from loaders.cuda.graph_runner import CapturedRunner
+from server.engine.engine import Engine
+from server.engine.sequence import SamplingParams, StepStats
+from server.host.threads import compute_with
+from server.observability.metrics import Metrics
 
 VOCABULARY, PROMPT, PRECISION = 8, 4, "fp32"
 SPARED = 20  # steps at either end of a repeat, where rows come and go
@@ -37,7 +37,7 @@ MICROSECONDS = 1e6
 
 
 class NoDevice:
-    """Implements ``loaders.cuda_graphs.Graphs``: replaying takes no time, and computes nothing."""
+    """Implements ``loaders.cuda.cuda_graphs.Graphs``: replaying takes no time, and computes nothing."""
 
     nbytes = 0
 

@@ -22,7 +22,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec, default_device
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.quality import Text, held_out, measure
-from server.threads import compute_with, default_threads
+from server.host.threads import compute_with, default_threads
 
 
 def beginning(size: int) -> Text:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from server.bench.figures import MILLISECONDS, percentile
-from server.bench.serving.client import Answer, Client
-from server.bench.serving.own_server import own_server
-from server.bench.serving.texts import Texts
-from server.settings import ModelSettings
+from server.bench.http.client import Answer, Client
+from server.bench.http.own_server import own_server
+from server.bench.http.texts import Texts
+from server.settings.server import ModelSettings
 
 REFERENCE = "fp32"
 SERVERS: dict[str, dict[str, str]] = {

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from server import threads
-from server.interrupts import INTERRUPTED, end_at_once
+from server.commands.interrupts import INTERRUPTED, end_at_once
+from server.host import threads
 from server.version import VERSION
 
 COMMANDS = {

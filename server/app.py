@@ -17,30 +17,31 @@ import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
 from loaders.end_tokens import with_end_token
-from server.admission_control import AdmissionControl
-from server.auth import Auth
-from server.automatic import resolved
-from server.chat_source import make_renderer
-from server.description import describe
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
-from server.generation import Service
+from server.evaluation.quantization_report import Proofs
+from server.evaluation.shadow import Shadow
+from server.http.admission.admission_control import AdmissionControl
+from server.http.auth import Auth
+from server.http.methods import HeadAsGet, allowed
+from server.http.middleware import BodyLimits, Doorkeeper, Envelope
+from server.http.openapi import describe
+from server.http.responses import error_response
 from server.lifecycle import Lifecycle
-from server.methods import HeadAsGet, allowed
-from server.metrics import Metrics
-from server.middleware import BodyLimits, Doorkeeper, Envelope
-from server.pool import Pool
-from server.proof import Proofs
-from server.replies import error_response
-from server.reports import Reports
-from server.routes import compare, favicon, generate, health, openai, precisions, report, stats, tokenize
-from server.settings import Settings
-from server.shadow import Shadow
-from server.text import TextCodec
+from server.observability.metrics import Metrics
+from server.report.auto import resolved
+from server.report.background import Reports
+from server.routes import compare, favicon, generate, health, precisions, report, stats, tokenize
+from server.routes.openai import routes as openai
+from server.service.chat.source import make_renderer
+from server.service.generation import Service
+from server.service.pool import Pool
+from server.service.text.codec import TextCodec
+from server.service.watchdog import watch
+from server.settings.server import Settings
 from server.version import VERSION
-from server.watchdog import watch
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.observability.tracing import Tracing
 
 
 def create_app(
@@ -146,7 +147,7 @@ def _is_busy(app: FastAPI) -> bool:
 def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":
     if settings.otlp_endpoint is None:
         return None
-    from server.tracing import Tracing  # needs an extra
+    from server.observability.tracing import Tracing  # needs an extra
 
     return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
 
@@ -157,7 +158,7 @@ def _surround(app: FastAPI, settings: Settings) -> None:
     app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
     app.add_middleware(Doorkeeper, admission=app.state.admission)
     if settings.otlp_endpoint is not None:
-        from server.tracing import TraceContext  # needs an extra
+        from server.observability.tracing import TraceContext  # needs an extra
 
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)

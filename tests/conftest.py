@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
-from server.listening import Server
-from server.server_config import ServerConfig
-from server.settings import Settings
+from server.http.connection.listening import Server
+from server.http.server_config import ServerConfig
+from server.settings.server import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
@@ -121,7 +121,7 @@ def make_chatty(make_client: Callable[..., TestClient], tmp_path: Path) -> Calla
     """As ``make_client``, of a model that has a chat template."""
 
     def make(**values: Any) -> TestClient:
-        from tests.test_openai import TEMPLATE
+        from tests.routes.openai.test_openai import TEMPLATE
 
         file = tmp_path / "template.jinja"
         file.write_text(TEMPLATE)

@@ -50,7 +50,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class RecordedGraphs:
-    """Implements ``loaders.cuda_graphs.Graphs``.
+    """Implements ``loaders.cuda.cuda_graphs.Graphs``.
 
     Args:
         refuse: raised by the capture of that number, counted from 1.

@@ -36,26 +36,26 @@ def test_loaders_know_no_server() -> None:
 
 def test_the_process_of_a_chat_template_starts_in_a_moment() -> None:
     known = sys.stdlib_module_names | {"jinja2"}
-    for name in ("chat_process", "chat_template"):
-        found = imports(ROOT / "server" / f"{name}.py") - {"server.chat_template"}
+    for name in ("process", "template"):
+        found = imports(ROOT / "server" / "service" / "chat" / f"{name}.py") - {"server.service.chat.template"}
         assert {module.split(".")[0] for module in found} <= known
 
 
 def test_only_metrics_knows_prometheus() -> None:
-    assert importers("prometheus_client") == {"server/metrics.py"}
+    assert importers("prometheus_client") == {"server/observability/metrics.py"}
 
 
 def test_only_tracing_knows_opentelemetry() -> None:
-    assert importers("opentelemetry") == {"server/tracing.py"}
+    assert importers("opentelemetry") == {"server/observability/tracing.py"}
 
 
-@pytest.mark.parametrize("name", ["scheduler.py", "sequence.py", "text.py", "schemas.py"])
+@pytest.mark.parametrize("name", ["engine/scheduler.py", "engine/sequence.py", "service/text/codec.py", "routes/schemas.py"])
 def test_no_tensors_where_none_belong(name: str) -> None:
     assert f"server/{name}" not in importers("torch")
 
 
 def test_only_the_bitsandbytes_loader_knows_bitsandbytes() -> None:
-    assert importers("bitsandbytes") == {"loaders/bnb.py"}
+    assert importers("bitsandbytes") == {"loaders/precisions/bnb.py"}
 
 
 def test_every_precision_has_its_module() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 import loaders
-from server.settings import Settings
+from server.settings.server import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README, API, SETTINGS, STRUCTURE = (

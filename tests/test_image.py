@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from loaders.kernels.build import HEADERS, SOURCES
-from server.settings import Settings
+from server.settings.server import Settings
 from tests.test_docs import NOT_OURS, VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def test_it_runs_as_a_user_of_group_0() -> None:
 def test_no_shell_stands_between_the_engine_and_the_server() -> None:
     (entrypoint,), (health,) = last("ENTRYPOINT"), last("HEALTHCHECK")
     assert json.loads(entrypoint) == ["bitdial", "serve"]
-    assert json.loads(health.split(" CMD ")[1])[-2:] == ["-m", "server.health_check"]
+    assert json.loads(health.split(" CMD ")[1])[-2:] == ["-m", "server.http.health_check"]
     assert not last("CMD")
 
 

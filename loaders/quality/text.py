@@ -8,7 +8,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loaders import corpus
+from loaders.quality import corpus
 from loaders.tokenizer_faults import is_tokenizer_fault
 
 BLOCK = 2**18  # bytes read and encoded at a time

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from loaders import corpus
+from loaders.quality import corpus
 
 _CONTEXT, _LINE = 400, (24, 120)  # characters before the line; of a line that is worth a question
 _EVERY, _PAGES, _CHOICES = 8, 24, 4

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from loaders.base import LoadedModel
 from server.bench.figures import Run
-from server.engine import Engine
-from server.sequence import SamplingParams
+from server.engine.engine import Engine
+from server.engine.sequence import SamplingParams
 
 Prompts = list[list[int]]
 

@@ -10,18 +10,18 @@ from tempfile import TemporaryDirectory
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from server.bench import table
+from server.bench.bandwidth import MemorySpeed, apart
 from server.bench.contenders import Contender
-from server.bench.host import MemorySpeed, apart
+from server.bench.document import Report
+from server.bench.http.contender import HttpContender
+from server.bench.http.own_server import own_server
 from server.bench.options import Options
 from server.bench.peers import environment
 from server.bench.peers.export import export
 from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
-from server.bench.report import Report
-from server.bench.serving.contender import HttpContender
-from server.bench.serving.own_server import own_server
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
-from server.terminal import folded, say
+from server.commands.terminal import folded, say
 
 ProgressOf = Callable[[str], AbstractContextManager[Progress]]
 """What is told of a precision's loading and measuring, by its name."""

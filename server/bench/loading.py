@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from server.bench.errors import BenchError
-from server.bench.memory import reset_peak, status_bytes, trim
+from server.bench.peak_memory import reset_peak, status_bytes, trim
 from server.bench.processes import start_command
-from server.settings import ModelSettings
-from server.threads import compute_with
+from server.host.threads import compute_with
+from server.settings.server import ModelSettings
 
 _MEGA = 1e6
 HEADING = (

@@ -7,15 +7,15 @@ from dataclasses import asdict
 import loaders
 from loaders.base import Checkpoint, ModelSpec
 from server.bench import contexts, loading
-from server.bench import report as reports
+from server.bench import document as reports
+from server.bench.bandwidth import MemorySpeed, apart, pin
+from server.bench.document import Report
 from server.bench.engines import Engines, ProgressOf
 from server.bench.errors import BenchError
-from server.bench.host import MemorySpeed, apart, pin
+from server.bench.http.section import Serving
 from server.bench.options import Options
-from server.bench.report import Report
-from server.bench.serving.section import Serving
-from server.commands.options import save
-from server.terminal import folded, say, say_json
+from server.commands.terminal import folded, say, say_json
+from server.settings.output import save
 
 
 def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_of: ProgressOf) -> None:

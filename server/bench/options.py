@@ -6,9 +6,9 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field, SecretStr
 
-from server.commands.options import Output, json_option, precisions_option
-from server.setting_types import Precisions, listed, option
-from server.settings import ModelSettings
+from server.settings.output import Output, json_option, precisions_option
+from server.settings.server import ModelSettings
+from server.settings.types import Precisions, listed, option
 
 OWN_SERVER = "a server of its own"
 _PRIVATE = {"model_id", "json_file", "plot", "peers_venv", "http_key"}

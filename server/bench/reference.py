@@ -10,10 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loaders.base import ModelSpec, ignore_progress
-from loaders.bnb import quantization_config, rest_dtype
 from loaders.checkpoint import load_pretrained, open_checkpoint
-from loaders.conv1d import to_linear
-from loaders.full import DTYPES
+from loaders.layers.conv1d import to_linear
+from loaders.precisions.bnb import quantization_config, rest_dtype
+from loaders.precisions.full import DTYPES
 from server.bench.worker import BatchEngine, Worker
 
 
@@ -26,8 +26,8 @@ def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine
     Args:
         settings: values of ``ModelSettings``.
     """
-    from server.settings import ModelSettings  # here: who measures without a server needs none of it
-    from server.threads import compute_with
+    from server.host.threads import compute_with
+    from server.settings.server import ModelSettings  # here: who measures without a server needs none of it
 
     compute_with(threads)
     chosen = ModelSettings(**settings)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loaders.base import LoadedModel
+from server.bench.bandwidth import Bandwidth, MemorySpeed, middle
 from server.bench.contenders import Contender, EngineContender, Prompts
 from server.bench.figures import Figures, Floor, Run, mean_context, summarize
-from server.bench.host import Bandwidth, MemorySpeed, middle
-from server.bench.memory import Peak, peak_on
+from server.bench.peak_memory import Peak, peak_on
 
 _WARM_UP_TOKENS = 8
 _PAUSE = 0.3  # seconds after which the idle threads of the one before sleep: Intel's OpenMP waits 0.2 awake

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
 import loaders
 from loaders.base import PrecisionUnavailable
 from server.commands.help import Arguments, Formatter
-from server.model_settings import has_variable
+from server.settings.model import has_variable
 
 USAGE, FAILED = 2, 1
 _Options = TypeVar("_Options", bound=BaseSettings)

@@ -8,8 +8,8 @@ from loaders.base import Checkpoint, LoaderError
 from server.bench.errors import BenchError
 from server.bench.options import Options
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.options import NotSaved
 from server.commands.progress import ProgressBars
+from server.settings.output import NotSaved
 
 __all__ = ["Options", "main"]
 

@@ -14,19 +14,19 @@ from loaders.base import LoaderError, ModelSpec
 from loaders.end_tokens import with_end_token
 from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
-from server.commands.quality_table import table
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
-from server.comparison import Compared, Comparison, Wish
-from server.comparison_table import HEADINGS, cells, figures
-from server.engine import Engine
+from server.commands.table import table
+from server.commands.terminal import folded, terminal_width
+from server.engine.engine import Engine
 from server.errors import ServiceError
-from server.setting_types import Precision, Precisions, listed, option
-from server.terminal import folded, terminal_width
-from server.text import TextCodec
-from server.threads import compute_with
+from server.evaluation.comparison import Compared, Comparison, Wish
+from server.evaluation.comparison_table import HEADINGS, cells, figures
+from server.host.threads import compute_with
+from server.service.text.codec import TextCodec
+from server.settings.output import NotSaved, Output, json_option, precisions_option, save
+from server.settings.types import Precision, Precisions, listed, option
 
 _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160

@@ -13,11 +13,11 @@ from loaders.end_tokens import with_end_token
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
-from server.engine import Engine
+from server.engine.engine import Engine
 from server.errors import ServiceError
-from server.settings import PrecisionSettings
-from server.text import TextCodec
-from server.threads import compute_with
+from server.host.threads import compute_with
+from server.service.text.codec import TextCodec
+from server.settings.server import PrecisionSettings
 
 
 class Options(SamplingSettings, PrecisionSettings):

@@ -6,10 +6,10 @@ import loaders
 from loaders.base import Checkpoint, LoaderError, ModelSpec
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
-from server.commands.quality_table import layer_lines
-from server.setting_types import Precisions, listed, option
-from server.settings import ModelSettings
-from server.threads import compute_with
+from server.commands.table import layer_lines
+from server.host.threads import compute_with
+from server.settings.server import ModelSettings
+from server.settings.types import Precisions, listed, option
 
 
 class Options(ModelSettings):

@@ -8,7 +8,7 @@ from typing import Any, Self
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from server.precision_state import PrecisionState
+from server.service.precision_state import PrecisionState
 
 _COUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 _UNCOUNTED = "{desc} … [{elapsed}]"

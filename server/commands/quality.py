@@ -10,15 +10,15 @@ import loaders
 from loaders.base import Checkpoint, Footprint, LoadedModel, LoaderError, ModelSpec
 from loaders.quality import Quality, QualityError, held_out, measure, text_file
 from loaders.quality.greedy import PROMPTS
-from server import memory
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.options import NotSaved, Output, json_option, precisions_option, save
 from server.commands.progress import ProgressBars
-from server.commands.quality_table import layer_lines, quality_lines
-from server.setting_types import Precisions, listed, option
-from server.settings import ModelSettings
-from server.terminal import folded, say_json
-from server.threads import compute_with
+from server.commands.table import layer_lines, quality_lines
+from server.commands.terminal import folded, say_json
+from server.host import memory
+from server.host.threads import compute_with
+from server.settings.output import NotSaved, Output, json_option, precisions_option, save
+from server.settings.server import ModelSettings
+from server.settings.types import Precisions, listed, option
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport

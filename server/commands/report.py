@@ -11,14 +11,14 @@ from loaders.quality import QualityError, text_file
 from loaders.quality.greedy import PROMPTS
 from server.bench.errors import BenchError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.options import OutputFolder
+from server.commands.interrupts import say_on_interrupt
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError
-from server.interrupts import say_on_interrupt
 from server.report import plots
 from server.report.plots import PlotsUnavailable
-from server.setting_types import Precisions, listed, option
-from server.settings import ModelSettings
+from server.settings.output import OutputFolder
+from server.settings.server import ModelSettings
+from server.settings.types import Precisions, listed, option
 
 _REFERENCE = "fp32"
 _INTERRUPTED = "bitdial report: interrupted; what was measured is kept: the same command goes on from there"
@@ -89,7 +89,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _report(options: Options) -> None:
     from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
-    from server.report import files, job
+    from server.report import files
+    from server.report.measuring import job
 
     wishes = job.Wishes(
         options.names(),
@@ -133,12 +134,12 @@ class _Bars:
 
 
 def _show(document: dict[str, Any]) -> None:
-    from server.commands.quality_table import table
+    from server.commands.table import table
+    from server.commands.terminal import folded, terminal_width
     from server.report.columns import columns, legend
     from server.report.markdown import advice_of, facts
     from server.report.noise import noise
     from server.report.rows import rows_of
-    from server.terminal import folded, terminal_width
 
     rows, width = rows_of(document), min(shutil.get_terminal_size().columns, 110)
     print("".join(textwrap.fill(sentence, width) + "\n\n" for sentence in noise(rows)), end="")

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.commands import UsageError
-from server.sequence import SamplingParams
-from server.setting_types import option
-from server.settings import ModelSettings
-from server.text import TextCodec
+from server.engine.sequence import SamplingParams
+from server.service.text.codec import TextCodec
+from server.settings.server import ModelSettings
+from server.settings.types import option
 
 _GENERATION = "generation"
 STDIN = "-"

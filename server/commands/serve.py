@@ -12,10 +12,10 @@ from loaders.base import Checkpoint, LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError
-from server.logs import set_up_logging
-from server.open_files import most_connections, raise_limit
-from server.setting_types import AUTO
-from server.settings import Settings
+from server.http.connection.open_files import most_connections, raise_limit
+from server.observability.logs import set_up_logging
+from server.settings.server import Settings
+from server.settings.types import AUTO
 
 _INSTALL_OTLP = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         complain("serve", error)
         return FAILED
     from server.app import create_app
-    from server.process import Process
+    from server.http.server import Process
 
     def opened(*arguments: Any, **options: Any) -> Any:
         return checkpoint
@@ -73,7 +73,7 @@ def _require_tracing(options: Settings) -> None:
     if options.otlp_endpoint is None:
         return
     try:
-        import_module("server.tracing")
+        import_module("server.observability.tracing")
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
 
@@ -82,8 +82,8 @@ def _require_chat_template(options: Settings) -> None:
     """A file that was named must be a template that can be compiled."""
     if options.chat_template is None:
         return
-    from server.chat_renderer import SUBJECT, ChatRenderer
-    from server.chat_source import read_template
+    from server.service.chat.renderer import SUBJECT, ChatRenderer
+    from server.service.chat.source import read_template
 
     async def check(template: str) -> None:
         renderer = ChatRenderer(template, {}, options.payload_limit)
@@ -113,8 +113,8 @@ def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:
     """With the name of a precision in the place of ``auto``."""
     if options.precision != AUTO:
         return options
-    from server.automatic import resolved
-    from server.reports import Reports
+    from server.report.auto import resolved
+    from server.report.background import Reports
 
     reports = Reports(options, checkpoint)
     asyncio.run(reports.find_subject())
@@ -128,7 +128,7 @@ def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:
 
 def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
     """A default precision that can never be loaded would be a server that is never ready."""
-    from server import memory
+    from server.host import memory
 
     needed = memory.needed_bytes(options.precision, options.spec(checkpoint, options.max_batch_size))
     free = memory.free_bytes(options.resolved_device())

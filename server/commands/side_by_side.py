@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from server.comparison import first_divergence
+from server.evaluation.comparison import first_divergence
 
 MARK = "▶"
 _BETWEEN = " │ "

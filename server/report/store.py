@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from server import cache
+from server.host import cache
 from server.report.subject import Reading, Subject
 
 FORMAT = 2

@@ -16,8 +16,8 @@ from loaders.base import ModelSpec
 from loaders.checkpoint import weight_files
 from loaders.kernels.build import compiled
 from loaders.quality import Text
-from server.bench.host import apart, cpu_name
-from server.threads import resolve
+from server.bench.bandwidth import apart, cpu_name
+from server.host.threads import resolve
 from server.version import VERSION
 
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")

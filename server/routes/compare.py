@@ -13,16 +13,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loaders.quality.prompt import longest_prompt
-from server.body import read_object
-from server.comparison import Compared, Comparison, Wish
-from server.comparison_table import figures, markdown
 from server.errors import DeadlinePassed, PromptTooLong, ServiceError
-from server.intake import known_precision, make_request, merge_parameters
-from server.pool import Pool
-from server.replies import until_disconnect
+from server.evaluation.comparison import Compared, Comparison, Wish
+from server.evaluation.comparison_table import figures, markdown
+from server.http.body import read_object
+from server.http.responses import until_disconnect
+from server.http.validation import validate
+from server.routes.generation_request import known_precision, make_request, merge_parameters
+from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
-from server.schemas import PRECISION_NAMES, NamesOrAll, Sampling
-from server.validation import validate
+from server.service.pool import Pool
 
 router = APIRouter(tags=["comparing"])
 _ALL = "all"

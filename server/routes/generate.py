@@ -10,11 +10,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.body import read_object
+from server.engine.sequence import PromptToken, Token, drawn_seed
 from server.errors import NotFound
-from server.generation import Continuation, GenerationRequest, Piece
-from server.intake import Asked, choose_precision, make_request, merge_parameters, settle
-from server.replies import event, is_openai
+from server.http.body import read_object
+from server.http.responses import event, is_openai
+from server.http.validation import validate
+from server.routes.generation_request import Asked, choose_precision, make_request, merge_parameters, settle
+from server.routes.schemas import GenerateBody, Parameters
 from server.routes.shared import (
     SEEDS,
     body_of,
@@ -26,10 +28,8 @@ from server.routes.shared import (
     timings,
     whole,
 )
-from server.schemas import GenerateBody, Parameters
-from server.sequence import PromptToken, Token, drawn_seed
-from server.text import TextCodec
-from server.validation import validate
+from server.service.generation import Continuation, GenerationRequest, Piece
+from server.service.text.codec import TextCodec
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()

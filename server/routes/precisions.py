@@ -11,10 +11,10 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.base import LoaderError
 from server.errors import BadPrecision, ServiceError
-from server.pool import Pool
-from server.precision_state import PrecisionState
-from server.replies import EventStream, event
-from server.schemas import PRECISION_NAMES
+from server.http.responses import EventStream, event
+from server.routes.schemas import PRECISION_NAMES
+from server.service.pool import Pool
+from server.service.precision_state import PrecisionState
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
 PrecisionName = Annotated[str, WithJsonSchema({"type": "string", "enum": PRECISION_NAMES})]

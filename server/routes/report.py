@@ -11,17 +11,17 @@ from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from server.body import read_object
 from server.errors import NotFound, Unavailable
-from server.intake import known_precision
-from server.replies import EventStream, event
+from server.http.body import read_object
+from server.http.responses import EventStream, event
+from server.http.validation import Strict, validate
 from server.report import plots
 from server.report.files import as_json
 from server.report.markdown import advice_of, markdown
 from server.report.page import page
+from server.routes.generation_request import known_precision
+from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
-from server.schemas import NamesOrAll
-from server.validation import Strict, validate
 
 router = APIRouter(tags=["comparing"])
 _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"

@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.generation import Continuation, GenerationRequest
-from server.intake import ANY_MODEL
-from server.replies import EventStream, Stream, cancelled, until_disconnect
-from server.schemas import PRECISION_NAMES
-from server.setting_types import AUTO
+from server.http.responses import EventStream, Stream, cancelled, until_disconnect
+from server.routes.generation_request import ANY_MODEL
+from server.routes.schemas import PRECISION_NAMES
+from server.service.generation import Continuation, GenerationRequest
+from server.settings.types import AUTO
 
 SEEDS = 2**64
 _SLICE = 2**16  # bytes, as much as the server beneath keeps unsent before it waits for the reader

@@ -13,15 +13,15 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.base import LoadedModel, ReportingRunner
 from loaders.layer_errors import hollow
-from server import memory
 from server.errors import Invalid
-from server.metrics import CONTENT_TYPE, Metrics
-from server.pool import Pool
-from server.precision_state import PrecisionState
+from server.host import memory
+from server.observability.metrics import CONTENT_TYPE, Metrics
+from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
-from server.reports import Reports
 from server.routes.precisions import PrecisionName, known
+from server.service.pool import Pool
+from server.service.precision_state import PrecisionState
 from server.version import VERSION
 
 router = APIRouter(tags=["looking"])

@@ -10,13 +10,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.body import read_object
 from server.errors import PromptTooLong
-from server.prompt_encoder import Tokens
-from server.replies import Stream, until_disconnect
+from server.http.body import read_object
+from server.http.responses import Stream, until_disconnect
+from server.http.validation import validate
+from server.routes.schemas import TokenizeBody
 from server.routes.shared import body_of
-from server.schemas import TokenizeBody
-from server.validation import validate
+from server.service.text.prompt_encoder import Tokens
 
 router = APIRouter(tags=["looking"])
 _CHARACTERS = 250_000  # of a text, or as many as the longest prompt usually has if that is more

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import loaders
 from loaders.base import ModelSpec, OutOfMemory
 from loaders.checkpoint import open_checkpoint
-from loaders.torch_runner import TorchRunner
+from loaders.runners.transformers_runner import TorchRunner
 from tests import checkpoints
 from tests.emulated_card import is_there
 from tests.emulated_card.memory import cards
@@ -39,7 +39,7 @@ def test_it_is_spread_over_both(
     if precision == "fp32":
         monkeypatch.setattr(cards[0], "total", cards[0].now + 40 * MEGABYTES)
     else:  # quantizing takes more than it leaves, and would not fit a card that is so full
-        monkeypatch.setattr("loaders.memory.spread", lambda *_: "auto")
+        monkeypatch.setattr("loaders.cuda.memory.spread", lambda *_: "auto")
     monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)
     checkpoint = open_checkpoint(str(folder))
     one = loaders.load("fp32", ModelSpec(checkpoint, slots=2)).runner
@@ -64,7 +64,7 @@ def test_it_is_spread_over_both(
 def test_no_room_is_told_as_such(folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it runs out: ``transformers`` takes what quantizing raises for a broken checkpoint."""
     checkpoint = open_checkpoint(str(folder))
-    monkeypatch.setattr("loaders.memory.cards_free", lambda: [2**40])
+    monkeypatch.setattr("loaders.cuda.memory.cards_free", lambda: [2**40])
     monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)
     gc.collect()
     before = cards[0].now  # once: what a fault's traceback still holds later must not make room

@@ -9,8 +9,8 @@ import torch
 
 import loaders
 from loaders.base import ModelSpec
-from loaders.captured_runner import CapturedRunner
 from loaders.checkpoint import open_checkpoint
+from loaders.cuda.graph_runner import CapturedRunner
 from tests import checkpoints
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from loaders.captured_runner import CapturedRunner
-from loaders.full import keep_all_bits
-from server.engine import Engine
+from loaders.cuda.graph_runner import CapturedRunner
+from loaders.precisions.full import keep_all_bits
+from server.engine.engine import Engine
+from server.engine.sampler import Sampler
+from server.engine.sequence import SamplingParams, Token
 from server.errors import GenerationFailed
-from server.sampler import Sampler
-from server.sequence import SamplingParams, Token
+from tests.engine.test_device_sampler import SETTINGS, made
+from tests.engine.test_sampler import logits
 from tests.fakes import fake_model
 from tests.gpu.conftest import PRECISIONS, Load
-from tests.test_device_sampler import SETTINGS, made
-from tests.test_sampler import logits
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[5, 6, 7], [10] * 90, [3], list(range(20, 60)), [9, 8], [7] * 150, [200, 100, 50]]

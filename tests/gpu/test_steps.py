@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loaders.captured_runner import CapturedRunner
-from loaders.cuda_graphs import CudaGraphs, release_unused
-from loaders.steps import LeanGPT2
+from loaders.cuda.cuda_graphs import CudaGraphs, release_unused
+from loaders.cuda.forward import LeanGPT2
+from loaders.cuda.graph_runner import CapturedRunner
 from tests.gpu.conftest import PRECISIONS, Load
 
 pytestmark = pytest.mark.gpu

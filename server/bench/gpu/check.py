@@ -17,17 +17,17 @@ from transformers.utils import logging as transformers_logging
 import loaders
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.cuda_graphs import release_unused
+from loaders.cuda.cuda_graphs import release_unused
 from server.bench import table
+from server.bench.bandwidth import MemorySpeed
 from server.bench.gpu import correctness, models, over_http, rivals, speed, suite, targets
 from server.bench.gpu.budget import Budget, TimeUp, another_process
 from server.bench.gpu.facts import card_name, introduction, new_report
 from server.bench.gpu.options import Options, parse
 from server.bench.gpu.result import Result, default_file
 from server.bench.gpu.speed import Subject
-from server.bench.host import MemorySpeed
 from server.bench.session import Plan
-from server.threads import compute_with, default_threads
+from server.host.threads import compute_with, default_threads
 
 _TESTS = 130.0  # seconds that the tests may take
 _ONE = {"correctness": 12.0, "speed": 25.0, "continuous": 20.0, "http": 45.0, "xl": 40.0, "steady": 12.0}

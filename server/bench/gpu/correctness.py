@@ -12,12 +12,12 @@ from torch import Tensor
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
-from loaders.captured_runner import CapturedRunner
-from loaders.cuda_graphs import release_unused
-from loaders.memory import card_free
+from loaders.cuda.cuda_graphs import release_unused
+from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.memory import card_free
 from server.bench.reference import load_reference
 from server.bench.session import prompts_of
-from server.memory import used_bytes
+from server.host.memory import used_bytes
 
 _STEPS = 6
 _TOKENS = 24  # compared with generate's

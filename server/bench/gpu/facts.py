@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from loaders.base import Checkpoint
-from server.bench import report as reports
+from server.bench import document as reports
+from server.bench.bandwidth import MemorySpeed, cpu_name
+from server.bench.document import Report
 from server.bench.gpu.options import Options
-from server.bench.host import MemorySpeed, cpu_name
-from server.bench.report import Report
 
 _GIGA = 1e9
 

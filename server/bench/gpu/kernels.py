@@ -9,10 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import loaders
-from loaders import buckets
 from loaders.base import ModelSpec
-from loaders.captured_runner import CapturedRunner
-from loaders.cuda_graphs import Replay
+from loaders.cuda import buckets
+from loaders.cuda.cuda_graphs import Replay
+from loaders.cuda.graph_runner import CapturedRunner
 
 _REPEAT = 20
 _MICRO = 1e-3  # of a millisecond

@@ -32,12 +32,12 @@ async def _measure(
     subject: Subject, source: str, precision: str, streams: Sequence[int], seconds: float
 ) -> None:
     # here: on a host without the server's packages all else can be measured
-    from server.bench.serving.load import Limits, Load, Shape
-    from server.bench.serving.own_server import own_server
-    from server.bench.serving.section import COLUMNS
-    from server.bench.serving.texts import Texts
+    from server.bench.http.load import Limits, Load, Shape
+    from server.bench.http.own_server import own_server
+    from server.bench.http.section import COLUMNS
+    from server.bench.http.texts import Texts
     from server.bench.table import Table
-    from server.settings import ModelSettings
+    from server.settings.server import ModelSettings
 
     plan, which = subject.plan, {"model": subject.model, "precision": precision}
     settings = ModelSettings(model_id=source, device=subject.spec.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server.bench import table
-from server.bench.report import Report
+from server.bench.document import Report
 from server.bench.session import Row
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import loaders
 from loaders.base import DeviceRunner, LoadedModel, ModelSpec, ReportingRunner
-from loaders.captured_runner import CapturedRunner
+from loaders.cuda.graph_runner import CapturedRunner
+from server.bench.bandwidth import MemorySpeed
 from server.bench.gpu import rivals
 from server.bench.gpu.kernels import StepCost, captured_step, replay_ms, step_costs
 from server.bench.gpu.result import Result
-from server.bench.host import MemorySpeed
 from server.bench.session import Plan, Row, Session
 
 STEADY = "bitdial, steady"

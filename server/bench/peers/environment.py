@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server import cache
 from server.bench.errors import BenchError
+from server.host import cache
 
 REQUIREMENTS = ["numpy>=2", "gguf>=0.19", "ctranslate2>=4.8", "llama-cpp-python>=0.3.36"]
 """llama-cpp-python comes as source, and is compiled for this very CPU."""

@@ -1,0 +1,1 @@
+"""The Runner of a GPU: steps of fixed sizes, captured as CUDA graphs and replayed."""

@@ -1,0 +1,1 @@
+"""What a loaded model's layers are: linear layers by storage format, masks, rotary embeddings."""

@@ -1,0 +1,201 @@
+"""int8 (LLM.int8), nf4 and fp4 by bitsandbytes, through ``BitsAndBytesConfig``.
+
+``transformers`` transposes GPT-2's Conv1D layers for it. The head stays as it is, tied to the embedding or
+not; ``llm_int8_skip_modules`` replaces the default list, so it is always named.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loaders import kernels
+from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
+from loaders.checkpoint import load_pretrained, meta_model, misfit
+from loaders.cuda.memory import device_map
+from loaders.footprint import count_parameters, linear_weights, measure, reasons
+from loaders.layers.native_linear import adopt
+from loaders.precisions.full import DTYPES
+from loaders.runners import gpt2_cpu_runner as gpt2_runner
+from loaders.runners.select import runner_for
+
+BLOCK = 64  # weights that share one absmax
+_CPU_CAST = "MatMul8bitLt: inputs will be cast"
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    if find_spec("bitsandbytes") is None:
+        return Availability("bitsandbytes is not installed", "pip install 'bitsandbytes>=0.50'")
+    if device == "cuda" and not torch.cuda.is_available():
+        return Availability("there is no CUDA device")
+    return Availability()
+
+
+def estimate_bytes(precision: str, spec: ModelSpec) -> int:
+    model = meta_model(spec)
+    inner = linear_weights(model)
+    rest: int = (count_parameters(model) - inner) * rest_dtype(precision, spec).itemsize
+    return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    _quieten()
+    if spec.device == "cpu" and precision != "int8":
+        _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
+    rest = rest_dtype(precision, spec)
+    model = load_pretrained(
+        spec,
+        progress,
+        dtype=torch.float32 if spec.device == "cpu" else rest,
+        device_map=device_map(spec, estimate_bytes(precision, spec)),
+        quantization_config=quantization_config(precision, spec),
+    )
+    _check_layers(model, precision, spec.checkpoint.model_id)
+    if spec.device == "cpu":
+        _cast(model, rest)
+    native = spec.device == "cpu" and adopt(model, progress)
+    runner = runner_for(model, spec)  # before counting: bitsandbytes repacks weights when they are first used
+    quantized = _quantized_class(precision)
+    parameters = count_parameters(meta_model(spec))
+    footprint = measure(
+        model,
+        parameters,
+        lambda module: isinstance(module, quantized),
+        _state,
+        reasons(model, f"the head is kept in {str(rest).removeprefix('torch.')}"),
+    )
+    details: dict[str, Any] = {
+        "rest": str(rest),
+        "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
+        "kernels": kernels.describe() if spec.device == "cpu" else "bitsandbytes",
+    }
+    if precision == "int8":
+        details["outlier_threshold"] = spec.int8_threshold
+    else:
+        details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
+    return LoadedModel(precision, runner, footprint, details=details)
+
+
+def quantization_config(precision: str, spec: ModelSpec) -> Any:
+    """What ``from_pretrained`` is told for the precision."""
+    model = meta_model(spec)
+    head = model.get_output_embeddings()
+    skip = [name for name, module in model.named_modules() if module is head]
+    if precision == "int8":
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=spec.int8_threshold, llm_int8_skip_modules=skip
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=precision,
+        bnb_4bit_compute_dtype=_compute_dtype(spec),
+        bnb_4bit_use_double_quant=spec.double_quantization,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
+    """The type of what is not quantized.
+
+    On a CPU bf16 where the lean runner reads it as it lies in memory, since the head is most of a small
+    model's traffic; elsewhere fp32. On a card what the kernels take without casting.
+    """
+    if spec.unquantized_dtype != "auto":
+        return DTYPES[spec.unquantized_dtype]
+    if spec.device == "cpu":
+        lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
+        return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
+    return torch.float16 if precision == "int8" else _sixteen_bits()
+
+
+def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
+    """On a CPU a row of weights must be whole blocks; on a card bitsandbytes unpacks the others first."""
+    head = model.get_output_embeddings()
+    for at, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+            continue
+        inputs = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
+        if inputs % BLOCK:
+            raise CheckpointError(
+                f"{name} can't be served in {precision} on a CPU: {at} has {inputs} inputs, no multiple of "
+                f"the {BLOCK} that share a scale; int8 and dynamic-int8 take any width"
+            )
+
+
+def _check_layers(model: nn.Module, precision: str, name: str) -> None:
+    """``from_pretrained`` compares no shapes of what it quantizes, and is content if that is nothing."""
+    quantized = _quantized_class(precision)
+    layers: dict[str, Any] = {at: one for at, one in model.named_modules() if isinstance(one, quantized)}
+    if not layers:
+        raise CheckpointError(f"{name} has no layer that {precision} can quantize")
+    if misfits := [at for at, one in layers.items() if _shape(one) != (one.out_features, one.in_features)]:
+        raise misfit(name, misfits)
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    state = getattr(layer.weight, "quant_state", None)
+    return tuple(layer.weight.shape if state is None else state.shape)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What is left of float32 after quantizing; codes were made from the checkpoint's own values."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _native_compute(precision: str) -> str:
+    library = kernels.get()
+    assert library is not None
+    return f"torch.{library.computes_in('int8' if precision == 'int8' else 'four-bit')}"
+
+
+def _compute_dtype(spec: ModelSpec) -> torch.dtype:
+    """bf16 where there are instructions for it: with fp32, the fused kernels serve few rows only."""
+    if spec.device == "cuda":
+        return _sixteen_bits()
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _sixteen_bits() -> torch.dtype:
+    """What the card has instructions for: before Ampere it computes bf16 by way of fp32."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _quantized_class(precision: str) -> type[nn.Module]:
+    import bitsandbytes
+
+    layer: type[nn.Module] = (
+        bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
+    )
+    return layer
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Row scales of int8; absmax, tables and, with double quantization, the absmax of the absmax of 4-bit."""
+    weight = getattr(module, "weight", None)
+    held = getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)
+    for scales in held:  # with the weight before its first use, with the layer from then on
+        if isinstance(scales, Tensor):
+            yield "scales", scales
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield "absmax", state.absmax
+        yield "tables", state.code
+        if state.nested:
+            yield "absmax", state.state2.absmax
+            yield "tables", state.state2.code
+            yield "absmax", state.offset
+
+
+def _quieten() -> None:
+    """On a CPU bitsandbytes warns at each int8 call, and advises a package that downloads native code."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=_CPU_CAST)

@@ -1,0 +1,85 @@
+"""Which Runner computes a loaded ``transformers`` model."""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from loaders.base import CheckpointError, ModelSpec, Runner
+from loaders.cuda.cuda_graphs import CudaGraphs
+from loaders.cuda.forward import LeanGPT2
+from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.memory import card_free
+from loaders.cuda.static_cache import Unsuitable
+from loaders.runners import gpt2_cpu_runner as gpt2_runner
+from loaders.runners.batching_check import check_numbers, check_rows
+from loaders.runners.transformers_runner import TorchRunner
+
+_TRIED = 2  # slots that trying an architecture out takes
+
+
+def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
+    """The lean one where it knows the architecture and the layers, else ``transformers``' own forward.
+
+    Raises:
+        CheckpointError: no runner can batch the architecture.
+        OutOfMemory: there is no room for the KV cache.
+    """
+    if spec.device == "cuda":
+        return _on_a_card(model, spec)
+    if gpt2_runner.supports(model):
+        runner = gpt2_runner.GPT2Runner(model, spec)
+        check_numbers(runner, spec.checkpoint.architecture)
+        return runner
+    return _tried_out(TorchRunner(model, spec), spec)
+
+
+def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        return _tried_out(TorchRunner(model, spec, f"the model is spread over {len(places)} devices"), spec)
+    # cuDNN's attention chooses its kernel by the length of the context, which a row's result would depend on
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    why_not = _not_to_be_captured(model, spec)
+    graphs = None if why_not else CudaGraphs(model.device)
+    try:
+        if not LeanGPT2.serves(model):
+            _try_steps(model, spec)
+        return CapturedRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
+    except (Unsuitable, CheckpointError) as error:
+        return _tried_out(TorchRunner(model, spec, str(error)), spec)
+
+
+def _try_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """With a small cache that goes again, and uncaptured: that is for the thread that will make the calls."""
+    few = replace(spec, slots=min(spec.slots, _TRIED))
+    runner = CapturedRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
+    try:
+        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
+    finally:
+        runner.close()
+
+
+def _tried_out(runner: TorchRunner, spec: ModelSpec) -> TorchRunner:
+    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
+    return runner
+
+
+def _not_to_be_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:
+    if not spec.cuda_graphs:
+        return "CUDA_GRAPHS is off"
+    if spec.int8_threshold and getattr(model, "is_loaded_in_8bit", False):
+        return (
+            "INT8_THRESHOLD is above 0: every layer waits for the host to find outliers, and looks for them "
+            "in the whole batch, so that what runs beside a sequence changes its tokens"
+        )
+    return None
+
+
+def _free(model: PreTrainedModel, spec: ModelSpec) -> int:
+    """What the KV cache may be a part of."""
+    free = card_free(model.device)
+    if spec.room is None:
+        return free
+    weights: int = sum(parameter.nbytes for parameter in model.parameters())
+    return min(free, spec.room - weights)

@@ -1,0 +1,1 @@
+"""One loaded model: its worker thread, continuous batching and sampling."""

@@ -1,0 +1,296 @@
+"""One loaded model at work: a thread that owns scheduler, runner and cache, and its door to the event loop.
+
+Events come in through an inbox, tokens go out with one ``call_soon_threadsafe`` per step. Only the worker
+thread touches sequences, slots and tensors, so there are no locks.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from torch import Tensor
+
+from loaders.base import LoadedModel
+from server.engine.fair_lock import Turn
+from server.engine.queue_estimate import QueueEstimate
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
+from server.engine.worker import Step, Worker
+from server.errors import DeadlinePassed, GenerationFailed, NotReady, ServiceError, Unloaded
+from server.host.threads import compute_with, resolve
+
+_SLOWEST_GRACE = 2.0  # seconds that any step may take before the engine counts as stalled
+
+
+class Generation(AsyncIterator[Token]):
+    """The tokens of one sequence as they come, for one reader.
+
+    Closing it is cancelling: the slot is free within a step.
+    """
+
+    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
+        self._engine, self._sequence = engine, sequence
+        self._events: deque[Token | ServiceError | None] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+        self._closed = False
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._sequence.timeline
+
+    @property
+    def prompt_tokens(self) -> list[PromptToken]:
+        """The prompt's log-probabilities, if asked for; complete when the first token comes."""
+        return self._sequence.prompt_tokens
+
+    def put(self, event: Token | ServiceError | None) -> None:
+        self._events.append(event)
+        if (waited_for := self._arrival) is not None and not waited_for.done():  # done: told, or given up
+            waited_for.set_result(None)
+
+    async def __anext__(self) -> Token:
+        if self._closed:
+            raise StopAsyncIteration
+        while not self._events:
+            assert self._arrival is None, "one reader at a time"
+            self._arrival = asyncio.get_running_loop().create_future()
+            try:
+                await self._arrival
+            finally:
+                self._arrival = None
+        event = self._events.popleft()
+        if isinstance(event, Token):
+            self._closed = event.finish is not None
+            return event
+        self._closed = True
+        if event is None:
+            raise StopAsyncIteration
+        raise event
+
+    def at_hand(self) -> Token | None:
+        """The next token if it is here already; None where that can't be told without waiting."""
+        if self._closed or not self._events or not isinstance(token := self._events[0], Token):
+            return None
+        self._events.popleft()
+        self._closed = token.finish is not None
+        return token
+
+    def close(self) -> None:
+        """Cancels what has not been generated yet. Harmless when all has been."""
+        self._closed = True
+        self._engine.cancel(self._sequence)
+
+    async def aclose(self) -> None:
+        """``close``, for ``contextlib.aclosing``."""
+        self.close()
+
+
+class Engine:
+    """Continuous batching over one ``LoadedModel``. Made and called on the event loop.
+
+    Args:
+        threads: that a step takes on a CPU; as many as ``server.host.threads`` finds if None.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        eos_ids: frozenset[int],
+        prefill_chunk: int = 128,
+        prefill_chunk_busy: int | None = None,
+        threads: int | None = None,
+        on_step: Callable[[StepStats], None] | None = None,
+        on_death: Callable[[str], None] | None = None,
+        turn: Turn | None = None,
+    ) -> None:
+        self.model, self.precision = model, model.precision
+        self.last_used = time.perf_counter()
+        self._on_step, self._on_death = on_step, on_death
+        self._threads = resolve(threads)
+        self._scheduler = Scheduler(model.runner.slots, prefill_chunk, prefill_chunk_busy)
+        self._estimate = QueueEstimate(
+            model.runner.slots, min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
+        )
+        self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
+        self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
+        self._live: dict[Sequence, Generation] = {}
+        self._dead: str | None = None  # why the worker is no more
+        self._thread: threading.Thread | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Spawns the worker and computes one token, so that the first request pays for no first time."""
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name=f"engine-{self.precision}", daemon=True
+        )
+        self._thread.start()
+        await ready
+
+    def generate(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        observe: Callable[[Tensor], None] | None = None,
+        chunk: int | None = None,
+    ) -> Generation:
+        """Queues a sequence; its tokens come by iterating over what is returned.
+
+        Args:
+            ids: the prompt; it and ``max_new_tokens`` together fit the context.
+            deadline: ``time.perf_counter()`` seconds after which it is given up, queued or running.
+            observe: told the prompt's logits, on the worker's thread (see ``Sequence.observe``).
+            chunk: most prompt tokens computed in a step (see ``Sequence.chunk``).
+
+        Raises:
+            NotReady: the worker is dead or stopping.
+        """
+        if self._dead is not None:
+            raise NotReady(f"{self.precision} is not running: {self._dead}")
+        sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk)
+        generation = self._live[sequence] = Generation(self, sequence)
+        self.last_used = time.perf_counter()
+        self._inbox.put(("add", sequence))
+        return generation
+
+    def cancel(self, sequence: Sequence) -> None:
+        if sequence in self._live:
+            self._inbox.put(("cancel", sequence))
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return min(self._scheduler.running, len(self._live))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._live) - self.running
+
+    def drain_seconds(self) -> float | None:
+        """Until everything that runs or waits is served; None before that can be estimated."""
+        return self._estimate.drain_seconds(self._live)
+
+    def finish_seconds(self, prompt_tokens: int, new_tokens: int) -> float | None:
+        """Until a sequence that came now would be served; None if it need not wait, or it isn't known."""
+        return self._estimate.finish_seconds(self._live, prompt_tokens, new_tokens)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the current step has been under way; 0 between steps."""
+        since = self._worker.busy_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def health(self) -> str | None:
+        """Why the engine is unwell, or None: a dead worker, or a step far longer than any before."""
+        if self._dead is not None:
+            return self._dead
+        allowed = max(_SLOWEST_GRACE, 5 * self._worker.longest_step)
+        if (stalled := self.stalled_seconds) > allowed:
+            return f"no progress for {stalled:.0f} s"
+        return None
+
+    def fail(self, reason: str) -> None:
+        """Ends every sequence with an error; nothing is accepted any more."""
+        self._end(reason, GenerationFailed(f"the {self.precision} worker failed: {reason}"))
+
+    def _end(self, reason: str, error: GenerationFailed) -> None:
+        if self._dead is None:
+            self._dead = reason
+            for generation in self._live.values():
+                generation.put(error)
+            self._live.clear()
+            self._inbox.put(None)
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """Ends what is in flight with an error, waits for the thread, drops the model."""
+        self._end("it is being unloaded", Unloaded(f"{self.precision} was unloaded; ask again to load it"))
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, patience)
+
+    # the worker thread
+
+    def _run(self, ready: "asyncio.Future[None]") -> None:
+        compute_with(self._threads)
+        try:
+            self._worker.warm_up()
+        except BaseException as error:
+            told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+            self._tell(partial(_settle, ready, told))  # a future takes no other
+            with contextlib.suppress(Exception):
+                self._worker.close()
+            return
+        self._tell(partial(_settle, ready, None))
+        try:
+            while self._receive():
+                self._publish(self._worker.step(time.perf_counter()))
+            self._worker.close()
+        except BaseException as error:  # also SystemExit: a dead worker must never go unheard
+            reason = f"{type(error).__name__} in the worker thread"
+            self._tell(lambda: self._died(reason))
+
+    def _receive(self) -> bool:
+        """Takes all that waits in the inbox, waiting for something if there is no work; False: stop."""
+        block = not self._scheduler.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            kind, sequence = message
+            if kind == "add":
+                self._scheduler.add(sequence)
+            else:
+                sequence.cancelled = True
+            block = False
+
+    def _publish(self, step: Step) -> None:
+        self._tell(lambda: self._deliver(step))
+
+    def _tell(self, callback: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(callback)
+
+    # back on the event loop
+
+    def _deliver(self, step: Step) -> None:
+        for sequence, item in step.events:
+            generation = self._live.get(sequence)
+            if generation is None:
+                continue
+            generation.put(item)
+            if not isinstance(item, Token) or item.finish is not None:
+                del self._live[sequence]
+                if not isinstance(item, ServiceError) or isinstance(item, DeadlinePassed):
+                    self._estimate.observe_end(sequence, late=isinstance(item, DeadlinePassed))
+        if step.events:
+            self.last_used = time.perf_counter()
+        if step.stats is not None:
+            if self.running >= self.model.runner.slots:
+                self._estimate.observe_step(step.stats)
+            if self._on_step is not None:
+                self._on_step(step.stats)
+
+    def _died(self, reason: str) -> None:
+        if self._dead is None:
+            self.fail(reason)
+            if self._on_death is not None:
+                self._on_death(f"{self.precision}: {reason}")
+
+
+def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Precisions compared while serving: side by side, by replay, and layer by layer."""

@@ -1,0 +1,33 @@
+"""What is proved of the loaded precisions, layer by layer; reckoned out when somebody first asks."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from loaders.layer_errors import LayerReport, layer_errors
+from server.bench.bandwidth import apart
+from server.engine.engine import Engine
+from server.service.pool import Pool
+
+
+class Proofs:
+    """Event loop only. On one thread of one core, so that streams keep the others."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._found: WeakKeyDictionary[Engine, LayerReport | None] = WeakKeyDictionary()
+        self._one_at_a_time = asyncio.Lock()
+
+    async def of(self, precision: str) -> list[dict[str, Any]] | None:
+        """Every layer's kind, bytes and error; None where it is not loaded, or can't be told."""
+        if self._pool.state(precision).engine is None:
+            return None
+        async with self._pool.use(precision) as engine, self._one_at_a_time:
+            if engine not in self._found:
+                self._found[engine] = await asyncio.to_thread(apart, lambda: self._prove(engine), 1)
+            report = self._found[engine]
+        return None if report is None else [asdict(layer) for layer in report.layers]
+
+    def _prove(self, engine: Engine) -> LayerReport | None:
+        return layer_errors(engine.model, self._pool.spec)

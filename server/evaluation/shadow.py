@@ -1,0 +1,225 @@
+"""Quality on real traffic: a share of finished requests goes through a reference again, on idle capacity.
+
+What was generated is scored, as it stands, by the precision that served it and by the reference; how far
+their distributions lie apart at each generated token is counted. A request that arrives ends a replay within
+a step.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from loaders.quality.divergence import TokenFigures, compare
+from server.bench.bandwidth import apart
+from server.engine.engine import Engine
+from server.engine.sequence import SamplingParams
+from server.errors import ServiceError
+from server.observability.metrics import Metrics
+from server.service.continuation import Continuation
+from server.service.pool import Pool
+from server.settings.server import Settings
+
+Outcome = Literal["compared", "dropped", "failed"]
+_MOST_WAITING, _MOST_TRIES = 64, 4
+_MOST_LOGITS = 2**25  # of one request that are kept, of each of the two: 128 MB
+_QUIET, _POLL = 0.25, 0.05  # seconds for which nothing may have run before a replay; between looks
+_ROWS = 8  # compared between looks at whether somebody has come
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Request:
+    """What was asked and answered; token ids only."""
+
+    precision: str
+    prompt: list[int]
+    generated: list[int]
+    tries: int = 0
+
+
+@dataclass
+class Tally:
+    """What is known of one precision."""
+
+    outcomes: dict[Outcome, int] = field(default_factory=lambda: {"compared": 0, "dropped": 0, "failed": 0})
+    tokens: int = 0
+    agreeing: float = 0.0
+    kl: float = 0.0
+    max_kl: float = 0.0
+
+    def add(self, figures: TokenFigures) -> None:
+        self.tokens += len(figures.kl)
+        self.agreeing += float(figures.agrees.sum())
+        self.kl += float(figures.kl.sum())
+        self.max_kl = max(self.max_kl, float(figures.kl.max()))
+
+    def figures(self) -> dict[str, Any]:
+        known = self.tokens > 0
+        return {
+            "requests": dict(self.outcomes),
+            "tokens": self.tokens,
+            "agreement": self.agreeing / self.tokens if known else None,
+            "mean_kl": self.kl / self.tokens if known else None,
+            "max_kl": self.max_kl if known else None,
+        }
+
+
+class _Interrupted(Exception):
+    """Somebody has come."""
+
+
+class Shadow:
+    """Event loop only.
+
+    Args:
+        reference: the precision that the others are held against; replays wait until it is loaded.
+        busy: whether a request runs or waits, or a precision is being loaded.
+    """
+
+    def __init__(
+        self, reference: str, settings: Settings, pool: Pool, metrics: Metrics, busy: Callable[[], bool]
+    ) -> None:
+        self.reference, self._fraction, self._chunk = (
+            reference,
+            settings.shadow_fraction,
+            settings.busy_chunk(),
+        )
+        self._pool, self._metrics, self._busy = pool, metrics, busy
+        self._waiting: deque[Request] = deque()
+        self._tallies: dict[str, Tally] = {}
+        self._arrived = asyncio.Event()
+        self._quiet_since = time.monotonic()
+        self.active = False
+        """Whether a replay computes."""
+
+    def arrival(self) -> None:
+        """A request has come: a replay under way gives up."""
+        self._arrived.set()
+
+    def finished(self, done: Continuation) -> None:
+        """A request was served to its end: perhaps it is to be replayed."""
+        wanted = done.precision != self.reference and bool(done.pieces)
+        if not wanted or random.random() >= self._fraction:
+            return
+        if len(self._waiting) == _MOST_WAITING:
+            self._count(self._waiting.popleft(), "dropped")
+        generated = [piece.token.id for piece in done.pieces]
+        self._waiting.append(Request(done.precision, list(done.prompt_ids), generated))
+
+    def figures(self) -> dict[str, Any]:
+        """For ``/stats``."""
+        return {
+            "reference": self.reference,
+            "fraction": self._fraction,
+            "waiting": len(self._waiting),
+            "precisions": {name: tally.figures() for name, tally in self._tallies.items()},
+        }
+
+    async def run(self) -> None:
+        """Replays until cancelled."""
+        while True:
+            await asyncio.sleep(_POLL)
+            if self._busy():
+                self._quiet_since = time.monotonic()
+            elif self._waiting and time.monotonic() - self._quiet_since > _QUIET:
+                await self._replay(self._waiting.popleft())
+
+    async def _replay(self, request: Request) -> None:
+        self._arrived.clear()
+        self.active = True
+        try:
+            figures = await self._unless_interrupted(request)
+        except _Interrupted:
+            self._again(request)
+        except ServiceError:
+            self._count(request, "failed")
+        except Exception:
+            _log.exception("a fault while replaying a request of %s", request.precision)
+            self._count(request, "failed")
+        else:
+            self._count(request, "failed" if figures is None else "compared", figures)
+        finally:
+            self.active = False
+
+    async def _unless_interrupted(self, request: Request) -> TokenFigures | None:
+        work = asyncio.ensure_future(self._compared(request))
+        arrival = asyncio.ensure_future(self._arrived.wait())
+        try:
+            await asyncio.wait({work, arrival}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise _Interrupted
+            return work.result()
+        finally:
+            for task in (work, arrival):
+                task.cancel()
+            await asyncio.gather(work, arrival, return_exceptions=True)
+
+    async def _compared(self, request: Request) -> TokenFigures | None:
+        """None where the logits are no numbers."""
+        if any(self._pool.state(name).engine is None for name in (self.reference, request.precision)):
+            raise _Interrupted  # unloaded, or not loaded yet: perhaps later
+        expected = await self._logits(self.reference, request)
+        found = await self._logits(request.precision, request)
+        targets = torch.tensor(request.generated[: len(expected)])
+        figures = await asyncio.to_thread(apart, lambda: self._figures(expected, found, targets), 1)
+        return figures if bool(torch.isfinite(figures.kl).all()) else None
+
+    async def _logits(self, precision: str, request: Request) -> Tensor:
+        """After the prompt, and after each generated token but the last: (generated, vocabulary)."""
+        async with self._pool.use(precision) as engine:
+            return await _scored(engine, request, self._chunk)
+
+    def _figures(self, expected: Tensor, found: Tensor, targets: Tensor) -> TokenFigures:
+        parts = []
+        for at in range(0, len(targets), _ROWS):
+            if self._arrived.is_set():
+                raise _Interrupted
+            rows = slice(at, at + _ROWS)
+            parts.append(compare(expected[rows], found[rows], targets[rows]))
+        return TokenFigures.joined(parts)
+
+    def _again(self, request: Request) -> None:
+        """Later; not for ever."""
+        request.tries += 1
+        if request.tries >= _MOST_TRIES:
+            self._count(request, "dropped")
+        else:
+            self._waiting.append(request)
+
+    def _count(self, request: Request, outcome: Outcome, figures: TokenFigures | None = None) -> None:
+        tally = self._tallies.setdefault(request.precision, Tally())
+        tally.outcomes[outcome] += 1
+        self._metrics.observe_shadow(request.precision, outcome)
+        if figures is not None:
+            tally.add(figures)
+            self._metrics.observe_drift(request.precision, figures.kl.tolist(), float(figures.agrees.mean()))
+
+
+async def _scored(engine: Engine, request: Request, chunk: int) -> Tensor:
+    most = max(1, _MOST_LOGITS // engine.model.runner.vocabulary)
+    generated = request.generated[:most]
+    ids, skipped = [*request.prompt, *generated[:-1]], len(request.prompt) - 1
+    kept: list[Tensor] = []
+    seen = 0
+
+    def observe(logits: Tensor) -> None:
+        nonlocal seen
+        wanted = logits[max(0, skipped - seen) :]
+        seen += len(logits)
+        if len(wanted):
+            kept.append(wanted.detach().to("cpu", torch.float32, copy=True))
+
+    params = SamplingParams(max_new_tokens=0)
+    async with aclosing(engine.generate(ids, params, observe=observe, chunk=chunk)) as generation:
+        async for _ in generation:
+            pass
+    return torch.cat(kept)

@@ -1,0 +1,1 @@
+"""Whether a request may take a place, decided before it is read."""

@@ -1,0 +1,92 @@
+"""Who may come in. Every route needs the key unless it is named here."""
+
+import hashlib
+import hmac
+import re
+from urllib.parse import parse_qsl
+
+from pydantic import SecretStr
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import ServiceError, Unauthorized
+from server.http.redaction import Redaction
+from server.http.responses import error_response
+from server.settings.server import Settings
+
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/favicon.ico"})
+_KEY_NAME = re.compile(
+    r"(?:x[-_]?)?(?:(?:api|auth|access|admin|bearer|hf|secret)[-_]?)*(?:key|token)|auth(?:orization)?|bearer",
+    re.IGNORECASE,
+)
+"""What a parameter of the query is called whose value is meant as a key."""
+_Digests = frozenset[bytes]
+
+
+class Auth:
+    """Bearer keys, compared as digests. Without any key configured, everything is open."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._client, self._admin = _digests_of(settings.api_key), _digests_of(settings.admin_api_key)
+        self._keys = Redaction(settings.secrets())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (error := self.refusal(scope)) is not None:
+            await error_response(error, scope)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> ServiceError | None:
+        """Why this request may not pass, None if it may."""
+        if scope["path"] in OPEN_PATHS or not (self._client or self._admin):
+            return None
+        query = scope["query_string"]
+        if _names_a_key(query):
+            return Unauthorized(_NOT_THERE)
+        refusal = self._judge(_bearer(scope), is_admin(scope))
+        if refusal is None and self._keys.is_in(query):
+            return Unauthorized(_NOT_THERE)
+        return refusal
+
+    def _judge(self, token: bytes, admin: bool) -> ServiceError | None:
+        if admin:
+            return (
+                None if _is_one_of(token, self._admin) else Unauthorized("this needs the administrator's key")
+            )
+        if not self._client or _is_one_of(token, self._client | self._admin):
+            return None
+        return Unauthorized("a valid key is needed: Authorization: Bearer <key>")
+
+
+_NOT_THERE = "send the key in the Authorization header, not in the address"
+
+
+def _names_a_key(query: bytes) -> bool:
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return any(_KEY_NAME.fullmatch(name.strip()) for name, _ in pairs)
+
+
+def is_admin(scope: Scope) -> bool:
+    """What changes the server for everybody: loading, unloading, the long measurement."""
+    path: str = scope["path"]
+    return scope["method"] not in ("GET", "HEAD") and path.startswith(("/precisions/", "/report"))
+
+
+def _bearer(scope: Scope) -> bytes:
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(values) != 1 or values[0][:7].lower() != b"bearer ":
+        return b""
+    return bytes(values[0][7:].strip())
+
+
+def _digests_of(key: SecretStr | None) -> _Digests:
+    """Of the bytes that clients may send for a key: most write headers in UTF-8, some in Latin-1."""
+    text = key.get_secret_value() if key else ""
+    return frozenset(
+        hashlib.sha256(text.encode(encoding)).digest() for encoding in ("utf-8", "latin-1") if text
+    )
+
+
+def _is_one_of(token: bytes, digests: _Digests) -> bool:
+    sent = hashlib.sha256(token).digest()
+    return any(hmac.compare_digest(sent, digest) for digest in digests)

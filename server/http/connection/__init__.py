@@ -1,0 +1,1 @@
+"""Connections at bounded cost: accepting, parsing, refusing and ending them."""

@@ -1,0 +1,113 @@
+"""Refusing below the framework: from the bytes of a request's head to the bytes of its answer.
+
+Under overload the server refuses far more often than it serves, and what a refusal costs is taken from those
+who are served. Only plain requests are answered here; every other one goes the usual way, where
+``AdmissionControl`` decides the same.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+
+from pydantic_core import to_json
+from starlette.types import Scope
+
+from server.errors import ServiceError
+from server.http.admission.admission_control import AdmissionControl, takes_a_place
+from server.http.admission.promised_places import Promise
+from server.http.admission.refusal_log import RefusalLog
+from server.http.connection.plain_head import PlainHead, PlainHeads
+from server.http.redaction import Redaction
+from server.http.request_id import new_request_id, own_request_id
+from server.http.responses import error_body, error_headers, error_status
+from server.settings.server import Settings
+
+TraceContext = Callable[[Scope], AbstractContextManager[None]]
+_NO_TRACE = nullcontext()
+
+
+@dataclass(slots=True)
+class Refusal:
+    """The answer to a request, whose body is to be skipped."""
+
+    answer: bytes
+    head_bytes: int
+    body_bytes: int
+    close: bool
+    """The connection ends with this answer."""
+
+
+class EarlyRefusal:
+    """One per server. Event loop only.
+
+    Args:
+        admission: decides.
+        settings: with CORS configured, requests of web pages need headers that are not made here.
+        trace_context: makes what is counted within it part of the request's trace.
+    """
+
+    def __init__(
+        self,
+        admission: AdmissionControl,
+        settings: Settings,
+        trace_context: TraceContext = lambda scope: _NO_TRACE,
+    ) -> None:
+        self._admission, self._trace_context = admission, trace_context
+        # a request of a web page is answered with CORS headers
+        self._heads = PlainHeads(takes_a_place, {b"origin"} if settings.cors_allow_origin else set())
+        self._redaction = Redaction(settings.secrets())
+        self.log = RefusalLog(self._redaction)
+
+    def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
+        """Of the request that ``data`` begins with: its refusal, or the place that it gets on the usual way.
+
+        None if it goes the usual way without either.
+
+        Args:
+            data: what has come.
+            only: if there is a whole request and nothing else in it; the connection ends with a refusal then.
+        """
+        if (head := self._heads.of(data)) is None:
+            return None
+        began, missing = time.perf_counter(), head.size + head.body_bytes - len(data)
+        if only and missing:
+            return None
+        id_, close = self._request_id(head), only or head.close
+        scope = {**head.scope, "state": {"request_id": id_}}
+        with self._trace_context(scope):
+            found = self._admission.judge(scope, head.body_bytes, missing <= 0)
+        if not isinstance(found, ServiceError):
+            return found
+        status = error_status(found, head.path)
+        answer = _answer(found, status, head.path, id_, close)
+        self.log.add(scope, found, status, time.perf_counter() - began)
+        return Refusal(answer, head.size, head.body_bytes, close)
+
+    def _request_id(self, head: PlainHead) -> str:
+        own = own_request_id(head.scope, self._redaction) if head.names_an_id else None
+        return own or new_request_id()
+
+
+@lru_cache
+def _status_line(status: int) -> str:
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json"
+
+
+@lru_cache(maxsize=1)
+def _date_line(second: int) -> str:
+    return f"date: {formatdate(second, usegmt=True)}"
+
+
+def _answer(error: ServiceError, status: int, path: str, id_: str, close: bool) -> bytes:
+    body = to_json(error_body(error, path, id_))
+    more = "".join(f"{name.lower()}: {value}\r\n" for name, value in error_headers(error).items())
+    head = (
+        f"{_status_line(status)}\r\n{_date_line(int(time.time()))}\r\n{more}"
+        f"content-length: {len(body)}\r\nx-request-id: {id_}\r\n"
+    )
+    end = "connection: close\r\n\r\n" if close else "\r\n"
+    return (head + end).encode() + body

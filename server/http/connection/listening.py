@@ -1,0 +1,169 @@
+"""Accepting connections: a few a pass of the event loop, and never in a busy loop when files run out.
+
+asyncio's own loop accepts as many as wait in one go, before any of them can be counted or refused; where the
+process may open no more files, it logs each of those attempts and then accepts nothing for a second.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+
+from server.http.admission.promised_places import Promise
+from server.http.connection.early_refusal import EarlyRefusal, Refusal
+from server.http.connection.new_connection import defer_accept, judge
+from server.http.connection.open_connections import OpenConnections, RateLimited
+
+_AT_ONCE = 16
+_REFUSED_AT_ONCE = 64  # those cost a fraction of a connection that is served
+_BACKLOG = 2048
+_PAUSE_SECONDS = 0.1  # where nothing could be closed to free a file
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_GONE = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH})
+_log = logging.getLogger(__name__)
+
+
+class Acceptor:
+    """Accepts from one listening socket until it is closed. uvicorn treats it as one of asyncio's servers."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        protocol: Callable[[Promise | None], asyncio.Protocol],
+        connections: OpenConnections,
+        early_refusal: EarlyRefusal,
+    ) -> None:
+        self.sockets = (listener,)
+        self._listener, self._protocol, self._connections = listener, protocol, connections
+        self._early_refusal = early_refusal
+        self._loop = asyncio.get_running_loop()
+        self._opening: set[asyncio.Task[Any]] = set()
+        self._said = RateLimited()
+        self._retry: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._listener.setblocking(False)
+        self._listener.listen(_BACKLOG)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._retry = None
+        self._loop.add_reader(self._listener.fileno(), self._accept_some)
+
+    def _accept_some(self) -> None:
+        left = _AT_ONCE
+        for _ in range(_REFUSED_AT_ONCE):
+            try:
+                accepted, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._make_do(error)
+                    return
+                if error.errno not in _GONE:
+                    raise
+            else:
+                if isinstance(found := judge(accepted, self._early_refusal), Refusal):
+                    continue
+                accepted.setblocking(False)
+                self._begin(accepted, found)
+                if (left := left - 1) == 0:
+                    return
+
+    def _begin(self, accepted: socket.socket, promise: Promise | None) -> None:
+        opening = self._loop.connect_accepted_socket(lambda: self._protocol(promise), accepted)
+        task = self._loop.create_task(opening)
+        self._opening.add(task)
+        task.add_done_callback(lambda task: self._opened(task, accepted, promise))
+
+    def _opened(self, task: "asyncio.Task[Any]", accepted: socket.socket, promise: Promise | None) -> None:
+        self._opening.discard(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            return
+        accepted.close()
+        if promise is not None:
+            promise.release()
+        if isinstance(error, Exception):
+            self._said.warning("a connection could not be opened: %s", error)
+
+    def _make_do(self, error: OSError) -> None:
+        """The newcomer waits in the backlog until a file is free: until the loop's next pass, or a little
+        longer."""
+        self._said.warning("no connection can be accepted now: %s", error.strerror)
+        if not self._connections.free_a_file():
+            self._loop.remove_reader(self._listener.fileno())
+            self._retry = self._loop.call_later(_PAUSE_SECONDS, self._watch)
+
+    def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+
+    async def wait_closed(self) -> None:
+        await asyncio.gather(*self._opening, return_exceptions=True)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with acceptors of its own; ``config`` is a ``ServerConfig``."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens on the configured address, or on the given bound sockets.
+
+        Raises:
+            SystemExit: the address can't be had, or the app did not start.
+        """
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        try:
+            listeners = await self._listeners(sockets)
+        except OSError as error:
+            _log.error("%s", error)
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
+        early_refusal: EarlyRefusal = self.config.early_refusal  # type: ignore[attr-defined]
+        acceptors = [Acceptor(one, self._protocol, self._connections, early_refusal) for one in listeners]
+        for acceptor in acceptors:
+            acceptor.start()
+        self.servers = acceptors  # type: ignore[assignment]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for requests and readers, but for no client that goes on sending after its answer."""
+        await super().shutdown(sockets)
+        self._connections.abort_lingering()
+        await asyncio.sleep(0)  # their ends are of the loop's next pass
+
+    @property
+    def _connections(self) -> OpenConnections:
+        connections: OpenConnections = self.config.connections  # type: ignore[attr-defined]
+        return connections
+
+    def _protocol(self, promise: Promise | None) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        protocol.promise = promise
+        return cast(asyncio.Protocol, protocol)
+
+    async def _listeners(self, sockets: Sequence[socket.socket] | None) -> list[socket.socket]:
+        if sockets is not None:
+            return [one.dup() for one in sockets]
+        bound = await asyncio.get_running_loop().create_server(
+            asyncio.Protocol, self.config.host, self.config.port, start_serving=False
+        )
+        with contextlib.closing(bound):
+            listeners = [one.dup() for one in bound.sockets]
+        for listener in listeners:
+            defer_accept(listener)
+        return listeners

@@ -1,0 +1,153 @@
+"""Around every request: an id, an access log, an answer to any fault, limits on the body. Pure ASGI."""
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
+from server.http.access_log import log_access
+from server.http.admission.admission_control import AdmissionControl
+from server.http.admission.promised_places import hold
+from server.http.redaction import Redaction
+from server.http.request_id import request_id_of
+from server.http.responses import ClientGone, error_response
+from server.settings.server import Settings
+
+_log = logging.getLogger("server")
+_NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+class Envelope:
+    """Outermost: gives the request its id, logs it without its query and without keys, and answers what no
+    other part did."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._redaction = Redaction(settings.secrets())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        id_ = scope.setdefault("state", {})["request_id"] = request_id_of(scope, self._redaction)
+        started, status = time.perf_counter(), 0
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id_
+            await send(message)
+
+        try:
+            await self.app(scope, receive, labelled)
+        except (ClientDisconnect, ClientGone):
+            status = status or 499
+            await _answer_nobody(send)
+        except _NOT_FAULTS:
+            raise
+        except BaseException as error:  # a library in Rust panics with one that is no Exception
+            if status:
+                raise
+            _log_fault(error, id_)
+            await error_response(_told(error), scope)(scope, receive, labelled)
+        finally:
+            log_access(scope, status, (time.perf_counter() - started) * 1000, self._redaction)
+
+
+def _told(error: BaseException) -> ServiceError:
+    return error if isinstance(error, ServiceError) else ServiceError("internal error")
+
+
+def _log_fault(error: BaseException, id_: str) -> None:
+    if not isinstance(error, ServiceError):
+        _log.error("request %s: an unforeseen fault", id_, exc_info=error)
+
+
+async def _answer_nobody(send: Send) -> None:
+    """Ends the exchange formally; the client has gone."""
+    await send({"type": "http.response.start", "status": 499, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+class Doorkeeper:
+    """Refuses what needs a place while none is free, before anything of it is read.
+
+    ``server.http.connection.early_refusal`` does the same below the framework where it can.
+    """
+
+    def __init__(self, app: ASGIApp, admission: AdmissionControl) -> None:
+        self.app, self._admission = app, admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        promise = scope.get("state", {}).pop("promise", None)
+        if promise is not None:
+            hold(promise)
+        refusal = self._admission.refusal(scope) if scope["type"] == "http" and promise is None else None
+        if refusal is None:
+            await self.app(scope, receive, send)
+        else:
+            await error_response(refusal, scope)(scope, receive, send)
+
+
+class BodyLimits:
+    """A body may be so large, and may take so long to come. A declared length is judged before reading."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._limit, self._seconds = settings.payload_limit, settings.receive_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif _declared_length(scope) > self._limit:
+            await error_response(_too_large(self._limit), scope)(scope, receive, send)
+        else:
+            body = _Body(receive, send, self._limit, self._seconds)
+            await self.app(scope, body.receive, body.send)
+
+
+class _Body:
+    """One request's body under its limits. Once the answer has begun, nobody waits for the rest of it."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int, seconds: float) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._deadline = time.perf_counter() + seconds
+        self._received, self._free = 0, False
+
+    async def send(self, message: Message) -> None:
+        self._free = True
+        await self._send(message)
+
+    async def receive(self) -> Message:
+        message = await self._in_time()
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit and not self._free:
+            raise _too_large(self._limit)
+        self._free = self._free or not message.get("more_body", False)
+        return message
+
+    async def _in_time(self) -> Message:
+        if not self._free:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._deadline - time.perf_counter()):
+                    return await self._receive()
+        if not self._free:  # it may have become so meanwhile
+            raise RequestTimeout("the body took too long to arrive")
+        return await self._receive()
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body may have {limit} bytes")
+
+
+def _declared_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])  # h11 takes no more digits
+    return 0

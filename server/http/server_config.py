@@ -1,0 +1,50 @@
+"""How every server of the app listens, in production and in tests."""
+
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.http.connection.early_refusal import EarlyRefusal
+from server.http.connection.framing import HEAD_BYTES
+from server.http.connection.open_connections import OpenConnections
+from server.http.connection.open_files import most_connections
+from server.http.connection.protocol import Connection
+from server.http.connection.turns import ParseTurns
+from server.settings.server import Settings
+
+KEEP_ALIVE_SECONDS = 30
+
+
+def early_refusal_of(app: FastAPI, settings: Settings) -> EarlyRefusal:
+    """The app's, with traces where a collector is configured."""
+    if settings.otlp_endpoint is None:
+        return EarlyRefusal(app.state.admission, settings)
+    from server.observability.tracing import trace_context  # needs an extra
+
+    return EarlyRefusal(app.state.admission, settings, trace_context)
+
+
+class ServerConfig(uvicorn.Config):
+    """How every server of the app listens, in production and in tests."""
+
+    def __init__(self, app: FastAPI, settings: Settings, **others: Any) -> None:
+        super().__init__(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="on",
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            **{"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 1, **others},
+        )
+        self.receive_timeout = settings.receive_timeout
+        self.reading_timeout = max(settings.request_timeout, settings.receive_timeout)
+        self.turns = ParseTurns()
+        self.connections = OpenConnections(most_connections(settings.max_connections))
+        self.early_refusal = early_refusal_of(app, settings)

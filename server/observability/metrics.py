@@ -1,0 +1,221 @@
+"""What happened, counted as it happens: for Prometheus, and in windows of the latest for ``/stats``."""
+
+import statistics
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.sequence import StepStats, Timeline
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_WINDOW = 1024  # latest events that percentiles are taken over
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_NATS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
+_SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.999, 1)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+# a time of creation beside every series would double them and tell nothing here
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def _window() -> deque[float]:
+    return deque(maxlen=_WINDOW)
+
+
+@dataclass
+class _Record:
+    """One precision's latest events; seconds."""
+
+    queue: deque[float] = field(default_factory=_window)
+    first_token: deque[float] = field(default_factory=_window)
+    gaps: deque[float] = field(default_factory=_window)
+    single_row_gaps: deque[float] = field(default_factory=_window)
+    total: deque[float] = field(default_factory=_window)
+    requests: int = 0
+    tokens: int = 0
+    busy: float = 0.0
+
+
+class _Gaps(Collector):
+    """The time between tokens as a histogram. The library's own would take two locks for each of a step's
+    rows, at every step."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
+        self._described = name, text, labels
+        self._counts: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * (len(_SECONDS) + 1))
+        self._sums: dict[tuple[str, ...], float] = defaultdict(float)
+
+    def observe(self, values: Sequence[float], *labels: str) -> None:
+        counts = self._counts[labels]
+        for value in values:
+            counts[bisect_left(_SECONDS, value)] += 1
+        self._sums[labels] += sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        name, text, labels = self._described
+        family = HistogramMetricFamily(name, text, labels=labels)
+        bounds = [*(str(float(bound)) for bound in _SECONDS), "+Inf"]
+        for which, counts in self._counts.items():
+            family.add_metric(which, list(zip(bounds, accumulate(counts), strict=True)), self._sums[which])
+        yield family
+
+
+class Metrics:
+    """One per app, with a registry of its own. Event loop only.
+
+    Args:
+        model: the label of every series, beside the precision.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._registry = CollectorRegistry()
+        self._records: dict[str, _Record] = defaultdict(_Record)
+        label = ["model", "precision"]
+
+        def counter(name: str, text: str, labels: Sequence[str] = label) -> Counter:
+            return Counter(f"bitdial_{name}", text, labels, registry=self._registry)
+
+        def gauge(name: str, text: str, labels: Sequence[str] = label) -> Gauge:
+            return Gauge(f"bitdial_{name}", text, labels, registry=self._registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"bitdial_{name}", text, label, buckets=_SECONDS, registry=self._registry)
+
+        self._requests = counter("requests", "Requests ended, by outcome", ["model", "precision", "outcome"])
+        self._outcomes: dict[tuple[str, str], Counter] = {}  # the library's lookup takes a lock
+        self._generated = counter("generated_tokens", "Tokens generated")
+        self._prompt = counter("prompt_tokens", "Prompt tokens computed")
+        self._duration = seconds("request_duration_seconds", "Arrival to last token")
+        self._queue = seconds("queue_duration_seconds", "Arrival to a slot")
+        self._first = seconds("time_to_first_token_seconds", "Arrival to first token")
+        self._gaps = _Gaps("bitdial_inter_token_latency_seconds", "Between a row's tokens", label)
+        self._registry.register(self._gaps)
+        self._running = gauge("requests_running", "Sequences that hold a slot")
+        self._waiting = gauge("requests_waiting", "Sequences that wait for a slot")
+        self._memory = gauge(
+            "memory_bytes", "Bytes counted from live tensors", ["model", "precision", "kind"]
+        )
+        self._load = gauge("load_seconds", "Seconds that loading took")
+        outcomes = ["model", "precision", "outcome"]
+        self._shadowed = counter("shadow_requests", "Requests chosen for a replay, by outcome", outcomes)
+        self._drift = Histogram(
+            "bitdial_shadow_kl",
+            "KL divergence from the reference at a generated token, nats",
+            label,
+            buckets=_NATS,
+            registry=self._registry,
+        )
+        self._agreement = Histogram(
+            "bitdial_shadow_agreement",
+            "Share of a request's tokens at which the reference finds the same one the most probable",
+            label,
+            buckets=_SHARES,
+            registry=self._registry,
+        )
+        self._batch = Histogram(
+            "bitdial_batch_size", "Rows decoded together", label, buckets=_BATCHES, registry=self._registry
+        )
+
+    def observe_step(self, precision: str, step: StepStats) -> None:
+        record = self._records[precision]
+        record.busy += step.seconds
+        record.tokens += step.generated_tokens
+        record.gaps.extend(step.gaps)
+        if step.batch == 1 and not step.prompt_tokens:
+            record.single_row_gaps.extend(step.gaps)
+        self._generated.labels(self._model, precision).inc(step.generated_tokens)
+        self._prompt.labels(self._model, precision).inc(step.prompt_tokens)
+        self._gaps.observe(step.gaps, self._model, precision)
+        if step.batch:
+            self._batch.labels(self._model, precision).observe(step.batch)
+
+    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
+        ended = self._outcomes.get((precision, outcome))
+        if ended is None:
+            ended = self._outcomes[precision, outcome] = self._requests.labels(
+                self._model, precision, outcome
+            )
+        ended.inc()
+        if outcome != "success" or timeline.first_token is None:
+            return
+        record = self._records[precision]
+        record.requests += 1
+        first = timeline.first_token - timeline.arrived
+        record.queue.append(timeline.queue_seconds)
+        record.first_token.append(first)
+        record.total.append(timeline.total_seconds)
+        self._queue.labels(self._model, precision).observe(timeline.queue_seconds)
+        self._first.labels(self._model, precision).observe(first)
+        self._duration.labels(self._model, precision).observe(timeline.total_seconds)
+
+    def observe_shadow(self, precision: str, outcome: str) -> None:
+        self._shadowed.labels(self._model, precision, outcome).inc()
+
+    def observe_drift(self, precision: str, kl: Sequence[float], agreement: float) -> None:
+        """Of one replayed request: each token's divergence, and the share of the same top tokens."""
+        histogram = self._drift.labels(self._model, precision)
+        for value in kl:
+            histogram.observe(value)
+        self._agreement.labels(self._model, precision).observe(agreement)
+
+    def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
+        """``memory``: bytes by kind; zeros when it was unloaded."""
+        for kind, size in memory.items():
+            self._memory.labels(self._model, precision, kind).set(size)
+        self._load.labels(self._model, precision).set(load_seconds)
+
+    def set_load(self, precision: str, running: int, waiting: int) -> None:
+        self._running.labels(self._model, precision).set(running)
+        self._waiting.labels(self._model, precision).set(waiting)
+
+    def latency(self, precision: str) -> dict[str, object]:
+        """Requests that succeeded, and percentiles (ms) over the latest of them."""
+        record = self._records[precision]
+        return {
+            "requests": record.requests,
+            "queue_ms": _percentiles(record.queue),
+            "ttft_ms": _percentiles(record.first_token),
+            "inter_token_ms": _percentiles(record.gaps),
+            "total_ms": _percentiles(record.total),
+        }
+
+    def throughput(self, precision: str) -> dict[str, object]:
+        """Tokens generated, and per second in which the engine was computing (None before the first)."""
+        record = self._records[precision]
+        rate = record.tokens / record.busy if record.busy and record.tokens else None
+        return {"generated_tokens": record.tokens, "tokens_per_second": rate}
+
+    def single_row_quartiles(self, precision: str) -> tuple[float, float, float] | None:
+        """Of the seconds between tokens of steps that decoded one row alone; None before eight of them."""
+        gaps = self._records[precision].single_row_gaps
+        if len(gaps) < 8:
+            return None
+        low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
+        return low, middle, high
+
+    def render(self) -> bytes:
+        """Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Nearest-rank p50, p90, p99 and the mean, in milliseconds."""
+    if not values:
+        return dict.fromkeys(("p50", "p90", "p99", "mean"))
+    ordered = sorted(values)
+    ranks = {f"p{q}": ordered[max(0, -(-len(ordered) * q // 100) - 1)] for q in (50, 90, 99)}
+    found = {**ranks, "mean": statistics.fmean(ordered)}
+    return {name: round(value * 1000, 3) for name, value in found.items()}

@@ -1,0 +1,197 @@
+"""A server's reports: the one that was kept last, and a new one made without harming the service."""
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from loaders.base import Checkpoint
+from server.bench.processes import start_command
+from server.errors import GenerationFailed, NotReady, Overloaded
+from server.host import memory
+from server.report import store
+from server.report.measuring.measure import REFERENCE, slots
+from server.report.rows import Row, rows_of
+from server.report.subject import Subject, subject_of
+from server.settings.server import ModelSettings
+
+_POLL, _QUIET = 0.02, 0.25  # seconds; so long must nothing run before the measurement goes on
+_LINE = 2**20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A kept one."""
+
+    document: Mapping[str, Any]
+    folder: Path
+    rows: Sequence[Row]
+
+
+class Reports:
+    """Event loop only.
+
+    Args:
+        busy: whether the server has anything to do; a measurement under way stands still meanwhile.
+    """
+
+    def __init__(
+        self, settings: ModelSettings, checkpoint: Checkpoint, busy: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._settings, self._spec, self._busy = settings, settings.spec(checkpoint, slots()), busy
+        self.subject: Subject | None = None
+        self._seen: tuple[Any, Report | None] = (None, None)
+        self._making = False
+        self._process: Process | None = None
+
+    async def find_subject(self) -> None:
+        """To be awaited before anything else."""
+        self.subject = await asyncio.to_thread(subject_of, self._spec)
+
+    def latest(self) -> Report | None:
+        """The one that was finished last, by whomever: looked for again where something has changed."""
+        assert self.subject is not None
+        stamps = _stamps(store.folder_of(self.subject))
+        if self._seen[0] != stamps:
+            found = store.latest(self.subject)
+            report = None if found is None else Report(*found, rows_of(found[0]))
+            self._seen = (stamps, report)
+        return self._seen[1]
+
+    def how_to_make_one(self) -> str:
+        """What to say where there is none."""
+        name = self._settings.model_id
+        shown = name if "/" not in name and "\\" not in name else "…"  # may be a path
+        if self._spec.checkpoint.model_id == name:
+            shown = name
+        return (
+            "no report of this model on this host yet; make one with "
+            f"`bitdial report --model {shown}` or POST /report"
+        )
+
+    async def make(self, wishes: Mapping[str, Any], text: str | None) -> AsyncGenerator[dict[str, Any]]:
+        """Measures in a process of its own and tells the progress; ended early, it goes on the next time.
+
+        Args:
+            wishes: ``server.report.measuring.job.Wishes`` without the text.
+
+        Raises:
+            Overloaded: one is being made.
+            NotReady: there is no room for fp32 and another precision beside what is loaded.
+            GenerationFailed: it failed, and why.
+        """
+        self._reserve(wishes["precisions"])
+        try:
+            process = self._process = await self._start(wishes, text)
+        except BaseException:
+            self._making = False
+            raise
+        pausing = asyncio.create_task(self._pause_while_busy(process))
+        try:
+            yield {"status": "starting"}
+            async for event in self._events(process):
+                yield event
+        finally:
+            pausing.cancel()
+            if self._process is process:  # no other has been begun meanwhile
+                self.abandon()
+            await _ended(process)
+
+    def _reserve(self, precisions: Sequence[str]) -> None:
+        if self._making:
+            raise Overloaded("a report is being made already")
+        others = [memory.needed_bytes(name, self._spec) for name in precisions if name != REFERENCE]
+        needed = memory.needed_bytes(REFERENCE, self._spec) + max(others, default=0)
+        free = memory.free_bytes(self._spec.device)
+        if needed > free:
+            raise NotReady(
+                f"no room to measure: it needs {needed} bytes beside what is loaded, {free} are free"
+            )
+        self._making = True
+
+    async def _start(self, wishes: Mapping[str, Any], text: str | None) -> Process:
+        command = start_command("server.report.measuring.child", sys.executable)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_LINE
+        )
+        settings = self._settings.model_dump(mode="json", include=set(ModelSettings.model_fields))
+        settings["threads"] = self._spec.threads  # as many as serve, whatever that process would find
+        order = {"settings": settings, "wishes": dict(wishes), "text": text}
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            with suppress(ConnectionError):
+                await process.stdin.drain()
+        except BaseException:
+            _kill(process)
+            raise
+        return process
+
+    async def _events(self, process: Process) -> AsyncIterator[dict[str, Any]]:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                raise GenerationFailed(f"the report could not be made: {event['error']}")
+            if "kept" in event:
+                return
+            yield event
+        status = await process.wait()
+        _log.error("the process that made a report ended with status %d", status)
+        raise GenerationFailed("the report could not be made: its process ended; what it measured is kept")
+
+    async def _pause_while_busy(self, process: Process) -> None:
+        """Stops the process as soon as there is something to do: streams have the host to themselves."""
+        with suppress(psutil.Error):
+            target, stopped, quiet_since = psutil.Process(process.pid), False, 0.0
+            while process.returncode is None:
+                now = time.monotonic()
+                if self._busy():
+                    quiet_since = now
+                    if not stopped:
+                        target.suspend()
+                        stopped = True
+                elif stopped and now - quiet_since > _QUIET:
+                    target.resume()
+                    stopped = False
+                await asyncio.sleep(_POLL)
+
+    def abandon(self) -> None:
+        """Ends what is being made, without waiting for its process to be gone; another may be begun."""
+        if self._process is not None:
+            _kill(self._process)
+            self._making, self._process = False, None
+
+    async def stop(self) -> None:
+        """Ends what is being made."""
+        if self._process is not None:
+            await _ended(self._process)
+
+
+def _kill(process: Process) -> None:
+    """Stopped or not: every step that it finished is kept."""
+    with suppress(ProcessLookupError):
+        process.kill()
+
+
+async def _ended(process: Process) -> None:
+    _kill(process)
+    await process.wait()
+
+
+def _stamps(folder: Path) -> Any:
+    """Changes whenever a report there does."""
+    try:
+        return sorted((one.name, (one / store.NAME).stat().st_mtime_ns) for one in folder.iterdir())
+    except OSError:
+        return None

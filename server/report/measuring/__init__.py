@@ -1,0 +1,1 @@
+"""Taking a report's steps; the only part of serving's packages that may import the bench."""

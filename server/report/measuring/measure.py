@@ -1,0 +1,206 @@
+"""Measures every precision, step by step: how it loads and what it keeps, its speed, its quality.
+
+Speeds are taken first, each precision's in turn with fp32's; then each is held against fp32 on the text.
+At any time fp32 and one other are resident.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import loaders
+from loaders import quality
+from loaders.base import LoadedModel, LoaderError, ModelSpec, Progress, ignore_progress
+from loaders.checkpoint import BUNDLED, open_checkpoint
+from loaders.layer_errors import layer_errors
+from loaders.quality import QualityError, Text
+from server.bench.bandwidth import apart
+from server.bench.document import plain
+from server.bench.errors import BenchError
+from server.errors import ServiceError
+from server.host.threads import resolve
+from server.report.measuring.speed import BATCHES, Pauses, Speeds, settled
+from server.report.store import Kept
+
+REFERENCE = "fp32"
+LOADING, SPEED, QUALITY = "loading", "speed", "quality"
+Load = Callable[[str, ModelSpec, Progress], LoadedModel]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the measurement is: the step under way (from 1), of so many, and how far it has come."""
+
+    precision: str
+    step: int
+    steps: int
+    stage: str
+    current: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        precisions: fp32 is among them or is put first: the others are held against it.
+        text: None measures no quality.
+        window, stride, prompts: as ``loaders.quality.measure`` takes them.
+    """
+
+    spec: ModelSpec
+    precisions: tuple[str, ...]
+    text: Text | None
+    tokenizer: Any = None
+    window: int | None = None
+    stride: int | None = None
+    prompts: int = 16
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((REFERENCE, *self.precisions)))
+
+
+def _done(step: str, figures: Mapping[str, Any] | None) -> bool:
+    """Speeds that lay too far apart are measured again: perhaps the host is idle now."""
+    return figures is not None and (step != SPEED or settled(figures))
+
+
+def slots() -> int:
+    """Sequences that a model is loaded for."""
+    return max(BATCHES)
+
+
+class Measurement:
+    """Takes the steps that ``kept`` lacks, or has figures of that lie too far apart.
+
+    Args:
+        tell: told where it is, often.
+        load: as ``loaders.load``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        kept: Kept,
+        tell: Callable[[Place], None] = lambda place: None,
+        pauses: Pauses | None = None,
+        load: Load = loaders.load,
+    ) -> None:
+        self._plan, self._kept, self._tell, self._load = plan, kept, tell, load
+        self._pauses = pauses or Pauses()
+        self._threads = resolve(plan.spec.threads)
+        steps = [(name, step) for step in (LOADING, SPEED) for name in plan.names]
+        if plan.text is not None:
+            steps += [(name, QUALITY) for name in plan.names]
+        self._missing = [(name, step) for name, step in steps if not _done(step, kept.get(name, step))]
+        self._all, self._done = len(steps), len(steps) - len(self._missing)
+
+    def run(self) -> None:
+        """Raises:
+        LoaderError, ServiceError, BenchError: fp32 can't be had, or fails; of another, that is noted.
+        QualityError: the text can't be measured.
+        """
+        asyncio.run(self._alone())
+        wanting = [name for name, step in self._missing if step == QUALITY]
+        if wanting:
+            reference = self._loaded(REFERENCE)
+            try:
+                for name in wanting:
+                    with self._noted(name):
+                        self._against(reference, name)
+            finally:
+                reference.close()
+        self._kept.finish()
+
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """A failure of any but fp32 is a line in the report, not the end of it."""
+        try:
+            yield
+        except (LoaderError, ServiceError, QualityError, BenchError) as error:
+            if name == REFERENCE:
+                raise
+            self._kept.fail(name, str(error))
+
+    async def _alone(self) -> None:
+        speeds = Speeds(self._threads, self._pauses, lambda: self._loaded(REFERENCE))
+        try:
+            for name in self._plan.names:
+                if (name, LOADING) in self._missing or (name, SPEED) in self._missing:
+                    with self._noted(name):
+                        await self._load_and_run(name, speeds)
+        finally:
+            await speeds.close()
+
+    async def _load_and_run(self, name: str, speeds: Speeds) -> None:
+        if (name, LOADING) in self._missing:
+            self._warm_up(name)
+        model, told = self._loaded(name), self._progress(name)
+        if (name, LOADING) in self._missing:
+            self._keep(name, LOADING, apart(lambda: self._loading(model), self._threads))
+        if (name, SPEED) not in self._missing:
+            model.close()
+        else:
+            measure = speeds.of_reference if name == REFERENCE else speeds.of
+            self._keep(name, SPEED, await measure(model, told))
+
+    def _warm_up(self, name: str) -> None:
+        """A precision's first load imports libraries; that is not the model's load time."""
+        spec = ModelSpec(open_checkpoint(BUNDLED), self._plan.spec.device)
+        apart(lambda: self._load(name, spec, ignore_progress), self._threads).close()
+
+    def _loading(self, model: LoadedModel) -> dict[str, Any]:
+        footprint, spec = model.footprint, self._plan.spec
+        proof = layer_errors(model, spec, self._progress(model.precision))
+        return {
+            "load_seconds": model.load_seconds,
+            "disk_bytes": spec.checkpoint.file_bytes,
+            "weights_bytes": footprint.weights_bytes,
+            "kv_cache_bytes": model.runner.kv_cache_bytes,
+            "sequences": model.runner.slots,
+            "by_dtype": dict(footprint.by_dtype),
+            "quantization_state_bytes": footprint.quantization_state_bytes,
+            "bits_per_weight": footprint.bits_per_weight,
+            "parameters": footprint.parameters,
+            "proof": None if proof is None else asdict(proof),
+        }
+
+    def _against(self, reference: LoadedModel, name: str) -> None:
+        plan, text = self._plan, self._plan.text
+        assert text is not None
+        model = reference if name == REFERENCE else self._loaded(name)
+        try:
+            (found,) = apart(
+                lambda: quality.measure(
+                    reference,
+                    [model],
+                    text,
+                    plan.tokenizer,
+                    window=plan.window,
+                    stride=plan.stride,
+                    prompts=plan.prompts,
+                    progress=self._progress(name),
+                ),
+                self._threads,
+            )
+        finally:
+            if model is not reference:
+                model.close()
+        self._keep(name, QUALITY, asdict(found))
+
+    def _keep(self, name: str, step: str, figures: Mapping[str, Any]) -> None:
+        self._kept.keep(name, step, plain(figures))
+        self._done += 1
+
+    def _loaded(self, name: str) -> LoadedModel:
+        return apart(lambda: self._load(name, self._plan.spec, self._progress(name)), self._threads)
+
+    def _progress(self, name: str) -> Progress:
+        def told(stage: str, current: int, total: int) -> None:
+            self._tell(Place(name, min(self._done + 1, self._all), self._all, stage, current, total))
+
+        return told

@@ -1,0 +1,104 @@
+"""The OpenAI dialect: models, completions, chat."""
+
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Path
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.errors import BadPrecision, BadRequest, UnknownModel
+from server.http.body import read_object
+from server.http.validation import validate
+from server.routes.generation_request import (
+    ANY_MODEL,
+    Asked,
+    choose_precision,
+    known_precision,
+    precision_of_model,
+    settle,
+)
+from server.routes.openai.chat import Chat
+from server.routes.openai.completions import Completion
+from server.routes.openai.schemas import ChatBody, CompletionBody, OpenAIBody
+from server.routes.shared import body_of, precision_parameters
+from server.service.text.prompt_encoder import NO_TEMPLATE
+
+router = APIRouter(tags=["openai"])
+Body = TypeVar("Body", bound=OpenAIBody)
+_COMPLETION = body_of(CompletionBody, {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0})
+_CHAT = body_of(
+    ChatBody, {"messages": [{"role": "user", "content": "Tell me a story."}], "max_completion_tokens": 20}
+)
+
+
+@router.get("/v1/models")
+@router.get("/models/{model:path}/v1/models", openapi_extra=precision_parameters({}, named=True))
+async def models(request: Request) -> Response:
+    """The served model, and once more for each precision that this host can run."""
+    choose_precision(request, {})
+    return JSONResponse({"object": "list", "data": list(_models(request).values())})
+
+
+@router.get("/v1/models/{id:path}")
+async def model(
+    request: Request, id: Annotated[str, Path(openapi_examples={ANY_MODEL: {"value": ANY_MODEL}})]
+) -> Response:
+    """One entry of the list of models."""
+    found = _models(request).get(_entry(id, request.app.state.checkpoint.model_id))
+    if found is None:
+        raise UnknownModel("no such model here", param="model")
+    return JSONResponse(found)
+
+
+def _entry(name: str, model_id: str) -> str:
+    """The id in the list of models of what goes by ``name``, whichever name a request may use for it."""
+    precision = precision_of_model(name, model_id)
+    with suppress(BadPrecision):
+        return model_id if precision is None else f"{model_id}:{known_precision(precision)}"
+    return name
+
+
+def _models(request: Request) -> dict[str, dict[str, Any]]:
+    state = request.app.state
+    name = state.checkpoint.model_id
+    able = [known.name for known in state.pool.states() if known.state != "unavailable"]
+    ids = {name: state.pool.default, **{f"{name}:{precision}": precision for precision in able}}
+    created = int(state.started)
+    return {
+        id_: {"id": id_, "object": "model", "created": created, "owned_by": "bitdial", "precision": precision}
+        for id_, precision in ids.items()
+    }
+
+
+@router.post("/v1/completions", openapi_extra=precision_parameters(_COMPLETION))
+@router.post(
+    "/models/{model:path}/v1/completions", openapi_extra=precision_parameters(_COMPLETION, named=True)
+)
+async def completions(request: Request) -> Response:
+    """Continues one or several prompts."""
+    values = await read_object(request)
+    body = _validated(request, CompletionBody, values)
+    return await Completion(request, body, _asked(request, values, body)).answer()
+
+
+@router.post("/v1/chat/completions", openapi_extra=precision_parameters(_CHAT))
+@router.post(
+    "/models/{model:path}/v1/chat/completions", openapi_extra=precision_parameters(_CHAT, named=True)
+)
+async def chat(request: Request) -> Response:
+    """Continues a conversation, where the model has a chat template."""
+    values = await read_object(request)
+    if request.app.state.chat is None:
+        raise BadRequest(NO_TEMPLATE, param="messages")
+    body = _validated(request, ChatBody, values)
+    return await Chat(request, body, _asked(request, values, body)).answer()
+
+
+def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> Asked:
+    return settle(request, choose_precision(request, values, body.model), body.auto)
+
+
+def _validated(request: Request, model: type[Body], values: dict[str, Any]) -> Body:
+    state = request.app.state
+    return validate(model, values, state.settings, state.checkpoint.vocabulary)

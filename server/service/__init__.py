@@ -1,0 +1,1 @@
+"""Text in, text out: from a request to its engine and back."""

@@ -1,0 +1,1 @@
+"""Conversations as text, by the model's chat template."""

@@ -1,0 +1,197 @@
+"""Conversations as text, by the model's chat template, which runs in processes of its own."""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from server.errors import DeadlinePassed, Invalid, NotReady
+from server.service.chat.process import LENGTH
+
+SUBJECT = "the model's chat template "
+"""Begins every message about one."""
+_SECONDS = 5.0  # for one conversation; a usual one takes a fraction of a millisecond
+_PROCESSES = 2  # so that one conversation that takes its time doesn't keep all others waiting
+_MEMORY = 256 * 2**20  # bytes of address space, of which Python and Jinja need a tenth
+_ESCAPED = 12  # bytes in JSON of a character, at most
+_KEPT = ("TZ", "LD_LIBRARY_PATH")  # of the environment: no key, no token
+# a path of its own, so that nothing of the environment's site is run
+_START = "import sys; sys.path[:] = {path!r}; from server.service.chat.process import main; main()"
+_ROOT = str(Path(__file__).resolve().parents[3])
+_log = logging.getLogger(__name__)
+
+
+class ChatRenderer:
+    """Processes that render one template, started when they are needed. Event loop only.
+
+    Args:
+        template: its source.
+        variables: what it sees besides the messages: the special tokens by name.
+        payload_limit: bytes of the largest body.
+        seconds: most that a conversation may take, beside the wait for its turn.
+        memory_bytes: most that a process may use, beside what the messages take.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        variables: Mapping[str, Any],
+        payload_limit: int,
+        *,
+        seconds: float = _SECONDS,
+        memory_bytes: int = _MEMORY,
+    ) -> None:
+        self._seconds, self._memory = seconds, memory_bytes + 16 * payload_limit
+        self._setup = {
+            "template": template,
+            "variables": dict(variables),
+            "characters": 2**20 + 4 * payload_limit,
+            "memory_bytes": self._memory,
+            "seconds": seconds,
+        }
+        self._turns = asyncio.Semaphore(_PROCESSES)
+        self._idle: list[_TemplateProcess] = []
+        self._alive: set[_TemplateProcess] = set()
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str:
+        """The conversation as text, ready for the assistant's turn.
+
+        Args:
+            deadline: of ``time.perf_counter()``.
+
+        Raises:
+            Invalid: the template refuses the messages, leaves one out, fails, or takes too much.
+            DeadlinePassed
+        """
+        return await self._in_turn({"messages": messages}, deadline)
+
+    async def check(self) -> None:
+        """Whether the template can be compiled.
+
+        Raises:
+            Invalid
+        """
+        await self._in_turn({}, time.perf_counter() + 10 * self._seconds)
+
+    async def stop(self) -> None:
+        """Ends the processes."""
+        await asyncio.gather(*(process.end() for process in self._alive))
+
+    async def _in_turn(self, order: Mapping[str, Any], deadline: float) -> str:
+        try:
+            async with asyncio.timeout(deadline - time.perf_counter()), self._turns:
+                answer = await self._ask(order)
+        except TimeoutError:
+            raise DeadlinePassed("the chat template did not render the messages in time") from None
+        if "failed" in answer:
+            raise _error(answer, self._memory)
+        text: str = answer["text"]
+        return text
+
+    async def _ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of an idle process or a new one, which is ended unless it answers."""
+        process = await self._process()
+        try:
+            async with asyncio.timeout(self._seconds):
+                answer = await process.ask(order)
+        except TimeoutError:
+            _log.warning("a chat template was stopped after %g s", self._seconds)
+            return {"failed": "time", "seconds": self._seconds}
+        except (EOFError, OSError, ValueError) as error:
+            _log.warning("the process of a chat template failed (%s)", type(error).__name__)
+            return {"failed": "ended"}
+        else:
+            self._idle.append(process)
+            return answer
+        finally:
+            if process not in self._idle:
+                process.kill()
+
+    async def _process(self) -> "_TemplateProcess":
+        self._alive = {process for process in self._alive if process.running}
+        while self._idle:
+            if (process := self._idle.pop()).running:
+                return process
+        try:
+            process = await _TemplateProcess.start(self._setup)
+        except OSError as error:
+            _log.error("no process for the chat template can be started: %s", error.strerror)
+            raise NotReady("no process for the chat template can be started") from None
+        self._alive.add(process)
+        return process
+
+
+class _TemplateProcess:
+    """``server.service.chat.process`` at the other end of two pipes."""
+
+    def __init__(self, process: Process, setup: Mapping[str, Any]) -> None:
+        self._process = process
+        self._unsent = [setup]
+        self._longest = 2**16 + _ESCAPED * setup["characters"]
+
+    @classmethod
+    async def start(cls, setup: Mapping[str, Any]) -> "_TemplateProcess":
+        """It inherits no file, no key, and none of a terminal's signals. Raises ``OSError``."""
+        path = [folder for folder in (*sys.path, _ROOT) if os.path.isabs(folder)]
+        command = [sys.executable, "-I", "-S", "-B", "-c", _START.format(path=path)]
+        keep = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=keep, cwd="/", start_new_session=True
+        )
+        return cls(process, setup)
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises ``EOFError``, ``OSError`` or ``ValueError`` where the process has ended or gone wrong."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        for message in (*self._unsent, order):
+            body = json.dumps(message).encode()
+            self._process.stdin.write(LENGTH.pack(len(body)) + body)
+        self._unsent.clear()
+        await self._process.stdin.drain()
+        (length,) = LENGTH.unpack(await self._process.stdout.readexactly(LENGTH.size))
+        if length > self._longest:
+            raise ValueError("too long an answer")
+        answer: dict[str, Any] = json.loads(await self._process.stdout.readexactly(length))
+        return answer
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def end(self) -> None:
+        self.kill()
+        await self._process.wait()
+
+
+def _error(answer: Mapping[str, Any], memory_bytes: int) -> Invalid:
+    said = f": {answer['said']}" if answer.get("said") else ""
+    match answer["failed"]:
+        case "refused":
+            text = f"refuses these messages{said}"
+        case "dropped":
+            text = f"drops message {answer['index'] + 1}: it has no place there for the role {answer['role']}"
+        case "syntax":
+            text = f"is not valid: line {answer['line']}{said}"
+        case "length":
+            text = "makes too long a text of these messages"
+        case "memory":
+            text = f"needs more than {memory_bytes // 2**20} MiB for these messages"
+        case "time":
+            text = f"took longer than {answer['seconds']:g} s for these messages"
+        case "fault":
+            text = f"fails on these messages ({answer['kind']})"
+        case _:
+            text = "can't be run on these messages"
+    return Invalid(SUBJECT + text, param="inputs")

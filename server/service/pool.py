@@ -1,0 +1,277 @@
+"""Precision → engine: each loaded once, in a thread of its own, within the memory budget."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+
+import loaders
+from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec
+from loaders.layer_errors import hollow
+from server.engine.engine import Engine
+from server.engine.fair_lock import Turn
+from server.errors import NotReady, ServiceError
+from server.host import memory
+from server.host.threads import compute_with
+from server.lifecycle import EXIT_FAILED, Lifecycle
+from server.observability.metrics import Metrics
+from server.service.precision_state import Lease, LoadProgress, PrecisionState
+from server.settings.server import Settings
+
+Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
+_RETRY_SECONDS = 5.0  # a load that failed is not tried again sooner
+_STOP_SECONDS = 5.0  # an engine gets to finish its step
+_log = logging.getLogger(__name__)
+
+
+class Pool:
+    """All precisions of one checkpoint. Event loop only."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        *,
+        load: Load = loaders.load,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self.spec = settings.spec(checkpoint, settings.max_batch_size)
+        self.device = self.spec.device
+        self.threads = settings.resolved_threads()
+        """CPU threads of every load and of every step."""
+        self.default = settings.precision
+        self._settings, self._load_model = settings, load
+        self._metrics, self._lifecycle = metrics, lifecycle
+        self._turn = Turn() if self.device == "cpu" else None
+        self._states = {name: self._first_state(name) for name in loaders.PRECISIONS}
+        self._loads: dict[str, asyncio.Task[Engine]] = {}
+        self._loading = asyncio.Lock()
+        self._background: list[asyncio.Task[None]] = []
+
+    def _first_state(self, name: str) -> PrecisionState:
+        able: Availability = loaders.availability(name, self.device)
+        if able.ok:
+            return PrecisionState(name)
+        return PrecisionState(name, "unavailable", able.reason, able.install)
+
+    # looking
+
+    def state(self, precision: str) -> PrecisionState:
+        return self._states[loaders.canonical(precision)]
+
+    def states(self) -> list[PrecisionState]:
+        return list(self._states.values())
+
+    @property
+    def able(self) -> frozenset[str]:
+        """The precisions that this host can run."""
+        return frozenset(state.name for state in self._states.values() if state.state != "unavailable")
+
+    @property
+    def engines(self) -> list[Engine]:
+        return [state.engine for state in self._states.values() if state.engine is not None]
+
+    def drain_seconds(self) -> float | None:
+        """Until the engine with the most to do has served what runs or waits; None if none can tell."""
+        known = [seconds for engine in self.engines if (seconds := engine.drain_seconds()) is not None]
+        return max(known, default=None)
+
+    def used_bytes(self) -> int:
+        return sum(memory.used_bytes(engine.model) for engine in self.engines)
+
+    # using
+
+    def use(self, precision: str) -> Lease:
+        """The engine, loaded if it must be; it is not unloaded while in use.
+
+        Entering raises:
+            Unavailable: this host can't run it.
+            NotReady: it could not be loaded, or there is no room.
+        """
+        return Lease(self.state(precision), self._loaded)
+
+    async def _loaded(self, state: PrecisionState) -> Engine:
+        if state.state == "unavailable":
+            raise state.refusal()
+        if state.state == "failed" and time.monotonic() - state.failed_at < _RETRY_SECONDS:
+            raise NotReady(f"{state.name} could not be loaded: {state.reason}", retry_after=_RETRY_SECONDS)
+        if state.name not in self._loads:
+            task = self._loads[state.name] = asyncio.create_task(self._load(state))
+            task.add_done_callback(_heard)
+        # shielded: one waiting request that goes away doesn't take the load from the others
+        return await asyncio.shield(self._loads[state.name])
+
+    async def _load(self, state: PrecisionState) -> Engine:
+        state.state, state.reason = "loading", None
+        state.progress = LoadProgress("waiting", 0, 0)
+        try:
+            # one at a time: a second one would count on the same room; and while it loads, ``transformers``
+            # sets torch's default dtype for the whole process, and then back to what it found
+            async with self._loading:
+                await self._make_room(state)
+                model = await self._in_thread(state)
+                engine = self._engine_of(model)
+                await engine.start()  # on a GPU it captures, and what it then holds is counted in, too
+        except Exception as error:
+            state.state, state.failed_at = "failed", time.monotonic()
+            foreseen = isinstance(error, LoaderError | ServiceError)
+            state.reason = str(error) if foreseen else type(error).__name__
+            told = None if foreseen else error  # with its traceback; clients get its name alone
+            _log.warning("%s could not be loaded: %s", state.name, state.reason, exc_info=told)
+            if isinstance(error, ServiceError):
+                state.state = "unloaded"  # no room now; there may be some later
+                raise
+            raise NotReady(f"{state.name} could not be loaded: {state.reason}") from error
+        finally:
+            self._loads.pop(state.name, None)
+        state.engine, state.state, state.load_seconds = engine, "loaded", model.load_seconds
+        self._metrics.set_loaded(state.name, memory.by_kind(model), model.load_seconds)
+        if (warning := hollow(model)) is not None:
+            _log.warning("%s", warning)
+        _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
+        return engine
+
+    def _engine_of(self, model: LoadedModel) -> Engine:
+        return Engine(
+            model,
+            eos_ids=self.spec.checkpoint.eos_ids,
+            prefill_chunk=self._settings.prefill_chunk,
+            prefill_chunk_busy=self._settings.busy_chunk(),
+            threads=self.threads,
+            on_step=partial(self._metrics.observe_step, model.precision),
+            on_death=self._lifecycle.fail,
+            turn=self._turn,
+        )
+
+    async def _in_thread(self, state: PrecisionState) -> LoadedModel:
+        """Loads in a daemon thread: nothing can interrupt a load, and it must not keep the process alive."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[LoadedModel] = loop.create_future()
+        spec = memory.within(self._settings.memory_budget, self.used_bytes(), self.spec)
+
+        def tell(stage: str, current: int, total: int) -> None:
+            state.progress = LoadProgress(stage, current, total)
+
+        def run() -> None:
+            compute_with(self.threads)
+            try:
+                result = self._load_model(state.name, spec, tell)
+            except BaseException as error:  # a library in Rust panics with one that is no Exception
+                told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+                settle: Callable[[], None] = partial(_settle, future, None, told)
+            else:
+                settle = partial(_settle, future, result, None)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+                loop.call_soon_threadsafe(settle)
+
+        threading.Thread(target=run, name=f"load-{state.name}", daemon=True).start()
+        return await future
+
+    async def _make_room(self, state: PrecisionState) -> None:
+        """Unloads idle precisions, least recently used first, until the new one fits."""
+        needed = memory.needed_bytes(state.name, self.spec)
+        while needed > (free := self._free_bytes()):
+            if not (idle := self._idle()):
+                raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
+            await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
+
+    def _idle(self) -> list[PrecisionState]:
+        """What may be unloaded. Never the default: without it the server is not ready, and nobody asks it."""
+        return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
+
+    def _free_bytes(self) -> int:
+        free = memory.free_bytes(self.device)
+        budget = self._settings.memory_budget
+        return free if budget is None else min(free, budget - self.used_bytes())
+
+    async def load(self, precision: str) -> AsyncGenerator[LoadProgress]:
+        """Loads it, reporting progress; ends when it is ready.
+
+        Raises:
+            Unavailable, NotReady: as ``use``; also when the server is to end, which no load keeps up.
+        """
+        state = self.state(precision)
+        if state.engine is not None:
+            return
+        task = asyncio.ensure_future(self._loaded(state))
+        seen: LoadProgress | None = None
+        try:
+            while not task.done():
+                self._lifecycle.check()
+                if state.progress != seen:
+                    seen = state.progress
+                    yield seen
+                await asyncio.wait([task], timeout=0.1)
+            task.result()
+        finally:
+            task.cancel()  # if who watched has gone; the load itself goes on
+
+    async def unload(self, precision: str) -> None:
+        """Drops it; what it is generating ends with an error. Unloading what isn't loaded does nothing."""
+        state = self.state(precision)
+        engine, state.engine = state.engine, None
+        if engine is None:
+            return
+        state.state = "unloaded"
+        await engine.stop()
+        self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
+        _log.info("%s unloaded", state.name)
+
+    # life
+
+    def start(self) -> None:
+        """Begins loading the start-up precisions, the default first, one after another."""
+        self._background.append(asyncio.create_task(self._load_first()))
+        if self._settings.idle_unload_seconds is not None:
+            self._background.append(
+                asyncio.create_task(self._unload_idle(self._settings.idle_unload_seconds))
+            )
+
+    async def _load_first(self) -> None:
+        for name in self._settings.first_precisions():
+            state = self._states[name]
+            if state.state == "unavailable":
+                _log.warning("%s can't run on this host: %s", name, state.reason)
+                continue
+            with contextlib.suppress(ServiceError):  # told in the state, and logged
+                async with self.use(name):
+                    pass
+            if name == self.default and state.state == "failed":
+                self._lifecycle.fail(f"{name} could not be loaded: {state.reason}", EXIT_FAILED)
+
+    async def _unload_idle(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(min(seconds / 4, 10))
+            for state in self._idle():
+                engine = None if state.users else state.engine  # it may have got a user while another ended
+                if engine and time.perf_counter() - engine.last_used > seconds:
+                    await self.unload(state.name)
+
+    async def stop(self) -> None:
+        """Stops the engines. A load under way is left to its daemon thread."""
+        for task in (*self._background, *self._loads.values()):
+            task.cancel()
+        for engine in self.engines:
+            # a thread that hangs is not waited for: the process is to end and be started again
+            await engine.stop(0.0 if self._lifecycle.fatal else _STOP_SECONDS)
+
+
+def _heard(load: "asyncio.Task[Engine]") -> None:
+    """Its fault is in the log and in the state, even where all who waited have gone."""
+    if not load.cancelled():
+        load.exception()
+
+
+def _settle(
+    future: "asyncio.Future[LoadedModel]", model: LoadedModel | None, error: Exception | None
+) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    elif model is not None:
+        future.set_result(model)

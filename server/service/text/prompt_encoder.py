@@ -1,0 +1,146 @@
+"""From a prompt to token ids, and from a text to its tokens, at a bounded cost.
+
+A text that can't fit by its length is refused unencoded. A short one is encoded at once; a longer one on the
+few threads of ``EncodingThreads``, for as long as its request has time and its client is there.
+"""
+
+import asyncio
+import time
+from array import array
+from collections.abc import Awaitable, Iterator
+from functools import partial
+from typing import TypeVar
+
+from server.errors import BadRequest, DeadlinePassed, Invalid, PromptTooLong
+from server.service.chat.renderer import ChatRenderer
+from server.service.continuation import Conversation, GenerationRequest
+from server.service.text.codec import TextCodec, TokenSpan
+from server.service.text.encoding_threads import EncodingThreads
+
+NO_TEMPLATE = "this model has no chat template; use /v1/completions"
+_SHORT = 400  # characters, which are encoded in no time
+_T = TypeVar("_T")
+
+
+class Tokens:
+    """A text's tokens, each in twelve bytes: as objects they take thirty times as much."""
+
+    def __init__(self, text: str, spans: Iterator[TokenSpan]) -> None:
+        self._text = text
+        self._ids, self._starts, self._stops = array("I"), array("I"), array("I")
+        for span in spans:
+            self._ids.append(span.id)
+            self._starts.append(span.start)
+            self._stops.append(span.stop)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def spans(self, first: int, count: int) -> Iterator[TokenSpan]:
+        """From the first on, so many or as many as there are."""
+        part = slice(first, first + count)
+        for id_, start, stop in zip(self._ids[part], self._starts[part], self._stops[part], strict=True):
+            yield TokenSpan(id_, self._text[start:stop], start, stop)
+
+
+class PromptEncoder:
+    """Of one model. Event loop only.
+
+    Args:
+        codec: its tokenizer.
+        vocabulary: how many token ids it has.
+        max_input_tokens: of a prompt that is to be continued.
+        max_total_tokens: of a prompt that is only scored.
+        chat: renders conversations; None where the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        vocabulary: int,
+        max_input_tokens: int,
+        max_total_tokens: int,
+        chat: ChatRenderer | None = None,
+    ) -> None:
+        self._codec, self._vocabulary, self._chat = codec, vocabulary, chat
+        self._max_input, self._max_total = max_input_tokens, max_total_tokens
+        self._threads = EncodingThreads()
+
+    async def encode(self, request: GenerationRequest, deadline: float) -> list[int]:
+        """The prompt's ids, all of them in the vocabulary; at least one.
+
+        Args:
+            deadline: of ``time.perf_counter()``; what has not been encoded by then is given up.
+
+        Raises:
+            Invalid: also ``PromptTooLong``, where the text's length tells that it can't fit.
+            DeadlinePassed
+        """
+        if (request.truncate or 0) > self._max_total:
+            raise Invalid(f"truncate: at most {self._max_total} tokens", param="truncate")
+        ids = await _until(deadline, self._ids(request, deadline))
+        if not ids:
+            raise Invalid("the input has no tokens", param="inputs")
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            raise Invalid(f"token ids go from 0 to {self._vocabulary - 1}", param="inputs")
+        return ids[-request.truncate :] if request.truncate else ids
+
+    async def tokenize(self, text: str, deadline: float) -> Tokens:
+        """Its tokens and where each stands, however many.
+
+        Raises:
+            DeadlinePassed
+        """
+        return await _until(
+            deadline, self._threads.run(lambda: Tokens(text, iter(self._codec.tokenize(text))))
+        )
+
+    def close(self) -> None:
+        """Nothing is encoded any more."""
+        self._threads.close()
+
+    async def _ids(self, request: GenerationRequest, deadline: float) -> list[int]:
+        prompt = request.prompt
+        if isinstance(prompt, list):
+            return prompt
+        if isinstance(prompt, str):
+            return await self._encoded(prompt, request)
+        text = await self._rendered(prompt, deadline)
+        return await self._encoded(text, request, add_special_tokens=False)  # the template wrote them
+
+    async def _rendered(self, conversation: Conversation, deadline: float) -> str:
+        if self._chat is None:
+            raise BadRequest(NO_TEMPLATE, param="inputs")
+        return await self._chat.render(conversation.messages, deadline)
+
+    async def _encoded(
+        self, text: str, request: GenerationRequest, add_special_tokens: bool = True
+    ) -> list[int]:
+        if (length := self._codec.token_length) is not None:
+            if request.truncate:
+                text = length.end(text, request.truncate)
+            else:
+                self._check_length(length.fewest(text), request)
+        if self._codec.is_quick(text):
+            if len(text) > _SHORT:
+                await asyncio.sleep(0)  # a request may have a hundred of them, one after another
+            return self._codec.encode(text, add_special_tokens)
+        return await self._threads.run(partial(self._codec.encode, text, add_special_tokens))
+
+    def _check_length(self, fewest: int, request: GenerationRequest) -> None:
+        most = self._max_total if request.max_new_tokens == 0 else self._max_input
+        if fewest > most:
+            read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
+            raise PromptTooLong(  # in words by which client libraries know it
+                f"This model's maximum context length is {self._max_total} tokens, of which the {read} may "
+                f"have {most}. However, your {read} resulted in at least {fewest} tokens.",
+                param="inputs",
+            )
+
+
+async def _until(deadline: float, work: Awaitable[_T]) -> _T:
+    try:
+        async with asyncio.timeout(deadline - time.perf_counter()):
+            return await work
+    except TimeoutError:
+        raise DeadlinePassed("the text was not encoded in time") from None

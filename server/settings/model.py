@@ -1,0 +1,147 @@
+"""Which model is loaded, and how: the settings of every command."""
+
+from inspect import get_annotations
+from typing import Any, Literal
+
+from pydantic import AliasChoices
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from loaders.base import Checkpoint, ModelSpec, default_device
+from server.host.threads import resolve
+from server.settings.types import Precision, option
+
+_MODEL, _QUANTIZATION, _GPU = "model", "quantization", "on a GPU"
+
+
+def has_variable(options: type[BaseSettings], name: str) -> bool:
+    """Whether an environment variable sets that field.
+
+    A command's own options have none: SEED, PROMPT or TEXT may stand in an environment for other reasons,
+    and would silently change what the command does.
+    """
+    declared = next((base for base in options.__mro__ if name in get_annotations(base)), None)
+    return declared is not None and declared.__module__ in (__name__, "server.settings.server")
+
+
+class _Environment(EnvSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        if not has_variable(self.settings_cls, field_name):
+            return None, field_name, False
+        return super().get_field_value(field, field_name)
+
+
+class ModelSettings(BaseSettings):
+    """Which model, and how it is loaded; each is an environment variable of the same name, in capitals."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        env_ignore_empty=True,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+    )
+
+    model_id: str = option(
+        "bundled",
+        _MODEL,
+        "NAME",
+        "a hub id (openai-community/gpt2), a local folder, or the bundled model",
+        validation_alias=AliasChoices("model_id", "model"),
+    )
+    revision: str | None = option(
+        None, _MODEL, "NAME", "commit, branch or tag of a hub model", unset="the newest"
+    )
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto", _MODEL, "auto|cuda|cpu", "where to run; auto takes the GPU if there is one"
+    )
+    threads: int | None = option(None, _MODEL, "N", "CPU threads of a forward pass", unset="all cores", ge=1)
+    max_total_tokens: int | None = option(
+        None, _MODEL, "N", "most tokens of prompt and continuation", unset="the model's context", ge=2
+    )
+    quantize_lm_head: bool = option(True, _QUANTIZATION, None, "dynamic-int8: quantize the output head too")
+    int8_threshold: float = option(
+        0.0,
+        _QUANTIZATION,
+        "X",
+        "int8: outlier threshold; above 0, batch-mates affect each other, and on a GPU every layer waits for "
+        "the host, so that no step is captured",
+        ge=0,
+    )
+    double_quantization: bool = option(
+        False, _QUANTIZATION, None, "nf4, fp4: quantize the scales of the blocks too"
+    )
+    unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        _QUANTIZATION,
+        "TYPE",
+        "int8, nf4, fp4: type of embeddings, head and norms: fp32, bf16, fp16 or what is fastest here",
+    )
+    kv_dtype: Literal["auto", "fp32", "fp16"] = option(
+        "auto",
+        _QUANTIZATION,
+        "TYPE",
+        "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone; fp16 becomes fp32 where "
+        "it does not hold them",
+    )
+
+    cuda_graphs: bool = option(
+        True,
+        _GPU,
+        None,
+        "capture steps when a precision is loaded, and replay them; without, launch each kernel",
+    )
+    batch_invariant: bool = option(
+        True,
+        _GPU,
+        None,
+        "compute every step at its full size, so that a sequence gets the same tokens alone and among "
+        "others; without, the smallest size that fits, which is faster where few run",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls)
+
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        return default_device() if self.device == "auto" else self.device
+
+    def resolved_threads(self) -> int:
+        return resolve(self.threads)
+
+    def spec(self, checkpoint: Checkpoint, slots: int) -> ModelSpec:
+        """What the loaders are told."""
+        return ModelSpec(
+            checkpoint,
+            device=self.resolved_device(),
+            slots=slots,
+            context=self.max_total_tokens,
+            threads=self.resolved_threads(),
+            quantize_lm_head=self.quantize_lm_head,
+            int8_threshold=self.int8_threshold,
+            double_quantization=self.double_quantization,
+            unquantized_dtype=self.unquantized_dtype,
+            kv_dtype=self.kv_dtype,
+            batch_invariant=self.batch_invariant,
+            cuda_graphs=self.cuda_graphs,
+        )
+
+
+class PrecisionSettings(ModelSettings):
+    """A model in one precision, or in that one first."""
+
+    precision: Precision = option("fp32", _MODEL, "NAME", "the precision used where none is asked for")

@@ -1,0 +1,74 @@
+"""Bars on a terminal, lines elsewhere."""
+
+import asyncio
+import io
+import logging
+from contextlib import redirect_stderr
+
+import pytest
+
+from server.commands.progress import ProgressBars, show_loading
+from server.service.precision_state import LoadProgress, PrecisionState
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    screen = Terminal()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    return screen
+
+
+def test_a_stage_is_a_line_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ProgressBars("int8")
+    for done in range(3):
+        bars("loading", done, 2)
+    bars("quantizing", 0, 0)
+    bars.close()
+    assert capsys.readouterr().err.splitlines() == ["int8: loading …", "int8: quantizing …"]
+
+
+def test_a_bar_shows_how_far_a_stage_is(terminal: Terminal) -> None:
+    bars = ProgressBars("int8")
+    with redirect_stderr(terminal):
+        bars("loading", 1, 4)
+        bars("quantizing", 0, 0)
+        bars.close()
+    drawn = terminal.getvalue()
+    assert "int8: loading  25%|" in drawn
+    assert "1/4" in drawn
+    assert "int8: quantizing … [00:00]" in drawn
+    assert "?it/s" not in drawn
+
+
+def test_what_is_loading_is_drawn_and_the_log_goes_on_above_it(terminal: Terminal) -> None:
+    states = [
+        PrecisionState("fp32"),
+        PrecisionState("int8", "loading", progress=LoadProgress("packing", 3, 6)),
+    ]
+    logger, handler = logging.getLogger(), logging.StreamHandler(terminal)
+    logger.addHandler(handler)
+
+    async def watch() -> None:
+        task = asyncio.create_task(show_loading(lambda: states))
+        await asyncio.sleep(0.05)
+        logger.warning("something happened")
+        states[1].state = "loaded"
+        await asyncio.sleep(0.2)
+        task.cancel()
+
+    try:
+        with redirect_stderr(terminal):
+            asyncio.run(watch())
+    finally:
+        logger.removeHandler(handler)
+    drawn = terminal.getvalue()
+    assert "int8: packing  50%|" in drawn
+    assert "fp32" not in drawn
+    assert "\rsomething happened\n" in drawn  # at the begin of a line of its own
+    assert drawn.endswith("\r")  # the bar is gone

@@ -1,0 +1,42 @@
+"""What `bitdial serve` says: where it listens and what to paste, or in one line why it doesn't."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from server.__main__ import main
+from server.commands import serve
+from server.settings.server import Settings
+from tests import checkpoints
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8099"),
+        ("0.0.0.0", "http://127.0.0.1:8099"),
+        ("::", "http://[::1]:8099"),
+        ("::1", "http://[::1]:8099"),
+        ("example.org", "http://example.org:8099"),
+    ],
+)
+def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    serve._announce(Settings(host=host), 8099)
+    told = capsys.readouterr().out
+    assert f"listening on {address}\n" in told
+    (curl,) = (line for line in told.splitlines() if "curl" in line)
+    assert curl.startswith(f"  curl {address}/generate -H 'Content-Type")
+
+
+def test_the_line_asks_for_the_key_and_does_not_tell_it(capsys: pytest.CaptureFixture[str]) -> None:
+    serve._announce(Settings(api_key=SecretStr("opensesame")), 8099)
+    told = capsys.readouterr().out
+    assert '-H "Authorization: Bearer $API_KEY"' in told
+    assert "opensesame" not in told
+
+
+def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints.gpt2().save_pretrained(tmp_path / "mute")
+    assert main(["serve", "--model", str(tmp_path / "mute")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "bitdial serve: mute has no usable tokenizer"

@@ -1,0 +1,181 @@
+"""What a person at a terminal gets, and what the environment and a pipe may change of it."""
+
+import errno
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loaders
+from server.__main__ import main
+from server.bench import table
+from server.bench.figures import Figures
+from server.bench.session import Row
+from server.commands import bench, generate, parse, quality
+from server.host import cache
+from server.settings.server import Settings
+from tests import checkpoints
+from tests.http.test_process import ROOT, bitdial, environment
+
+
+class Screen(io.StringIO):
+    """Standard output that is a terminal of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    return Screen()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save(checkpoints.gpt2(), tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_a_terminal_gets_the_table_within_its_width_and_no_json(
+    screen: Screen, folder: Path, tmp_path: Path
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text("the other theatre, and in another one, the café again\n" * 10, encoding="utf-8")
+    arguments = ["--precisions", "nf4", "--window", "64", "--prompts", "0", "--json", str(out)]
+    with redirect_stdout(screen):
+        assert main(["quality", "--model", str(folder), "--text", str(text), *arguments]) == 0
+    shown = screen.getvalue().splitlines()
+    assert max(map(len, shown)) <= 80
+    assert sum(line.startswith("nf4") for line in shown) >= 2, "the columns that don't fit stand below"
+    assert not any(line.startswith("{") for line in shown)
+    assert "--json FILE" in shown[-1]
+    assert json.loads(out.read_text())["precisions"][0]["precision"] == "nf4"
+
+
+def a_row() -> Row:
+    figures = Figures(
+        prefill_tokens_per_second=100.0,
+        decode_tokens_per_second=90.0,
+        spread=0.01,
+        ttft_ms=5.0,
+        inter_token_p50_ms=1.0,
+        inter_token_p99_ms=2.0,
+        decode_rates=[90.0],
+    )
+    return Row("dynamic-int8", 16, "llama.cpp Q8_0", figures, weights_bytes=1_000_000, ratio=1.5)
+
+
+def test_a_table_that_is_too_wide_goes_on_below() -> None:
+    narrow = table.Table(table.COLUMNS, keys=3, width=80)
+    first, row = narrow.heading().splitlines(), narrow.line(a_row())
+    rest = narrow.rest([a_row(), a_row()]).splitlines()
+    assert max(map(len, [*first, row, *rest])) <= 80
+    names = " ".join([first[0], *rest])
+    assert all(column.name in names for column in table.COLUMNS)
+    assert sum(line.startswith("dynamic-int8") for line in rest) % 2 == 0
+    wide = table.Table(table.COLUMNS, keys=3, width=None)
+    assert (wide.heading(), wide.line(a_row())) == (table.heading(), table.line(a_row()))
+    assert wide.rest([a_row()]) == ""
+
+
+def test_a_commands_own_options_are_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SEED", "TEMPERATURE", "TOP_K", "PROMPT", "MAX_NEW_TOKENS", "TOKENS", "TEXT", "WINDOW"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("THREADS", "3")
+    monkeypatch.setenv("PRECISION", "nf4")
+    plain = parse(generate.Options, "generate", ["x"])
+    assert (plain.seed, plain.temperature, plain.top_k, plain.max_new_tokens) == (0, None, None, 64)
+    assert (plain.threads, plain.precision) == (3, "nf4")
+    assert (parse(bench.Options, "bench", []).prompt, parse(bench.Options, "bench", []).tokens) == (32, 48)
+    assert parse(quality.Options, "quality", []).text is None
+
+
+def continued(given: str | None, *arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    options = ["--model", str(folder), "--max-new-tokens", "3"]
+    return subprocess.run(
+        [sys.executable, "-m", "server", "generate", *arguments, *options],
+        cwd=ROOT, env=environment(), input=given, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_prompt_from_standard_input(folder: Path) -> None:
+    given = continued(None, "abc", folder=folder)
+    read = continued("abc\n", folder=folder)
+    assert (given.returncode, read.returncode) == (0, 0)
+    assert given.stdout.startswith("abc")
+    assert read.stdout == given.stdout
+
+
+@pytest.mark.parametrize(("given", "reason"), [(b"", "is empty"), (b"\xff", "is not UTF-8")])
+def test_a_prompt_that_cannot_be_read(
+    given: bytes, reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(["generate", "-"]) == 2
+    assert f"standard input {reason}" in capsys.readouterr().err
+
+
+def test_all_precisions_are_those_that_this_host_can_run() -> None:
+    settings = Settings(precisions="all", device="cpu", precision="nf4")
+    assert settings.first_precisions()[0] == "nf4"
+    assert set(settings.first_precisions()) == set(loaders.available("cpu"))
+    assert set(settings.required_precisions()) == set(loaders.available("cpu"))
+
+
+def test_ctrl_c_in_a_report_says_what_became_of_it() -> None:
+    script = """
+import builtins, os, signal, sys
+real = builtins.__import__
+
+def interrupted(name, *rest, **options):
+    if name == "server.report" and "job" in (rest[2] or ()):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest, **options)
+
+builtins.__import__ = interrupted
+from server.__main__ import main
+
+sys.exit(main(["report"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert "interrupted; what was measured is kept" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["report", "--out"], ["quality", "--json"], ["bench", "--json"]])
+def test_a_full_disk_is_found_out_before_anything_is_measured(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "TemporaryFile", full)
+    assert main([*command, str(tmp_path / "new" / "out")]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"'out' can't be written there: No space left on device\n$", err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_is_the_wrong_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["report", "--out", str(file)]) == 2
+    assert "'file' is no folder" in capsys.readouterr().err
+    assert main(["quality", "--json", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_level_that_is_none_is_refused() -> None:
+    done = bitdial("serve", "--log-level", "loud")
+    assert done.returncode == 2
+    assert "--log-level (or LOG_LEVEL)" in done.stderr

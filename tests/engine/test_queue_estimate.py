@@ -1,0 +1,169 @@
+"""What a queue will take, by what it took lately; and queues behind a deadline, on a made-up clock."""
+
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
+import pytest
+
+from server.engine.queue_estimate import QueueEstimate
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import SamplingParams, Sequence, StepStats
+
+STEP, SLOTS, CHUNK, TIMEOUT, SECONDS = 0.05, 4, 16, 10.0, 300
+CAPACITY = SLOTS / STEP
+"""Tokens a second."""
+
+
+def sequence(tokens: int, prompt: int = 1, done: int = 0) -> Sequence:
+    made = Sequence([1] * prompt, SamplingParams(max_new_tokens=tokens))
+    if done:
+        made.prefilled, made.generated = prompt, [1] * done
+    return made
+
+
+def step(*gaps: float) -> StepStats:
+    return StepStats(batch=len(gaps), prompt_tokens=0, generated_tokens=len(gaps), seconds=0.0, gaps=gaps)
+
+
+def measured(share: float = 1.0) -> QueueEstimate:
+    estimate = QueueEstimate(slots=2, prefill_chunk=16)
+    estimate.observe_step(step(0.1, 0.1))
+    estimate.observe_end(sequence(100, done=round(100 * share)))
+    return estimate
+
+
+def test_nothing_is_estimated_before_something_was_measured() -> None:
+    estimate, ahead = QueueEstimate(slots=1, prefill_chunk=16), [sequence(100)] * 9
+    assert estimate.finish_seconds(ahead, 1, 10) is None
+    estimate.observe_step(step())
+    estimate.observe_step(step(0.1))
+    assert estimate.finish_seconds(ahead, 1, 10) is None
+    estimate.observe_end(sequence(10))  # it left before its first token
+    assert estimate.finish_seconds(ahead, 1, 10) is None
+    assert estimate.drain_seconds(ahead) is None
+    estimate.observe_end(sequence(10, done=10))
+    assert estimate.finish_seconds(ahead, 1, 10) is not None
+    assert estimate.drain_seconds([]) == 0
+
+
+def test_where_a_slot_is_free_nothing_is_estimated() -> None:
+    assert measured().finish_seconds([sequence(10**6)], 10**6, 10**6) is None
+
+
+@pytest.mark.parametrize(
+    ("ahead", "asked", "steps"),
+    [
+        ([(30, 0), (50, 0)], (1, 10), 31 + 1 + 10),  # behind the shorter one
+        ([(30, 20), (50, 10)], (1, 10), 10 + 1 + 10),  # of which something is done
+        ([(30, 29), (50, 49), (5, 0), (8, 0)], (1, 10), 1 + 6 + 1 + 10),  # first come, first served
+    ],
+)
+def test_an_estimate_counts_steps(ahead: list[tuple[int, int]], asked: tuple[int, int], steps: int) -> None:
+    live = [sequence(tokens, done=done) for tokens, done in ahead]
+    assert measured().finish_seconds(live, *asked) == pytest.approx(steps * 0.1 * 1.05)
+
+
+def test_prompts_share_the_budget_of_a_step() -> None:
+    live = [sequence(1, prompt=160), sequence(1, prompt=160)]
+    assert measured().finish_seconds(live, 160, 1) == pytest.approx((30 + 1) * 0.1 * 1.05)
+
+
+def test_sequences_that_end_early_are_counted_in() -> None:
+    live = [sequence(100, done=50), sequence(100, done=50)]
+    assert measured(share=0.5).finish_seconds(live, 1, 20) == pytest.approx((25 + 1 + 10) * 0.1 * 1.05)
+    assert measured(share=0.5).drain_seconds(live) == pytest.approx(25 * 0.1)
+
+
+class Simulation:
+    """An engine's queue behind a deadline: the real scheduler and estimate, a clock that steps advance."""
+
+    def __init__(self, sheds: bool) -> None:
+        self.sheds, self.now = sheds, 0.0
+        self.scheduler, self.estimate = Scheduler(SLOTS, 128, CHUNK), QueueEstimate(SLOTS, CHUNK)
+        self.live: dict[Sequence, int] = {}
+        self.outcomes: Counter[str] = Counter()
+
+    def ask(self, tokens: int, length: int) -> None:
+        """A request for ``tokens``, of which the model generates ``length``."""
+        seconds = self.estimate.finish_seconds(self.live, 1, tokens) if self.sheds else None
+        if seconds is not None and seconds > TIMEOUT:
+            self.outcomes["refused"] += 1
+            return
+        new = Sequence([1], SamplingParams(max_new_tokens=tokens), deadline=self.now + TIMEOUT)
+        self.live[new] = length
+        self.scheduler.add(new)
+
+    def step(self, seconds: float) -> None:
+        for late in self.scheduler.unwanted(self.now):
+            self._end(late, "late")
+        self.scheduler.admit(self.now)
+        chunks, rows = self.scheduler.chunks(), self.scheduler.decodable()
+        for chunk in chunks:
+            chunk.sequence.prefilled += chunk.count
+        self.now += seconds
+        for one in [*rows, *(chunk.sequence for chunk in chunks)]:
+            one.generated.append(1)
+            if len(one.generated) == self.live[one]:
+                self.outcomes["tokens"] += len(one.generated)
+                self._end(one, "served")
+        if self.scheduler.waiting:
+            self.estimate.observe_step(step(*[seconds] * len(rows)))
+
+    def _end(self, sequence: Sequence, outcome: str) -> None:
+        self.outcomes[outcome] += 1
+        self.scheduler.remove(sequence)
+        del self.live[sequence]
+        self.estimate.observe_end(sequence, late=outcome == "late")
+
+
+Wish = Callable[[Random], tuple[int, int]]
+"""Draws how many tokens are asked for, and how many the model generates."""
+
+
+def alike(random: Random) -> tuple[int, int]:
+    return 40, 40
+
+
+def mixed(random: Random) -> tuple[int, int]:
+    tokens = random.choice([5, 20, 40, 100])
+    return tokens, tokens
+
+
+def early(random: Random) -> tuple[int, int]:
+    return 64, random.randint(1, 64)
+
+
+def outcomes(load: float, wish: Wish, *, sheds: bool = True, noise: float = 0.0) -> Counter[str]:
+    """How requests end in 300 seconds under ``load`` times what can be served."""
+    simulation, random, offered = Simulation(sheds), Random(1), 0.0
+    while simulation.now < SECONDS:
+        offered += load * SLOTS
+        while offered > 0:
+            tokens, length = wish(random)
+            offered -= length
+            simulation.ask(tokens, length)
+        simulation.step(STEP * random.uniform(1 - noise, 1 + noise))
+    return simulation.outcomes
+
+
+@pytest.mark.parametrize("wish", [alike, mixed, early])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_under_more_load_than_it_can_take_what_is_admitted_is_finished(wish: Wish, noise: float) -> None:
+    done = outcomes(1.5, wish, noise=noise)
+    assert done["tokens"] > 0.9 * CAPACITY * SECONDS
+    assert done["late"] < 0.05 * done["served"]
+    assert done["refused"] > 50
+
+
+@pytest.mark.parametrize("wish", [alike, mixed, early])
+def test_without_shedding_most_of_it_is_computed_for_nothing(wish: Wish) -> None:
+    """What the estimate is for; if this fails, the simulation shows nothing."""
+    done = outcomes(1.5, wish, sheds=False)
+    assert done["tokens"] < 0.6 * CAPACITY * SECONDS
+
+
+@pytest.mark.parametrize("wish", [alike, mixed, early])
+def test_what_can_be_served_is_not_refused(wish: Wish) -> None:
+    done = outcomes(0.8, wish, noise=0.5)
+    assert (done["refused"], done["late"]) == (0, 0)

@@ -1,0 +1,108 @@
+"""Accepting connections: what is refused then and there, and how many are accepted at a time."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import pytest
+
+from server.http.admission.promised_places import Promise, PromisedPlaces
+from server.http.connection.early_refusal import EarlyRefusal
+from server.http.connection.listening import Acceptor
+from server.http.connection.open_connections import OpenConnections
+from server.settings.server import Settings
+from tests.http.connection.test_early_refusal import BODY, Closed
+from tests.http.connection.test_slow_clients import request_for, status_of
+
+
+class Seen(asyncio.Protocol):
+    """Of an accepted connection, what it has sent."""
+
+    def __init__(self, promise: Promise | None) -> None:
+        self.promise, self.data = promise, b""
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+
+
+async def accepting(
+    admission: Any, begun: bytes, count: int, make: Callable[[Promise | None], asyncio.Protocol]
+) -> tuple[list[bytes], list[int]]:
+    """What clients that begin so are answered, and how many open files of theirs a pass of the loop took."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        acceptor = Acceptor(
+            listener, make, OpenConnections(100), EarlyRefusal(admission, Settings(device="cpu"))
+        )
+        acceptor.start()
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(count)]
+        for client in clients:
+            client.sendall(begun)
+        opened: list[int] = []
+        for _ in range(12):
+            before = len(psutil.Process().net_connections("tcp"))
+            await asyncio.sleep(0)
+            opened.append(len(psutil.Process().net_connections("tcp")) - before)
+        acceptor.close()
+        await acceptor.wait_closed()
+        told = []
+        for client in clients:
+            client.setblocking(False)
+            with suppress(BlockingIOError, ConnectionResetError):
+                told.append(client.recv(65536))
+            client.close()
+        return told, opened
+
+
+def test_a_request_that_is_there_is_refused_as_its_connection_is_accepted() -> None:
+    made: list[Seen] = []
+
+    def make(promise: Promise | None) -> Seen:
+        made.append(Seen(promise))
+        return made[-1]
+
+    whole = request_for("/generate", BODY, "Connection: keep-alive")
+    told, _ = asyncio.run(accepting(Closed(), whole, 30, make))
+    assert not made
+    assert [status_of(one) for one in told] == [429] * 30
+    assert all(b"\r\nconnection: close\r\n" in one for one in told)
+
+
+@pytest.mark.parametrize("missing", [1, 60, 100])
+def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(missing: int) -> None:
+    made: list[Seen] = []
+
+    def make(promise: Promise | None) -> Seen:
+        made.append(Seen(promise))
+        return made[-1]
+
+    begun = request_for("/generate", BODY)[:-missing]
+    told, _ = asyncio.run(accepting(Closed(), begun, 3, make))
+    assert told == []
+    assert [(one.data, one.promise) for one in made] == [(begun, None)] * 3
+
+
+def test_in_one_pass_of_the_loop_so_many_are_accepted() -> None:
+    begun = request_for("/generate", BODY)[:-1]
+    _, opened = asyncio.run(accepting(Closed(), begun, 40, Seen))
+    assert [count for count in opened if count] == [16, 16, 8]
+
+
+def test_a_connection_that_cannot_be_opened_gives_its_promise_back() -> None:
+    places = PromisedPlaces()
+    promised: list[Promise | None] = []
+
+    class Open:
+        def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Promise:
+            return places.promise()
+
+    def fails(promise: Promise | None) -> asyncio.Protocol:
+        promised.append(promise)
+        raise RuntimeError("no protocol")
+
+    asyncio.run(accepting(Open(), request_for("/generate", BODY), 2, fails))
+    assert [isinstance(one, Promise) for one in promised] == [True, True]
+    assert places.count == 0

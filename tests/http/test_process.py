@@ -1,0 +1,89 @@
+"""The process as a supervisor and a person meet it: real subprocesses of the `bitdial` command."""
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, str]:
+    keep = {
+        name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "PYTHONPATH")
+    }
+    return {**keep, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def bitdial(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "server", *arguments],
+        cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save(checkpoints.gpt2(), tmp_path_factory.mktemp("models") / "tiny")
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def test_a_port_in_use_is_one_clear_failure(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = bitdial("serve", "--model", str(folder), "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_usage_is_one_line_and_code_2() -> None:
+    done = bitdial("serve", "--port", "abc")
+    assert done.returncode == 2
+    assert re.fullmatch(r"bitdial serve: --port \(or PORT\): .*\n", done.stderr)
+
+
+def test_generate_in_the_terminal(folder: Path) -> None:
+    done = bitdial("generate", "abc", "--model", str(folder), "--max-new-tokens", "5", "--precision", "4bit")
+    assert done.returncode == 0
+    assert done.stdout.startswith("abc")
+    assert re.search(r"\[nf4: \d tokens, first after", done.stderr)
+
+
+@pytest.mark.parametrize("moment", ["import transformers", "import server.engine.engine"])
+def test_ctrl_c_ends_a_command_at_once_wherever_it_is(moment: str, folder: Path) -> None:
+    """Interrupted while being imported, transformers tells of a module that can't be found."""
+    script = f"""
+import builtins, os, signal, sys
+real = builtins.__import__
+
+def interrupted(name, *rest, **options):
+    if name.startswith({moment.split()[1]!r}):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest, **options)
+
+builtins.__import__ = interrupted
+from server.__main__ import main
+
+sys.exit(main(["generate", "abc", "--model", {str(folder)!r}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nbitdial generate: interrupted\n")

@@ -1,0 +1,203 @@
+"""Per-layer proof of quantization: against the layers' own products, bitsandbytes' code and hand counts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loaders
+from loaders import kernels
+from loaders.base import LoadedModel, ModelSpec
+from loaders.checkpoint import open_checkpoint
+from loaders.layer_errors import HasModule, LayerError, LayerReport, compare, layer_errors
+from loaders.layers.dequantize import stored
+from tests import checkpoints
+from tests.fakes import fake_model
+
+MAKERS = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}
+# SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
+NOISE = {
+    "bfloat16": (50, 60),
+    "float16": (68, 80),
+    "int8": (38, 48),
+    "dynamic-int8": (38, 48),
+    "nf4": (19, 23),
+    "fp4": (16, 21),
+}
+TOKENS = list(range(20, 60))
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    folder = checkpoints.save(MAKERS[request.param](), tmp_path_factory.mktemp(request.param))
+    return ModelSpec(open_checkpoint(str(folder)), slots=1)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """On the compiled kernels, and on bitsandbytes' and PyTorch's own."""
+    if request.param == "torch":
+        monkeypatch.setenv("BITDIAL_KERNELS", "torch")
+        kernels.find.cache_clear()
+    elif kernels.get() is None:
+        pytest.skip(str(kernels.find()))
+    yield request.param
+    monkeypatch.undo()
+    kernels.find.cache_clear()
+
+
+def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:
+    report = layer_errors(model, spec)
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize("precision", loaders.PRECISIONS)
+def test_every_matrix_is_told_and_off_by_what_its_format_allows(
+    precision: str, spec: ModelSpec, products: str
+) -> None:
+    model = loaders.load(precision, spec)
+    report = report_of(model, spec)
+    assert {layer.name for layer in report.layers if layer.quantized} == set(model.footprint.quantized)
+    assert {layer.name: layer.reason for layer in report.layers if not layer.quantized} == {
+        layer.name: layer.reason for layer in model.footprint.kept
+    }
+    for layer in report.layers:
+        assert layer.relative_error is not None
+        if layer.sqnr_db is None:
+            assert (layer.relative_error, layer.max_error) == (0.0, 0.0)
+            assert layer.format == "float32"
+        else:
+            low, high = NOISE[precision if layer.quantized else layer.format]
+            assert low <= layer.sqnr_db <= high, layer.name
+            assert layer.relative_error == pytest.approx(10 ** (-layer.sqnr_db / 20))
+            assert layer.max_error is not None
+            assert layer.max_error > 0
+    assert report.warning is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4", "fp4", "dynamic-int8", "bf16"])
+def test_the_weights_read_are_those_that_are_multiplied(
+    precision: str, spec: ModelSpec, products: str
+) -> None:
+    """A layer's outputs for the rows of an identity are its weights' columns; also after bitsandbytes has
+    rearranged them in its first pass."""
+    model = loaders.load(precision, spec)
+    before = report_of(model, spec)
+    model.runner.score(TOKENS)
+    after = report_of(model, spec)
+    assert isinstance(model.runner, HasModule)
+    for one, other in zip(before.layers, after.layers, strict=True):
+        assert other.relative_error == pytest.approx(one.relative_error, rel=0.01)
+        module: Any = model.runner.module.get_submodule(one.name)
+        if one.kind_before == "Embedding":
+            continue
+        kept = stored(module)
+        assert kept is not None
+        with torch.inference_mode():
+            dtype = torch.float32 if precision != "bf16" or products == "compiled" else torch.bfloat16
+            product = module(torch.eye(one.shape[1], dtype=dtype))
+            product = product - (0 if module.bias is None else module.bias)
+        error = (product.t().float() - kept.dense()).norm() / kept.dense().norm()
+        assert float(error) < 0.006, one.name  # bf16 products are off by up to 2⁻⁸
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bits_are_read_as_bitsandbytes_does(spec: ModelSpec, nested: bool) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(1)
+    weight = torch.randn(96, 192)
+    layer = Linear4bit(192, 96, quant_type="nf4", compress_statistics=nested)
+    layer.weight.data = weight
+    layer = layer.to("cpu")
+    expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state).view(96, 192)
+    kept = stored(layer)
+    assert kept is not None
+    torch.testing.assert_close(kept.dense(), expected.float(), rtol=1e-6, atol=1e-6)
+    layer.eval()(torch.zeros(1, 192, dtype=torch.bfloat16))  # where the CPU has AVX-512 BF16, it packs now
+    again = stored(layer)
+    assert again is not None
+    torch.testing.assert_close(again.dense(), expected.float(), rtol=2**-7, atol=1e-6)
+
+
+def test_bytes_are_those_of_the_footprint(spec: ModelSpec, products: str) -> None:
+    vectors = None
+    spec = replace(spec, unquantized_dtype="fp32")
+    for precision in ("fp32", "int8", "dynamic-int8"):
+        model = loaders.load(precision, spec)
+        layers = report_of(model, spec).layers
+        rest = model.footprint.weights_bytes - sum(x.nbytes for x in layers if x.shared_with is None)
+        vectors = rest if vectors is None else vectors
+        assert rest == vectors, precision  # biases, norms and rotary tables, the same in all
+        assert all(x.bits_per_weight == 8 * x.nbytes / (x.shape[0] * x.shape[1]) for x in layers)
+
+
+def test_bits_of_a_weight_count_its_scales(products: str) -> None:
+    spec = ModelSpec(open_checkpoint("bundled"), slots=1)
+    report = report_of(loaders.load("nf4", spec), spec)
+    (layer,) = (x for x in report.layers if x.name == "transformer.h.0.attn.c_attn")
+    assert layer.shape == (576, 192)
+    assert (layer.kind_before, layer.format) == ("Conv1D", "4-bit")
+    assert layer.kind_after == ("NativeLinear" if products == "compiled" else "Linear4bit")
+    # four bits, a float32 for 64 weights (bf16 once bitsandbytes has repacked it), a table of sixteen float32
+    scale = 2 if products == "torch" and torch.cpu._is_avx512_bf16_supported() else 4
+    assert layer.nbytes == 576 * 192 // 2 + 576 * 192 // 64 * scale + 64
+    head = report.layers[-1]
+    assert (head.name, head.shared_with) == ("lm_head", "transformer.wte")
+    assert head.reason is not None
+    assert report.quantized_share == pytest.approx(5 * 12 * 192**2 / (5 * 12 * 192**2 + 2048 * 192))
+
+
+def by_name(report: LayerReport) -> dict[str, LayerError]:
+    return {layer.name: layer for layer in report.layers}
+
+
+def test_names_as_older_files_have_them_and_several_files(tmp_path: Path) -> None:
+    """``openai-community/gpt2`` leaves ``transformer.`` out; large models come in shards."""
+    model = checkpoints.gpt2()
+    plain, old, shards = (tmp_path / name for name in ("plain", "old", "shards"))
+    for folder in (plain, old):
+        checkpoints.save(model, folder)
+    weights = load_file(old / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file(bare, old / "model.safetensors", {"format": "pt"})
+    model.save_pretrained(shards, max_shard_size="150KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    specs = [ModelSpec(open_checkpoint(str(folder)), slots=1) for folder in (plain, old, shards)]
+    found = [by_name(report_of(loaders.load("int8", spec), spec)) for spec in specs]
+    assert found[0] == found[1] == found[2]
+    assert all(layer.relative_error is not None for layer in found[1].values())
+
+
+def test_a_precision_that_quantizes_next_to_nothing_is_warned_of(tmp_path: Path) -> None:
+    """One narrow layer under a large vocabulary: the head is most of the model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=4000, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    folder = checkpoints.save(GPT2LMHeadModel(config), tmp_path)
+    spec = ModelSpec(open_checkpoint(str(folder)), slots=1)
+    report = report_of(loaders.load("int8", spec), spec)
+    assert report.quantized_share == pytest.approx(12 * 64**2 / (12 * 64**2 + 4000 * 64))
+    assert report.warning is not None
+    assert "int8 has quantized only 16% of this model's linear weights" in report.warning
+    for precision in ("fp32", "bf16", "dynamic-int8"):
+        assert report_of(loaders.load(precision, spec), spec).warning is None
+
+
+def test_errors_of_a_matrix() -> None:
+    original = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    off = torch.tensor([[3.0, 0.5], [0.0, 4.0]])
+    relative, largest, sqnr = compare(original, off)
+    assert (relative, largest, sqnr) == pytest.approx((0.1, 0.5, 20.0))
+    assert compare(original, original) == (0.0, 0.0, None)
+    assert compare(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0, None)
+
+
+def test_a_runner_without_modules_has_no_layers_to_show(spec: ModelSpec) -> None:
+    assert layer_errors(fake_model("int8"), spec) is None
