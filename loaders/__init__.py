@@ -10,18 +10,13 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 
-from loaders.base import (
-    Availability,
-    Checkpoint,
+from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders.errors import (
     CheckpointError,
-    LoadedModel,
     LoaderError,
-    ModelSpec,
     OutOfMemory,
     PrecisionUnavailable,
-    Progress,
     UnknownPrecision,
-    ignore_progress,
     in_short,
 )
 from loaders.malloc import large_blocks_returned

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from loaders.base import CheckpointError, in_short
+from loaders.errors import CheckpointError, in_short
 
 _MOST_CONFIG, _MOST_JSON = 16 << 20, 512 << 20  # bytes; the largest tokenizers there are have 40 MB
 _READ = {".json", ".txt", ".model", ".jinja"}  # what transformers may read of a folder, beside the weights

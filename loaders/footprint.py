@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loaders.base import Footprint, KeptLayer
+from loaders.base import DTYPES, Footprint, KeptLayer, LoadedModel
 from loaders.layers.native_linear import NativeLinear
 
 StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
@@ -140,3 +140,17 @@ def _lookup_bytes(model: nn.Module) -> int:
 
 def count_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+_LEAST_QUANTIZED = 0.5  # a share of the linear weights below which "quantized" is hardly the word
+
+
+def quantization_warning(model: LoadedModel) -> str | None:
+    """What to say, loudly, of a precision that calls itself quantized and hardly is; None of any other."""
+    share = model.footprint.quantized_share
+    if model.precision in DTYPES or share >= _LEAST_QUANTIZED:
+        return None
+    return (
+        f"{model.precision} has quantized only {share:.0%} of this model's linear weights: "
+        "expect little of its memory and speed"
+    )

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
-from loaders.checkpoint import meta_model, weight_files
+from loaders.checkpoint import weight_files
+from loaders.footprint import quantization_warning
 from loaders.layers.dequantize import StoredMatrix, stored
-from loaders.precisions.full import DTYPES
+from loaders.pretrained import meta_model
 
-_LITTLE = 0.5  # a share of the linear weights below which "quantized" is hardly the word
 _ROWS = 2**22  # weights compared at a time
 
 
@@ -102,7 +102,9 @@ def layer_errors(
             original = originals.weight(name)
             found.append(_layer(name, kinds, kept, original, reasons.get(name), owner))
             progress("comparing weights", done, len(names))
-    return LayerReport(model.precision, tuple(found), model.footprint.quantized_share, hollow(model))
+    return LayerReport(
+        model.precision, tuple(found), model.footprint.quantized_share, quantization_warning(model)
+    )
 
 
 def _layer(
@@ -146,17 +148,6 @@ def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None
     if not noise or not signal:
         return 0.0, largest, None
     return math.sqrt(noise / signal), largest, 10 * math.log10(signal / noise)
-
-
-def hollow(model: LoadedModel) -> str | None:
-    """What to say, loudly, of a precision that calls itself quantized and hardly is; None of any other."""
-    share = model.footprint.quantized_share
-    if model.precision in DTYPES or share >= _LITTLE:
-        return None
-    return (
-        f"{model.precision} has quantized only {share:.0%} of this model's linear weights: "
-        "expect little of its memory and speed"
-    )
 
 
 class Originals:

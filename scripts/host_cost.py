@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loaders.base import Checkpoint, DeviceRunner, Footprint, LoadedModel, ModelSpec
+from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec
 from loaders.cuda.graph_runner import CapturedRunner
+from loaders.runner import DeviceRunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, StepStats
 from server.host.threads import compute_with

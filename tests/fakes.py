@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config
 
-from loaders.base import (
-    Checkpoint,
-    Footprint,
-    LoadedModel,
-    Logits,
-    ModelSpec,
-    Progress,
-    ignore_progress,
-)
+from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders.runner import Logits
 from tests.checkpoints import VOCABULARY, byte_tokenizer
 
 _FIRST, _LETTERS = 65, 26  # ids of "a" … "z" in the byte alphabet of tests/checkpoints.py

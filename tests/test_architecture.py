@@ -37,7 +37,7 @@ def test_loaders_know_no_server() -> None:
 def test_the_process_of_a_chat_template_starts_in_a_moment() -> None:
     known = sys.stdlib_module_names | {"jinja2"}
     for name in ("process", "template"):
-        found = imports(ROOT / "server" / "service" / "chat" / f"{name}.py") - {"server.service.chat.template"}
+        found = imports(ROOT / f"server/service/chat/{name}.py") - {"server.service.chat.template"}
         assert {module.split(".")[0] for module in found} <= known
 
 
@@ -49,7 +49,9 @@ def test_only_tracing_knows_opentelemetry() -> None:
     assert importers("opentelemetry") == {"server/observability/tracing.py"}
 
 
-@pytest.mark.parametrize("name", ["engine/scheduler.py", "engine/sequence.py", "service/text/codec.py", "routes/schemas.py"])
+@pytest.mark.parametrize(
+    "name", ["engine/scheduler.py", "engine/sequence.py", "service/text/codec.py", "routes/schemas.py"]
+)
 def test_no_tensors_where_none_belong(name: str) -> None:
     assert f"server/{name}" not in importers("torch")
 

@@ -15,21 +15,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loaders.base import Logits, ModelSpec, OutOfMemory
+from loaders.base import ModelSpec
 from loaders.cuda import buckets
 from loaders.cuda.cuda_graphs import Graphs, Replay, forget, in_short, release_unused
 from loaders.cuda.forward import Step, step_for
 from loaders.cuda.memory import fitting_slots
 from loaders.cuda.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
 from loaders.cuda.static_inputs import DecodeInputs, PromptInputs
+from loaders.errors import OutOfMemory
 from loaders.layers.longrope import depends_on_length
+from loaders.runner import Logits
 
 Key = tuple[Any, ...]
 """A step: ("decode", rows, columns) or ("prefill", tokens, columns, logits)."""
 
 
 class CapturedRunner:
-    """Implements ``loaders.base.Runner`` and ``DeviceRunner``.
+    """Implements ``loaders.runner.Runner`` and ``DeviceRunner``.
 
     Args:
         model: in evaluation mode, all of it on one device.

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from loaders.base import ModelSpec, OutOfMemory
+from loaders.base import ModelSpec
 from loaders.cuda import buckets
+from loaders.errors import OutOfMemory
 
 _MARGIN = 0.9  # of what is free; the rest is for activations, graphs and others
 _SHARE = 0.5  # of that, for the keys and values of one precision: others are loaded beside it

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from loaders.base import LoaderError
+from loaders.errors import LoaderError
 from loaders.runners.slot_cache import overflow_as_nan
 
 

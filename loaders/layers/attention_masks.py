@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loaders.base import CheckpointError
+from loaders.errors import CheckpointError
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 

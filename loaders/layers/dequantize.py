@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loaders.kernels import FourBit
+from loaders.layers.dynamic_int8_linear import DynamicInt8Linear
 from loaders.layers.native_linear import NativeLinear
-from loaders.precisions.dynamic_int8 import DynamicInt8Linear
 
 _INT8_LEVELS = 127  # bitsandbytes' scales are rows' largest magnitudes
 _PACKED_ROWS = 32  # outputs side by side in bitsandbytes' layout for AVX-512

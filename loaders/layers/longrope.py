@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loaders.base import CheckpointError
+from loaders.errors import CheckpointError
 
 
 class RowRope(nn.Module):

@@ -16,12 +16,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
-from loaders.base import Availability, CheckpointError, LoadedModel, ModelSpec, Progress
-from loaders.checkpoint import load_pretrained, meta_model, misfit
+from loaders.base import DTYPES, Availability, LoadedModel, ModelSpec, Progress
 from loaders.cuda.memory import device_map
+from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.layers.native_linear import adopt
-from loaders.precisions.full import DTYPES
+from loaders.pretrained import load_pretrained, meta_model, misfit
 from loaders.runners import gpt2_cpu_runner as gpt2_runner
 from loaders.runners.select import runner_for
 

@@ -5,14 +5,12 @@ from typing import Any, Literal
 import torch
 
 from loaders import kernels
-from loaders.base import Availability, LoadedModel, ModelSpec, Progress
-from loaders.checkpoint import load_pretrained, meta_model
+from loaders.base import DTYPES, Availability, LoadedModel, ModelSpec, Progress
 from loaders.cuda.memory import device_map
 from loaders.footprint import count_parameters, measure
 from loaders.layers.native_linear import FORMATS, adopt
+from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loaders.base import Runner
 from loaders.quality.text import Window
+from loaders.runner import Runner
 
 PROMPT, CONTINUATION, PROMPTS = 32, 64, 16
 _APART = 128  # tokens of text between the prompts that are considered

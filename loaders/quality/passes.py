@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loaders.base import DeviceRunner, LengthRunner, LoadedModel
+from loaders.base import LoadedModel
 from loaders.quality.text import QualityError, Window
+from loaders.runner import DeviceRunner, LengthRunner
 
 MOST_LOGITS = 2**26
 """Of one model that are held at a time, in float32: 256 MB, and as much of the one it is held against."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from loaders.base import CheckpointError, Runner, in_short
+from loaders.errors import CheckpointError, in_short
+from loaders.runner import Runner
 
 _LONG, _SHORT = 24, 5  # tokens of the two rows
 _FARTHEST = 1024  # of a window of attention that is looked beyond

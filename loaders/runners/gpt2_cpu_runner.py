@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from loaders import kernels
-from loaders.base import Logits, ModelSpec
+from loaders.base import ModelSpec
 from loaders.layers.native_linear import NativeLinear
+from loaders.runner import Logits
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _norm(layer: Any) -> kernels.Norm:
 
 
 class GPT2Runner:
-    """Implements ``loaders.base.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts.
+    """Implements ``loaders.runner.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts.
 
     Where keys or values turn out not to fit into float16, the cache becomes float32 and the pass is computed
     again. What did fit stays rounded as it was, so that sequences that never needed it see no difference.

@@ -5,12 +5,14 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from loaders.base import CheckpointError, ModelSpec, Runner
+from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import CudaGraphs
 from loaders.cuda.forward import LeanGPT2
 from loaders.cuda.graph_runner import CapturedRunner
 from loaders.cuda.memory import card_free
 from loaders.cuda.static_cache import Unsuitable
+from loaders.errors import CheckpointError
+from loaders.runner import Runner
 from loaders.runners import gpt2_cpu_runner as gpt2_runner
 from loaders.runners.batching_check import check_numbers, check_rows
 from loaders.runners.transformers_runner import TorchRunner

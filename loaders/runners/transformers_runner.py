@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loaders.base import Logits, ModelSpec
+from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import release_unused
 from loaders.layers.attention_masks import Masks
 from loaders.layers.longrope import LongRope
+from loaders.runner import Logits
 from loaders.runners.slot_cache import PassingCache, SlotCache
 
 _AGAIN = 512  # tokens of a slot that are computed again in a pass
 
 
 class TorchRunner:
-    """Implements ``loaders.base.Runner`` and ``LengthRunner``.
+    """Implements ``loaders.runner.Runner`` and ``LengthRunner``.
 
     Positions and masks are explicit, so rows never see each other.
     """

@@ -12,8 +12,10 @@ import torch
 
 from loaders import kernels
 from loaders.base import Checkpoint
-from server.bench.bandwidth import Bandwidth, apart, cpu_name, last_cache_bytes
+from server.bench.bandwidth import Bandwidth
 from server.bench.session import Row
+from server.host.cpu import cpu_name, last_cache_bytes
+from server.host.threads import run_in_own_thread
 from server.version import VERSION
 
 _GIGA = 1e9
@@ -111,7 +113,7 @@ def host_facts(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "kernels": apart(kernels.describe, 1),  # it tries them out
+        "kernels": run_in_own_thread(kernels.describe, 1),  # it tries them out
     }
 
 

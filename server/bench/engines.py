@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from server.bench import table
-from server.bench.bandwidth import MemorySpeed, apart
+from server.bench.bandwidth import MemorySpeed
 from server.bench.contenders import Contender
 from server.bench.document import Report
 from server.bench.http.contender import HttpContender
@@ -22,6 +22,7 @@ from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
 from server.commands.terminal import folded, say
+from server.host.threads import run_in_own_thread
 
 ProgressOf = Callable[[str], AbstractContextManager[Progress]]
 """What is told of a precision's loading and measuring, by its name."""
@@ -76,7 +77,7 @@ class Engines:
             say(f"{folded(warning)}\n")
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
-        return apart(lambda: loaders.load(name, self._spec, progress), self._threads)
+        return run_in_own_thread(lambda: loaders.load(name, self._spec, progress), self._threads)
 
     def _http(self, precision: str) -> list[MakeContender]:
         return [partial(self._over_http, precision)] if self._options.own_server else []
@@ -107,7 +108,7 @@ class Engines:
             WorkerProcess("server.bench.peers.worker", python) as process,
         ):
             self._report.host["peers"] = process.ask(do="versions")
-            exported = apart(lambda: export(self._spec.checkpoint, Path(folder)), self._threads)
+            exported = run_in_own_thread(lambda: export(self._spec.checkpoint, Path(folder)), self._threads)
             load = partial(process.load, export=str(exported), threads=self._threads)
             yield lambda precision: [
                 partial(load, f"{engine} {kind}", engine, kind=kind)

@@ -8,7 +8,7 @@ from typing import Any
 
 from server.bench.errors import BenchError
 from server.bench.peak_memory import reset_peak, status_bytes, trim
-from server.bench.processes import start_command
+from server.host.subprocesses import start_command
 from server.host.threads import compute_with
 from server.settings.server import ModelSettings
 
@@ -80,7 +80,8 @@ def main() -> None:
 def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
     import loaders
     from loaders.base import ModelSpec
-    from loaders.checkpoint import BUNDLED, open_checkpoint
+    from loaders.checkpoint import open_checkpoint
+    from loaders.hub import BUNDLED
 
     compute_with(threads)
     chosen = ModelSettings(**settings)

@@ -8,13 +8,15 @@ import loaders
 from loaders.base import Checkpoint, ModelSpec
 from server.bench import contexts, loading
 from server.bench import document as reports
-from server.bench.bandwidth import MemorySpeed, apart, pin
+from server.bench.bandwidth import MemorySpeed
 from server.bench.document import Report
 from server.bench.engines import Engines, ProgressOf
 from server.bench.errors import BenchError
 from server.bench.http.section import Serving
 from server.bench.options import Options
 from server.commands.terminal import folded, say, say_json
+from server.host.cpu import pin
+from server.host.threads import run_in_own_thread
 from server.settings.output import save
 
 
@@ -79,7 +81,7 @@ def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: Pr
 
     async def measure(name: str) -> None:
         with progress_of(name) as progress:
-            loaded = apart(lambda: loaders.load(name, spec, progress), threads)
+            loaded = run_in_own_thread(lambda: loaders.load(name, spec, progress), threads)
         async for cost in contexts.measure_contexts(loaded, options.context_lengths, options.repeat, threads):
             costs.append(cost)
             say(cost.line())

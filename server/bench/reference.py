@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loaders.base import ModelSpec, ignore_progress
-from loaders.checkpoint import load_pretrained, open_checkpoint
+from loaders.base import DTYPES, ModelSpec, ignore_progress
+from loaders.checkpoint import open_checkpoint
 from loaders.layers.conv1d import to_linear
 from loaders.precisions.bnb import quantization_config, rest_dtype
-from loaders.precisions.full import DTYPES
+from loaders.pretrained import load_pretrained
 from server.bench.worker import BatchEngine, Worker
 
 

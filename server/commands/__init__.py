@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
 
 import loaders
-from loaders.base import PrecisionUnavailable
+from loaders.errors import PrecisionUnavailable
 from server.commands.help import Arguments, Formatter
 from server.settings.model import has_variable
 

@@ -4,7 +4,8 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 
-from loaders.base import Checkpoint, LoaderError
+from loaders.base import Checkpoint
+from loaders.errors import LoaderError
 from server.bench.errors import BenchError
 from server.bench.options import Options
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require

@@ -10,8 +10,9 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
-from loaders.base import LoaderError, ModelSpec
+from loaders.base import ModelSpec
 from loaders.end_tokens import with_end_token
+from loaders.errors import LoaderError
 from loaders.quality.prompt import longest_prompt
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars

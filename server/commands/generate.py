@@ -8,8 +8,9 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 import loaders
-from loaders.base import LoadedModel, LoaderError, ModelSpec
+from loaders.base import LoadedModel, ModelSpec
 from loaders.end_tokens import with_end_token
+from loaders.errors import LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import loaders
-from loaders.base import Checkpoint, LoaderError, ModelSpec
+from loaders.base import Checkpoint, ModelSpec
+from loaders.errors import LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.table import layer_lines

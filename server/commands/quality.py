@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import loaders
-from loaders.base import Checkpoint, Footprint, LoadedModel, LoaderError, ModelSpec
+from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec
+from loaders.errors import LoaderError
 from loaders.quality import Quality, QualityError, held_out, measure, text_file
 from loaders.quality.greedy import PROMPTS
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require

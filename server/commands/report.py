@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.base import LoaderError
+from loaders.errors import LoaderError
 from loaders.quality import QualityError, text_file
 from loaders.quality.greedy import PROMPTS
 from server.bench.errors import BenchError

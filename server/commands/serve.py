@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from loaders.base import Checkpoint, LoaderError
+from loaders.base import Checkpoint
+from loaders.errors import LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError

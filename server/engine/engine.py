@@ -9,8 +9,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -20,75 +19,13 @@ from server.engine.fair_lock import Turn
 from server.engine.queue_estimate import QueueEstimate
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import PromptToken, SamplingParams, Sequence, StepStats, Timeline, Token
+from server.engine.sequence import SamplingParams, Sequence, StepStats, Token
+from server.engine.token_stream import TokenStream
 from server.engine.worker import Step, Worker
 from server.errors import DeadlinePassed, GenerationFailed, NotReady, ServiceError, Unloaded
 from server.host.threads import compute_with, resolve
 
 _SLOWEST_GRACE = 2.0  # seconds that any step may take before the engine counts as stalled
-
-
-class Generation(AsyncIterator[Token]):
-    """The tokens of one sequence as they come, for one reader.
-
-    Closing it is cancelling: the slot is free within a step.
-    """
-
-    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
-        self._engine, self._sequence = engine, sequence
-        self._events: deque[Token | ServiceError | None] = deque()
-        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
-        self._closed = False
-
-    @property
-    def timeline(self) -> Timeline:
-        return self._sequence.timeline
-
-    @property
-    def prompt_tokens(self) -> list[PromptToken]:
-        """The prompt's log-probabilities, if asked for; complete when the first token comes."""
-        return self._sequence.prompt_tokens
-
-    def put(self, event: Token | ServiceError | None) -> None:
-        self._events.append(event)
-        if (waited_for := self._arrival) is not None and not waited_for.done():  # done: told, or given up
-            waited_for.set_result(None)
-
-    async def __anext__(self) -> Token:
-        if self._closed:
-            raise StopAsyncIteration
-        while not self._events:
-            assert self._arrival is None, "one reader at a time"
-            self._arrival = asyncio.get_running_loop().create_future()
-            try:
-                await self._arrival
-            finally:
-                self._arrival = None
-        event = self._events.popleft()
-        if isinstance(event, Token):
-            self._closed = event.finish is not None
-            return event
-        self._closed = True
-        if event is None:
-            raise StopAsyncIteration
-        raise event
-
-    def at_hand(self) -> Token | None:
-        """The next token if it is here already; None where that can't be told without waiting."""
-        if self._closed or not self._events or not isinstance(token := self._events[0], Token):
-            return None
-        self._events.popleft()
-        self._closed = token.finish is not None
-        return token
-
-    def close(self) -> None:
-        """Cancels what has not been generated yet. Harmless when all has been."""
-        self._closed = True
-        self._engine.cancel(self._sequence)
-
-    async def aclose(self) -> None:
-        """``close``, for ``contextlib.aclosing``."""
-        self.close()
 
 
 class Engine:
@@ -120,7 +57,7 @@ class Engine:
         )
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
-        self._live: dict[Sequence, Generation] = {}
+        self._live: dict[Sequence, TokenStream] = {}
         self._dead: str | None = None  # why the worker is no more
         self._thread: threading.Thread | None = None
         self._loop = asyncio.get_running_loop()
@@ -141,7 +78,7 @@ class Engine:
         deadline: float | None = None,
         observe: Callable[[Tensor], None] | None = None,
         chunk: int | None = None,
-    ) -> Generation:
+    ) -> TokenStream:
         """Queues a sequence; its tokens come by iterating over what is returned.
 
         Args:
@@ -156,7 +93,7 @@ class Engine:
         if self._dead is not None:
             raise NotReady(f"{self.precision} is not running: {self._dead}")
         sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk)
-        generation = self._live[sequence] = Generation(self, sequence)
+        generation = self._live[sequence] = TokenStream(self, sequence)
         self.last_used = time.perf_counter()
         self._inbox.put(("add", sequence))
         return generation

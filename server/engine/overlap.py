@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loaders.base import DeviceRunner, Runner
+from loaders.runner import DeviceRunner, Runner
 from server.engine.sampler import Picks, Sampler
 from server.engine.sequence import Sequence
 

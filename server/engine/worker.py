@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from loaders.base import DeviceRunner, LengthRunner, MixedRunner, Runner
+from loaders.runner import DeviceRunner, LengthRunner, MixedRunner, Runner
 from server.engine.fair_lock import Turn
 from server.engine.faults import as_service_error, attempt
 from server.engine.overlap import Lookahead

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from loaders.quality import QualityError
 from loaders.quality.prompt import Against, PromptFigures, ReferenceLogits
-from server.bench.bandwidth import apart
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, SamplingParams, Timeline
 from server.errors import GenerationFailed, ServiceError
 from server.host import memory
+from server.host.threads import run_in_own_thread
 from server.service.text.codec import TextCodec
 
 Use = Callable[[str], AbstractAsyncContextManager[Engine]]
@@ -112,8 +112,8 @@ class Comparison:
             size = memory.used_bytes(engine.model)
         if self._expected is None:
             self._expected = written.ids
-        apart = first_divergence(self._expected, written.ids)
-        return Compared(precision, written, size, figures, apart)
+        run_in_own_thread = first_divergence(self._expected, written.ids)
+        return Compared(precision, written, size, figures, run_in_own_thread)
 
     async def _write(self, engine: Engine) -> Written:
         wish, written = self._wish, Written()
@@ -143,7 +143,9 @@ class Comparison:
         self._reference = ReferenceLogits(self._wish.ids)
         await _observed(engine, self._wish.ids, self._reference.add)
         work = partial(self._against_itself, engine.precision)
-        return await asyncio.to_thread(apart, work, 1)  # of one core, so that streams keep the others
+        return await asyncio.to_thread(
+            run_in_own_thread, work, 1
+        )  # of one core, so that streams keep the others
 
     def _against_itself(self, precision: str) -> PromptFigures:
         against = Against(self._reference)

@@ -6,8 +6,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from loaders.layer_errors import LayerReport, layer_errors
-from server.bench.bandwidth import apart
 from server.engine.engine import Engine
+from server.host.threads import run_in_own_thread
 from server.service.pool import Pool
 
 
@@ -25,7 +25,9 @@ class Proofs:
             return None
         async with self._pool.use(precision) as engine, self._one_at_a_time:
             if engine not in self._found:
-                self._found[engine] = await asyncio.to_thread(apart, lambda: self._prove(engine), 1)
+                self._found[engine] = await asyncio.to_thread(
+                    run_in_own_thread, lambda: self._prove(engine), 1
+                )
             report = self._found[engine]
         return None if report is None else [asdict(layer) for layer in report.layers]
 

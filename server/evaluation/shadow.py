@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from loaders.quality.divergence import TokenFigures, compare
-from server.bench.bandwidth import apart
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from server.errors import ServiceError
+from server.host.threads import run_in_own_thread
 from server.observability.metrics import Metrics
 from server.service.continuation import Continuation
 from server.service.pool import Pool
@@ -170,7 +170,9 @@ class Shadow:
         expected = await self._logits(self.reference, request)
         found = await self._logits(request.precision, request)
         targets = torch.tensor(request.generated[: len(expected)])
-        figures = await asyncio.to_thread(apart, lambda: self._figures(expected, found, targets), 1)
+        figures = await asyncio.to_thread(
+            run_in_own_thread, lambda: self._figures(expected, found, targets), 1
+        )
         return figures if bool(torch.isfinite(figures.kl).all()) else None
 
     async def _logits(self, precision: str, request: Request) -> Tensor:

@@ -7,8 +7,9 @@ import psutil
 import torch
 
 import loaders
-from loaders.base import DeviceRunner, LoadedModel, ModelSpec
+from loaders.base import LoadedModel, ModelSpec
 from loaders.cuda.memory import cards_free, smallest_cache
+from loaders.runner import DeviceRunner
 from server.host import cgroups
 
 _MARGIN = 0.9  # of what is free; the rest is for activations and for others

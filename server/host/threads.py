@@ -6,7 +6,12 @@ own before; so a thread that computes calls ``compute_with`` and relies on no de
 """
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from server.host import cgroups
 
@@ -63,7 +68,24 @@ def limit_libraries() -> None:
 
 def compute_with(threads: int) -> None:
     """From now on the calling thread's parallel operations take that many, whatever other threads set."""
-    import torch  # late: the variable is set before torch is imported
 
     torch.get_num_threads()  # takes the process's number, which would replace the thread's own later
     torch.set_num_threads(threads)
+
+
+_T = TypeVar("_T")
+
+
+def run_in_own_thread(work: Callable[[], _T], threads: int) -> _T:
+    """The work's result, from a thread that ends with it.
+
+    A thread that has computed once keeps a team of OpenMP threads as long as it lives. With more of
+    those in a process than CPUs, GNU's OpenMP puts idle ones to sleep at once: every team is slower for it.
+    """
+
+    def run() -> _T:
+        compute_with(threads)
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()

@@ -15,7 +15,8 @@ from server.http.admission.admission_control import AdmissionControl
 from server.http.admission.promised_places import hold
 from server.http.redaction import Redaction
 from server.http.request_id import request_id_of
-from server.http.responses import ClientGone, error_response
+from server.http.responses import error_response
+from server.http.streaming import ClientGone
 from server.settings.server import Settings
 
 _log = logging.getLogger("server")

@@ -15,13 +15,12 @@ from typing import Any
 import psutil
 
 from loaders.base import Checkpoint
-from server.bench.processes import start_command
 from server.errors import GenerationFailed, NotReady, Overloaded
 from server.host import memory
+from server.host.subprocesses import start_command
 from server.report import store
-from server.report.measuring.measure import REFERENCE, slots
 from server.report.rows import Row, rows_of
-from server.report.subject import Subject, subject_of
+from server.report.subject import REFERENCE, Subject, slots, subject_of
 from server.settings.server import ModelSettings
 
 _POLL, _QUIET = 0.02, 0.25  # seconds; so long must nothing run before the measurement goes on

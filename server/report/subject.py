@@ -16,8 +16,8 @@ from loaders.base import ModelSpec
 from loaders.checkpoint import weight_files
 from loaders.kernels.build import compiled
 from loaders.quality import Text
-from server.bench.bandwidth import apart, cpu_name
-from server.host.threads import resolve
+from server.host.cpu import cpu_name
+from server.host.threads import resolve, run_in_own_thread
 from server.version import VERSION
 
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
@@ -113,7 +113,7 @@ def _host(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _kernels_of_the_host() -> str:
-    library = apart(kernels.get, 1)
+    library = run_in_own_thread(kernels.get, 1)
     return compiled(library.name).stem if library is not None else "torch"
 
 
@@ -143,3 +143,14 @@ def _files(folder: Path, name: str) -> str:
     ) as error:  # a checkpoint that can't be looked at can't be loaded either, and that is said
         found.append(type(error).__name__)
     return digest_of(found)
+
+
+REFERENCE = "fp32"
+
+
+def slots() -> int:
+    """Sequences that a model is loaded for."""
+    return max(BATCHES)
+
+
+BATCHES = (1, 8)

@@ -17,9 +17,10 @@ from server.errors import DeadlinePassed, PromptTooLong, ServiceError
 from server.evaluation.comparison import Compared, Comparison, Wish
 from server.evaluation.comparison_table import figures, markdown
 from server.http.body import read_object
-from server.http.responses import until_disconnect
+from server.http.streaming import until_disconnect
 from server.http.validation import validate
-from server.routes.generation_request import known_precision, make_request, merge_parameters
+from server.routes.generation_request import make_request, merge_parameters
+from server.routes.precision_choice import known_precision
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool

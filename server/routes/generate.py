@@ -13,9 +13,11 @@ from starlette.responses import Response
 from server.engine.sequence import PromptToken, Token, drawn_seed
 from server.errors import NotFound
 from server.http.body import read_object
-from server.http.responses import event, is_openai
+from server.http.responses import is_openai
+from server.http.streaming import event
 from server.http.validation import validate
-from server.routes.generation_request import Asked, choose_precision, make_request, merge_parameters, settle
+from server.routes.generation_request import make_request, merge_parameters
+from server.routes.precision_choice import PrecisionChoice, choose_precision, resolve_precision
 from server.routes.schemas import GenerateBody, Parameters
 from server.routes.shared import (
     SEEDS,
@@ -74,7 +76,7 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
     state = request.app.state
     precision = choose_precision(request, values)
     body = validate(GenerateBody, values, state.settings)
-    asked = settle(request, precision, body.auto)
+    asked = resolve_precision(request, precision, body.auto)
     if stream or body.stream:
         body.check_stream()
         return await _stream(request, body, asked)
@@ -84,7 +86,7 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
     return whole(request, [reply] if listed else reply, headers(done[0]))
 
 
-def _wanted(body: GenerateBody, asked: Asked) -> list[GenerationRequest]:
+def _wanted(body: GenerateBody, asked: PrecisionChoice) -> list[GenerationRequest]:
     count = body.best_of or 1
     first = drawn_seed() if body.seed is None else body.seed
     detailed = bool(body.details or body.decoder_input_details)
@@ -171,7 +173,7 @@ def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
     ]
 
 
-async def _stream(request: Request, body: GenerateBody, asked: Asked) -> Response:
+async def _stream(request: Request, body: GenerateBody, asked: PrecisionChoice) -> Response:
     state = request.app.state
     body.stream = True
     return await stream_all(request, _wanted(body, asked), partial(_events, body, state.codec))

@@ -9,9 +9,9 @@ from fastapi.responses import Response
 from pydantic import WithJsonSchema
 
 import loaders
-from loaders.base import LoaderError
+from loaders.errors import LoaderError
 from server.errors import BadPrecision, ServiceError
-from server.http.responses import EventStream, event
+from server.http.streaming import EventStream, event
 from server.routes.schemas import PRECISION_NAMES
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState

@@ -13,13 +13,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server.errors import NotFound, Unavailable
 from server.http.body import read_object
-from server.http.responses import EventStream, event
+from server.http.streaming import EventStream, event
 from server.http.validation import Strict, validate
 from server.report import plots
 from server.report.files import as_json
 from server.report.markdown import advice_of, markdown
 from server.report.page import page
-from server.routes.generation_request import known_precision
+from server.routes.precision_choice import known_precision
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
 

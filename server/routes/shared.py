@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.http.responses import EventStream, Stream, cancelled, until_disconnect
-from server.routes.generation_request import ANY_MODEL
+from server.concurrency import cancelled
+from server.http.streaming import EventStream, Stream, until_disconnect
+from server.routes.precision_choice import ANY_MODEL
 from server.routes.schemas import PRECISION_NAMES
 from server.service.generation import Continuation, GenerationRequest
 from server.settings.types import AUTO

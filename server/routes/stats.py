@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import WithJsonSchema
 
 import loaders
-from loaders.base import LoadedModel, ReportingRunner
-from loaders.layer_errors import hollow
+from loaders.base import LoadedModel
+from loaders.footprint import quantization_warning
+from loaders.runner import ReportingRunner
 from server.errors import Invalid
 from server.host import memory
 from server.observability.metrics import CONTENT_TYPE, Metrics
@@ -154,7 +155,7 @@ def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: i
         "speed_ratio_to_fp32": ratio,
         "speed_ratio_range": interval,
         "note": note,
-        "warning": hollow(model) if model else None,
+        "warning": quantization_warning(model) if model else None,
     }
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from server.errors import PromptTooLong
 from server.http.body import read_object
-from server.http.responses import Stream, until_disconnect
+from server.http.streaming import Stream, until_disconnect
 from server.http.validation import validate
 from server.routes.schemas import TokenizeBody
 from server.routes.shared import body_of

@@ -4,8 +4,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from server.engine.engine import Engine, Generation
+from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, PromptToken, SamplingParams, Timeline, Token
+from server.engine.token_stream import TokenStream
 from server.errors import ServiceError
 from server.report.choice import Choice
 from server.service.precision_state import Lease
@@ -75,7 +76,7 @@ class Continuation:
         request: GenerationRequest,
         engine: Engine,
         lease: Lease,
-        generation: Generation,
+        generation: TokenStream,
         prompt_ids: list[int],
         params: SamplingParams,
         fallback_reason: str | None,

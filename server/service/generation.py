@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Protocol
 
 import loaders
-from loaders.base import Checkpoint, LoaderError
+from loaders.base import Checkpoint
+from loaders.errors import LoaderError
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, Timeline, drawn_seed
 from server.errors import (

@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 import loaders
-from loaders.base import Availability, Checkpoint, LoadedModel, LoaderError, ModelSpec
-from loaders.layer_errors import hollow
+from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec
+from loaders.errors import LoaderError
+from loaders.footprint import quantization_warning
 from server.engine.engine import Engine
 from server.engine.fair_lock import Turn
 from server.errors import NotReady, ServiceError
@@ -130,7 +131,7 @@ class Pool:
             self._loads.pop(state.name, None)
         state.engine, state.state, state.load_seconds = engine, "loaded", model.load_seconds
         self._metrics.set_loaded(state.name, memory.by_kind(model), model.load_seconds)
-        if (warning := hollow(model)) is not None:
+        if (warning := quantization_warning(model)) is not None:
             _log.warning("%s", warning)
         _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
         return engine

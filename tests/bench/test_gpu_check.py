@@ -16,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from loaders.base import Availability, LoadedModel, PrecisionUnavailable
+from loaders.base import Availability, LoadedModel
 from loaders.checkpoint import open_checkpoint
 from loaders.cuda.graph_runner import CapturedRunner
+from loaders.errors import PrecisionUnavailable
 from server.bench.figures import Figures
 from server.bench.gpu import check, correctness, kernels, models, rivals, speed, suite, targets
 from server.bench.gpu.budget import another_process

@@ -10,7 +10,8 @@ from pydantic_settings import BaseSettings
 
 import loaders
 from loaders import checkpoint
-from loaders.base import Availability, ModelNotFound
+from loaders.base import Availability
+from loaders.errors import ModelNotFound
 from server.__main__ import COMMANDS, main
 from server.commands import bench, compare, generate, precisions, quality, report, serve
 

@@ -8,8 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import loaders
-from loaders.base import ModelSpec, OutOfMemory
+from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
+from loaders.errors import OutOfMemory
 from loaders.runners.transformers_runner import TorchRunner
 from tests import checkpoints
 from tests.emulated_card import is_there

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.engine import Engine, Generation
+from server.engine.engine import Engine
 from server.engine.fair_lock import Turn
 from server.engine.faults import DeviceLost
 from server.engine.sequence import SamplingParams, Sequence, StepStats, Token
+from server.engine.token_stream import TokenStream
 from server.errors import DeadlinePassed, GenerationFailed, NotReady
 from tests.conftest import until
 from tests.fakes import FakeRunner, fake_model
@@ -36,7 +37,7 @@ def params(count: int = 8, **others: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=count, **others)
 
 
-async def ids_of(generation: Generation) -> list[int]:
+async def ids_of(generation: TokenStream) -> list[int]:
     return [token.id async for token in generation]
 
 
@@ -242,7 +243,7 @@ def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
     """Its wait is over, but it has not gone on yet."""
 
     async def check(engine: Engine, runner: FakeRunner) -> None:
-        generation = Generation(engine, Sequence(PROMPT, params()))
+        generation = TokenStream(engine, Sequence(PROMPT, params()))
         reader = asyncio.create_task(ids_of(generation))
         await asyncio.sleep(0)
         for id_ in (5, 6):
@@ -259,7 +260,7 @@ def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
 def test_a_reader_is_told_of_an_end_while_it_waits() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         for end in (None, GenerationFailed("broken")):
-            generation = Generation(engine, Sequence(PROMPT, params()))
+            generation = TokenStream(engine, Sequence(PROMPT, params()))
             reader = asyncio.create_task(ids_of(generation))
             await asyncio.sleep(0)
             generation.put(Token(5))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loaders.base import DeviceRunner
+from loaders.runner import DeviceRunner
 from server.engine.faults import DeviceLost
 from server.engine.sampler import Picks, Sampler
 from server.engine.scheduler import Scheduler

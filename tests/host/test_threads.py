@@ -19,10 +19,10 @@ from torch import Tensor
 
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from server import __main__
-from server.bench.bandwidth import apart
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from server.host import cgroups, threads
+from server.host.threads import run_in_own_thread
 from server.report.background import Reports
 from server.report.measuring import measure, speed
 from server.report.measuring.measure import Measurement, Plan
@@ -110,7 +110,7 @@ def test_a_threads_number_stays_whatever_others_set() -> None:
     thread = threading.Thread(target=compute)
     thread.start()
     chosen.wait()
-    apart(lambda: None, 1)
+    run_in_own_thread(lambda: None, 1)
     others_have_set.set()
     thread.join()
     assert found == [3]
@@ -133,10 +133,10 @@ def test_an_engine_sets_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Recording()
 
     async def generate() -> None:
-        apart(lambda: None, 1)
+        run_in_own_thread(lambda: None, 1)
         engine = Engine(fake_model("fp32", runner), eos_ids=frozenset())
         await engine.start()
-        apart(lambda: None, 1)
+        run_in_own_thread(lambda: None, 1)
         async for _ in engine.generate([1, 2], SamplingParams(3, ignore_eos=True)):
             pass
         await engine.stop()
@@ -164,7 +164,7 @@ def test_the_report_is_measured_with_the_number_that_serves(
     spec = Settings(device="cpu").spec(fake_checkpoint(tmp_path), 8)
     kept = Kept(subject_of(spec), READING)
     assert kept.document["host"]["threads"] == 3
-    apart(lambda: None, 1)
+    run_in_own_thread(lambda: None, 1)
     Measurement(Plan(spec, ("bf16",), None), kept, load=load).run()
     computed = [runner.numbers for runner in runners if runner.numbers]
     assert computed == [{3}, {3}]

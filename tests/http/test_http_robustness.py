@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 
 from server.errors import GenerationFailed, ServiceError, Unloaded
 from server.http.auth import OPEN_PATHS, Auth
-from server.http.responses import EventStream, error_response
+from server.http.responses import error_response
+from server.http.streaming import EventStream
 from server.settings.server import Settings
 from tests.conftest import Loads, serving, wait_until
 from tests.routes.test_generate import PROMPT, greedy

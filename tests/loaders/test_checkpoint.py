@@ -10,8 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import loaders
-from loaders.base import CheckpointError, ModelNotFound, ModelSpec
+from loaders.base import ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
+from loaders.errors import CheckpointError, ModelNotFound
 from tests import checkpoints
 
 

@@ -13,8 +13,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import loaders
-from loaders.base import CheckpointError, LoaderError, ModelSpec, OutOfMemory
+from loaders.base import ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
+from loaders.errors import CheckpointError, LoaderError, OutOfMemory
 from server.__main__ import main
 from server.commands import generate, serve
 from tests import checkpoints

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loaders
-from loaders.base import CheckpointError, LoadedModel, ModelSpec
+from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.layer_errors import hollow
+from loaders.errors import CheckpointError
+from loaders.footprint import quantization_warning
 from tests import checkpoints
 
 SIZES: dict[str, Any] = {
@@ -87,10 +88,10 @@ def test_every_linear_layer_is_quantized_and_the_rest_is_told(
 def test_experts_that_were_not_quantized_are_most_of_a_mixture(tmp_path: Path) -> None:
     loaded = loaders.load("nf4", spec_of("mixtral", FAMILIES["mixtral"], tmp_path))
     assert 0 < loaded.footprint.quantized_share < 0.5
-    warning = hollow(loaded)
+    warning = quantization_warning(loaded)
     assert warning is not None
     assert warning.startswith("nf4 has quantized only")
-    assert hollow(loaders.load("nf4", spec_of("qwen2", FAMILIES["qwen2"], tmp_path))) is None
+    assert quantization_warning(loaders.load("nf4", spec_of("qwen2", FAMILIES["qwen2"], tmp_path))) is None
 
 
 @pytest.mark.parametrize(

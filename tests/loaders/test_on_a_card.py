@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from loaders.base import CheckpointError, LoadedModel, ModelSpec, OutOfMemory, Progress
+from loaders.base import LoadedModel, ModelSpec, Progress
 from loaders.cuda.graph_runner import CapturedRunner
 from loaders.cuda.memory import device_map, smallest_cache
+from loaders.errors import CheckpointError, OutOfMemory
 from loaders.precisions import bnb, full
 from loaders.runners import select as runners
 from loaders.runners.transformers_runner import TorchRunner

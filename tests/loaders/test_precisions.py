@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import loaders
-from loaders.base import LoadedModel, ModelSpec, PrecisionUnavailable, UnknownPrecision, ignore_progress
+from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
+from loaders.errors import PrecisionUnavailable, UnknownPrecision
 from tests import checkpoints
 
 MAKERS = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}

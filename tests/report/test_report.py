@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 
 import loaders
-from loaders.base import LoadedModel, ModelSpec, OutOfMemory, Progress, ignore_progress
+from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import load_tokenizer, open_checkpoint
+from loaders.errors import OutOfMemory
 from loaders.quality import Text, text_file
 from server.__main__ import main
 from server.bench.errors import BenchError
 from server.bench.figures import Run
 from server.report import plots, store
 from server.report.measuring import speed
-from server.report.measuring.measure import Measurement, Place, Plan, slots
+from server.report.measuring.measure import Measurement, Place, Plan
 from server.report.measuring.speed import Pauses, Speeds
 from server.report.store import Kept
-from server.report.subject import Reading, subject_of
+from server.report.subject import Reading, slots, subject_of
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_model
 

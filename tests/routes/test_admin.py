@@ -14,15 +14,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 import loaders
-from loaders.base import (
-    Availability,
-    CheckpointError,
-    LoadedModel,
-    ModelSpec,
-    OutOfMemory,
-    Progress,
-    ignore_progress,
-)
+from loaders.base import Availability, LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders.errors import CheckpointError, OutOfMemory
 from server.host import memory
 from tests.conftest import Loads, at_rest, entered, serving, until, wait_until
 from tests.http.test_http_robustness import send

@@ -12,7 +12,8 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 import loaders
-from loaders.base import Availability, OutOfMemory
+from loaders.base import Availability
+from loaders.errors import OutOfMemory
 from tests.checkpoints import VOCABULARY, byte_tokenizer
 from tests.conftest import Loads, at_rest, entered, until, wait_until
 from tests.fakes import FakeRunner

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
-from server.engine.engine import Generation
 from server.engine.sequence import Token
+from server.engine.token_stream import TokenStream
 from server.errors import ServiceError
 from tests.conftest import Loads, at_rest, entered, until
 from tests.fakes import FakeRunner
@@ -93,13 +93,13 @@ class Watch:
         self.tokens = 0
         self.at: dict[int, Callable[[], object]] = {}
         self.at_error: Callable[[], object] | None = None
-        put = Generation.put
+        put = TokenStream.put
 
-        def watched(generation: Generation, event: Token | ServiceError | None) -> None:
+        def watched(generation: TokenStream, event: Token | ServiceError | None) -> None:
             put(generation, event)
             self._seen(event)
 
-        monkeypatch.setattr(Generation, "put", watched)
+        monkeypatch.setattr(TokenStream, "put", watched)
 
     def _seen(self, event: Token | ServiceError | None) -> None:
         if isinstance(event, Token):

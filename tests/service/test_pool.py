@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from loaders.base import CheckpointError, LoadedModel, ModelSpec, Progress
+from loaders.base import LoadedModel, ModelSpec, Progress
+from loaders.errors import CheckpointError
 from server.errors import NotReady, Unavailable
 from server.host import memory
 from server.lifecycle import Lifecycle

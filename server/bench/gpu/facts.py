@@ -7,9 +7,10 @@ import torch
 
 from loaders.base import Checkpoint
 from server.bench import document as reports
-from server.bench.bandwidth import MemorySpeed, cpu_name
+from server.bench.bandwidth import MemorySpeed
 from server.bench.document import Report
 from server.bench.gpu.options import Options
+from server.host.cpu import cpu_name
 
 _GIGA = 1e9
 

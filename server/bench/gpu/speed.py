@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import loaders
-from loaders.base import DeviceRunner, LoadedModel, ModelSpec, ReportingRunner
+from loaders.base import LoadedModel, ModelSpec
 from loaders.cuda.graph_runner import CapturedRunner
+from loaders.runner import DeviceRunner, ReportingRunner
 from server.bench.bandwidth import MemorySpeed
 from server.bench.gpu import rivals
 from server.bench.gpu.kernels import StepCost, captured_step, replay_ms, step_costs

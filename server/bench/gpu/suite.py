@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from server.bench.processes import ROOT
+from server.host.subprocesses import ROOT
 
 FOLDER = "tests/gpu"
 COMMAND = [

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from loaders.base import Checkpoint, ModelSpec, ignore_progress
-from loaders.checkpoint import load_pretrained, load_tokenizer
+from loaders.checkpoint import load_tokenizer
+from loaders.pretrained import load_pretrained
 from server.bench.errors import BenchError
 
 DESCRIPTION = "model.json"

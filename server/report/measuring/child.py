@@ -15,7 +15,7 @@ from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
-from loaders.base import LoaderError
+from loaders.errors import LoaderError
 from loaders.quality import QualityError, Text
 from server.bench.errors import BenchError
 from server.errors import ServiceError

@@ -10,10 +10,10 @@ from loaders.quality import Text, held_out
 from loaders.quality.greedy import PROMPTS
 from server.host import cache
 from server.report import plots
-from server.report.measuring.measure import Measurement, Place, Plan, slots
+from server.report.measuring.measure import Measurement, Place, Plan
 from server.report.measuring.speed import Pauses
 from server.report.store import Kept
-from server.report.subject import Reading, subject_of
+from server.report.subject import Reading, slots, subject_of
 from server.settings.server import ModelSettings
 
 

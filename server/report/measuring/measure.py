@@ -12,19 +12,20 @@ from typing import Any
 
 import loaders
 from loaders import quality
-from loaders.base import LoadedModel, LoaderError, ModelSpec, Progress, ignore_progress
-from loaders.checkpoint import BUNDLED, open_checkpoint
+from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders.checkpoint import open_checkpoint
+from loaders.errors import LoaderError
+from loaders.hub import BUNDLED
 from loaders.layer_errors import layer_errors
 from loaders.quality import QualityError, Text
-from server.bench.bandwidth import apart
 from server.bench.document import plain
 from server.bench.errors import BenchError
 from server.errors import ServiceError
-from server.host.threads import resolve
-from server.report.measuring.speed import BATCHES, Pauses, Speeds, settled
+from server.host.threads import resolve, run_in_own_thread
+from server.report.measuring.speed import Pauses, Speeds, settled
 from server.report.store import Kept
+from server.report.subject import REFERENCE
 
-REFERENCE = "fp32"
 LOADING, SPEED, QUALITY = "loading", "speed", "quality"
 Load = Callable[[str, ModelSpec, Progress], LoadedModel]
 
@@ -65,17 +66,12 @@ class Plan:
 
 
 def _done(step: str, figures: Mapping[str, Any] | None) -> bool:
-    """Speeds that lay too far apart are measured again: perhaps the host is idle now."""
+    """Speeds that lay too far run_in_own_thread are measured again: perhaps the host is idle now."""
     return figures is not None and (step != SPEED or settled(figures))
 
 
-def slots() -> int:
-    """Sequences that a model is loaded for."""
-    return max(BATCHES)
-
-
 class Measurement:
-    """Takes the steps that ``kept`` lacks, or has figures of that lie too far apart.
+    """Takes the steps that ``kept`` lacks, or has figures of that lie too far run_in_own_thread.
 
     Args:
         tell: told where it is, often.
@@ -141,7 +137,7 @@ class Measurement:
             self._warm_up(name)
         model, told = self._loaded(name), self._progress(name)
         if (name, LOADING) in self._missing:
-            self._keep(name, LOADING, apart(lambda: self._loading(model), self._threads))
+            self._keep(name, LOADING, run_in_own_thread(lambda: self._loading(model), self._threads))
         if (name, SPEED) not in self._missing:
             model.close()
         else:
@@ -151,7 +147,7 @@ class Measurement:
     def _warm_up(self, name: str) -> None:
         """A precision's first load imports libraries; that is not the model's load time."""
         spec = ModelSpec(open_checkpoint(BUNDLED), self._plan.spec.device)
-        apart(lambda: self._load(name, spec, ignore_progress), self._threads).close()
+        run_in_own_thread(lambda: self._load(name, spec, ignore_progress), self._threads).close()
 
     def _loading(self, model: LoadedModel) -> dict[str, Any]:
         footprint, spec = model.footprint, self._plan.spec
@@ -174,7 +170,7 @@ class Measurement:
         assert text is not None
         model = reference if name == REFERENCE else self._loaded(name)
         try:
-            (found,) = apart(
+            (found,) = run_in_own_thread(
                 lambda: quality.measure(
                     reference,
                     [model],
@@ -197,7 +193,9 @@ class Measurement:
         self._done += 1
 
     def _loaded(self, name: str) -> LoadedModel:
-        return apart(lambda: self._load(name, self._plan.spec, self._progress(name)), self._threads)
+        return run_in_own_thread(
+            lambda: self._load(name, self._plan.spec, self._progress(name)), self._threads
+        )
 
     def _progress(self, name: str) -> Progress:
         def told(stage: str, current: int, total: int) -> None:

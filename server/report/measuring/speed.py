@@ -14,8 +14,8 @@ from server.bench.errors import BenchError
 from server.bench.figures import MILLISECONDS, Run, percentile, summarize
 from server.bench.session import prompts_of
 from server.report.certainty import interval_of
+from server.report.subject import BATCHES
 
-BATCHES = (1, 8)
 PROMPT, TOKENS = 32, 48
 REPEAT, MOST_REPEAT = 5, 20  # of fewer than five nothing is known (see ``certainty``)
 CLOSE = 1.1

@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.engine.sequence import drawn_seed
-from server.http.responses import event
-from server.routes.generation_request import Asked, make_request
+from server.http.streaming import event
+from server.routes.generation_request import make_request
 from server.routes.openai.format import chat_logprobs, finish, running_usage, usage
 from server.routes.openai.merge import merged
 from server.routes.openai.schemas import ChatBody
+from server.routes.precision_choice import PrecisionChoice
 from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.service.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.service.text.codec import TextCodec
@@ -27,7 +28,7 @@ class Chat:
 
     request: Request
     body: ChatBody
-    asked: Asked
+    asked: PrecisionChoice
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -14,11 +14,12 @@ from starlette.responses import Response
 
 from server.engine.sequence import drawn_seed
 from server.errors import Invalid
-from server.http.responses import event
-from server.routes.generation_request import Asked, make_request
+from server.http.streaming import event
+from server.routes.generation_request import make_request
 from server.routes.openai.format import CompletionLogprobs, finish, joined, running_usage, usage
 from server.routes.openai.merge import merged
 from server.routes.openai.schemas import CompletionBody
+from server.routes.precision_choice import PrecisionChoice
 from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.service.generation import Continuation, GenerationRequest, Piece
 from server.service.text.codec import TextCodec
@@ -68,7 +69,7 @@ class Completion:
 
     request: Request
     body: CompletionBody
-    asked: Asked
+    asked: PrecisionChoice
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from server.concurrency import cancelled
 from server.errors import ServiceError
-from server.http.responses import cancelled
 from server.service.generation import Continuation, Piece
 
 Item = tuple[int, list[Piece]]

@@ -10,17 +10,17 @@ from starlette.responses import JSONResponse, Response
 from server.errors import BadPrecision, BadRequest, UnknownModel
 from server.http.body import read_object
 from server.http.validation import validate
-from server.routes.generation_request import (
-    ANY_MODEL,
-    Asked,
-    choose_precision,
-    known_precision,
-    precision_of_model,
-    settle,
-)
 from server.routes.openai.chat import Chat
 from server.routes.openai.completions import Completion
 from server.routes.openai.schemas import ChatBody, CompletionBody, OpenAIBody
+from server.routes.precision_choice import (
+    ANY_MODEL,
+    PrecisionChoice,
+    choose_precision,
+    known_precision,
+    precision_of_model,
+    resolve_precision,
+)
 from server.routes.shared import body_of, precision_parameters
 from server.service.text.prompt_encoder import NO_TEMPLATE
 
@@ -95,8 +95,8 @@ async def chat(request: Request) -> Response:
     return await Chat(request, body, _asked(request, values, body)).answer()
 
 
-def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> Asked:
-    return settle(request, choose_precision(request, values, body.model), body.auto)
+def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> PrecisionChoice:
+    return resolve_precision(request, choose_precision(request, values, body.model), body.auto)
 
 
 def _validated(request: Request, model: type[Body], values: dict[str, Any]) -> Body:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from loaders.base import DeviceRunner, ModelSpec, OutOfMemory
+from loaders.base import ModelSpec
 from loaders.cuda import buckets
 from loaders.cuda.graph_runner import CapturedRunner, Key
 from loaders.cuda.memory import fitting_slots, spread
+from loaders.errors import OutOfMemory
+from loaders.runner import DeviceRunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from tests import checkpoints

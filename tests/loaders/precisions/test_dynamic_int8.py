@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loaders.precisions.dynamic_int8 import DynamicInt8Linear
+from loaders.layers.dynamic_int8_linear import DynamicInt8Linear
 
 
 def layer() -> tuple[DynamicInt8Linear, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,8 @@ import torch
 import loaders
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, ignore_progress
-from loaders.checkpoint import load_pretrained, open_checkpoint
+from loaders.checkpoint import open_checkpoint
+from loaders.pretrained import load_pretrained
 from loaders.runners.gpt2_cpu_runner import GPT2Runner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams

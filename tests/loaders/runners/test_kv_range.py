@@ -10,9 +10,10 @@ from transformers import GPT2LMHeadModel
 
 import loaders
 from loaders import kernels
-from loaders.base import CheckpointError, ModelSpec
+from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.cuda.static_cache import Shape, StaticCache
+from loaders.errors import CheckpointError
 from loaders.runners.gpt2_cpu_runner import GPT2Runner
 from tests import checkpoints
 

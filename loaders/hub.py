@@ -1,0 +1,80 @@
+"""Where a checkpoint's files are: the bundled model's, a folder's, or a hub's, downloaded once."""
+
+import contextlib
+import errno
+import re
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loaders.base import Progress
+from loaders.errors import ModelNotFound
+
+BUNDLED = "bundled"
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+_IGNORED = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
+
+
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+
+def locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Path, str, str | None]:
+    """Its folder, the name to show and the hub commit."""
+    if model_id == BUNDLED:
+        return Path(__file__).parent / "bundled", BUNDLED, None
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path: too long, NUL, no such home
+        if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
+            return folder, folder.name, None
+    if not _HUB_ID.fullmatch(model_id) or ".." in model_id:
+        shown = ascii(model_id if len(model_id) <= 200 else f"{model_id[:200]}…")
+        raise ModelNotFound(
+            f"the model {shown} is neither 'bundled', nor an existing folder, nor a hub id (owner/name)"
+        )
+    progress("downloading", 0, 0)
+    folder = _download(model_id, revision)
+    return folder, model_id, folder.name
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED)
+        )
+    except GatedRepoError as error:
+        raise ModelNotFound(f"{model_id} is gated: accept its terms on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFound(f"{model_id} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFound(f"the hub has no model {model_id}; a private one needs HF_TOKEN") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if error.errno in _UNWRITABLE:
+            place = f"{constants.HF_HUB_CACHE}: {error.strerror}; HF_HOME names another place"
+            raise ModelNotFound(f"{model_id} can't be kept in {place}") from error
+        raise ModelNotFound(
+            f"{model_id} is not in the local cache and the hub {_download_failure(error)}; "
+            "name a local folder, or MODEL_ID=bundled"
+        ) from error
+
+
+def _download_failure(error: OSError) -> str:
+    cause = error if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) else error.__cause__
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "is not asked, since HF_HUB_OFFLINE is set"
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        return f"answers {cause.response.status_code}"
+    return "can't be reached"

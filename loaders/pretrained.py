@@ -1,0 +1,106 @@
+"""transformers' own loading, checked: every tensor of the model comes from the checkpoint."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from loaders.base import ModelSpec, Progress
+from loaders.config_check import (
+    meta_model_of,
+)
+from loaders.cuda.memory import refusals
+from loaders.errors import CheckpointError, OutOfMemory, in_short
+
+
+def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreTrainedModel:
+    """The model in evaluation mode; ``options`` (``dtype`` …) go to ``from_pretrained``.
+
+    Raises:
+        CheckpointError: unreadable, or without some of the model's tensors: those would be random numbers.
+        OutOfMemory
+    """
+    name, refused = spec.checkpoint.model_id, refusals()
+    try:
+        with _progress_bars_to(progress):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                spec.checkpoint.folder,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # told in the report, where they are refused
+                output_loading_info=True,
+                **options,
+            )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"no room on the device for {name}") from error
+    except MemoryError as error:
+        raise OutOfMemory(f"no room for {name}") from error
+    except Exception as error:  # whatever a model class, or quantizing, makes of what is in the files
+        if refusals() > refused:  # what quantizing raises, the library tells as a fault of the checkpoint
+            raise OutOfMemory(f"no room on the device for {name}") from error
+        raise CheckpointError(f"{name} could not be loaded ({in_short(error)})") from error
+    _check_complete(name, report)
+    model.eval()
+    return model
+
+
+def _check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """What a checkpoint lacks, the library would fill with random numbers."""
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{name} is incomplete: it has no {missing[0]} ({len(missing)} missing in all)")
+    if misfits := sorted(key for key, *_ in report["mismatched_keys"]):
+        raise misfit(name, misfits)
+
+
+def misfit(name: str, tensors: Sequence[str]) -> CheckpointError:
+    """The error that tells of tensors whose shapes are not those of the configuration."""
+    return CheckpointError(
+        f"{name} does not fit its config.json: {tensors[0]} has another shape ({len(tensors)} in all)"
+    )
+
+
+def meta_model(spec: ModelSpec) -> PreTrainedModel:
+    """The model's shapes without its weights."""
+    return meta_model_of(spec.checkpoint.config)
+
+
+@contextlib.contextmanager
+def _progress_bars_to(progress: Progress) -> Iterator[None]:
+    """While in it, transformers' loading bar is told to ``progress`` instead of being drawn."""
+
+    class Bar:
+        def __init__(self, iterable: Any = None, total: int | None = None, **_: Any) -> None:
+            self.iterable, self.total, self.n = iterable, total or 0, 0
+            if iterable is not None and not self.total:
+                self.total = len(iterable) if hasattr(iterable, "__len__") else 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.iterable or ():
+                yield item
+                self.update()
+
+        def update(self, count: int = 1) -> None:
+            self.n += count
+            progress("loading", self.n, self.total)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, _: str) -> Any:
+            return lambda *_, **__: None
+
+    before = transformers_logging.get_verbosity()
+    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: Bar(*args, **kwargs))
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,72 @@
+"""The tokens of one sequence, as they come."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from server.engine.engine import Engine
+from server.engine.sequence import PromptToken, Sequence, Timeline, Token
+from server.errors import ServiceError
+
+
+class TokenStream(AsyncIterator[Token]):
+    """The tokens of one sequence as they come, for one reader.
+
+    Closing it is cancelling: the slot is free within a step.
+    """
+
+    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
+        self._engine, self._sequence = engine, sequence
+        self._events: deque[Token | ServiceError | None] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+        self._closed = False
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._sequence.timeline
+
+    @property
+    def prompt_tokens(self) -> list[PromptToken]:
+        """The prompt's log-probabilities, if asked for; complete when the first token comes."""
+        return self._sequence.prompt_tokens
+
+    def put(self, event: Token | ServiceError | None) -> None:
+        self._events.append(event)
+        if (waited_for := self._arrival) is not None and not waited_for.done():  # done: told, or given up
+            waited_for.set_result(None)
+
+    async def __anext__(self) -> Token:
+        if self._closed:
+            raise StopAsyncIteration
+        while not self._events:
+            assert self._arrival is None, "one reader at a time"
+            self._arrival = asyncio.get_running_loop().create_future()
+            try:
+                await self._arrival
+            finally:
+                self._arrival = None
+        event = self._events.popleft()
+        if isinstance(event, Token):
+            self._closed = event.finish is not None
+            return event
+        self._closed = True
+        if event is None:
+            raise StopAsyncIteration
+        raise event
+
+    def at_hand(self) -> Token | None:
+        """The next token if it is here already; None where that can't be told without waiting."""
+        if self._closed or not self._events or not isinstance(token := self._events[0], Token):
+            return None
+        self._events.popleft()
+        self._closed = token.finish is not None
+        return token
+
+    def close(self) -> None:
+        """Cancels what has not been generated yet. Harmless when all has been."""
+        self._closed = True
+        self._engine.cancel(self._sequence)
+
+    async def aclose(self) -> None:
+        """``close``, for ``contextlib.aclosing``."""
+        self.close()
