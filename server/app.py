@@ -22,6 +22,7 @@ from server.evaluation.quantization_report import Proofs
 from server.evaluation.shadow import Shadow
 from server.http.admission.admission_control import AdmissionControl
 from server.http.auth import Auth
+from server.http.connection.early_refusal import EarlyRefusal
 from server.http.methods import HeadAsGet, allowed
 from server.http.middleware import BodyLimits, Doorkeeper, Envelope
 from server.http.openapi import describe
@@ -157,9 +158,12 @@ def _surround(app: FastAPI, settings: Settings) -> None:
     app.add_middleware(HeadAsGet)
     app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
     app.add_middleware(Doorkeeper, admission=app.state.admission)
-    if settings.otlp_endpoint is not None:
-        from server.observability.tracing import TraceContext  # needs an extra
+    if settings.otlp_endpoint is None:
+        app.state.early_refusal = EarlyRefusal(app.state.admission, settings)
+    else:
+        from server.observability.tracing import TraceContext, trace_context  # needs an extra
 
+        app.state.early_refusal = EarlyRefusal(app.state.admission, settings, trace_context)
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Auth, settings=settings)

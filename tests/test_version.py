@@ -51,10 +51,7 @@ def test_the_changelog_comes_to_it() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    """A checkout runs from its folder and doesn't miss one that is not listed; an image would."""
-    there = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for room in ("loaders", "server")
-        for path in (ROOT / room).rglob("*.py")
-    }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there
+    """A checkout runs from its folder and doesn't miss a folder that setuptools doesn't find; an image would."""
+    assert PROJECT["tool"]["setuptools"]["packages"]["find"] == {"include": ["loaders*", "server*"]}
+    folders = {path.parent for room in ("loaders", "server") for path in (ROOT / room).rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from loaders.errors import LoaderError
-from loaders.runners.slot_cache import overflow_as_nan
+from loaders.layers.float16_range import overflow_as_nan
 
 
 class Unsuitable(LoaderError):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from loaders.layers.float16_range import overflow_as_nan
+
 
 class SlotCache(Cache):
     """Keys and values of ``slots`` sequences of up to ``context`` tokens.
@@ -116,16 +118,6 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._end, 0
-
-
-def overflow_as_nan(states: Tensor) -> Tensor:
-    """Keys or values with NaN for what overflowed float16, so that the logits are NaN and the request fails.
-
-    Infinities may pass unseen: a key whose product with the query is −∞ is just not attended to.
-    """
-    if states.dtype != torch.float16:
-        return states
-    return states.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
 
 
 class PassingCache(Cache):

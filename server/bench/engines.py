@@ -21,8 +21,8 @@ from server.bench.peers.export import export
 from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
-from server.commands.terminal import folded, say
 from server.host.threads import run_in_own_thread
+from server.terminal import folded, say
 
 ProgressOf = Callable[[str], AbstractContextManager[Progress]]
 """What is told of a precision's loading and measuring, by its name."""

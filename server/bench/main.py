@@ -14,10 +14,10 @@ from server.bench.engines import Engines, ProgressOf
 from server.bench.errors import BenchError
 from server.bench.http.section import Serving
 from server.bench.options import Options
-from server.commands.terminal import folded, say, say_json
 from server.host.cpu import pin
 from server.host.threads import run_in_own_thread
 from server.settings.output import save
+from server.terminal import folded, say, say_json
 
 
 def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_of: ProgressOf) -> None:

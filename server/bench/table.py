@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from server.bench.session import Row
-from server.commands.terminal import terminal_width
+from server.terminal import terminal_width
 
 _MEGA = 1e6
 _UNKNOWN = "–"

@@ -19,7 +19,6 @@ from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
 from server.commands.table import table
-from server.commands.terminal import folded, terminal_width
 from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.evaluation.comparison import Compared, Comparison, Wish
@@ -28,6 +27,7 @@ from server.host.threads import compute_with
 from server.service.text.codec import TextCodec
 from server.settings.output import NotSaved, Output, json_option, precisions_option, save
 from server.settings.types import Precision, Precisions, listed, option
+from server.terminal import folded, terminal_width
 
 _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160

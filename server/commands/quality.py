@@ -2,27 +2,26 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import loaders
-from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec
+from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
-from loaders.quality import Quality, QualityError, held_out, measure, text_file
+from loaders.quality import QualityError, held_out, measure, text_file
 from loaders.quality.greedy import PROMPTS
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
-from server.commands.table import layer_lines, quality_lines
-from server.commands.terminal import folded, say_json
+from server.commands.table import Row, layer_lines, quality_lines
 from server.host import memory
 from server.host.threads import compute_with
 from server.settings.output import NotSaved, Output, json_option, precisions_option, save
 from server.settings.server import ModelSettings
 from server.settings.types import Precisions, listed, option
+from server.terminal import folded, say_json
 
 if TYPE_CHECKING:
-    from loaders.layer_errors import LayerReport
+    pass
 
 _WHAT, _HOW, _MORE = "what is measured", "how", "more"
 _REFERENCE = "fp32"
@@ -58,29 +57,6 @@ class Options(ModelSettings):
         """The precisions asked for, fp32 first if it is among them; those this host can run if none were."""
         names = listed(self.precisions, self.resolved_device())
         return tuple(dict.fromkeys(sorted(names, key=lambda name: name != _REFERENCE)))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One precision's figures."""
-
-    quality: Quality
-    footprint: Footprint
-    layers: "LayerReport | None"
-
-    def as_dict(self, layers: bool) -> dict[str, Any]:
-        figures: dict[str, Any] = {
-            **asdict(self.quality),
-            "weights_bytes": self.footprint.weights_bytes,
-            "bits_per_weight": self.footprint.bits_per_weight,
-        }
-        if self.layers is not None:
-            proof = asdict(self.layers)
-            figures["quantized_share"] = proof["quantized_share"]
-            figures["warning"] = proof["warning"]
-            if layers:
-                figures["layers"] = proof["layers"]
-        return figures
 
 
 def main(arguments: Sequence[str]) -> int:

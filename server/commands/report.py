@@ -135,11 +135,11 @@ class _Bars:
 
 def _show(document: dict[str, Any]) -> None:
     from server.commands.table import table
-    from server.commands.terminal import folded, terminal_width
     from server.report.columns import columns, legend
     from server.report.markdown import advice_of, facts
     from server.report.noise import noise
     from server.report.rows import rows_of
+    from server.terminal import folded, terminal_width
 
     rows, width = rows_of(document), min(shutil.get_terminal_size().columns, 110)
     print("".join(textwrap.fill(sentence, width) + "\n\n" for sentence in noise(rows)), end="")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from server.commands.terminal import folded, terminal_width
+from loaders.base import Footprint
+from loaders.quality import Quality
+from server.terminal import folded, terminal_width
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport
-    from server.commands.quality import Row
 
 _NONE = "–"
 
@@ -104,3 +106,26 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 
 def _maybe(value: float | None, form: str) -> str:
     return _NONE if value is None else format(value, form)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision's figures."""
+
+    quality: Quality
+    footprint: Footprint
+    layers: LayerReport | None
+
+    def as_dict(self, layers: bool) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            **asdict(self.quality),
+            "weights_bytes": self.footprint.weights_bytes,
+            "bits_per_weight": self.footprint.bits_per_weight,
+        }
+        if self.layers is not None:
+            proof = asdict(self.layers)
+            figures["quantized_share"] = proof["quantized_share"]
+            figures["warning"] = proof["warning"]
+            if layers:
+                figures["layers"] = proof["layers"]
+        return figures

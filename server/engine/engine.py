@@ -93,7 +93,7 @@ class Engine:
         if self._dead is not None:
             raise NotReady(f"{self.precision} is not running: {self._dead}")
         sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk)
-        generation = self._live[sequence] = TokenStream(self, sequence)
+        generation = self._live[sequence] = TokenStream(sequence, self.cancel)
         self.last_used = time.perf_counter()
         self._inbox.put(("add", sequence))
         return generation

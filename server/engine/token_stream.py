@@ -2,9 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
-from server.engine.engine import Engine
 from server.engine.sequence import PromptToken, Sequence, Timeline, Token
 from server.errors import ServiceError
 
@@ -13,10 +12,14 @@ class TokenStream(AsyncIterator[Token]):
     """The tokens of one sequence as they come, for one reader.
 
     Closing it is cancelling: the slot is free within a step.
+
+    Args:
+        sequence: is generated.
+        cancel: the engine's.
     """
 
-    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
-        self._engine, self._sequence = engine, sequence
+    def __init__(self, sequence: Sequence, cancel: Callable[[Sequence], None]) -> None:
+        self._sequence, self._cancel = sequence, cancel
         self._events: deque[Token | ServiceError | None] = deque()
         self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
         self._closed = False
@@ -65,7 +68,7 @@ class TokenStream(AsyncIterator[Token]):
     def close(self) -> None:
         """Cancels what has not been generated yet. Harmless when all has been."""
         self._closed = True
-        self._engine.cancel(self._sequence)
+        self._cancel(self._sequence)
 
     async def aclose(self) -> None:
         """``close``, for ``contextlib.aclosing``."""

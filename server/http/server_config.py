@@ -16,15 +16,6 @@ from server.settings.server import Settings
 KEEP_ALIVE_SECONDS = 30
 
 
-def early_refusal_of(app: FastAPI, settings: Settings) -> EarlyRefusal:
-    """The app's, with traces where a collector is configured."""
-    if settings.otlp_endpoint is None:
-        return EarlyRefusal(app.state.admission, settings)
-    from server.observability.tracing import trace_context  # needs an extra
-
-    return EarlyRefusal(app.state.admission, settings, trace_context)
-
-
 class ServerConfig(uvicorn.Config):
     """How every server of the app listens, in production and in tests."""
 
@@ -47,4 +38,4 @@ class ServerConfig(uvicorn.Config):
         self.reading_timeout = max(settings.request_timeout, settings.receive_timeout)
         self.turns = ParseTurns()
         self.connections = OpenConnections(most_connections(settings.max_connections))
-        self.early_refusal = early_refusal_of(app, settings)
+        self.early_refusal: EarlyRefusal = app.state.early_refusal

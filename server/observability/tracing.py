@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.engine.sequence import Timeline
 from server.http.responses import request_id
-from server.service.generation import MetricsLike
+from server.observability.observer import Observer
 from server.version import VERSION
 
 _EXPORT_SECONDS = 5.0
@@ -45,7 +45,7 @@ class Tracing:
         model: the served model's name.
     """
 
-    def __init__(self, metrics: MetricsLike, endpoint: str, model: str) -> None:
+    def __init__(self, metrics: Observer, endpoint: str, model: str) -> None:
         self._metrics, self._model = metrics, model
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # a lost batch is told, not every attempt
         service = os.environ.get("OTEL_SERVICE_NAME", "bitdial")

@@ -28,6 +28,7 @@ from server.errors import (
 )
 from server.http.admission.promised_places import PromisedPlaces, release_held
 from server.lifecycle import Lifecycle
+from server.observability.observer import Observer
 from server.service.chat.renderer import ChatRenderer
 from server.service.continuation import (
     DEFAULT_NEW_TOKENS,
@@ -46,10 +47,12 @@ __all__ = [
     "Continuation",
     "Conversation",
     "GenerationRequest",
-    "MetricsLike",
+    "Observer",
     "Piece",
     "Service",
 ]
+UNREAD = "unread"
+"""What metrics call the precision of a request that was refused before it was read."""
 _DRAIN_AGE = 0.25  # seconds for which the estimate that clients are sent away with is kept
 
 
@@ -63,14 +66,6 @@ class PoolLike(Protocol):
     def drain_seconds(self) -> float | None: ...
 
 
-class MetricsLike(Protocol):
-    """What is needed of ``server.observability.metrics.Metrics``."""
-
-    def observe_request(
-        self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int
-    ) -> None: ...
-
-
 class Service:
     """Opens continuations. Places are counted here, before anything is computed for a request."""
 
@@ -80,7 +75,7 @@ class Service:
         checkpoint: Checkpoint,
         codec: TextCodec,
         pool: PoolLike,
-        metrics: MetricsLike,
+        metrics: Observer,
         lifecycle: Lifecycle,
         chat: ChatRenderer | None = None,
     ) -> None:
@@ -150,6 +145,10 @@ class Service:
     def observe(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
         """Counts a generation that has ended."""
         self._metrics.observe_request(precision, outcome, timeline, prompt_tokens)
+
+    def observe_unread(self, error: ServiceError) -> None:
+        """Counts a generation that was refused before its request was read."""
+        self.observe(UNREAD, error.error_type, Timeline(), 0)
 
     @contextmanager
     def place(self) -> Iterator[None]:

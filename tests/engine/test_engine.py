@@ -243,7 +243,7 @@ def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
     """Its wait is over, but it has not gone on yet."""
 
     async def check(engine: Engine, runner: FakeRunner) -> None:
-        generation = TokenStream(engine, Sequence(PROMPT, params()))
+        generation = TokenStream(Sequence(PROMPT, params()), engine.cancel)
         reader = asyncio.create_task(ids_of(generation))
         await asyncio.sleep(0)
         for id_ in (5, 6):
@@ -260,7 +260,7 @@ def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
 def test_a_reader_is_told_of_an_end_while_it_waits() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         for end in (None, GenerationFailed("broken")):
-            generation = TokenStream(engine, Sequence(PROMPT, params()))
+            generation = TokenStream(Sequence(PROMPT, params()), engine.cancel)
             reader = asyncio.create_task(ids_of(generation))
             await asyncio.sleep(0)
             generation.put(Token(5))

@@ -17,7 +17,6 @@ from starlette.testclient import TestClient
 
 from server.__main__ import main
 from server.http.connection.early_refusal import Refusal
-from server.http.server_config import early_refusal_of
 from tests.conftest import wait_until
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -179,7 +178,7 @@ def test_a_refusal_below_the_framework_is_a_span_of_its_trace(traced: Callable[.
     def ask(client: TestClient) -> None:
         async def judge() -> object:
             app = client.app
-            return early_refusal_of(app, app.state.settings).judge(head.encode() + b"\r\n")  # type: ignore
+            return app.state.early_refusal.judge(head.encode() + b"\r\n")  # type: ignore
 
         with client.app.state.service.place():  # type: ignore[attr-defined]
             assert isinstance(asyncio.run(judge()), Refusal)

@@ -14,8 +14,8 @@ from server.bench.http.own_server import own_server
 from server.bench.http.texts import Texts
 from server.bench.options import Options
 from server.bench.table import Column, Table
-from server.commands.terminal import folded, say, terminal_width
 from server.settings.types import ALL
+from server.terminal import folded, say, terminal_width
 
 _SHARES = (0.5, 0.8, 1.2)
 

@@ -6,7 +6,6 @@ One decision for every way a request comes in: the listening socket, the connect
 from starlette.datastructures import State
 from starlette.types import Scope
 
-from server.engine.sequence import Timeline
 from server.errors import ServiceError
 from server.http.admission.promised_places import Promise, PromisedPlaces
 from server.http.auth import Auth
@@ -14,8 +13,6 @@ from server.settings.server import Settings
 
 _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
-UNREAD = "unread"
-"""What metrics call the precision of a request that was refused before it was read."""
 
 
 class AdmissionControl:
@@ -59,7 +56,7 @@ class AdmissionControl:
 
     def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
         if _is_among(_GENERATING, scope):
-            self._state.service.observe(UNREAD, error.error_type, Timeline(), 0)
+            self._state.service.observe_unread(error)
         return error
 
     def _closed(self) -> ServiceError | None:
