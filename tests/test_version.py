@@ -51,7 +51,7 @@ def test_the_changelog_comes_to_it() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    """A checkout runs from its folder and doesn't miss a folder that setuptools doesn't find; an image would."""
+    """A checkout runs from its folder and misses nothing that setuptools does not find; an image would."""
     assert PROJECT["tool"]["setuptools"]["packages"]["find"] == {"include": ["loaders*", "server*"]}
     folders = {path.parent for room in ("loaders", "server") for path in (ROOT / room).rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from uvicorn.server import ServerState
 
+from server.http.connection.early_refusal import EarlyRefusal
 from server.http.connection.framing import DRAINED_BYTES, FRAMING_BYTES
 from server.http.connection.protocol import Connection
 from server.http.connection.turns import FIRST_EVENTS, ParseTurns
@@ -148,7 +149,8 @@ def test_parsing_gives_way_to_the_event_loop() -> None:
 
     async def check() -> None:
         app: Any = reader  # a function, which may have attributes
-        app.state = SimpleNamespace(admission=SimpleNamespace(judge=lambda *_: None))
+        early_refusal = SimpleNamespace(judge=lambda *_: None)
+        app.state = SimpleNamespace(early_refusal=early_refusal)
         config = ServerConfig(app, Settings())
         connections = [Connection(config, ServerState(), {}) for _ in range(3)]
         transports = [SilentTransport() for _ in connections]
@@ -285,7 +287,7 @@ def test_while_a_reader_takes_nothing_no_refusals_are_piled_up_for_it() -> None:
 
     async def check() -> list[bytes]:
         app: Any = handler
-        app.state = SimpleNamespace(admission=Closed())
+        app.state = SimpleNamespace(early_refusal=EarlyRefusal(Closed(), Settings()))
         written = []
         for paused in (False, True):
             connection, transport = (
