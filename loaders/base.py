@@ -72,7 +72,7 @@ class ModelSpec:
     """Type of the KV cache where the compiled kernels run GPT-2; ``auto``: fp32 for fp32, else fp16.
     Elsewhere it is the model's own."""
     batch_invariant: bool = True
-    """On a GPU: every decode step computes all slots, and every stretch of a prompt is of one length, so that
+    """On a GPU: every decode step computes all slots, and every chunk of a prompt is of one length, so that
     a row's result doesn't depend on how many run beside it. Otherwise the smallest size that fits."""
     cuda_graphs: bool = True
     """On a GPU: steps are captured and replayed."""

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.runner import DeviceRunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, StepStats
@@ -56,7 +56,7 @@ def model(slots: int, tokens: int) -> LoadedModel:
         "tiny", None, Path(), config, type(network).__name__, PROMPT + tokens, VOCABULARY, frozenset(), 0
     )
     spec = ModelSpec(checkpoint, slots=slots, batch_invariant=False)
-    runner = CapturedRunner(network, spec, NoDevice())
+    runner = GraphRunner(network, spec, NoDevice())
     assert isinstance(runner, DeviceRunner), "a step must be launched ahead of the last one's tokens"
     return LoadedModel(PRECISION, runner, Footprint(0, {}, {}, 0, 32.0, 0))
 

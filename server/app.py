@@ -18,13 +18,13 @@ import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
 from loaders.end_tokens import with_end_token
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
-from server.evaluation.quantization_report import Proofs
+from server.evaluation.quantization_report import QuantizationReports
 from server.evaluation.shadow import Shadow
 from server.http.admission.admission_control import AdmissionControl
 from server.http.auth import Auth
 from server.http.connection.early_refusal import EarlyRefusal
 from server.http.methods import HeadAsGet, allowed
-from server.http.middleware import BodyLimits, Doorkeeper, Envelope
+from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestContext
 from server.http.openapi import describe
 from server.http.responses import error_response
 from server.lifecycle import Lifecycle
@@ -34,7 +34,7 @@ from server.report.background import Reports
 from server.routes import compare, favicon, generate, health, precisions, report, stats, tokenize
 from server.routes.openai import routes as openai
 from server.service.chat.source import make_renderer
-from server.service.generation import Service
+from server.service.generation import GenerationService
 from server.service.pool import Pool
 from server.service.text.codec import TextCodec
 from server.service.watchdog import watch
@@ -61,7 +61,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await _furnish(app, settings, open_checkpoint, load)
+        await _build_state(app, settings, open_checkpoint, load)
         app.state.pool.start()
         tasks = [asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))]
         if app.state.shadow is not None:
@@ -95,11 +95,11 @@ def create_app(
         app.include_router(module.router)
     app.include_router(generate.root_router)
     describe(app, settings)
-    _surround(app, settings)
+    _add_middleware(app, settings)
     return app
 
 
-async def _furnish(
+async def _build_state(
     app: FastAPI,
     settings: Settings,
     open_checkpoint: Callable[..., Checkpoint],
@@ -119,8 +119,8 @@ async def _furnish(
     state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
     state.tracing = _trace(settings, state.metrics, state.checkpoint)
     observer = state.tracing or state.metrics
-    state.comparing, state.proofs = asyncio.Lock(), Proofs(state.pool)
-    state.service = Service(
+    state.comparing, state.proofs = asyncio.Lock(), QuantizationReports(state.pool)
+    state.service = GenerationService(
         settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle, state.chat
     )
     state.shadow = _shadow(app, settings)
@@ -153,11 +153,11 @@ def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tra
     return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
 
 
-def _surround(app: FastAPI, settings: Settings) -> None:
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """Middleware, the innermost first."""
     app.add_middleware(HeadAsGet)
     app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
-    app.add_middleware(Doorkeeper, admission=app.state.admission)
+    app.add_middleware(AdmissionMiddleware, admission=app.state.admission)
     if settings.otlp_endpoint is None:
         app.state.early_refusal = EarlyRefusal(app.state.admission, settings)
     else:
@@ -175,7 +175,7 @@ def _surround(app: FastAPI, settings: Settings) -> None:
             allow_headers=["*"],  # clients have their own beside ours; none is taken for an identity
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(Envelope, settings=settings)
+    app.add_middleware(RequestContext, settings=settings)
 
 
 async def _on_service_error(request: Request, error: Exception) -> Response:

@@ -1,7 +1,7 @@
 """The Runner of a GPU: steps of a few fixed sizes over tensors made once, captured and then replayed.
 
 A decode step computes the first 1, 2, 4 … slots, row i being slot i; rows of slots that don't decode write to
-a place that nobody reads. A prompt is computed in stretches of a few fixed lengths. All are captured when the
+a place that nobody reads. A prompt is computed in chunks of a few fixed lengths. All are captured when the
 first call comes, on the thread that makes all calls; where that fails they run as they are, over the same
 tensors, and ``report`` says why.
 """
@@ -30,7 +30,7 @@ Key = tuple[Any, ...]
 """A step: ("decode", rows, columns) or ("prefill", tokens, columns, logits)."""
 
 
-class CapturedRunner:
+class GraphRunner:
     """Implements ``loaders.runner.Runner`` and ``DeviceRunner``.
 
     Args:
@@ -70,9 +70,9 @@ class CapturedRunner:
         self._lengths = [0] * self.slots
         self._batches = buckets.batch_sizes(self.slots, spec.batch_invariant)
         self._contexts = buckets.contexts(self.context)
-        self._stretches = buckets.prompt_sizes(self.context, spec.batch_invariant)
+        self._chunks = buckets.prompt_sizes(self.context, spec.batch_invariant)
         self._decoding = DecodeInputs(self._cache, self._device)
-        self._prompt = PromptInputs(self._cache, self._stretches[-1], self._device)
+        self._prompt = PromptInputs(self._cache, self._chunks[-1], self._device)
         self._columns = torch.arange(columns, dtype=torch.int64, device=self._device)
         self._logits = torch.zeros((self.slots, self.vocabulary), dtype=torch.float32, device=self._device)
         self._last = torch.zeros((1, self.vocabulary), dtype=torch.float32, device=self._device)
@@ -84,9 +84,9 @@ class CapturedRunner:
         self._prepare()
         self._check(self._lengths[slot] + len(ids))
         found = []
-        for part, is_last in _parts(ids, self._stretches[-1]):
+        for part, is_last in _parts(ids, self._chunks[-1]):
             wanted: Logits = "none" if logits == "last" and not is_last else logits
-            found.append(self._stretch(slot, part, wanted))
+            found.append(self._chunk(slot, part, wanted))
         if logits == "none":
             return None
         return found[-1] if logits == "last" else torch.cat([part for part in found if part is not None])
@@ -192,9 +192,9 @@ class CapturedRunner:
             self._lengths[slot] += 1
         return logits
 
-    def _stretch(self, slot: int, ids: Sequence[int], logits: Logits) -> Tensor | None:
+    def _chunk(self, slot: int, ids: Sequence[int], logits: Logits) -> Tensor | None:
         start = self._lengths[slot]
-        tokens = buckets.smallest(self._stretches, len(ids))
+        tokens = buckets.smallest(self._chunks, len(ids))
         visible = buckets.smallest(self._contexts, start + len(ids))
         self._prompt.fill(self._live, slot, ids, start, tokens)
         if logits == "all":  # seldom wanted, and large
@@ -267,7 +267,7 @@ class CapturedRunner:
         for visible in reversed(self._contexts):
             for rows in reversed(self._batches):
                 yield "decode", rows, visible
-            for tokens in reversed(self._stretches):
+            for tokens in reversed(self._chunks):
                 yield "prefill", tokens, visible, "last"
                 yield "prefill", tokens, visible, "none"
 

@@ -81,7 +81,7 @@ class StaticCache(Cache):
         """Where a token goes, as ``look`` wants it."""
         return slot * self.columns + position
 
-    def nowhere(self, row: int) -> int:
+    def padding_index(self, row: int) -> int:
         """Where a row of nobody's goes; different rows to different places, as far as there are any."""
         return self.slots * self.columns + row % self.columns
 

@@ -13,7 +13,7 @@ class DecodeInputs:
     """Of a decode step: row i is slot i. All int64."""
 
     def __init__(self, cache: StaticCache, device: torch.device) -> None:
-        self._nowhere = [cache.nowhere(row) for row in range(cache.slots)]
+        self._padding_index = [cache.padding_index(row) for row in range(cache.slots)]
         self._all = torch.zeros((5, cache.slots), dtype=torch.int64, device=device)
         self.ids, self.positions, self.where, self._onward, self._slots = self._all
         self._moving = self._all[1:3]  # positions and where, to which _onward adds one token of somebody's
@@ -29,8 +29,8 @@ class DecodeInputs:
     ) -> None:
         """``lengths``: tokens that each of ``slots`` holds. The rows of other slots are nobody's."""
         there, self._there = (list(slots), list(lengths)), None
-        nothing = [0] * len(self._nowhere)
-        row_ids, positions, where, onward = nothing[:], nothing[:], self._nowhere[:], nothing[:]
+        nothing = [0] * len(self._padding_index)
+        row_ids, positions, where, onward = nothing[:], nothing[:], self._padding_index[:], nothing[:]
         for slot, id_, length in zip(slots, ids, lengths, strict=True):
             row_ids[slot], positions[slot], onward[slot] = id_, length, 1
             where[slot] = cache.place(slot, length)
@@ -60,10 +60,10 @@ class DecodeInputs:
 
 
 class PromptInputs:
-    """Of a stretch of one slot's prompt. All int64."""
+    """Of a chunk of one slot's prompt. All int64."""
 
     def __init__(self, cache: StaticCache, tokens: int, device: torch.device) -> None:
-        self._nowhere = [cache.nowhere(row) for row in range(tokens)]
+        self._padding_index = [cache.padding_index(row) for row in range(tokens)]
         self._all = torch.zeros((3, tokens), dtype=torch.int64, device=device)
         self._which = torch.zeros((2, 1), dtype=torch.int64, device=device)
         self.ids, self.positions, self.where = self._all
@@ -72,9 +72,9 @@ class PromptInputs:
     def fill(self, cache: StaticCache, slot: int, ids: Sequence[int], start: int, tokens: int) -> None:
         """``ids`` go behind the ``start`` tokens of the slot; the rest of ``tokens`` is padding."""
         count, first = len(ids), cache.place(slot, start)  # a slot's places lie side by side
-        padding = [0] * (len(self._nowhere) - count)
+        padding = [0] * (len(self._padding_index) - count)
         positions = [*range(start, start + count), *padding]
-        where = [*range(first, first + count), *self._nowhere[: len(padding)]]
+        where = [*range(first, first + count), *self._padding_index[: len(padding)]]
         _send([[*ids, *padding], positions, where], self._all)
         _send([[slot], [count - 1]], self._which)
 

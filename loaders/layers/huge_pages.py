@@ -37,7 +37,7 @@ class Arena:
         self._placed.add(place.data_ptr())
         return place.copy_(tensor)
 
-    def take_in(self, model: nn.Module) -> None:
+    def move_remaining(self, model: nn.Module) -> None:
         """Moves what is left of a model: a single tensor still in the file would keep all of it in memory.
 
         Parameters of a class of their own stay: others may know where they are.

@@ -102,7 +102,7 @@ def adopt(model: nn.Module, progress: Progress) -> bool:
         if (native := _native(module, arena)) is not None:
             model.set_submodule(name, native)
         progress("packing", done, len(layers))
-    arena.take_in(model)
+    arena.move_remaining(model)
     return True
 
 

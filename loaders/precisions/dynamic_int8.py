@@ -56,7 +56,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         progress("quantizing", done, len(targets))
     del targets, head, module, linear
     if kernels.get() is not None:
-        arena.take_in(model)
+        arena.move_remaining(model)
     gc.collect()
     footprint = measure(
         model,

@@ -1,7 +1,7 @@
 """Quality of loaded models against a reference, on the same text, from their logits.
 
 One teacher-forced pass of every model, a batch of windows at a time. The reference's and one candidate's
-logits of a batch, or of a stretch of one long window, are held at a time, and are bounded (see ``passes``);
+logits of a batch, or of a chunk of one long window, are held at a time, and are bounded (see ``passes``);
 memory does not depend on the text. All models given are resident together; at least the reference and one
 candidate must be, since a divergence needs both distributions: measure one candidate after the other where
 memory is short.

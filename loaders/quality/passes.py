@@ -94,9 +94,9 @@ class Scorer:
             return
         for ids in texts:
             for start in range(first, len(ids), self._rows):
-                yield partial(self._stretch, ids, first, start)
+                yield partial(self._chunk, ids, first, start)
 
-    def _stretch(self, ids: Sequence[int], first: int, start: int) -> Tensor:
+    def _chunk(self, ids: Sequence[int], first: int, start: int) -> Tensor:
         """Of a window with more logits than may be held at a time, by way of a slot."""
         runner, rows = self.model.runner, self._rows
         if start == first:

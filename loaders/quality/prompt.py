@@ -1,7 +1,7 @@
 """One prompt through several models: each one's distributions against the reference's, as logits come.
 
-The reference's logits are kept (prompt × vocabulary, float32); the others' are looked at and let go, stretch
-by stretch, so that a prompt can be computed in chunks between other work.
+The reference's logits are kept (prompt × vocabulary, float32); the others' are looked at and let go, chunk
+by chunk, so that a prompt can be computed in chunks between other work.
 """
 
 from collections.abc import Sequence
@@ -76,8 +76,8 @@ class Against:
 
     def add(self, logits: Tensor) -> None:
         """The logits after the next tokens, (tokens, vocabulary)."""
-        stretch = slice(self._done, self._done + len(logits))
-        self._figures.append(compare(self._reference.logits[stretch], logits, self._targets[stretch]))
+        chunk = slice(self._done, self._done + len(logits))
+        self._figures.append(compare(self._reference.logits[chunk], logits, self._targets[chunk]))
         self._done += len(logits)
 
     def figures(self) -> PromptFigures:

@@ -126,7 +126,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the text that is computed in one pass.
+    """A chunk of the text that is computed in one pass.
 
     Args:
         ids: its tokens.

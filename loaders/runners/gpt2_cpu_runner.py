@@ -84,7 +84,7 @@ def _norm(layer: Any) -> kernels.Norm:
     return kernels.Norm(layer.weight.detach(), layer.bias.detach())
 
 
-class GPT2Runner:
+class GPT2CPURunner:
     """Implements ``loaders.runner.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts.
 
     Where keys or values turn out not to fit into float16, the cache becomes float32 and the pass is computed
@@ -141,14 +141,14 @@ class GPT2Runner:
         count, length = len(texts), len(texts[0])
         alone, skipped = self._key_values(count, length), length - kept
         if skipped:  # in a pass of its own: of a pass, the rows without logits are the first ones
-            self._stretches(alone, texts, 0, skipped, wanted=0)
-        logits = self._stretches(alone, texts, skipped, length, wanted=count * kept)
+            self._chunks(alone, texts, 0, skipped, wanted=0)
+        logits = self._chunks(alone, texts, skipped, length, wanted=count * kept)
         return logits.view(count, kept, self.vocabulary)
 
-    def _stretches(
+    def _chunks(
         self, cache: kernels.KeyValues, texts: Sequence[Sequence[int]], start: int, end: int, wanted: int
     ) -> Tensor:
-        """The same stretch of every text, the text's number being its slot."""
+        """The same chunk of every text, the text's number being its slot."""
         slots = [slot for slot in range(len(texts)) for _ in range(start, end)]
         ids = [id_ for text in texts for id_ in text[start:end]]
         return self._live(cache, slots, [*range(start, end)] * len(texts), ids, wanted)

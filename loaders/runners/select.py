@@ -8,14 +8,14 @@ from transformers import PreTrainedModel
 from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import CudaGraphs
 from loaders.cuda.forward import LeanGPT2
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.memory import card_free
 from loaders.cuda.static_cache import Unsuitable
 from loaders.errors import CheckpointError
 from loaders.runner import Runner
 from loaders.runners import gpt2_cpu_runner as gpt2_runner
 from loaders.runners.batching_check import check_numbers, check_rows
-from loaders.runners.transformers_runner import TorchRunner
+from loaders.runners.transformers_runner import TransformersRunner
 
 _TRIED = 2  # slots that trying an architecture out takes
 
@@ -30,16 +30,18 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     if spec.device == "cuda":
         return _on_a_card(model, spec)
     if gpt2_runner.supports(model):
-        runner = gpt2_runner.GPT2Runner(model, spec)
+        runner = gpt2_runner.GPT2CPURunner(model, spec)
         check_numbers(runner, spec.checkpoint.architecture)
         return runner
-    return _tried_out(TorchRunner(model, spec), spec)
+    return _tried_out(TransformersRunner(model, spec), spec)
 
 
 def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
-        return _tried_out(TorchRunner(model, spec, f"the model is spread over {len(places)} devices"), spec)
+        return _tried_out(
+            TransformersRunner(model, spec, f"the model is spread over {len(places)} devices"), spec
+        )
     # cuDNN's attention chooses its kernel by the length of the context, which a row's result would depend on
     torch.backends.cuda.enable_cudnn_sdp(False)
     why_not = _not_to_be_captured(model, spec)
@@ -47,22 +49,22 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     try:
         if not LeanGPT2.serves(model):
             _try_steps(model, spec)
-        return CapturedRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
+        return GraphRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
     except (Unsuitable, CheckpointError) as error:
-        return _tried_out(TorchRunner(model, spec, str(error)), spec)
+        return _tried_out(TransformersRunner(model, spec, str(error)), spec)
 
 
 def _try_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
     """With a small cache that goes again, and uncaptured: that is for the thread that will make the calls."""
     few = replace(spec, slots=min(spec.slots, _TRIED))
-    runner = CapturedRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
+    runner = GraphRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
     try:
         check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     finally:
         runner.close()
 
 
-def _tried_out(runner: TorchRunner, spec: ModelSpec) -> TorchRunner:
+def _tried_out(runner: TransformersRunner, spec: ModelSpec) -> TransformersRunner:
     check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     return runner
 

@@ -17,7 +17,7 @@ from loaders.runners.slot_cache import PassingCache, SlotCache
 _AGAIN = 512  # tokens of a slot that are computed again in a pass
 
 
-class TorchRunner:
+class TransformersRunner:
     """Implements ``loaders.runner.Runner`` and ``LengthRunner``.
 
     Positions and masks are explicit, so rows never see each other.

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from loaders.base import LoadedModel
-from server.engine.fair_lock import Turn
+from server.engine.fair_lock import FairLock
 from server.engine.queue_estimate import QueueEstimate
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -45,7 +45,7 @@ class Engine:
         threads: int | None = None,
         on_step: Callable[[StepStats], None] | None = None,
         on_death: Callable[[str], None] | None = None,
-        turn: Turn | None = None,
+        turn: FairLock | None = None,
     ) -> None:
         self.model, self.precision = model, model.precision
         self.last_used = time.perf_counter()

@@ -5,7 +5,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turn:
+class FairLock:
     """A mutual exclusion that is first come, first served, so that no precision can starve another.
 
     ``threading.Lock`` lets the thread that just released it take it again at once.

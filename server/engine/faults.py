@@ -22,7 +22,7 @@ class DeviceLost(BaseException):
     """
 
 
-def attempt(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:
+def run_isolated(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:
     """The result or the fault. The exception and the tensors its traceback held are gone on return.
 
     Raises:

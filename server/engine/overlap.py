@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loaders.runner import DeviceRunner, Runner
-from server.engine.sampler import Picks, Sampler
+from server.engine.sampler import PendingTokens, Sampler
 from server.engine.sequence import Sequence
 
 
@@ -28,10 +28,10 @@ class Launched:
     """A step under way: its rows, which need no history, and the tokens that come of it."""
 
     rows: list[Sequence]
-    picks: Picks
+    picks: PendingTokens
 
 
-class Lookahead:
+class Overlap:
     """Launches steps of one runner; keeps the one whose tokens the host has not read."""
 
     def __init__(self, runner: AheadRunner, sampler: Sampler) -> None:
@@ -49,7 +49,7 @@ class Lookahead:
         """Forgets a step that nobody waits for: its tensors needn't wait for the next request."""
         self._under_way = self.take()
 
-    def going_on(self, rows: list[Sequence], before: Launched | None) -> list[Sequence]:
+    def continuing_rows(self, rows: list[Sequence], before: Launched | None) -> list[Sequence]:
         """Those of ``rows`` that can go on unseen; none where any of them must be seen first.
 
         A row that reaches its length with the token under way ends with it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from loaders import kernels
 from loaders.kernels import Summary, summarize
 from server.engine.device_sampler import Choice, choose
-from server.engine.faults import BadLogits, attempt
+from server.engine.faults import BadLogits, run_isolated
 from server.engine.sequence import (
     COLDEST,
     LEAST_LOGPROB,
@@ -28,7 +28,7 @@ from server.engine.sequence import (
 )
 
 
-class Picks:
+class PendingTokens:
     """Tokens that are being picked; on an accelerator the host can do other things until it needs them.
 
     Args:
@@ -41,7 +41,7 @@ class Picks:
 
 
 class Sampler:
-    """Picks the next token of each row.
+    """PendingTokens the next token of each row.
 
     Args:
         eos_ids: tokens that end a sequence (unless it ignores them).
@@ -79,19 +79,19 @@ class Sampler:
         top = _top(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
         return Token(chosen, _logprob(logit, log_total), top, finish)
 
-    def begin(self, logits: Tensor, sequences: Rows[Sequence]) -> Picks:
+    def begin(self, logits: Tensor, sequences: Rows[Sequence]) -> PendingTokens:
         """As ``pick``, all rows together where the logits are; raises nothing."""
         # drawn once: rows that are tried again alone go on with the same numbers
         points = [s.random.random() if s.params.do_sample else 0.0 for s in sequences]
-        choice, _ = attempt(partial(choose, logits, sequences, points))
+        choice, _ = run_isolated(partial(choose, logits, sequences, points))
         if choice is not None:
-            return Picks(choice.ids, partial(self._arrived, choice, list(sequences)))
+            return PendingTokens(choice.ids, partial(self._arrived, choice, list(sequences)))
         alone = [self._alone(logits[row], one, points[row]) for row, one in enumerate(sequences)]
-        return Picks(None, lambda: alone)
+        return PendingTokens(None, lambda: alone)
 
     def _alone(self, logits: Tensor, sequence: Sequence, point: float) -> Token | Exception:
         """Where all rows together could not be computed, for lack of memory as a rule."""
-        choice, fault = attempt(partial(choose, logits[None], [sequence], [point]))
+        choice, fault = run_isolated(partial(choose, logits[None], [sequence], [point]))
         if choice is None:
             return fault or BadLogits("no token could be picked")
         return self._arrived(choice, [sequence])[0]

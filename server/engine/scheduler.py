@@ -10,7 +10,7 @@ from server.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of a sequence's prompt to prefill in this step."""
+    """A chunk of a sequence's prompt to prefill in this step."""
 
     sequence: Sequence
     count: int
@@ -49,7 +49,7 @@ class Scheduler:
         return admitted
 
     def chunks(self) -> list[Chunk]:
-        """The prompt stretches of this step, oldest sequence first, within the step's budget of tokens."""
+        """The prompt chunks of this step, oldest sequence first, within the step's budget of tokens."""
         chunks, budget = [], self.budget
         for sequence in self._running.values():
             if sequence.generated:

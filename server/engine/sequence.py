@@ -142,7 +142,7 @@ class Sequence:
     prompt_tokens: list[PromptToken] = field(default_factory=list)
     cancelled: bool = False
     observe: Callable[[Any], None] | None = None
-    """Told, on the worker's thread, the (tokens, vocabulary) logits of each stretch of the prompt, in order.
+    """Told, on the worker's thread, the (tokens, vocabulary) logits of each chunk of the prompt, in order.
     They are valid during the call; what it raises ends the sequence."""
     chunk: int | None = None
     """Most tokens of its prompt computed in a step, for work that must delay nobody; None: as usual."""

@@ -8,9 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from loaders.runner import DeviceRunner, LengthRunner, MixedRunner, Runner
-from server.engine.fair_lock import Turn
-from server.engine.faults import as_service_error, attempt
-from server.engine.overlap import Lookahead
+from server.engine.fair_lock import FairLock
+from server.engine.faults import as_service_error, run_isolated
+from server.engine.overlap import Overlap
 from server.engine.sampler import Sampler, prompt_logprobs
 from server.engine.scheduler import Chunk, Scheduler
 from server.engine.sequence import PromptToken, SamplingParams, Sequence, StepStats, Token
@@ -34,11 +34,11 @@ class Worker:
     """Runs on one thread; the engine calls it there."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, turn: Turn | None = None
+        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, turn: FairLock | None = None
     ) -> None:
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._turn = turn or nullcontext()
-        self._ahead = Lookahead(runner, sampler) if isinstance(runner, DeviceRunner) else None
+        self._ahead = Overlap(runner, sampler) if isinstance(runner, DeviceRunner) else None
         self._mixed = runner if isinstance(runner, MixedRunner) else None
         self._by_length = runner if isinstance(runner, LengthRunner) else None
         self.busy_since: float | None = None
@@ -96,7 +96,7 @@ class Worker:
         ids = sequence.prompt[sequence.prefilled : sequence.prefilled + chunk.count]
         slots = [row.slot for row in rows if row.slot is not None]
         last = [row.generated[-1] for row in rows]
-        logits, _ = attempt(partial(runner.advance, sequence.slot, ids, slots, last))
+        logits, _ = run_isolated(partial(runner.advance, sequence.slot, ids, slots, last))
         if logits is None:  # somebody is at fault: each by itself then
             return False
         sequence.prefilled += chunk.count
@@ -109,7 +109,7 @@ class Worker:
         done = 0
         for chunk in chunks:
             is_last = chunk.is_last
-            logits, fault = attempt(partial(self._prefill_chunk, chunk))
+            logits, fault = run_isolated(partial(self._prefill_chunk, chunk))
             if fault is not None:
                 self._end(step, chunk.sequence, fault)
                 continue
@@ -159,7 +159,7 @@ class Worker:
         ready, budget = [], self._scheduler.budget
         for row in rows:
             assert row.slot is not None
-            can_go_on, fault = attempt(partial(runner.catch_up, row.slot, budget))
+            can_go_on, fault = run_isolated(partial(runner.catch_up, row.slot, budget))
             if fault is not None:
                 self._end(step, row, fault)
             elif can_go_on:
@@ -168,11 +168,11 @@ class Worker:
                 budget = 0
         return ready
 
-    def _decode_ahead(self, ahead: Lookahead, step: Step, rows: list[Sequence]) -> int:
+    def _decode_ahead(self, ahead: Overlap, step: Step, rows: list[Sequence]) -> int:
         """Launches the rows' next step, then reads the tokens of the one before."""
         before = ahead.take()
-        going = ahead.going_on(rows, before)
-        _, fault = attempt(partial(ahead.launch, going, before)) if going else (None, None)
+        going = ahead.continuing_rows(rows, before)
+        _, fault = run_isolated(partial(ahead.launch, going, before)) if going else (None, None)
         if before is not None:
             self._take(step, before.rows, before.picks.wait())
         if going and fault is None:
@@ -183,7 +183,7 @@ class Worker:
 
     def _decode_now(self, step: Step, rows: list[Sequence]) -> int:
         if rows:
-            logits, fault = attempt(partial(self._forward, rows))
+            logits, fault = run_isolated(partial(self._forward, rows))
             if logits is not None:
                 self._sample(step, rows, logits)
             elif len(rows) == 1:
@@ -195,7 +195,7 @@ class Worker:
     def _decode_one_by_one(self, step: Step, rows: list[Sequence]) -> None:
         """The batch failed: each row alone, so that only those at fault are lost."""
         for row in rows:
-            logits, fault = attempt(partial(self._forward, [row]))
+            logits, fault = run_isolated(partial(self._forward, [row]))
             if logits is not None:
                 self._sample(step, [row], logits)
             else:

@@ -11,7 +11,7 @@ from server.host.threads import run_in_own_thread
 from server.service.pool import Pool
 
 
-class Proofs:
+class QuantizationReports:
     """Event loop only. On one thread of one core, so that streams keep the others."""
 
     def __init__(self, pool: Pool) -> None:

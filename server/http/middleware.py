@@ -23,7 +23,7 @@ _log = logging.getLogger("server")
 _NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
-class Envelope:
+class RequestContext:
     """Outermost: gives the request its id, logs it without its query and without keys, and answers what no
     other part did."""
 
@@ -76,7 +76,7 @@ async def _answer_nobody(send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-class Doorkeeper:
+class AdmissionMiddleware:
     """Refuses what needs a place while none is free, before anything of it is read.
 
     ``server.http.connection.early_refusal`` does the same below the framework where it can.

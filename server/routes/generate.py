@@ -180,9 +180,9 @@ async def _stream(request: Request, body: GenerateBody, asked: PrecisionChoice) 
 
 
 async def _events(body: GenerateBody, codec: TextCodec, opened: list[Continuation]) -> AsyncGenerator[bytes]:
-    async with aclosing(opened[0].bursts()) as bursts:
-        async for burst in bursts:
-            yield b"".join(_event(body, opened[0], codec, piece) for piece in burst)
+    async with aclosing(opened[0].chunks()) as chunks:
+        async for chunk in chunks:
+            yield b"".join(_event(body, opened[0], codec, piece) for piece in chunk)
 
 
 def _event(body: GenerateBody, opened: Continuation, codec: TextCodec, piece: Piece) -> bytes:

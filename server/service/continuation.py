@@ -68,7 +68,7 @@ class Owner(Protocol):
 
 
 class Continuation:
-    """A running request. Its ``bursts`` are its text; ``close`` it in a ``finally``, before any await."""
+    """A running request. Its ``chunks`` are its text; ``close`` it in a ``finally``, before any await."""
 
     def __init__(
         self,
@@ -114,19 +114,19 @@ class Continuation:
 
     async def run(self) -> "Continuation":
         """To the end; for answers that come in one piece."""
-        async for _ in self.bursts():
+        async for _ in self.chunks():
             pass
         return self
 
-    async def bursts(self) -> AsyncGenerator[list[Piece], None]:
+    async def chunks(self) -> AsyncGenerator[list[Piece], None]:
         """The pieces as they come, at least one a time: more where the reader is slower than the model."""
         try:
             async for token in self._generation:
-                burst = self._burst(token)
-                self.finish_reason = burst[-1].finish
+                chunk = self._chunk(token)
+                self.finish_reason = chunk[-1].finish
                 if self.finish_reason is not None:
                     self.close()
-                yield burst
+                yield chunk
                 if self.finish_reason is not None:
                     return
             self.finish_reason = "length"  # no token was asked for
@@ -134,13 +134,13 @@ class Continuation:
             self._error = error
             raise
 
-    def _burst(self, token: Token | None) -> list[Piece]:
-        burst: list[Piece] = []
+    def _chunk(self, token: Token | None) -> list[Piece]:
+        chunk: list[Piece] = []
         while token is not None:
-            burst.append(self._piece(token))
-            self.pieces.append(burst[-1])
-            token = None if burst[-1].finish is not None else self._generation.at_hand()
-        return burst
+            chunk.append(self._piece(token))
+            self.pieces.append(chunk[-1])
+            token = None if chunk[-1].finish is not None else self._generation.at_hand()
+        return chunk
 
     def _piece(self, token: Token) -> Piece:
         special = self._service.codec.is_special(token.id)

@@ -47,9 +47,9 @@ __all__ = [
     "Continuation",
     "Conversation",
     "GenerationRequest",
+    "GenerationService",
     "Observer",
     "Piece",
-    "Service",
 ]
 UNREAD = "unread"
 """What metrics call the precision of a request that was refused before it was read."""
@@ -66,7 +66,7 @@ class PoolLike(Protocol):
     def drain_seconds(self) -> float | None: ...
 
 
-class Service:
+class GenerationService:
     """Opens continuations. Places are counted here, before anything is computed for a request."""
 
     def __init__(

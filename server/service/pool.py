@@ -13,7 +13,7 @@ from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
 from loaders.footprint import quantization_warning
 from server.engine.engine import Engine
-from server.engine.fair_lock import Turn
+from server.engine.fair_lock import FairLock
 from server.errors import NotReady, ServiceError
 from server.host import memory
 from server.host.threads import compute_with
@@ -47,7 +47,7 @@ class Pool:
         self.default = settings.precision
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
-        self._turn = Turn() if self.device == "cpu" else None
+        self._turn = FairLock() if self.device == "cpu" else None
         self._states = {name: self._first_state(name) for name in loaders.PRECISIONS}
         self._loads: dict[str, asyncio.Task[Engine]] = {}
         self._loading = asyncio.Lock()

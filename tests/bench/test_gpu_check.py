@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from loaders.base import Availability, LoadedModel
 from loaders.checkpoint import open_checkpoint
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.errors import PrecisionUnavailable
 from server.bench.figures import Figures
 from server.bench.gpu import check, correctness, kernels, models, rivals, speed, suite, targets
@@ -199,7 +199,7 @@ def test_the_check_of_steps_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     """A runner whose rows leak into each other, and one whose replays are not what it computes."""
     model = checkpoints.gpt2()
     spec = specified(model, slots=4, context=128)
-    runner = CapturedRunner(model, spec, RecordedGraphs())
+    runner = GraphRunner(model, spec, RecordedGraphs())
     assert correctness._isolated(runner) == (True, 0.0)
     assert correctness._same_as_generate(runner) == 1.0
     assert runner.captured
@@ -212,7 +212,7 @@ def test_the_check_of_steps_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) 
 
             runner._replays[key] = off
     assert not correctness._equals_eager(runner, spec)
-    plain = CapturedRunner(model, spec, None, why_not="wanted so")
+    plain = GraphRunner(model, spec, None, why_not="wanted so")
     decode = plain.decode
 
     def leak(slots: Any, ids: Any) -> torch.Tensor:
@@ -226,7 +226,7 @@ def test_the_check_of_steps_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_step_that_serves_so_many_rows_and_what_it_costs() -> None:
     model = checkpoints.gpt2()
-    runner = CapturedRunner(model, specified(model, slots=4, steady=False), RecordedGraphs())
+    runner = GraphRunner(model, specified(model, slots=4, steady=False), RecordedGraphs())
     assert kernels.captured_step(runner, 3, 100) is None
     runner.prefill(0, [1])
     step = kernels.captured_step(runner, 3, 100)
@@ -263,7 +263,7 @@ def test_what_came_of_the_kernels_is_noted(tmp_path: Path, monkeypatch: pytest.M
 
     def load(precision: str, _: Any) -> LoadedModel:
         loaded = fake_model(precision)
-        loaded.runner = CapturedRunner(model, spec, RecordedGraphs())
+        loaded.runner = GraphRunner(model, spec, RecordedGraphs())
         return loaded
 
     monkeypatch.setattr("loaders.load", load)

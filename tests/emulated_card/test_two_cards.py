@@ -11,7 +11,7 @@ import loaders
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import OutOfMemory
-from loaders.runners.transformers_runner import TorchRunner
+from loaders.runners.transformers_runner import TransformersRunner
 from tests import checkpoints
 from tests.emulated_card import is_there
 from tests.emulated_card.memory import cards
@@ -47,7 +47,7 @@ def test_it_is_spread_over_both(
     expected = one.prefill(0, [1, 2, 3]), one.decode([0], [5])
     before = [card.now for card in cards]
     loaded = loaders.load(precision, ModelSpec(checkpoint, device="cuda", slots=2))
-    assert isinstance(loaded.runner, TorchRunner)
+    assert isinstance(loaded.runner, TransformersRunner)
     assert loaded.runner.report()["not_captured_because"] == "the model is spread over 2 devices"
     assert all(card.now - was > MEGABYTES for card, was in zip(cards, before, strict=True))
     found = loaded.runner.prefill(0, [1, 2, 3]), loaded.runner.decode([0], [5])

@@ -7,7 +7,7 @@ import torch
 
 from server.engine import device_sampler
 from server.engine.faults import BadLogits
-from server.engine.sampler import Picks, Sampler, distribution
+from server.engine.sampler import PendingTokens, Sampler, distribution
 from server.engine.sequence import Sequence, Token
 from tests.engine.test_sampler import VOCABULARY, logits, sequence
 
@@ -49,7 +49,7 @@ def made(name: str, seed: int = 0, **more: Any) -> Sequence:
     return one
 
 
-def chosen(picks: Picks) -> list[int]:
+def chosen(picks: PendingTokens) -> list[int]:
     ids = []
     for item in picks.wait():
         assert isinstance(item, Token), item

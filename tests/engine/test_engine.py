@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.engine.engine import Engine
-from server.engine.fair_lock import Turn
+from server.engine.fair_lock import FairLock
 from server.engine.faults import DeviceLost
 from server.engine.sequence import SamplingParams, Sequence, StepStats, Token
 from server.engine.token_stream import TokenStream
@@ -303,7 +303,7 @@ def test_a_stalled_step_is_seen_and_failed_streams_end() -> None:
 
 
 def test_turns_are_taken_in_order() -> None:
-    turn, order = Turn(), []
+    turn, order = FairLock(), []
 
     async def take(name: int) -> None:
         def hold() -> None:

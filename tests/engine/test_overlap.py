@@ -11,7 +11,7 @@ import torch
 
 from loaders.runner import DeviceRunner
 from server.engine.faults import DeviceLost
-from server.engine.sampler import Picks, Sampler
+from server.engine.sampler import PendingTokens, Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import SamplingParams, Token
 from server.engine.sequence import Sequence as Row
@@ -119,7 +119,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
     house = House(runner)
     begin = house.sampler.begin
 
-    def watched(*arguments: Any) -> Picks:
+    def watched(*arguments: Any) -> PendingTokens:
         picks = begin(*arguments)
         wait = picks.wait
 

@@ -89,7 +89,7 @@ def test_figures_equal_the_obvious_computation(tmp_path: Path, prefill_chunk: in
     names = ("fp32", "dynamic-int8", "nf4")
     models = {name: loaders.load(name, spec) for name in names}
     ids = load_tokenizer(spec.checkpoint)(PROMPT)["input_ids"]
-    near = 1e-5 if kernels.get() else 2e-3  # torch's kernels round a prompt in stretches differently
+    near = 1e-5 if kernels.get() else 2e-3  # torch's kernels round a prompt in chunks differently
     expected = {name: by_hand(models["fp32"], models[name], ids) for name in names}
 
     async def check(engines: Engines) -> None:
@@ -131,7 +131,7 @@ def test_first_divergence(one: list[int], other: list[int], index: int | None) -
 
 
 def test_the_running_go_on_while_a_prompt_is_scored() -> None:
-    """Its stretches are steps like others: a running stream gets a token in each."""
+    """Its chunks are steps like others: a running stream gets a token in each."""
     runner = FakeRunner(slots=2)
     runner.delay = 0.002
 

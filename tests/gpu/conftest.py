@@ -10,11 +10,11 @@ import torch
 import loaders
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from tests import checkpoints
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
-Load = Callable[..., CapturedRunner]
+Load = Callable[..., GraphRunner]
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +33,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def load(folders: dict[str, Path]) -> Iterator[Load]:
     """Runners of a family in a precision, as a server on the card would have them; closed afterwards."""
-    loaded: list[CapturedRunner] = []
+    loaded: list[GraphRunner] = []
 
-    def make(precision: str = "fp32", family: str = "gpt2", **values: Any) -> CapturedRunner:
+    def make(precision: str = "fp32", family: str = "gpt2", **values: Any) -> GraphRunner:
         able = loaders.availability(precision, "cuda")
         if not able.ok:
             pytest.skip(str(able.reason))
         spec = ModelSpec(open_checkpoint(str(folders[family])), device="cuda", **{"slots": 16, **values})
         runner = loaders.load(precision, spec).runner
-        assert isinstance(runner, CapturedRunner)
+        assert isinstance(runner, GraphRunner)
         loaded.append(runner)
         return runner
 

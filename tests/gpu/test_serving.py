@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.precisions.full import keep_all_bits
 from server.engine.engine import Engine
 from server.engine.sampler import Sampler
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 PROMPTS = [[5, 6, 7], [10] * 90, [3], list(range(20, 60)), [9, 8], [7] * 150, [200, 100, 50]]
 
 
-def engine_of(runner: CapturedRunner, ends: frozenset[int] = frozenset()) -> Engine:
+def engine_of(runner: GraphRunner, ends: frozenset[int] = frozenset()) -> Engine:
     loaded = fake_model()
     loaded.runner = runner
     return Engine(loaded, eos_ids=ends)
@@ -34,7 +34,7 @@ async def tokens(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
     return [token.id async for token in engine.generate(prompt, asked)]
 
 
-def with_engine(runner: CapturedRunner, work: Callable[[Engine], Awaitable[Any]]) -> Any:
+def with_engine(runner: GraphRunner, work: Callable[[Engine], Awaitable[Any]]) -> Any:
     async def main() -> Any:
         engine = engine_of(runner)
         await engine.start()

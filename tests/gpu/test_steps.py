@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loaders.cuda.cuda_graphs import CudaGraphs, release_unused
 from loaders.cuda.forward import LeanGPT2
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from tests.gpu.conftest import PRECISIONS, Load
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,7 @@ FAMILIES = ("gpt2", "llama")
 STEPS = 5
 
 
-def run(runner: CapturedRunner, work: dict[int, list[int]], watched: int) -> list[Tensor]:
+def run(runner: GraphRunner, work: dict[int, list[int]], watched: int) -> list[Tensor]:
     """The logits of the watched slot after each prompt of its own and each of a few steps of all."""
     found = []
     for slot, prompt in work.items():

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from loaders.base import LoadedModel, ModelSpec, Progress
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.memory import device_map, smallest_cache
 from loaders.errors import CheckpointError, OutOfMemory
 from loaders.precisions import bnb, full
 from loaders.runners import select as runners
-from loaders.runners.transformers_runner import TorchRunner
+from loaders.runners.transformers_runner import TransformersRunner
 from server.errors import NotReady
 from server.host import memory
 from server.lifecycle import Lifecycle
@@ -64,18 +64,18 @@ def test_which_runner_and_why_not_captured(card: Callable[[int], None]) -> None:
     card(1000 * SLOT)
     model = checkpoints.gpt2()
     captured = runners.runner_for(model, spec_for(model))
-    assert isinstance(captured, CapturedRunner)
+    assert isinstance(captured, GraphRunner)
     captured.prefill(0, [1])
     assert captured.report()["captured"] is True
     plain = runners.runner_for(model, spec_for(model, cuda_graphs=False))
-    assert isinstance(plain, CapturedRunner)
+    assert isinstance(plain, GraphRunner)
     plain.prefill(0, [1])
     assert plain.report()["captured"] is False
     assert plain.report()["not_captured_because"] == "CUDA_GRAPHS is off"
     spread = checkpoints.gpt2()
     spread.hf_device_map = {"transformer": 0, "lm_head": 1}
     several = runners.runner_for(spread, spec_for(spread))
-    assert isinstance(several, TorchRunner)
+    assert isinstance(several, TransformersRunner)
     assert several.report()["not_captured_because"] == "the model is spread over 2 devices"
 
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_batched_is_refused_on_a_card_too(card: Callable[[int], N
         runners.runner_for(model, replace(specified(model, context=128), device="cuda"))
     llama = checkpoints.llama()
     runner = runners.runner_for(llama, spec_for(llama))
-    assert isinstance(runner, CapturedRunner)
+    assert isinstance(runner, GraphRunner)
     assert not runner.captured  # that is for the thread that makes all calls
     runner.prefill(0, [1])
     assert runner.captured

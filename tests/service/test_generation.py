@@ -19,7 +19,7 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
-from server.service.generation import Continuation, GenerationRequest, Service
+from server.service.generation import Continuation, GenerationRequest, GenerationService
 from server.service.precision_state import Lease, PrecisionState
 from server.service.text.codec import TextCodec
 from server.settings.server import Settings
@@ -64,7 +64,9 @@ class Outcomes:
 
 
 class House:
-    def __init__(self, service: Service, runner: FakeRunner, pool: OneEngine, outcomes: Outcomes) -> None:
+    def __init__(
+        self, service: GenerationService, runner: FakeRunner, pool: OneEngine, outcomes: Outcomes
+    ) -> None:
         self.service, self.runner, self.pool, self.outcomes = service, runner, pool, outcomes
         self.lifecycle = Lifecycle()
 
@@ -80,7 +82,7 @@ def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **optio
         pool, outcomes, lifecycle = OneEngine(engine), Outcomes(), Lifecycle()
         settings = Settings(**options)
         codec = TextCodec(byte_tokenizer())
-        service = Service(settings, fake_checkpoint(folder), codec, pool, outcomes, lifecycle)
+        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, lifecycle)
         house = House(service, runner, pool, outcomes)
         house.lifecycle = lifecycle
         try:
@@ -230,17 +232,17 @@ def test_a_reader_that_was_slower_gets_all_that_is_there_at_once(tmp_path: Path)
 
         house.runner.on_decode = held
         continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
-        bursts = []
-        async with aclosing(continuation.bursts()) as coming:
-            async for burst in coming:
-                bursts.append(burst)
+        chunks = []
+        async with aclosing(continuation.chunks()) as coming:
+            async for chunk in coming:
+                chunks.append(chunk)
                 gate.set()
                 await until(house.pool.engine_rests)
-        assert len(bursts) == 2
-        assert [piece.index for burst in bursts for piece in burst] == list(range(1, 13))
+        assert len(chunks) == 2
+        assert [piece.index for chunk in chunks for piece in chunk] == list(range(1, 13))
         assert [piece.token.id for piece in continuation.pieces] == [p.token.id for p in whole.pieces]
         assert continuation.text == whole.text
-        assert bursts[-1][-1].finish == "length"
+        assert chunks[-1][-1].finish == "length"
 
     with_service(tmp_path, test)
 
@@ -252,8 +254,8 @@ def test_a_burst_ends_at_a_stop_string(tmp_path: Path) -> None:
         request = GenerationRequest(prompt=[65, 66], max_new_tokens=12, stop=(stop,))
         continuation = await house.service.open(request)
         await until(house.pool.engine_rests)
-        (burst,) = [burst async for burst in continuation.bursts()]
-        assert burst[-1].finish == "stop_sequence"
+        (chunk,) = [chunk async for chunk in continuation.chunks()]
+        assert chunk[-1].finish == "stop_sequence"
         assert continuation.text == whole.text[: whole.text.index(stop)]
 
     with_service(tmp_path, test)

@@ -13,7 +13,7 @@ from torch import Tensor
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.cuda.cuda_graphs import release_unused
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.memory import card_free
 from server.bench.reference import load_reference
 from server.bench.session import prompts_of
@@ -116,14 +116,14 @@ def check(precision: str, spec: ModelSpec) -> Correctness:
 
 
 @contextmanager
-def _loaded(precision: str, spec: ModelSpec) -> Iterator[tuple[CapturedRunner, LoadedModel | None]]:
+def _loaded(precision: str, spec: ModelSpec) -> Iterator[tuple[GraphRunner, LoadedModel | None]]:
     if spec.device == "cpu":
         model = load_reference(precision, spec)
-        yield CapturedRunner(model, spec, None, why_not="there is no GPU"), None
+        yield GraphRunner(model, spec, None, why_not="there is no GPU"), None
         return
     loaded = loaders.load(precision, spec)
     try:
-        if not isinstance(loaded.runner, CapturedRunner):
+        if not isinstance(loaded.runner, GraphRunner):
             raise TypeError(f"it runs by {type(loaded.runner).__name__}, which captures nothing")
         yield loaded.runner, loaded
     finally:
@@ -146,7 +146,7 @@ Work = list[tuple[int, list[int]]]
 """Slots and the prompts that go into them."""
 
 
-def _work(runner: CapturedRunner) -> Work:
+def _work(runner: GraphRunner) -> Work:
     """A prompt in every slot: most short, every fourth as long as half the context."""
     found: Work = []
     for slot in range(runner.slots):
@@ -156,7 +156,7 @@ def _work(runner: CapturedRunner) -> Work:
     return found
 
 
-def _run(runner: CapturedRunner, work: Work, watched: int | None = None) -> list[Tensor]:
+def _run(runner: GraphRunner, work: Work, watched: int | None = None) -> list[Tensor]:
     """Prefills, decodes some steps, frees; the logits of all rows, or of the one in the watched slot."""
     slots, found = [slot for slot, _ in work], []
     for slot, prompt in work:
@@ -172,15 +172,15 @@ def _run(runner: CapturedRunner, work: Work, watched: int | None = None) -> list
     return found
 
 
-def _equals_eager(runner: CapturedRunner, spec: ModelSpec) -> bool:
+def _equals_eager(runner: GraphRunner, spec: ModelSpec) -> bool:
     free = card_free() if spec.device == "cuda" else None
-    eager = CapturedRunner(runner.module, spec, None, why_not="to compare with", free=free)
+    eager = GraphRunner(runner.module, spec, None, why_not="to compare with", free=free)
     work = _work(runner)[: eager.slots]
     pairs = zip(_run(runner, work), _run(eager, work), strict=True)
     return all(torch.equal(replayed, launched) for replayed, launched in pairs)
 
 
-def _isolated(runner: CapturedRunner) -> tuple[bool, float]:
+def _isolated(runner: GraphRunner) -> tuple[bool, float]:
     """Alone, and in the middle of all others, which were there before."""
     work = _work(runner)
     slot, prompt = work[len(work) // 2]
@@ -190,7 +190,7 @@ def _isolated(runner: CapturedRunner) -> tuple[bool, float]:
     return all(torch.equal(a, b) for a, b in zip(alone, among, strict=True)), max(differences)
 
 
-def _same_as_generate(runner: CapturedRunner) -> float:
+def _same_as_generate(runner: GraphRunner) -> float:
     (prompt,) = prompts_of(1, 12, runner.vocabulary)
     tokens = min(_TOKENS, runner.context - len(prompt) - 1)
     logits = runner.prefill(0, prompt)

@@ -12,7 +12,7 @@ import loaders
 from loaders.base import ModelSpec
 from loaders.cuda import buckets
 from loaders.cuda.cuda_graphs import Replay
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 
 _REPEAT = 20
 _MICRO = 1e-3  # of a millisecond
@@ -54,7 +54,7 @@ def step_costs(precision: str, spec: ModelSpec, batches: Sequence[int], tokens: 
     loaded = loaders.load(precision, spec)
     try:
         runner, found = loaded.runner, {}
-        if isinstance(runner, CapturedRunner):
+        if isinstance(runner, GraphRunner):
             runner.prefill(0, [0])  # captures
             for batch in batches:
                 if (step := captured_step(runner, batch, tokens)) is not None:
@@ -65,7 +65,7 @@ def step_costs(precision: str, spec: ModelSpec, batches: Sequence[int], tokens: 
         loaded.close()
 
 
-def captured_step(runner: CapturedRunner, rows: int, tokens: int) -> Captured | None:
+def captured_step(runner: GraphRunner, rows: int, tokens: int) -> Captured | None:
     """
     Args:
         rows: of the step; the smallest that was captured for as many is taken.

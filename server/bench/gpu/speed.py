@@ -9,7 +9,7 @@ from typing import Any
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.runner import DeviceRunner, ReportingRunner
 from server.bench.bandwidth import MemorySpeed
 from server.bench.gpu import rivals
@@ -76,14 +76,14 @@ def _inspect(subject: Subject, name: str, loaded: LoadedModel) -> None:
         "working_bytes": runner.working_bytes if isinstance(runner, DeviceRunner) else 0,
         "steps": [],
     }
-    if isinstance(runner, CapturedRunner):
+    if isinstance(runner, GraphRunner):
         found["steps"] = [step for batch in plan.batches for step in _replayed(subject, name, loaded, batch)]
     subject.result.note("loaded", found)
 
 
 def _replayed(subject: Subject, name: str, loaded: LoadedModel, batch: int) -> Iterator[dict[str, Any]]:
     """A step by the device's clock beside what came out end to end."""
-    assert isinstance(loaded.runner, CapturedRunner)
+    assert isinstance(loaded.runner, GraphRunner)
     plan = subject.plan
     step = captured_step(loaded.runner, batch, plan.prompt + plan.tokens)
     row = subject.result.ours(subject.model, loaded.precision, batch, name)

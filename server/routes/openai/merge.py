@@ -35,9 +35,9 @@ async def merged(continuations: Sequence[Continuation]) -> AsyncGenerator[Item]:
 
 
 async def _from(index: int, one: Continuation) -> AsyncGenerator[Item, None]:
-    async with aclosing(one.bursts()) as bursts:
-        async for burst in bursts:
-            yield index, burst
+    async with aclosing(one.chunks()) as chunks:
+        async for chunk in chunks:
+            yield index, chunk
     if not one.pieces:
         yield index, []
 

@@ -134,7 +134,7 @@ def _missing_bytes(vocabulary: dict[str, int]) -> bytes:
 
 
 def _covers_everything(model: models.BPE, vocabulary: dict[str, int]) -> bool:
-    """Whether no stretch of text is dropped, or becomes one unknown token."""
+    """Whether no chunk of text is dropped, or becomes one unknown token."""
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         return True
     return model.unk_token is not None and not model.fuse_unk

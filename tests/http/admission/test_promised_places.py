@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from server.http.middleware import Envelope
+from server.http.middleware import RequestContext
 from tests.conftest import Loads, serving, wait_until
 from tests.http.connection.test_early_refusal import BODY, KEY, answer, kept
 from tests.http.connection.test_slow_clients import connected, request_for, status_of
@@ -23,9 +23,9 @@ def test_a_free_place_lets_one_request_into_the_framework(
 ) -> None:
     """However many come before it has reserved its place."""
     app, entered = make_app(max_concurrent_requests=1), []
-    real = Envelope.__call__
+    real = RequestContext.__call__
 
-    async def counted(self: Envelope, scope: Any, *rest: Any) -> None:
+    async def counted(self: RequestContext, scope: Any, *rest: Any) -> None:
         entered.append(scope["path"])
         await real(self, scope, *rest)
 
@@ -33,7 +33,7 @@ def test_a_free_place_lets_one_request_into_the_framework(
         gate = Gate(loads.runners["fp32"])
         request = request_for("/generate", BODY)
         clients = [opened.enter_context((kept if is_kept else connected)(address)) for _ in range(20)]
-        monkeypatch.setattr(Envelope, "__call__", counted)
+        monkeypatch.setattr(RequestContext, "__call__", counted)
         for client in clients:
             client.sendall(request)
         wait_until(lambda: len(select.select(clients, [], [], 0.1)[0]) == 19)

@@ -22,7 +22,7 @@ from server.http.admission.admission_control import AdmissionControl
 from server.http.admission.promised_places import Promise
 from server.http.admission.refusal_log import LINES_PER_SECOND, RefusalLog
 from server.http.connection.early_refusal import EarlyRefusal, Refusal
-from server.http.middleware import Envelope
+from server.http.middleware import RequestContext
 from server.http.redaction import Redaction
 from server.settings.server import Settings
 from tests.conftest import Loads, serving, until, wait_until
@@ -87,7 +87,7 @@ def test_a_refusal_never_reaches_the_framework(
     request = request_for(path, BODY, "X-Request-ID: mine", "Connection: keep-alive")
     with full(app, loads) as address, (kept if is_kept else connected)(address) as connection:
         with monkeypatch.context() as patch:
-            patch.setattr(Envelope, "__call__", pytest.fail)
+            patch.setattr(RequestContext, "__call__", pytest.fail)
             connection.sendall(request)
             head, body = answer(connection)
         told = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}

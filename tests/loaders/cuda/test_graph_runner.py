@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loaders.base import ModelSpec
 from loaders.cuda import buckets
-from loaders.cuda.graph_runner import CapturedRunner, Key
+from loaders.cuda.graph_runner import GraphRunner, Key
 from loaders.cuda.memory import fitting_slots, spread
 from loaders.errors import OutOfMemory
 from loaders.runner import DeviceRunner
@@ -32,7 +32,7 @@ def specified(model: PreTrainedModel, slots: int = 4, context: int = 256, steady
     return ModelSpec(whole, slots=slots, batch_invariant=steady)
 
 
-def continuation(runner: CapturedRunner, slot: int, prompt: list[int], count: int) -> list[int]:
+def continuation(runner: GraphRunner, slot: int, prompt: list[int], count: int) -> list[int]:
     logits = runner.prefill(slot, prompt)
     assert logits is not None
     found = [int(logits.argmax())]
@@ -46,7 +46,7 @@ def continuation(runner: CapturedRunner, slot: int, prompt: list[int], count: in
 @pytest.mark.parametrize("steady", [True, False])
 def test_replayed_steps_give_the_tokens_of_generate(make: Make, steady: bool) -> None:
     model, graphs = make(), RecordedGraphs()
-    runner = CapturedRunner(model, specified(model, steady=steady), graphs)
+    runner = GraphRunner(model, specified(model, steady=steady), graphs)
     for slot, length in ((2, 5), (0, 140), (2, 9), (3, 16)):
         prompt = [(7 * i) % 300 + 5 for i in range(length)]
         assert continuation(runner, slot, prompt, 12) == reference(model, prompt, 12)
@@ -57,8 +57,8 @@ def test_replayed_steps_give_the_tokens_of_generate(make: Make, steady: bool) ->
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_replayed_and_plain_steps_compute_the_same(make: Make) -> None:
     model = make()
-    captured = CapturedRunner(model, specified(model), RecordedGraphs())
-    plain = CapturedRunner(model, specified(model), None, why_not="wanted so")
+    captured = GraphRunner(model, specified(model), RecordedGraphs())
+    plain = GraphRunner(model, specified(model), None, why_not="wanted so")
     for runner in (captured, plain):
         runner.prefill(0, [4] * 30)
         runner.prefill(1, [5, 6, 7])
@@ -73,7 +73,7 @@ def test_replayed_and_plain_steps_compute_the_same(make: Make) -> None:
 def test_a_row_is_untouched_by_its_mates(steady: bool) -> None:
     """Slot 1 is half way through its prompt while the others decode; a freed one is taken anew."""
     model = checkpoints.gpt2()
-    runner = CapturedRunner(model, specified(model, steady=steady), RecordedGraphs())
+    runner = GraphRunner(model, specified(model, steady=steady), RecordedGraphs())
     prompt = list(range(20, 90))
     runner.prefill(0, [5] * 40)
     runner.prefill(1, prompt[:33], "none")
@@ -91,7 +91,7 @@ def test_a_row_is_untouched_by_its_mates(steady: bool) -> None:
 
 def test_contexts_grow_from_one_captured_size_to_the_next() -> None:
     model = checkpoints.gpt2(context=600)
-    runner = CapturedRunner(model, specified(model, 2, 600), RecordedGraphs())
+    runner = GraphRunner(model, specified(model, 2, 600), RecordedGraphs())
     assert buckets.contexts(600) == (256, 512, 608)
     ids = [(11 * i) % 310 + 2 for i in range(600)]
     whole = runner.score(ids)
@@ -112,7 +112,7 @@ def test_contexts_grow_from_one_captured_size_to_the_next() -> None:
 
 def test_tokens_that_are_on_the_device_already() -> None:
     model = checkpoints.gpt2()
-    runner = CapturedRunner(model, specified(model), RecordedGraphs())
+    runner = GraphRunner(model, specified(model), RecordedGraphs())
     for slot in (0, 2, 3):
         runner.prefill(slot, [30 + slot] * 4)
     found = runner.decode_from([3, 0], torch.tensor([7, 8]))
@@ -122,7 +122,7 @@ def test_tokens_that_are_on_the_device_already() -> None:
 
 def test_a_slot_that_was_broken_serves_the_next_sequence() -> None:
     model = checkpoints.gpt2()
-    runner = CapturedRunner(model, specified(model), RecordedGraphs())
+    runner = GraphRunner(model, specified(model), RecordedGraphs())
     runner.prefill(1, [9] * 50)
     held = runner._cache
     assert held is not None
@@ -134,7 +134,7 @@ def test_a_slot_that_was_broken_serves_the_next_sequence() -> None:
 @pytest.mark.parametrize("which", [1, 3])
 def test_a_capture_that_fails_leaves_plain_steps_and_its_reason(which: int) -> None:
     model, graphs = checkpoints.gpt2(), RecordedGraphs({which: RuntimeError("not permitted\nin detail")})
-    runner = CapturedRunner(model, specified(model), graphs)
+    runner = GraphRunner(model, specified(model), graphs)
     assert continuation(runner, 0, [5, 6, 7], 8) == reference(model, [5, 6, 7], 8)
     assert runner.report()["captured"] is False
     assert runner.report()["not_captured_because"] == "RuntimeError: not permitted"
@@ -151,7 +151,7 @@ def test_a_forward_pass_that_waits_for_the_host_is_not_captured() -> None:
             num_attention_heads=2, max_position_embeddings=256, rope_parameters=rope,
         )
     ).eval()  # fmt: skip
-    runner = CapturedRunner(model, specified(model), RecordedGraphs())
+    runner = GraphRunner(model, specified(model), RecordedGraphs())
     assert continuation(runner, 0, [5, 6, 7], 4) == reference(model, [5, 6, 7], 4)
     assert "not permitted when stream is capturing" in runner.report()["not_captured_because"]
 
@@ -168,7 +168,7 @@ def test_an_engine_a_step_ahead_gives_the_tokens_of_generate(make: Make, steady:
 
     async def run() -> list[list[int]]:
         loaded = fake_model()
-        runner = CapturedRunner(model, specified(model, steady=steady), RecordedGraphs())
+        runner = GraphRunner(model, specified(model, steady=steady), RecordedGraphs())
         assert isinstance(runner, DeviceRunner)
         loaded.runner = runner
         engine = Engine(loaded, eos_ids=ends, prefill_chunk=48)
@@ -188,7 +188,7 @@ def test_an_engine_a_step_ahead_gives_the_tokens_of_generate(make: Make, steady:
 
 def test_a_step_that_failed_is_tried_again_in_the_same_places() -> None:
     model = checkpoints.gpt2()
-    runner = CapturedRunner(model, specified(model), None)
+    runner = GraphRunner(model, specified(model), None)
     runner.prefill(0, [5, 6])
     runner.prefill(2, [7, 8, 9])
     run, broken = runner._run, [True]
@@ -208,7 +208,7 @@ def test_a_step_that_failed_is_tried_again_in_the_same_places() -> None:
 
 def test_the_cache_is_counted_and_dropped() -> None:
     model = checkpoints.gpt2()
-    runner = CapturedRunner(model, specified(model), RecordedGraphs())
+    runner = GraphRunner(model, specified(model), RecordedGraphs())
     assert runner.kv_cache_bytes == 2 * 2 * (4 + 1) * 256 * 64 * 4
     assert runner.token_bytes == 2 * 2 * 64 * 4
     assert runner.working_bytes == 4 * (4 + 1) * VOCABULARY + 8 * 256
@@ -221,7 +221,7 @@ def test_the_cache_is_counted_and_dropped() -> None:
 def test_as_many_slots_as_there_is_room_for() -> None:
     model = checkpoints.gpt2()
     slot = 2 * 2 * 256 * 64 * 4
-    runner = CapturedRunner(model, specified(model), RecordedGraphs(), free=8 * slot)
+    runner = GraphRunner(model, specified(model), RecordedGraphs(), free=8 * slot)
     assert runner.slots == 2  # half of nine tenths holds three, one of which is nobody's
     assert continuation(runner, 1, [5, 6], 4) == reference(model, [5, 6], 4)
     assert fitting_slots(4, slot, 3 * slot) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loaders.cuda import static_inputs
-from loaders.cuda.graph_runner import CapturedRunner, Key
+from loaders.cuda.graph_runner import GraphRunner, Key
 from tests import checkpoints
 from tests.loaders.cuda.test_graph_runner import specified
 from tests.recorded_graphs import RecordedGraphs
@@ -19,7 +19,7 @@ class Pair:
         self.dice = random.Random(seed)
         model = checkpoints.gpt2()
         self.by_itself, self.told = (
-            CapturedRunner(model, specified(model, steady=steady), RecordedGraphs()) for _ in range(2)
+            GraphRunner(model, specified(model, steady=steady), RecordedGraphs()) for _ in range(2)
         )
         self.held: dict[int, int] = {}
 

@@ -90,7 +90,7 @@ def test_a_model_is_taken_in_whole_and_tied_weights_stay_tied() -> None:
     arena = Arena()
     below.weight.data = first = arena.place(below.weight.data)
     before = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    arena.take_in(model)
+    arena.move_remaining(model)
     assert torch.equal(model(x), expected)
     assert above.weight.data_ptr() == below.weight.data_ptr() == first.data_ptr()
     after = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from loaders.cuda.graph_runner import CapturedRunner
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.static_cache import Unsuitable
-from loaders.runners.transformers_runner import TorchRunner
+from loaders.runners.transformers_runner import TransformersRunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from tests.fakes import fake_model
@@ -45,7 +45,7 @@ def generated(prompts: list[tuple[list[int], int]], chunk: int) -> list[list[int
 
     async def run() -> list[list[int]]:
         loaded, model = fake_model(), phi3()
-        loaded.runner = TorchRunner(model, spec_of(model))
+        loaded.runner = TransformersRunner(model, spec_of(model))
         engine = Engine(loaded, eos_ids=frozenset(), prefill_chunk=chunk, prefill_chunk_busy=chunk)
         await engine.start()
 
@@ -62,7 +62,7 @@ def generated(prompts: list[tuple[list[int], int]], chunk: int) -> list[list[int
 def test_a_prompt_in_chunks_has_the_log_probabilities_of_one_pass() -> None:
     async def run() -> list[float]:
         loaded, model = fake_model(), phi3()
-        loaded.runner = TorchRunner(model, spec_of(model))
+        loaded.runner = TransformersRunner(model, spec_of(model))
         engine = Engine(loaded, eos_ids=frozenset(), prefill_chunk=32)
         await engine.start()
         generation = engine.generate(LONG, SamplingParams(max_new_tokens=1, prompt_logprobs=True))
@@ -88,7 +88,7 @@ def test_rows_on_both_sides_and_across_are_those_of_generate(chunk: int) -> None
 
 def test_the_rows_of_a_step_do_not_share_their_rotation() -> None:
     model = phi3()
-    runner = TorchRunner(phi3(), spec_of(model))
+    runner = TransformersRunner(phi3(), spec_of(model))
     for slot, prompt in enumerate((LONG, LONG[:20])):
         for start in range(0, len(prompt), 32):
             runner.prefill(slot, prompt[start : start + 32])
@@ -105,7 +105,7 @@ def test_the_rows_of_a_step_do_not_share_their_rotation() -> None:
 
 def test_a_step_that_failed_while_computing_again_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
     model = phi3()
-    runner = TorchRunner(phi3(), spec_of(model))
+    runner = TransformersRunner(phi3(), spec_of(model))
     runner.prefill(0, LONG[:ORIGINAL])
     monkeypatch.setattr("loaders.runners.transformers_runner._AGAIN", 16)
     forward, calls = runner._forward, []
@@ -126,8 +126,8 @@ def test_a_step_that_failed_while_computing_again_is_made_good(monkeypatch: pyte
 def test_captured_steps_are_for_texts_of_one_rotation() -> None:
     model = phi3()
     with pytest.raises(Unsuitable, match="LongRoPE"):
-        CapturedRunner(model, spec_of(model), None)
-    runner = CapturedRunner(model, replace(spec_of(model), context=ORIGINAL), None)
+        GraphRunner(model, spec_of(model), None)
+    runner = GraphRunner(model, replace(spec_of(model), context=ORIGINAL), None)
     last = runner.prefill(0, LONG[:ORIGINAL])
     assert last is not None
     torch.testing.assert_close(last[0], one_pass(model, LONG[:ORIGINAL])[-1], atol=1e-4, rtol=1e-4)
@@ -142,7 +142,7 @@ def test_dynamic_ntk_never_begins_within_the_context() -> None:
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    runner = TorchRunner(model, replace(spec_of(model), context=ORIGINAL))
+    runner = TransformersRunner(model, replace(spec_of(model), context=ORIGINAL))
     expected = one_pass(model, LONG[:ORIGINAL])
     for start in range(0, ORIGINAL - 1, 9):
         runner.prefill(0, LONG[start : start + 9])

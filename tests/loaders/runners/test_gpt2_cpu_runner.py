@@ -12,7 +12,7 @@ from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.pretrained import load_pretrained
-from loaders.runners.gpt2_cpu_runner import GPT2Runner
+from loaders.runners.gpt2_cpu_runner import GPT2CPURunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest, spec: ModelSpec) -> LoadedModel:
 
 
 def test_it_serves_gpt2_in_every_precision(model: LoadedModel) -> None:
-    assert isinstance(model.runner, GPT2Runner)
+    assert isinstance(model.runner, GPT2CPURunner)
     assert "compiled" in model.details["kernels"]
 
 
@@ -74,7 +74,7 @@ def test_the_way_a_prompt_is_cut_changes_no_bit(model: LoadedModel) -> None:
 def test_a_prompt_and_running_rows_in_one_pass(model: LoadedModel) -> None:
     """Bit for bit what prefill and decode give one after the other."""
     runner = model.runner
-    assert isinstance(runner, GPT2Runner)
+    assert isinstance(runner, GPT2CPURunner)
 
     def begin() -> None:
         runner.prefill(1, PROMPT[:20], "none")

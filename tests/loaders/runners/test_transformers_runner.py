@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from loaders.base import Checkpoint, ModelSpec
-from loaders.runners.transformers_runner import TorchRunner
+from loaders.runners.transformers_runner import TransformersRunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from tests import checkpoints
@@ -44,7 +44,7 @@ def test_greedy_equals_generate_alone_and_in_mixed_batches(family: str) -> None:
 
     async def run(together: bool) -> list[list[int]]:
         loaded = fake_model()
-        loaded.runner = TorchRunner(model, spec_of(model))
+        loaded.runner = TransformersRunner(model, spec_of(model))
         engine = Engine(loaded, eos_ids=frozenset({0}), prefill_chunk=16)
         await engine.start()
 
@@ -68,7 +68,7 @@ def test_greedy_equals_generate_alone_and_in_mixed_batches(family: str) -> None:
 def test_what_a_broken_sequence_left_does_not_reach_the_next(family: str) -> None:
     """NaN keys in a freed slot stay out of sight, also of rows shorter than their batch-mates."""
     model = MAKERS[family]()
-    runner = TorchRunner(model, spec_of(model))
+    runner = TransformersRunner(model, spec_of(model))
     runner.prefill(0, [5] * 40)
     with torch.inference_mode():
         for tensor in (*runner._cache._keys, *runner._cache._values):
@@ -84,7 +84,7 @@ def test_what_a_broken_sequence_left_does_not_reach_the_next(family: str) -> Non
 
 def test_slots_in_any_order() -> None:
     model = checkpoints.llama()
-    runner = TorchRunner(model, spec_of(model))
+    runner = TransformersRunner(model, spec_of(model))
     prompts = {3: [5, 6], 0: [7, 8, 9], 2: [11]}
     for slot, prompt in prompts.items():
         runner.prefill(slot, prompt)
@@ -101,7 +101,7 @@ def test_a_sliding_window_is_kept() -> None:
     )  # fmt: skip
     model = MistralForCausalLM(config).eval()
     prompt = list(range(30, 70))
-    runner = TorchRunner(model, spec_of(model))
+    runner = TransformersRunner(model, spec_of(model))
     logits = runner.prefill(0, prompt)
     assert logits is not None
     found = [int(logits.argmax())]
@@ -112,7 +112,7 @@ def test_a_sliding_window_is_kept() -> None:
 
 def test_more_than_a_slot_holds_is_refused_and_the_slot_unharmed() -> None:
     model = checkpoints.gpt2()
-    runner = TorchRunner(model, spec_of(model))
+    runner = TransformersRunner(model, spec_of(model))
     runner.prefill(0, [5] * 250)
     with pytest.raises(ValueError, match="do not fit"):
         runner.prefill(0, [5] * 10)
@@ -124,7 +124,7 @@ def test_more_than_a_slot_holds_is_refused_and_the_slot_unharmed() -> None:
 @pytest.mark.parametrize("make", MAKERS.values())
 def test_the_cache_is_counted_from_its_tensors(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
-    runner = TorchRunner(model, spec_of(model))
+    runner = TransformersRunner(model, spec_of(model))
     runner.prefill(0, [1])
     config = model.config
     heads = config.num_key_value_heads if isinstance(config, LlamaConfig) else config.n_head
