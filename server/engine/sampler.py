@@ -41,7 +41,7 @@ class PendingTokens:
 
 
 class Sampler:
-    """PendingTokens the next token of each row.
+    """Picks the next token of each row.
 
     Args:
         eos_ids: tokens that end a sequence (unless it ignores them).
