@@ -21,7 +21,7 @@ def bounds_of(settings: Settings) -> Bounds:
     )
 
 
-def resolved(settings: Settings, reports: Reports) -> tuple[Settings, Choice | None]:
+def resolve_default(settings: Settings, reports: Reports) -> tuple[Settings, Choice | None]:
     """The settings with a precision's name as the default, and why it is that one where it was ``AUTO``.
 
     Raises:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from loaders.base import Checkpoint
+from server.activity import Activity
 from server.errors import GenerationFailed, NotReady, Overloaded
 from server.host import memory
 from server.host.subprocesses import start_command
@@ -41,13 +42,14 @@ class Reports:
     """Event loop only.
 
     Args:
-        busy: whether the server has anything to do; a measurement under way stands still meanwhile.
+        activity: of the server; unless it is idle, the measuring process is suspended.
     """
 
     def __init__(
-        self, settings: ModelSettings, checkpoint: Checkpoint, busy: Callable[[], bool] = lambda: False
+        self, settings: ModelSettings, checkpoint: Checkpoint, activity: Activity | None = None
     ) -> None:
-        self._settings, self._spec, self._busy = settings, settings.spec(checkpoint, slots()), busy
+        self._settings, self._spec = settings, settings.spec(checkpoint, slots())
+        self._activity = activity or Activity()
         self.subject: Subject | None = None
         self._seen: tuple[Any, Report | None] = (None, None)
         self._making = False
@@ -155,7 +157,7 @@ class Reports:
             target, stopped, quiet_since = psutil.Process(process.pid), False, 0.0
             while process.returncode is None:
                 now = time.monotonic()
-                if self._busy():
+                if not self._activity.is_idle():
                     quiet_since = now
                     if not stopped:
                         target.suspend()

@@ -14,11 +14,12 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.report import plots, store
+from server.report.auto import resolve_default
 from server.report.background import Reports
 from server.report.subject import Reading
 from server.settings.server import Settings
 from tests import checkpoints
-from tests.conftest import entered, until, wait_until
+from tests.conftest import Loads, entered, until, wait_until
 from tests.fakes import fake_checkpoint
 from tests.routes.test_generate import PROMPT
 
@@ -199,20 +200,29 @@ def test_bounds_that_are_none(client: TestClient, body: dict[str, Any], status: 
     assert ask(client, **body).status_code == status
 
 
-def test_auto_as_the_servers_default(tmp_path: Path, make_client: Callable[..., TestClient]) -> None:
-    settings = Settings(precisions="fp32,bf16", device="cpu")
-    reports = Reports(settings, fake_checkpoint(tmp_path))
+def test_auto_as_the_servers_default(tmp_path: Path, loads: Loads) -> None:
+    checkpoint = fake_checkpoint(tmp_path)
+    settings = Settings(
+        precision="auto",
+        precisions="fp32,bf16",
+        device="cpu",
+        auto_max_perplexity_increase=0.2,
+        auto_prefer="memory",
+    )
+    reports = Reports(settings, checkpoint)
     asyncio.run(reports.find_subject())
     keep_report(reports)
-    client = make_client(precision="auto", auto_max_perplexity_increase=0.2, auto_prefer="memory")
-    assert client.get("/health").json()["precision"] == "nf4"
-    assert client.get("/info").json()["precision"] == "nf4"
-    reply = ask(client).json()
-    assert (reply["precision"], reply["precision_requested"]) == ("nf4", "auto")
-    assert reply["auto"]["decided_by"] == ["prefer"]
-    assert ask(client, precision="fp32").json()["precision"] == "fp32"
-    # a request's own bounds go before the server's
-    assert ask(client, auto={"prefer": "quality"}).json()["precision"] == "fp32"
+    app = create_app(*resolve_default(settings, reports), open_checkpoint=lambda *_: checkpoint, load=loads)
+    with TestClient(app) as client:
+        wait_until(lambda: client.get("/health").status_code == 200)
+        assert client.get("/health").json()["precision"] == "nf4"
+        assert client.get("/info").json()["precision"] == "nf4"
+        reply = ask(client).json()
+        assert (reply["precision"], reply["precision_requested"]) == ("nf4", "auto")
+        assert reply["auto"]["decided_by"] == ["prefer"]
+        assert ask(client, precision="fp32").json()["precision"] == "fp32"
+        # a request's own bounds go before the server's
+        assert ask(client, auto={"prefer": "quality"}).json()["precision"] == "fp32"
 
 
 def test_auto_as_the_default_without_a_report_is_refused_at_the_start(
