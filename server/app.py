@@ -1,4 +1,4 @@
-"""The application: what it holds, what it answers, and in what order a request passes through."""
+"""The ASGI app: routes, exception handlers, middleware in order, lifespan."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -40,13 +40,13 @@ def create_app(
     open_checkpoint: Callable[..., Checkpoint] = loaders.checkpoint.open_checkpoint,
     load: Callable[..., LoadedModel] = loaders.load,
 ) -> FastAPI:
-    """The service for one model. Nothing is read or loaded before its lifespan begins.
+    """The app that serves one model. Nothing is read or loaded before its lifespan begins.
 
     Args:
-        settings: how to serve; held by everything in the app, so ``precision`` is resolved before.
-        default_choice: why it is that precision, if the report chose it.
-        open_checkpoint: finds the model: (model id, revision) → ``Checkpoint``.
-        load: loads one precision of it; as ``loaders.load``.
+        settings: the one instance that everything in the app holds; ``precision`` is resolved, not ``AUTO``.
+        default_choice: why the report chose ``settings.precision``, if it did.
+        open_checkpoint: (model id, revision) → ``Checkpoint``.
+        load: loads one precision; same signature as ``loaders.load``.
     """
     assert settings.precision != AUTO
 
@@ -58,7 +58,7 @@ def create_app(
         async with _running(state):
             yield
 
-    app = FastAPIOffline(  # /docs with its scripts at hand: FastAPI's own page fetches them from elsewhere
+    app = FastAPIOffline(  # serves the scripts of /docs itself; FastAPI's page loads them from a CDN
         redoc_url=None,
         static_url="/docs/static",
         title="bitdial",
@@ -69,7 +69,7 @@ def create_app(
     )
     admission = AdmissionControl(Auth(app, settings), settings)
     early_refusal = _make_early_refusal(admission, settings)
-    app.state.settings, app.state.early_refusal = settings, early_refusal  # until the lifespan begins
+    app.state.settings, app.state.early_refusal = settings, early_refusal  # until then: see AppState
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     for module in (generate, openai, compare, report, tokenize, stats, precisions, health, favicon):
@@ -82,7 +82,7 @@ def create_app(
 
 @asynccontextmanager
 async def _running(state: AppState) -> AsyncIterator[None]:
-    """Loads precisions, watches the engines and replays requests; stops all of it at the end."""
+    """Starts what runs in the background, and stops it and the engines on exit."""
     state.pool.start()
     tasks = [asyncio.create_task(watch(state.pool, state.lifecycle, state.settings.hang_timeout))]
     if state.shadow is not None:
@@ -110,7 +110,7 @@ def _make_early_refusal(admission: AdmissionControl, settings: Settings) -> Earl
 
 
 def _add_middleware(app: FastAPI, settings: Settings, admission: AdmissionControl) -> None:
-    """Middleware, the innermost first."""
+    """Adds the middleware, innermost first."""
     app.add_middleware(HeadAsGet)
     app.add_middleware(AdmissionMiddleware, admission=admission)
     if settings.otlp_endpoint is not None:
@@ -124,7 +124,7 @@ def _add_middleware(app: FastAPI, settings: Settings, admission: AdmissionContro
             CORSMiddleware,
             allow_origins=list(settings.cors_allow_origin),
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # clients have their own beside ours; none is taken for an identity
+            allow_headers=["*"],  # clients send headers of their own; no header identifies a user
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
     app.add_middleware(RequestContext, settings=settings)
@@ -136,11 +136,11 @@ async def _on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """The framework's own refusals, in the dialect of the path."""
+    """Starlette's own errors, in the dialect of the path."""
     assert isinstance(error, HTTPException)
     headers: Mapping[str, Any] = error.headers or {}
     if error.status_code == 405:
-        # a mounted app's own routes are not among these
+        # app.routes lacks the routes of mounted apps
         headers = {**headers, "Allow": allowed(request.app.routes, request.scope) or headers.get("Allow", "")}
     return error_response(_translated(error.status_code), request.scope, headers)
 

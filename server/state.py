@@ -1,4 +1,4 @@
-"""What the running app holds: built once by the lifespan, read by routes through ``state_of``."""
+"""The objects of the running app: built by the lifespan, read by routes through ``state_of``."""
 
 import asyncio
 import time
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AppState:
-    """One instance for each run of the lifespan; its objects are used on the event loop only."""
+    """``app.state`` once the lifespan runs; before, it has ``settings`` and ``early_refusal`` alone."""
 
     settings: Settings
     """The only ``Settings`` of the app; ``precision`` is never ``AUTO``."""
     default_choice: Choice | None
-    """Why ``settings.precision`` is the default, if it was chosen by the report."""
+    """Why the report chose ``settings.precision``, if it did."""
     early_refusal: EarlyRefusal
-    """Read by every server that is configured for the app."""
+    """Read by ``ServerConfig``."""
     checkpoint: Checkpoint
     codec: TextCodec
     chat: ChatRenderer | None
@@ -53,11 +53,11 @@ class AppState:
     quantization_reports: QuantizationReports
     shadow: Shadow | None
     comparing: asyncio.Lock
-    """Held by the comparison that runs."""
+    """Held by the running comparison: one at a time."""
     started: float
     """The start time of the server, in seconds since the epoch."""
     started_monotonic: float
-    """The same moment on a clock that is never set, for differences."""
+    """The same moment on the monotonic clock, which is never set."""
 
     def uptime(self) -> float:
         """Seconds since ``started``."""
@@ -65,17 +65,17 @@ class AppState:
 
     @property
     def in_flight(self) -> int:
-        """Requests that hold a place."""
+        """Places taken by requests."""
         return self.service.in_flight
 
     def fail_running(self, reason: str) -> None:
-        """Ends what runs and waits with an error."""
+        """Ends all running and waiting sequences with an error."""
         for engine in self.pool.engines:
             engine.fail(reason)
 
 
 def state_of(app: Starlette) -> AppState:
-    """The state of an app whose lifespan has begun."""
+    """The typed ``app.state`` of an app whose lifespan has begun."""
     state: object = app.state
     assert isinstance(state, AppState)
     return state
@@ -88,7 +88,7 @@ async def build_state(
     open_checkpoint: Callable[..., Checkpoint],
     load: Callable[..., LoadedModel],
 ) -> AppState:
-    """Opens the checkpoint and builds what serves it; no precision is loaded yet.
+    """Opens the checkpoint and builds everything around it; loads no precision.
 
     Raises:
         LoaderError: the checkpoint or its tokenizer can't be read.

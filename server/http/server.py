@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class ServedState(Protocol):
-    """What is needed of ``server.state.AppState``."""
+    """What the process reads and calls of ``server.state.AppState``."""
 
     @property
     def lifecycle(self) -> Lifecycle: ...

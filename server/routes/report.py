@@ -65,13 +65,13 @@ async def make(request: Request) -> Response:
     state = state_of(request.app)
     values = await read_object(request) if await request.body() else {}
     body = validate(ReportBody, values, state.settings)
-    wishes = {
+    options = {
         "precisions": _chosen(state, body.precisions),
         "quality": body.quality,
         "plots": _draws(body.plots),
         "fresh": body.fresh,
     }
-    events = state.reports.make(wishes, body.text)
+    events = state.reports.make(options, body.text)
     first = await anext(events, None)  # refusals have their own status
     return EventStream(_told(state, first, events), state.reports.abandon, {})
 

@@ -339,13 +339,13 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Sleeper(monkeypatch)
-    wishes = {"precisions": ["fp32"], "quality": True, "plots": False, "fresh": False}
+    options = {"precisions": ["fp32"], "quality": True, "plots": False, "fresh": False}
 
     async def watch() -> None:
         app = make_app()
         async with entered(app) as client:
             reports, service = app.state.reports, app.state.service
-            events = reports.make(wishes, None)
+            events = reports.make(options, None)
             assert [await anext(events), await anext(events)] == [{"status": "starting"}, {"status": 1}]
             process = psutil.Process(reports._process.pid)
             second = await client.post("/report", json={"plots": False})
@@ -357,7 +357,7 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
                 await until(lambda: process.status() == psutil.STATUS_STOPPED)
                 await events.aclose()  # killed, although it stands still
             assert not process.is_running()
-            again = reports.make(wishes, None)
+            again = reports.make(options, None)
             await anext(again)
             process = psutil.Process(reports._process.pid)
         wait_until(lambda: not process.is_running())  # with the server

@@ -17,7 +17,7 @@ _PLACED = _GENERATING | {"/compare", "/tokenize"}
 
 
 class Places(Protocol):
-    """What is needed of ``server.service.generation.GenerationService``."""
+    """What admission reads and calls of ``server.service.generation.GenerationService``."""
 
     promised: PromisedPlaces
 
@@ -36,7 +36,7 @@ class AdmissionControl:
 
     def __init__(self, auth: Auth, settings: Settings) -> None:
         self.service: Places | None = None
-        """Set by the app's lifespan; without it, no request is refused."""
+        """Set by the lifespan; while None, no request is refused for want of a place."""
         self._auth, self._body_limit = auth, settings.payload_limit
 
     def refusal(self, scope: Scope) -> ServiceError | None:

@@ -1,7 +1,7 @@
-"""Measures every precision, step by step: how it loads and what it keeps, its speed, its quality.
+"""Measures every precision in steps: loading and memory, speed, quality.
 
-Speeds are taken first, each precision's in turn with fp32's; then each is held against fp32 on the text.
-At any time fp32 and one other are resident.
+Speeds come first, each precision in turn with fp32; then each is compared with fp32 on the text.
+At most fp32 and one other precision are loaded at the same time.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Load = Callable[[str, ModelSpec, Progress], LoadedModel]
 
 @dataclass(frozen=True)
 class Place:
-    """Where the measurement is: the step under way (from 1), of so many, and how far it has come."""
+    """Progress of a measurement: the running step, counted from 1, and the progress within its stage."""
 
     precision: str
     step: int
@@ -47,9 +47,9 @@ class Plan:
     """What is measured.
 
     Args:
-        precisions: fp32 is among them or is put first: the others are held against it.
-        text: None measures no quality.
-        window, stride, prompts: as ``loaders.quality.measure`` takes them.
+        precisions: fp32 is added if it isn't among them: the others are compared with it.
+        text: None: no quality is measured.
+        window, stride, prompts: as in ``loaders.quality.measure``.
     """
 
     spec: ModelSpec
@@ -66,27 +66,27 @@ class Plan:
 
 
 def _done(step: str, figures: Mapping[str, Any] | None) -> bool:
-    """Speeds that lay too far run_in_own_thread are measured again: perhaps the host is idle now."""
+    """Whether a step needs no measuring. Speeds that scatter too much are measured again."""
     return figures is not None and (step != SPEED or settled(figures))
 
 
 class Measurement:
-    """Takes the steps that ``kept`` lacks, or has figures of that lie too far run_in_own_thread.
+    """Measures the steps that ``kept`` lacks, and speeds in it that scatter too much.
 
     Args:
-        tell: told where it is, often.
-        load: as ``loaders.load``.
+        on_progress: called often, with the current place.
+        load: same signature as ``loaders.load``.
     """
 
     def __init__(
         self,
         plan: Plan,
         kept: Kept,
-        tell: Callable[[Place], None] = lambda place: None,
+        on_progress: Callable[[Place], None] = lambda place: None,
         pauses: Pauses | None = None,
         load: Load = loaders.load,
     ) -> None:
-        self._plan, self._kept, self._tell, self._load = plan, kept, tell, load
+        self._plan, self._kept, self._on_progress, self._load = plan, kept, on_progress, load
         self._pauses = pauses or Pauses()
         self._threads = resolve(plan.spec.threads)
         steps = [(name, step) for step in (LOADING, SPEED) for name in plan.names]
@@ -96,25 +96,27 @@ class Measurement:
         self._all, self._done = len(steps), len(steps) - len(self._missing)
 
     def run(self) -> None:
-        """Raises:
-        LoaderError, ServiceError, BenchError: fp32 can't be had, or fails; of another, that is noted.
-        QualityError: the text can't be measured.
+        """Measures all steps.
+
+        Raises:
+            LoaderError, ServiceError, BenchError: fp32 fails; another's failure is recorded in the report.
+            QualityError: the text can't be evaluated.
         """
-        asyncio.run(self._alone())
+        asyncio.run(self._measure_speeds())
         wanting = [name for name, step in self._missing if step == QUALITY]
         if wanting:
             reference = self._loaded(REFERENCE)
             try:
                 for name in wanting:
-                    with self._noted(name):
-                        self._against(reference, name)
+                    with self._record_failure(name):
+                        self._measure_quality(reference, name)
             finally:
                 reference.close()
         self._kept.finish()
 
     @contextmanager
-    def _noted(self, name: str) -> Iterator[None]:
-        """A failure of any but fp32 is a line in the report, not the end of it."""
+    def _record_failure(self, name: str) -> Iterator[None]:
+        """Records an error of the body in the report; fp32's errors pass through."""
         try:
             yield
         except (LoaderError, ServiceError, QualityError, BenchError) as error:
@@ -122,12 +124,12 @@ class Measurement:
                 raise
             self._kept.fail(name, str(error))
 
-    async def _alone(self) -> None:
+    async def _measure_speeds(self) -> None:
         speeds = Speeds(self._threads, self._pauses, lambda: self._loaded(REFERENCE))
         try:
             for name in self._plan.names:
                 if (name, LOADING) in self._missing or (name, SPEED) in self._missing:
-                    with self._noted(name):
+                    with self._record_failure(name):
                         await self._load_and_run(name, speeds)
         finally:
             await speeds.close()
@@ -135,17 +137,17 @@ class Measurement:
     async def _load_and_run(self, name: str, speeds: Speeds) -> None:
         if (name, LOADING) in self._missing:
             self._warm_up(name)
-        model, told = self._loaded(name), self._progress(name)
+        model, progress = self._loaded(name), self._progress(name)
         if (name, LOADING) in self._missing:
             self._keep(name, LOADING, run_in_own_thread(lambda: self._loading(model), self._threads))
         if (name, SPEED) not in self._missing:
             model.close()
         else:
             measure = speeds.of_reference if name == REFERENCE else speeds.of
-            self._keep(name, SPEED, await measure(model, told))
+            self._keep(name, SPEED, await measure(model, progress))
 
     def _warm_up(self, name: str) -> None:
-        """A precision's first load imports libraries; that is not the model's load time."""
+        """Loads the bundled model: a precision's first load imports libraries, which is no load time."""
         spec = ModelSpec(open_checkpoint(BUNDLED), self._plan.spec.device)
         run_in_own_thread(lambda: self._load(name, spec, ignore_progress), self._threads).close()
 
@@ -165,7 +167,7 @@ class Measurement:
             "proof": None if proof is None else asdict(proof),
         }
 
-    def _against(self, reference: LoadedModel, name: str) -> None:
+    def _measure_quality(self, reference: LoadedModel, name: str) -> None:
         plan, text = self._plan, self._plan.text
         assert text is not None
         model = reference if name == REFERENCE else self._loaded(name)
@@ -198,7 +200,7 @@ class Measurement:
         )
 
     def _progress(self, name: str) -> Progress:
-        def told(stage: str, current: int, total: int) -> None:
-            self._tell(Place(name, min(self._done + 1, self._all), self._all, stage, current, total))
+        def report(stage: str, current: int, total: int) -> None:
+            self._on_progress(Place(name, min(self._done + 1, self._all), self._all, stage, current, total))
 
-        return told
+        return report
