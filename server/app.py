@@ -69,7 +69,10 @@ def create_app(
     )
     admission = AdmissionControl(Auth(app, settings), settings)
     early_refusal = _make_early_refusal(admission, settings)
-    app.state.settings, app.state.early_refusal = settings, early_refusal  # until then: see AppState
+    app.state.settings, app.state.early_refusal = (
+        settings,
+        early_refusal,
+    )  # replaced by the lifespan: see AppState
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     for module in (generate, openai, compare, report, tokenize, stats, precisions, health, favicon):

@@ -24,7 +24,7 @@ def folder_of(subject: Subject) -> Path:
     return cache.folder("reports") / subject.key
 
 
-class Kept:
+class SavedReport:
     """One saved report, finished or not; ``document`` is its content.
 
     Args:
@@ -81,7 +81,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        _log.warning("a kept report can't be read (%s) and is ignored", type(error).__name__)
+        _log.warning("a saved report can't be read (%s) and is ignored", type(error).__name__)
         return None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         return None

@@ -46,7 +46,7 @@ def speed_of(ratio: float, *ratios: float) -> dict[str, Any]:
 def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, float]] = FIGURES) -> None:
     """A finished one, made up, in the cache."""
     assert reports.subject is not None
-    kept = store.Kept(reports.subject, READING)
+    kept = store.SavedReport(reports.subject, READING)
     for name, (weights, ratio, perplexity, kl) in figures.items():
         loading = {
             "load_seconds": 0.5, "disk_bytes": 4000, "weights_bytes": weights, "kv_cache_bytes": 1000,

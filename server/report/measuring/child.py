@@ -20,7 +20,7 @@ from loaders.quality import QualityError, Text
 from server.bench.errors import BenchError
 from server.errors import ServiceError
 from server.report.measuring.job import ReportOptions, make
-from server.report.measuring.measure import Place
+from server.report.measuring.measure import StepProgress
 from server.report.measuring.speed import Pauses
 from server.report.plots import PlotsUnavailable
 from server.settings.server import ModelSettings
@@ -65,14 +65,14 @@ class _ProgressEvents:
     def __init__(self) -> None:
         self._stage, self._next = "", 0.0
 
-    def __call__(self, place: Place) -> None:
-        stage, now = f"{place.step} {place.stage}", time.monotonic()
-        if stage == self._stage and now < self._next and place.current < place.total:
+    def __call__(self, at: StepProgress) -> None:
+        stage, now = f"{at.step} {at.stage}", time.monotonic()
+        if stage == self._stage and now < self._next and at.current < at.total:
             return
         self._stage, self._next = stage, now + _INTERVAL
-        progress = {"current": place.current, "total": place.total}
-        at = {"step": place.step, "steps": place.steps, "precision": place.precision, "stage": place.stage}
-        _write({"status": "measuring", **at, "progress": progress})
+        progress = {"current": at.current, "total": at.total}
+        step = {"step": at.step, "steps": at.steps, "precision": at.precision, "stage": at.stage}
+        _write({"status": "measuring", **step, "progress": progress})
 
 
 def _write(event: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ from loaders.quality import Text, held_out
 from loaders.quality.greedy import PROMPTS
 from server.host import cache
 from server.report import plots
-from server.report.measuring.measure import Measurement, Place, Plan
+from server.report.measuring.measure import Measurement, Plan, StepProgress
 from server.report.measuring.speed import Pauses
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import Reading, slots, subject_of
 from server.settings.server import ModelSettings
 
@@ -42,9 +42,9 @@ def make(
     settings: ModelSettings,
     checkpoint: Checkpoint,
     options: ReportOptions,
-    on_progress: Callable[[Place], None],
+    on_progress: Callable[[StepProgress], None],
     pauses: Pauses | None = None,
-) -> Kept:
+) -> SavedReport:
     """Measures the missing steps and draws the plots; returns the saved report.
 
     Raises:
@@ -55,10 +55,10 @@ def make(
         plots.require()
     spec = settings.spec(checkpoint, slots=slots())
     text = options.text or held_out()
-    kept = Kept(
+    saved = SavedReport(
         subject_of(spec), Reading.of(text, options.window, options.stride, options.prompts), options.fresh
     )
-    cache.check_room(kept.folder)
+    cache.check_room(saved.folder)
     plan = Plan(
         spec,
         options.precisions or loaders.available(spec.device),
@@ -68,7 +68,7 @@ def make(
         options.stride,
         options.prompts,
     )
-    Measurement(plan, kept, on_progress, pauses).run()
+    Measurement(plan, saved, on_progress, pauses).run()
     if options.plots:
-        plots.draw(kept.document, kept.folder)
-    return kept
+        plots.draw(saved.document, saved.folder)
+    return saved

@@ -23,7 +23,7 @@ from server.bench.errors import BenchError
 from server.errors import ServiceError
 from server.host.threads import resolve, run_in_own_thread
 from server.report.measuring.speed import Pauses, Speeds, settled
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import REFERENCE
 
 LOADING, SPEED, QUALITY = "loading", "speed", "quality"
@@ -31,7 +31,7 @@ Load = Callable[[str, ModelSpec, Progress], LoadedModel]
 
 
 @dataclass(frozen=True)
-class Place:
+class StepProgress:
     """Progress of a measurement: the running step, counted from 1, and the progress within its stage."""
 
     precision: str
@@ -71,28 +71,28 @@ def _done(step: str, figures: Mapping[str, Any] | None) -> bool:
 
 
 class Measurement:
-    """Measures the steps that ``kept`` lacks, and speeds in it that scatter too much.
+    """Measures the steps that ``saved`` lacks, and speeds in it that scatter too much.
 
     Args:
-        on_progress: called often, with the current place.
+        on_progress: called often, with the current step.
         load: same signature as ``loaders.load``.
     """
 
     def __init__(
         self,
         plan: Plan,
-        kept: Kept,
-        on_progress: Callable[[Place], None] = lambda place: None,
+        saved: SavedReport,
+        on_progress: Callable[[StepProgress], None] = lambda progress: None,
         pauses: Pauses | None = None,
         load: Load = loaders.load,
     ) -> None:
-        self._plan, self._kept, self._on_progress, self._load = plan, kept, on_progress, load
+        self._plan, self._saved, self._on_progress, self._load = plan, saved, on_progress, load
         self._pauses = pauses or Pauses()
         self._threads = resolve(plan.spec.threads)
         steps = [(name, step) for step in (LOADING, SPEED) for name in plan.names]
         if plan.text is not None:
             steps += [(name, QUALITY) for name in plan.names]
-        self._missing = [(name, step) for name, step in steps if not _done(step, kept.get(name, step))]
+        self._missing = [(name, step) for name, step in steps if not _done(step, saved.get(name, step))]
         self._all, self._done = len(steps), len(steps) - len(self._missing)
 
     def run(self) -> None:
@@ -112,7 +112,7 @@ class Measurement:
                         self._measure_quality(reference, name)
             finally:
                 reference.close()
-        self._kept.finish()
+        self._saved.finish()
 
     @contextmanager
     def _record_failure(self, name: str) -> Iterator[None]:
@@ -122,7 +122,7 @@ class Measurement:
         except (LoaderError, ServiceError, QualityError, BenchError) as error:
             if name == REFERENCE:
                 raise
-            self._kept.fail(name, str(error))
+            self._saved.fail(name, str(error))
 
     async def _measure_speeds(self) -> None:
         speeds = Speeds(self._threads, self._pauses, lambda: self._loaded(REFERENCE))
@@ -191,7 +191,7 @@ class Measurement:
         self._keep(name, QUALITY, asdict(found))
 
     def _keep(self, name: str, step: str, figures: Mapping[str, Any]) -> None:
-        self._kept.keep(name, step, plain(figures))
+        self._saved.keep(name, step, plain(figures))
         self._done += 1
 
     def _loaded(self, name: str) -> LoadedModel:
@@ -201,6 +201,8 @@ class Measurement:
 
     def _progress(self, name: str) -> Progress:
         def report(stage: str, current: int, total: int) -> None:
-            self._on_progress(Place(name, min(self._done + 1, self._all), self._all, stage, current, total))
+            self._on_progress(
+                StepProgress(name, min(self._done + 1, self._all), self._all, stage, current, total)
+            )
 
         return report
