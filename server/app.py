@@ -1,10 +1,9 @@
-"""The application: what it holds, what it answers, and in what order a request passes through."""
+"""The ASGI app: routes, exception handlers, middleware in order, lifespan."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -16,10 +15,7 @@ from starlette.responses import Response
 import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
-from loaders.end_tokens import with_end_token
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
-from server.evaluation.quantization_report import QuantizationReports
-from server.evaluation.shadow import Shadow
 from server.http.admission.admission_control import AdmissionControl
 from server.http.auth import Auth
 from server.http.connection.early_refusal import EarlyRefusal
@@ -27,59 +23,42 @@ from server.http.methods import HeadAsGet, allowed
 from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestContext
 from server.http.openapi import describe
 from server.http.responses import error_response
-from server.lifecycle import Lifecycle
-from server.observability.metrics import Metrics
-from server.report.auto import resolved
-from server.report.background import Reports
+from server.report.choice import Choice
 from server.routes import compare, favicon, generate, health, precisions, report, stats, tokenize
 from server.routes.openai import routes as openai
-from server.service.chat.source import make_renderer
-from server.service.generation import GenerationService
-from server.service.pool import Pool
-from server.service.text.codec import TextCodec
 from server.service.watchdog import watch
 from server.settings.server import Settings
+from server.settings.types import AUTO
+from server.state import AppState, build_state
 from server.version import VERSION
-
-if TYPE_CHECKING:
-    from server.observability.tracing import Tracing
 
 
 def create_app(
     settings: Settings,
+    default_choice: Choice | None = None,
     *,
     open_checkpoint: Callable[..., Checkpoint] = loaders.checkpoint.open_checkpoint,
     load: Callable[..., LoadedModel] = loaders.load,
 ) -> FastAPI:
-    """The service for one model. Nothing is read or loaded before its lifespan begins.
+    """The app that serves one model. Nothing is read or loaded before its lifespan begins.
 
     Args:
-        settings: how to serve.
-        open_checkpoint: finds the model: (model id, revision) → ``Checkpoint``.
-        load: loads one precision of it; as ``loaders.load``.
+        settings: the one instance that everything in the app holds; ``precision`` is resolved, not ``AUTO``.
+        default_choice: why the report chose ``settings.precision``, if it did.
+        open_checkpoint: (model id, revision) → ``Checkpoint``.
+        load: loads one precision; same signature as ``loaders.load``.
     """
+    assert settings.precision != AUTO
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await _build_state(app, settings, open_checkpoint, load)
-        app.state.pool.start()
-        tasks = [asyncio.create_task(watch(app.state.pool, app.state.lifecycle, settings.hang_timeout))]
-        if app.state.shadow is not None:
-            tasks.append(asyncio.create_task(app.state.shadow.run()))
-        try:
+        state = await build_state(settings, default_choice, early_refusal, open_checkpoint, load)
+        app.state = state  # type: ignore[assignment]  # typed: see state_of
+        admission.service = state.service
+        async with _running(state):
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await app.state.reports.stop()
-            if app.state.chat is not None:
-                await app.state.chat.stop()
-            app.state.service.prompts.close()
-            await app.state.pool.stop()
-            if app.state.tracing is not None:
-                await app.state.tracing.close()
 
-    app = FastAPIOffline(  # /docs with its scripts at hand: FastAPI's own page fetches them from elsewhere
+    app = FastAPIOffline(  # serves the scripts of /docs itself; FastAPI's page loads them from a CDN
         redoc_url=None,
         static_url="/docs/static",
         title="bitdial",
@@ -88,82 +67,58 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.settings = settings
+    admission = AdmissionControl(Auth(app, settings), settings)
+    early_refusal = _make_early_refusal(admission, settings)
+    app.state.settings, app.state.early_refusal = (
+        settings,
+        early_refusal,
+    )  # replaced by the lifespan: see AppState
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     for module in (generate, openai, compare, report, tokenize, stats, precisions, health, favicon):
         app.include_router(module.router)
     app.include_router(generate.root_router)
     describe(app, settings)
-    _add_middleware(app, settings)
+    _add_middleware(app, settings, admission)
     return app
 
 
-async def _build_state(
-    app: FastAPI,
-    settings: Settings,
-    open_checkpoint: Callable[..., Checkpoint],
-    load: Callable[..., LoadedModel],
-) -> None:
-    state = app.state
-    state.started = time.time()
-    state.checkpoint = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
-    tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, state.checkpoint)
-    state.checkpoint = with_end_token(state.checkpoint, tokenizer)
-    state.codec = TextCodec(tokenizer)
-    state.chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
-    state.reports = Reports(settings, state.checkpoint, lambda: _is_busy(app) or _is_replaying(app))
-    await state.reports.find_subject()
-    settings, state.default_choice = resolved(settings, state.reports)
-    state.lifecycle, state.metrics = Lifecycle(), Metrics(state.checkpoint.model_id)
-    state.pool = Pool(state.checkpoint, settings, load=load, metrics=state.metrics, lifecycle=state.lifecycle)
-    state.tracing = _trace(settings, state.metrics, state.checkpoint)
-    observer = state.tracing or state.metrics
-    state.comparing, state.proofs = asyncio.Lock(), QuantizationReports(state.pool)
-    state.service = GenerationService(
-        settings, state.checkpoint, state.codec, state.pool, observer, state.lifecycle, state.chat
-    )
-    state.shadow = _shadow(app, settings)
+@asynccontextmanager
+async def _running(state: AppState) -> AsyncIterator[None]:
+    """Starts what runs in the background, and stops it and the engines on exit."""
+    state.pool.start()
+    tasks = [asyncio.create_task(watch(state.pool, state.lifecycle, state.settings.hang_timeout))]
+    if state.shadow is not None:
+        tasks.append(asyncio.create_task(state.shadow.run()))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await state.reports.stop()
+        if state.chat is not None:
+            await state.chat.stop()
+        state.service.prompts.close()
+        await state.pool.stop()
+        if state.tracing is not None:
+            await state.tracing.close()
 
 
-def _shadow(app: FastAPI, settings: Settings) -> Shadow | None:
-    state = app.state
-    if settings.shadow_precision is None:
-        return None
-    shadow = Shadow(settings.shadow_precision, settings, state.pool, state.metrics, lambda: _is_busy(app))
-    state.service.on_arrival, state.service.on_success = shadow.arrival, shadow.finished
-    return shadow
-
-
-def _is_replaying(app: FastAPI) -> bool:
-    return app.state.shadow is not None and app.state.shadow.active
-
-
-def _is_busy(app: FastAPI) -> bool:
-    """Whether a request runs or waits, or a precision is being loaded."""
-    states = app.state.pool.states()
-    return app.state.service.in_flight > 0 or any(one.state == "loading" for one in states)
-
-
-def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":
+def _make_early_refusal(admission: AdmissionControl, settings: Settings) -> EarlyRefusal:
     if settings.otlp_endpoint is None:
-        return None
-    from server.observability.tracing import Tracing  # needs an extra
+        return EarlyRefusal(admission, settings)
+    from server.observability.tracing import trace_context  # needs an extra
 
-    return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
+    return EarlyRefusal(admission, settings, trace_context)
 
 
-def _add_middleware(app: FastAPI, settings: Settings) -> None:
-    """Middleware, the innermost first."""
+def _add_middleware(app: FastAPI, settings: Settings, admission: AdmissionControl) -> None:
+    """Adds the middleware, innermost first."""
     app.add_middleware(HeadAsGet)
-    app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
-    app.add_middleware(AdmissionMiddleware, admission=app.state.admission)
-    if settings.otlp_endpoint is None:
-        app.state.early_refusal = EarlyRefusal(app.state.admission, settings)
-    else:
-        from server.observability.tracing import TraceContext, trace_context  # needs an extra
+    app.add_middleware(AdmissionMiddleware, admission=admission)
+    if settings.otlp_endpoint is not None:
+        from server.observability.tracing import TraceContext  # needs an extra
 
-        app.state.early_refusal = EarlyRefusal(app.state.admission, settings, trace_context)
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Auth, settings=settings)
@@ -172,7 +127,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             CORSMiddleware,
             allow_origins=list(settings.cors_allow_origin),
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # clients have their own beside ours; none is taken for an identity
+            allow_headers=["*"],  # clients send headers of their own; no header identifies a user
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
     app.add_middleware(RequestContext, settings=settings)
@@ -184,11 +139,11 @@ async def _on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """The framework's own refusals, in the dialect of the path."""
+    """Starlette's own errors, in the dialect of the path."""
     assert isinstance(error, HTTPException)
     headers: Mapping[str, Any] = error.headers or {}
     if error.status_code == 405:
-        # a mounted app's own routes are not among these
+        # app.routes lacks the routes of mounted apps
         headers = {**headers, "Allow": allowed(request.app.routes, request.scope) or headers.get("Allow", "")}
     return error_response(_translated(error.status_code), request.scope, headers)
 

@@ -1,4 +1,4 @@
-"""Every error a client can be told of; each knows its HTTP status and its name in both dialects.
+"""Every error that a response can carry, with its HTTP status and its names in both dialects.
 
 ServiceError
 ├── BadRequest            400  the body is not JSON, not UTF-8 or not an object
@@ -6,18 +6,18 @@ ServiceError
 │   ├── PromptTooLong     422  more tokens than the context holds              (/v1: 400)
 │   └── BadPrecision      422  no such precision                               (/v1: 400)
 ├── Unauthorized          401
-├── NotFound              404  no such route, nothing kept
+├── NotFound              404  no such route, no report yet
 │   └── UnknownModel      404
 ├── MethodNotAllowed      405
 ├── RequestTimeout        408  the request took too long to arrive
-├── Unavailable           409  this host can't run the asked precision
+├── Unavailable           409  this host can't run the requested precision
 ├── PayloadTooLarge       413
 ├── UnsupportedMedia      415
 ├── HeadersTooLarge       431
-├── GenerationFailed      424  out of memory, NaN logits, a fault in the model (/v1: 500)
-│   └── Unloaded          424  its precision was unloaded meanwhile              (/v1: 500)
+├── GenerationFailed      424  out of memory, NaN logits, an error in the model (/v1: 500)
+│   └── Unloaded          424  its precision was unloaded while it ran           (/v1: 500)
 ├── Overloaded            429  the queue is full
-├── NotReady              503  loading, draining, worker dead, no room to load
+├── NotReady              503  loading, draining, worker dead, no memory to load
 └── DeadlinePassed        504
 """
 
@@ -25,7 +25,7 @@ from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Base of all; the message is shown to the client as it is: no path, no prompt text, no traceback."""
+    """Base class. The message is sent to the client unchanged: no path, no prompt text, no traceback."""
 
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "generation"
@@ -35,11 +35,11 @@ class ServiceError(Exception):
     openai_type: ClassVar[str] = "api_error"
     openai_code: ClassVar[str | None] = None
     retry_after: float | None = None
-    """Seconds after which trying again makes sense, if ever."""
+    """Seconds for ``Retry-After``; None if a retry is of no use."""
     should_retry: ClassVar[bool | None] = None
-    """``x-should-retry``, where the status would lead a client to a wrong guess."""
+    """``x-should-retry``, if clients would derive the wrong answer from the status."""
     retry_spread: float = 2.0
-    """Seconds over which the clients that are refused together should come back."""
+    """Seconds over which the retries of clients refused at the same time are spread."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Invalid(ServiceError):
 
 
 class PromptTooLong(Invalid):
-    """The message ends in words by which litellm and LangChain know it, whatever else it says."""
+    """The message ends in the words by which litellm and LangChain recognize this error."""
 
     openai_code = "context_length_exceeded"
 
@@ -87,7 +87,7 @@ class Unauthorized(ServiceError):
 
 
 class NotFound(ServiceError):
-    """No such route, or nothing there yet."""
+    """No such route, or no report yet."""
 
     status, error_type = 404, "not_found"
     openai_type = "invalid_request_error"

@@ -92,7 +92,7 @@ def _report(options: Options) -> None:
     from server.report import files
     from server.report.measuring import job
 
-    wishes = job.Wishes(
+    wanted = job.ReportOptions(
         options.names(),
         None if options.text is None else text_file(options.text),
         options.quality,
@@ -105,11 +105,11 @@ def _report(options: Options) -> None:
     bars = _Bars()
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        kept = job.make(options, checkpoint, wishes, bars)
+        kept = job.make(options, checkpoint, wanted, bars)
     finally:
         bars.close()
     _show(kept.document)
-    if not wishes.plots and options.plots:
+    if not wanted.plots and options.plots:
         print(f"\nNo plots: {plots.MISSING}")
     if options.out is not None:
         written = files.write(kept.document, kept.folder, options.out)

@@ -15,6 +15,7 @@ from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError
 from server.http.connection.open_files import most_connections, raise_limit
 from server.observability.logs import set_up_logging
+from server.report.choice import Choice
 from server.settings.server import Settings
 from server.settings.types import AUTO
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         # opened here, before any server: a model that can't be had is one line and an exit
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
         load_tokenizer(checkpoint)
-        settings = _resolved(options, checkpoint)
+        settings, choice = _resolve_default(options, checkpoint)
         _require_room(settings, checkpoint)
     except UsageError as error:
         complain("serve", error)
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return FAILED
     from server.app import create_app
     from server.http.server import Process
+    from server.state import state_of
 
     def opened(*arguments: Any, **options: Any) -> Any:
         return checkpoint
@@ -60,10 +62,11 @@ def main(arguments: Sequence[str]) -> int:
     def listening(port: int) -> None:
         _announce(settings, port)
         if sys.stderr.isatty():
-            app.state.bars = asyncio.create_task(show_loading(app.state.pool.states))
+            bars.add(asyncio.create_task(show_loading(state_of(app).pool.states)))
 
-    app = create_app(options, open_checkpoint=opened)
-    process = Process(app, options, on_listening=listening)
+    bars: set[asyncio.Task[None]] = set()  # the event loop's references to tasks are weak
+    app = create_app(settings, choice, open_checkpoint=opened)
+    process = Process(app, settings, on_listening=listening)
     code = process.serve_forever()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -110,21 +113,21 @@ def _require_files(options: Settings) -> None:
         raise UsageError(f"--max-connections (or MAX_CONNECTIONS): {error}") from None
 
 
-def _resolved(options: Settings, checkpoint: Checkpoint) -> Settings:
-    """With the name of a precision in the place of ``auto``."""
+def _resolve_default(options: Settings, checkpoint: Checkpoint) -> tuple[Settings, Choice | None]:
+    """The settings with the name of a precision in the place of ``auto``, and why it is that one."""
     if options.precision != AUTO:
-        return options
-    from server.report.auto import resolved
+        return options, None
+    from server.report.auto import resolve_default
     from server.report.background import Reports
 
     reports = Reports(options, checkpoint)
     asyncio.run(reports.find_subject())
     try:
-        settings, choice = resolved(options, reports)
+        settings, choice = resolve_default(options, reports)
     except ServiceError as error:
         raise UsageError(f"--precision (or PRECISION) auto: {error.message}") from None
     print(f"auto: {choice.reason if choice else settings.precision}", flush=True)
-    return settings
+    return settings, choice
 
 
 def _require_room(options: Settings, checkpoint: Checkpoint) -> None:

@@ -10,7 +10,6 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loaders.quality.divergence import TokenFigures, compare
+from server.activity import Activity
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from server.errors import ServiceError
@@ -82,24 +82,27 @@ class Shadow:
 
     Args:
         reference: the precision that the others are held against; replays wait until it is loaded.
-        busy: whether a request runs or waits, or a precision is being loaded.
+        activity: replays wait while it is busy.
     """
 
     def __init__(
-        self, reference: str, settings: Settings, pool: Pool, metrics: Metrics, busy: Callable[[], bool]
+        self, reference: str, settings: Settings, pool: Pool, metrics: Metrics, activity: Activity
     ) -> None:
         self.reference, self._fraction, self._chunk = (
             reference,
             settings.shadow_fraction,
             settings.busy_chunk(),
         )
-        self._pool, self._metrics, self._busy = pool, metrics, busy
+        self._pool, self._metrics, self._activity = pool, metrics, activity
         self._waiting: deque[Request] = deque()
         self._tallies: dict[str, Tally] = {}
         self._arrived = asyncio.Event()
         self._quiet_since = time.monotonic()
-        self.active = False
+
+    @property
+    def active(self) -> bool:
         """Whether a replay computes."""
+        return self._activity.replaying
 
     def arrival(self) -> None:
         """A request has come: a replay under way gives up."""
@@ -128,14 +131,14 @@ class Shadow:
         """Replays until cancelled."""
         while True:
             await asyncio.sleep(_POLL)
-            if self._busy():
+            if self._activity.is_busy():
                 self._quiet_since = time.monotonic()
             elif self._waiting and time.monotonic() - self._quiet_since > _QUIET:
                 await self._replay(self._waiting.popleft())
 
     async def _replay(self, request: Request) -> None:
         self._arrived.clear()
-        self.active = True
+        self._activity.replaying = True
         try:
             figures = await self._unless_interrupted(request)
         except _Interrupted:
@@ -148,7 +151,7 @@ class Shadow:
         else:
             self._count(request, "failed" if figures is None else "compared", figures)
         finally:
-            self.active = False
+            self._activity.replaying = False
 
     async def _unless_interrupted(self, request: Request) -> TokenFigures | None:
         work = asyncio.ensure_future(self._compared(request))

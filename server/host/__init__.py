@@ -1,1 +1,1 @@
-"""What this host and its container allow: memory, CPUs, files kept between runs."""
+"""Resources of this host and container: memory, CPU cores and threads, the user's cache folder."""

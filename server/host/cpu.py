@@ -1,4 +1,4 @@
-"""What this host's CPU is, and which of its cores to compute on."""
+"""The CPU's name and cache size; pinning to physical cores."""
 
 import os
 import platform
@@ -11,16 +11,16 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 
 def pin(threads: int) -> list[int] | None:
-    """Binds this process to as many physical cores as there are threads, and torch to that many threads.
+    """Sets torch's threads, and pins the process to one physical core per thread.
 
-    Returns: the CPUs, or None where the system can't bind a process, or has fewer cores.
+    Returns: the CPUs; None, and nothing is pinned, if the system has no affinity or fewer cores.
     """
     cores = physical_cores()
     compute_with(threads)
     if not hasattr(os, "sched_setaffinity") or threads > len(cores):
         return None
     chosen = cores[:threads]
-    for task in os.listdir("/proc/self/task"):  # threads that libraries have started already
+    for task in os.listdir("/proc/self/task"):  # includes threads that libraries have started
         os.sched_setaffinity(int(task), chosen)
     return chosen
 
@@ -34,7 +34,7 @@ def cpu_name() -> str:
 
 
 def last_cache_bytes() -> int | None:
-    """Size of the largest cache of the first CPU, or None where the system doesn't tell."""
+    """Size of the largest cache of CPU 0; None if the system doesn't report it."""
     sizes = []
     for file in _CPUS.glob("cpu0/cache/index*/size"):
         if match := re.fullmatch(r"(\d+)([KM])", file.read_text().strip()):

@@ -1,4 +1,4 @@
-"""What memory there is, and what a precision will take of it. Bytes everywhere."""
+"""Free memory, and the memory that precisions need or use. All figures are in bytes."""
 
 from dataclasses import replace
 from typing import Literal
@@ -12,11 +12,11 @@ from loaders.cuda.memory import cards_free, smallest_cache
 from loaders.runner import DeviceRunner
 from server.host import cgroups
 
-_MARGIN = 0.9  # of what is free; the rest is for activations and for others
+_MARGIN = 0.9  # usable share of the free memory; the rest is for activations and other processes
 
 
 def process_memory() -> dict[str, int | None]:
-    """The process's memory, the host's or the container's, and the cards' together where there are any."""
+    """Memory of the process, of the host or container, and of all GPUs together (None without one)."""
     total, available = _host_memory()
     figures: dict[str, int | None] = {
         "process_rss_bytes": psutil.Process().memory_info().rss,
@@ -39,23 +39,23 @@ def process_memory() -> dict[str, int | None]:
 
 
 def free_bytes(device: Literal["cpu", "cuda"]) -> int:
-    """What may still be taken on the device, with a margin."""
+    """What can still be allocated on the device, less a margin of 10 %."""
     free = sum(cards_free()) if device == "cuda" else _host_memory()[1]
     return int(free * _MARGIN)
 
 
 def _host_memory() -> tuple[int, int]:
-    """(total, available) of the host, or of what a container may take of it."""
+    """(total, available) of the host, or of the container if its limit is lower."""
     host = psutil.virtual_memory()
     limit, left = cgroups.memory() or (host.total, host.available)
     return min(host.total, limit), min(host.available, left)
 
 
 def needed_bytes(precision: str, spec: ModelSpec) -> int:
-    """An estimate of the weights of a precision, from the model's shapes, before it is loaded.
+    """An estimate for a precision before it is loaded, from the model's shapes.
 
-    On a CPU the KV cache's pages are taken as they are written, and are not counted in. On a GPU the cache of
-    one sequence is: with less it can't run, and with more it takes as many slots as fit.
+    On a CPU the KV cache is not included: its pages are allocated when they are written. On a GPU one
+    sequence's cache is: it is the minimum to run, and of the rest as many slots are made as fit.
     """
     weights = loaders.loader(precision).estimate_bytes(precision, spec)
     if spec.device == "cpu":
@@ -64,17 +64,17 @@ def needed_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def within(budget: int | None, used: int, spec: ModelSpec) -> ModelSpec:
-    """What the next precision is loaded with: a GPU's cache is made as large as what is left lets it be."""
+    """``spec`` with the rest of the memory budget as ``room``, which bounds a GPU's KV cache."""
     return spec if budget is None else replace(spec, room=budget - used)
 
 
 def working_bytes(model: LoadedModel) -> int:
-    """What a loaded model holds on a device beside weights and KV cache; on a CPU nothing outlasts a step."""
+    """Device memory of a loaded model beside weights and KV cache; 0 on a CPU, where steps free theirs."""
     return model.runner.working_bytes if isinstance(model.runner, DeviceRunner) else 0
 
 
 def by_kind(model: LoadedModel) -> dict[str, int]:
-    """What a loaded model holds, counted."""
+    """Bytes that a loaded model holds, by kind."""
     return {
         "weights": model.footprint.weights_bytes,
         "kv_cache": model.runner.kv_cache_bytes,
@@ -83,5 +83,5 @@ def by_kind(model: LoadedModel) -> dict[str, int]:
 
 
 def used_bytes(model: LoadedModel) -> int:
-    """All of it together."""
+    """The sum of ``by_kind``."""
     return sum(by_kind(model).values())

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol, cast
 
 from fastapi import FastAPI
 
@@ -27,6 +28,18 @@ from server.settings.server import Settings
 _COLLECT_AFTER = 10_000  # objects more than before; Python's 700 come together within a few refusals
 _FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
 _log = logging.getLogger(__name__)
+
+
+class ServedState(Protocol):
+    """What the process reads and calls of ``server.state.AppState``."""
+
+    @property
+    def lifecycle(self) -> Lifecycle: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def fail_running(self, reason: str) -> None: ...
 
 
 class Process(Server):
@@ -55,9 +68,12 @@ class Process(Server):
         return self._lifecycle.exit_code if self.started else EXIT_FAILED
 
     @property
+    def _state(self) -> ServedState:
+        return cast(ServedState, self._app.state)
+
+    @property
     def _lifecycle(self) -> Lifecycle:
-        lifecycle: Lifecycle = self._app.state.lifecycle
-        return lifecycle
+        return self._state.lifecycle
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -87,8 +103,7 @@ class Process(Server):
         until = time.monotonic() + grace
         done = await self._answered(grace)
         if not done and lifecycle.fatal is None:
-            for engine in self._app.state.pool.engines:  # their readers are told, not cut off
-                engine.fail("the server is shutting down")
+            self._state.fail_running("the server is shutting down")  # readers get an error, not a cut
         await asyncio.sleep(_FLUSH_SECONDS if lifecycle.fatal or not done else 0)
         # all is computed; what was answered may still be on its way to a slow reader
         self.config.timeout_graceful_shutdown = max(1, math.ceil(until - time.monotonic()))
@@ -98,7 +113,7 @@ class Process(Server):
         """Whether all requests came to their end within that time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._app.state.service.in_flight:
+                while self._state.in_flight:
                     await asyncio.sleep(0.05)
                 return True
         return False

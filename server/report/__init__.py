@@ -1,5 +1,5 @@
-"""The report: every precision of a model measured on this host and one text, and what follows from it.
+"""The report: size, speed and quality of a model's precisions on this host, and a recommendation.
 
-``measure`` makes the figures step by step and ``store`` keeps each; ``rows`` and ``advice`` say what they
-come to; ``markdown``, ``page`` and ``plots`` show it. ``choice`` picks a precision by it for "auto".
+``measuring`` takes the figures step by step and ``store`` saves each; ``rows`` and ``advice`` evaluate them;
+``markdown``, ``page`` and ``plots`` render them; ``choice`` selects a precision from them for "auto".
 """

@@ -1,4 +1,4 @@
-"""Which precision to run, in words that follow from the measured figures. No figure is made up here."""
+"""The recommended precision, in sentences derived from the measured figures alone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,21 +9,21 @@ from server.report.noise import noise
 from server.report.rows import Row, dominates
 
 TOLERABLE = 0.02
-"""Share by which the perplexity may rise where nobody has said how much: hardly seen in a text."""
-_LEVEL = 0.02  # ratios nearer to 1 than this are called equal
-_CLOSE = 1.1  # an interval whose ends lie farther apart is shown beside its ratio
+"""Default limit of the perplexity increase, as a share: hardly visible in generated text."""
+_LEVEL = 0.02  # ratios closer to 1 than this count as equal
+_CLOSE = 1.1  # an interval with a larger factor is shown beside its ratio
 _REFERENCE = "fp32"
 Cost = Callable[[Row], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to run, and why.
+    """A recommendation and its reasons.
 
     Args:
-        precision: the one to choose if nothing else is known; None if nothing was measured.
-        sentences: if the host was too noisy, the first ones say so; then one says what to run; the others
-            when to choose another, and what to beware of.
+        precision: the recommended one; None if fp32 was not measured.
+        sentences: warnings of a noisy host, if it was; the recommendation; then when to choose another
+            precision, and warnings about single ones.
     """
 
     precision: str | None
@@ -31,18 +31,17 @@ class Advice:
 
 
 def balance(row: Row, reference: Row) -> Interval:
-    """How much smaller and faster than the reference, both alike: the geometric mean of the two ratios."""
+    """The geometric mean of the size ratio and the speed ratio to the reference; larger is better."""
     smaller, faster = reference.weights_bytes / row.weights_bytes, row.ratio_interval()
     return Interval(math.sqrt(smaller * faster.low), math.sqrt(smaller * faster.high), faster.count)
 
 
 def best_balanced(rows: Sequence[Row], reference: Row) -> list[Row]:
-    """The best balance of size and speed among those whose quality is tolerable, or was not measured.
+    """The rows with the best ``balance`` among those of tolerable quality, or all if none was measured.
 
-    If none is tolerable, the one nearest to the reference.
+    If none is tolerable, the row with the least divergence from the reference.
 
-    Returns: it, and then those that may be as good: their speeds can't be told apart. Of these the
-        smallest is the first.
+    Returns: the rows whose speeds can't be distinguished from the best one's, the smallest first.
     """
     unknown = all(row.mean_kl is None for row in rows)
     eligible = [row for row in rows if unknown or (row.increase is not None and row.increase <= TOLERABLE)]
@@ -52,15 +51,15 @@ def best_balanced(rows: Sequence[Row], reference: Row) -> list[Row]:
 
 
 def best(rows: Sequence[Row], of: Callable[[Row], Interval]) -> list[Row]:
-    """Those that may be the best, the smallest first: size and quality are known where speed is not."""
+    """The rows that may be the best, the smallest first: sizes are exact, speeds are not."""
     return sorted(perhaps_best(rows, of), key=lambda row: (row.weights_bytes, row.mean_kl or 0.0))
 
 
 def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
     """
     Args:
-        rows: fp32 among them.
-        no_quality: why nothing is to be said about quality, if nothing is.
+        rows: with fp32's.
+        no_quality: why quality has no figures, if it has none.
     """
     reference = next((row for row in rows if row.precision == _REFERENCE), None)
     if reference is None:
@@ -77,7 +76,7 @@ def advise(rows: Sequence[Row], no_quality: str | None = None) -> Advice:
         *([] if not as_good else [f"It is the smallest of those that {undecided(as_good)}."]),
         *([] if no_quality is None else [f"Nothing is said here about quality: {no_quality}."]),
         *_alternatives(rows, reference, chosen),
-        *_beware(rows, reference),
+        *_warnings(rows, reference),
     ]
     return Advice(chosen.precision, (*noise(rows), first, *others))
 
@@ -88,7 +87,7 @@ def undecided(rows: Sequence[Row]) -> str:
 
 
 def described(row: Row, reference: Row) -> str:
-    """``2.5 × smaller, perplexity +1.9 %, 1.4 × faster here``; of the weights, and of one row."""
+    """``2.5 × smaller, perplexity +1.9 %, 1.4 × faster here``: size of the weights, speed of one row."""
     parts = [_times(reference.weights_bytes / row.weights_bytes, "smaller", "larger")]
     if row.increase is not None:
         parts.append(perplexity(row))
@@ -97,16 +96,16 @@ def described(row: Row, reference: Row) -> str:
 
 
 def _speed(row: Row, rows: int = 1) -> str:
-    """Of that many rows decoded together: faster or slower than fp32 only where that is known."""
+    """The speed of ``rows`` rows decoded together; faster or slower than fp32 only if that is certain."""
     ratio, interval = row.speed_ratios[rows], row.ratio_interval(rows)
     if math.isinf(interval.high):
         return "its speed not known"
     if interval.low <= 1 <= interval.high and interval.factor > LEVEL:
         return f"its speed between {interval.low:.2f} and {interval.high:.2f} × fp32's"
-    told = _times(ratio, "faster", "slower")
+    text = _times(ratio, "faster", "slower")
     if interval.factor <= _CLOSE:
-        return told
-    return f"{told} ({interval.low:.2f} to {interval.high:.2f} × fp32's speed)"
+        return text
+    return f"{text} ({interval.low:.2f} to {interval.high:.2f} × fp32's speed)"
 
 
 def perplexity(row: Row) -> str:
@@ -115,7 +114,7 @@ def perplexity(row: Row) -> str:
 
 
 def _signed(percent: float) -> str:
-    """Two digits that count: +12, +1.9, +0.05; what is below 0.0005 is ±0."""
+    """Two significant digits: +12, +1.9, +0.05; below 0.0005 it is ±0."""
     if abs(percent) < 0.0005:
         return "±0"
     shown = f"{percent:+.0f}" if abs(percent) >= 10 else f"{percent:+.2g}"
@@ -129,7 +128,7 @@ def _times(ratio: float, more: str, less: str) -> str:
 
 
 def _alternatives(rows: Sequence[Row], reference: Row, chosen: Row) -> list[str]:
-    """When another is the better choice; one sentence for each precision, whatever it is best at."""
+    """One sentence for each precision that is better than the chosen one in some respect."""
     costs: list[tuple[str, Cost]] = [
         ("memory is what is short", lambda row: (row.weights_bytes, row.mean_kl or 0.0)),
     ]
@@ -141,17 +140,17 @@ def _alternatives(rows: Sequence[Row], reference: Row, chosen: Row) -> list[str]
         costs.insert(0, ("nothing may be lost", _loss_then_size(rows)))
     found: dict[str, list[str]] = {}
     by_name = {row.precision: row for row in rows}
-    for wish, cost in costs:
+    for case, cost in costs:
         cheapest = min(rows, key=cost)
         if cheapest is not chosen and cost(cheapest) < cost(chosen):
-            found.setdefault(cheapest.precision, []).append(wish)
-    for wish, of in speeds:
+            found.setdefault(cheapest.precision, []).append(case)
+    for case, of in speeds:
         fastest = best(rows, of)[0]
         if of(fastest).above(of(chosen)):
-            found.setdefault(fastest.precision, []).append(wish)
+            found.setdefault(fastest.precision, []).append(case)
     return [
-        f"Choose {name} if {' or '.join(wishes)}: {_compared(by_name[name], reference)}."
-        for name, wishes in found.items()
+        f"Choose {name} if {' or '.join(cases)}: {_compared(by_name[name], reference)}."
+        for name, cases in found.items()
     ]
 
 
@@ -164,7 +163,7 @@ def _compared(row: Row, reference: Row) -> str:
 
 
 def _loss_then_size(rows: Sequence[Row]) -> Cost:
-    """The smallest of those that can't be told from fp32: within two standard errors of its perplexity."""
+    """The smallest of the lossless rows: perplexity within two standard errors of fp32's."""
 
     def cost(row: Row) -> tuple[float, ...]:
         assert row.increase is not None
@@ -177,10 +176,10 @@ def _loss_then_size(rows: Sequence[Row]) -> Cost:
     return cost
 
 
-_SAME = 0.99  # of the most probable tokens, for "nothing lost"
+_SAME = 0.99  # least top-1 agreement of a lossless row
 
 
-def _beware(rows: Sequence[Row], reference: Row) -> list[str]:
+def _warnings(rows: Sequence[Row], reference: Row) -> list[str]:
     found = []
     for row in rows:
         better = [other for other in rows if dominates(other, row)]

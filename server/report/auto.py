@@ -1,4 +1,4 @@
-"""``precision: "auto"``: the bounds of a request, or of the server, against the kept report."""
+"""``precision: "auto"``: chosen from the saved report by the bounds of a request or of the server."""
 
 from collections.abc import Container
 
@@ -11,7 +11,7 @@ from server.settings.types import AUTO
 
 
 def bounds_of(settings: Settings) -> Bounds:
-    """The server's own."""
+    """The server's bounds, for requests without any."""
     return Bounds(
         settings.auto_max_memory,
         settings.auto_max_perplexity_increase,
@@ -21,8 +21,8 @@ def bounds_of(settings: Settings) -> Bounds:
     )
 
 
-def resolved(settings: Settings, reports: Reports) -> tuple[Settings, Choice | None]:
-    """The settings with a precision's name as the default, and why it is that one where it was ``AUTO``.
+def resolve_default(settings: Settings, reports: Reports) -> tuple[Settings, Choice | None]:
+    """The settings with ``AUTO`` replaced by a precision's name, and the choice, if it was ``AUTO``.
 
     Raises:
         Unavailable, Invalid: as ``choose_by_report``.
@@ -35,13 +35,14 @@ def resolved(settings: Settings, reports: Reports) -> tuple[Settings, Choice | N
 
 
 def choose_by_report(reports: Reports, able: Container[str], bounds: Bounds) -> Choice:
-    """
+    """The choice among the report's precisions.
+
     Args:
         able: the precisions that this host can run.
 
     Raises:
-        Unavailable: there is no report; the message says how to make one.
-        Invalid: no precision keeps to the bounds; the message names the nearest.
+        Unavailable: there is no report; the message has the command that makes one.
+        Invalid: no precision meets the bounds; the message names the closest.
     """
     report = reports.latest()
     if report is None:

@@ -1,4 +1,4 @@
-"""A server's reports: the one that was kept last, and a new one made without harming the service."""
+"""A server's reports: the latest saved one, and new ones measured in a process of low priority."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from loaders.base import Checkpoint
+from server.activity import Activity
 from server.errors import GenerationFailed, NotReady, Overloaded
 from server.host import memory
 from server.host.subprocesses import start_command
@@ -23,14 +24,14 @@ from server.report.rows import Row, rows_of
 from server.report.subject import REFERENCE, Subject, slots, subject_of
 from server.settings.server import ModelSettings
 
-_POLL, _QUIET = 0.02, 0.25  # seconds; so long must nothing run before the measurement goes on
+_POLL, _QUIET = 0.02, 0.25  # seconds; the measurement resumes after _QUIET of idleness
 _LINE = 2**20
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A kept one."""
+    """A saved report."""
 
     document: Mapping[str, Any]
     folder: Path
@@ -41,24 +42,25 @@ class Reports:
     """Event loop only.
 
     Args:
-        busy: whether the server has anything to do; a measurement under way stands still meanwhile.
+        activity: the measuring process is suspended while the server isn't idle.
     """
 
     def __init__(
-        self, settings: ModelSettings, checkpoint: Checkpoint, busy: Callable[[], bool] = lambda: False
+        self, settings: ModelSettings, checkpoint: Checkpoint, activity: Activity | None = None
     ) -> None:
-        self._settings, self._spec, self._busy = settings, settings.spec(checkpoint, slots()), busy
+        self._settings, self._spec = settings, settings.spec(checkpoint, slots())
+        self._activity = activity or Activity()
         self.subject: Subject | None = None
         self._seen: tuple[Any, Report | None] = (None, None)
         self._making = False
         self._process: Process | None = None
 
     async def find_subject(self) -> None:
-        """To be awaited before anything else."""
+        """Sets ``subject``; awaited before any other method is called."""
         self.subject = await asyncio.to_thread(subject_of, self._spec)
 
     def latest(self) -> Report | None:
-        """The one that was finished last, by whomever: looked for again where something has changed."""
+        """The report of this subject finished last, by any process; read again when a file has changed."""
         assert self.subject is not None
         stamps = _stamps(store.folder_of(self.subject))
         if self._seen[0] != stamps:
@@ -68,9 +70,9 @@ class Reports:
         return self._seen[1]
 
     def how_to_make_one(self) -> str:
-        """What to say where there is none."""
+        """The sentence for clients that need a report while there is none."""
         name = self._settings.model_id
-        shown = name if "/" not in name and "\\" not in name else "…"  # may be a path
+        shown = name if "/" not in name and "\\" not in name else "…"  # a path stays private
         if self._spec.checkpoint.model_id == name:
             shown = name
         return (
@@ -78,20 +80,22 @@ class Reports:
             f"`bitdial report --model {shown}` or POST /report"
         )
 
-    async def make(self, wishes: Mapping[str, Any], text: str | None) -> AsyncGenerator[dict[str, Any]]:
-        """Measures in a process of its own and tells the progress; ended early, it goes on the next time.
+    async def make(self, options: Mapping[str, Any], text: str | None) -> AsyncGenerator[dict[str, Any]]:
+        """Measures in a subprocess and yields its progress events.
+
+        Closing the generator ends the process; the next report continues with the steps it saved.
 
         Args:
-            wishes: ``server.report.measuring.job.Wishes`` without the text.
+            options: ``server.report.measuring.job.ReportOptions`` without the text.
 
         Raises:
-            Overloaded: one is being made.
-            NotReady: there is no room for fp32 and another precision beside what is loaded.
-            GenerationFailed: it failed, and why.
+            Overloaded: another report is being made.
+            NotReady: too little free memory for fp32 and another precision beside the loaded ones.
+            GenerationFailed: the measurement failed; with the reason.
         """
-        self._reserve(wishes["precisions"])
+        self._reserve(options["precisions"])
         try:
-            process = self._process = await self._start(wishes, text)
+            process = self._process = await self._start(options, text)
         except BaseException:
             self._making = False
             raise
@@ -102,9 +106,9 @@ class Reports:
                 yield event
         finally:
             pausing.cancel()
-            if self._process is process:  # no other has been begun meanwhile
+            if self._process is process:  # no other report has been started since
                 self.abandon()
-            await _ended(process)
+            await _kill_and_wait(process)
 
     def _reserve(self, precisions: Sequence[str]) -> None:
         if self._making:
@@ -118,17 +122,17 @@ class Reports:
             )
         self._making = True
 
-    async def _start(self, wishes: Mapping[str, Any], text: str | None) -> Process:
+    async def _start(self, options: Mapping[str, Any], text: str | None) -> Process:
         command = start_command("server.report.measuring.child", sys.executable)
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_LINE
         )
         settings = self._settings.model_dump(mode="json", include=set(ModelSettings.model_fields))
-        settings["threads"] = self._spec.threads  # as many as serve, whatever that process would find
-        order = {"settings": settings, "wishes": dict(wishes), "text": text}
+        settings["threads"] = self._spec.threads  # the server's number, not the subprocess's default
+        job = {"settings": settings, "options": dict(options), "text": text}
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.write(json.dumps(job).encode() + b"\n")
             with suppress(ConnectionError):
                 await process.stdin.drain()
         except BaseException:
@@ -150,12 +154,12 @@ class Reports:
         raise GenerationFailed("the report could not be made: its process ended; what it measured is kept")
 
     async def _pause_while_busy(self, process: Process) -> None:
-        """Stops the process as soon as there is something to do: streams have the host to themselves."""
+        """Suspends the process while the server is busy, so that requests have all CPU cores."""
         with suppress(psutil.Error):
             target, stopped, quiet_since = psutil.Process(process.pid), False, 0.0
             while process.returncode is None:
                 now = time.monotonic()
-                if self._busy():
+                if not self._activity.is_idle():
                     quiet_since = now
                     if not stopped:
                         target.suspend()
@@ -166,30 +170,30 @@ class Reports:
                 await asyncio.sleep(_POLL)
 
     def abandon(self) -> None:
-        """Ends what is being made, without waiting for its process to be gone; another may be begun."""
+        """Kills the measuring process without waiting for it; another report can be started at once."""
         if self._process is not None:
             _kill(self._process)
             self._making, self._process = False, None
 
     async def stop(self) -> None:
-        """Ends what is being made."""
+        """Kills the measuring process and waits for its end."""
         if self._process is not None:
-            await _ended(self._process)
+            await _kill_and_wait(self._process)
 
 
 def _kill(process: Process) -> None:
-    """Stopped or not: every step that it finished is kept."""
+    """Kills a running or suspended process; the steps it finished are saved."""
     with suppress(ProcessLookupError):
         process.kill()
 
 
-async def _ended(process: Process) -> None:
+async def _kill_and_wait(process: Process) -> None:
     _kill(process)
     await process.wait()
 
 
 def _stamps(folder: Path) -> Any:
-    """Changes whenever a report there does."""
+    """A value that changes with the reports in the folder; None if the folder can't be read."""
     try:
         return sorted((one.name, (one / store.NAME).stat().st_mtime_ns) for one in folder.iterdir())
     except OSError:

@@ -1,4 +1,4 @@
-"""What repeated measurements allow to say: where their median lies, and which of several may be the best."""
+"""Statistics of repeated measurements: confidence intervals of medians, and candidates for the best."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,16 +8,16 @@ from typing import TypeVar
 
 CONFIDENCE = 0.9
 LEVEL = 1.05
-"""Factor within which two figures that can't be told apart are called equal."""
+"""Two figures whose intervals overlap count as equal if both are within this factor."""
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval for a median; from 0 to infinity where nothing is known of it.
+    """A confidence interval of a median; from 0 to infinity if there are too few measurements.
 
     Args:
-        count: of the measurements.
+        count: number of measurements.
     """
 
     low: float
@@ -30,24 +30,24 @@ class Interval:
 
     @property
     def factor(self) -> float:
-        """How far its ends lie apart: high ÷ low; infinite where nothing is known."""
+        """high ÷ low; infinite for too few measurements."""
         return self.high / self.low if self.low > 0 else math.inf
 
     def above(self, other: "Interval") -> bool:
         return self.low > other.high
 
     def as_good_as(self, other: "Interval") -> bool:
-        """Whether it lies above, or equals the other to within ``LEVEL``, and that is known."""
+        """Whether it is above the other, or both overlap and are within a factor of ``LEVEL``."""
         together = Interval(min(self.low, other.low), max(self.high, other.high))
         overlaps = not (self.above(other) or other.above(self))
         return self.low >= other.high or (overlaps and together.factor <= LEVEL)
 
 
 def interval_of(values: Sequence[float]) -> Interval:
-    """That of their median by the sign test: it assumes nothing of how noise is distributed.
+    """The interval of the values' median by the sign test, which assumes no distribution of the noise.
 
-    Between the k-th smallest and the k-th largest of n values, where k is the largest number for which the
-    median lies outside in at most one of ten cases. Of fewer than five values nothing is known.
+    It reaches from the k-th smallest to the k-th largest of n values, where k is the largest number for which
+    the median is outside in at most one of ten cases. Fewer than five values give the infinite interval.
     """
     count = len(values)
     tails = accumulate(2 * math.comb(count, below) / 2**count for below in range(count))
@@ -59,6 +59,6 @@ def interval_of(values: Sequence[float]) -> Interval:
 
 
 def perhaps_best(candidates: Sequence[_T], of: Callable[[_T], Interval]) -> list[_T]:
-    """Those that no other lies above."""
+    """The candidates whose interval no other's is above."""
     surely = max(of(one).low for one in candidates)
     return [one for one in candidates if of(one).high >= surely]

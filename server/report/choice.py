@@ -1,4 +1,4 @@
-"""Which precision a request gets that leaves it to the server: by bounds, among measured ones."""
+"""The precision of a request with "auto": the best of the measured ones within bounds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ _REFERENCE = "fp32"
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a precision must keep to, by its measured figures; None: anything goes.
+    """Limits of a precision's measured figures; None: no limit.
 
     Args:
-        max_memory_bytes: weights and KV cache as the report has them.
-        max_perplexity_increase: as a share of fp32's: 0.02 is two per cent.
-        max_kl: mean divergence from fp32, nats a token.
-        min_tokens_per_second: decoded by one row alone.
-        prefer: what to choose by among those that fit; the balance of size and speed if None.
+        max_memory_bytes: weights and KV cache as in the report.
+        max_perplexity_increase: as a share of fp32's: 0.02 is 2 %.
+        max_kl: mean KL divergence from fp32, nats a token.
+        min_tokens_per_second: decoded by one row.
+        prefer: the order among precisions within the limits; None: balance of size and speed.
     """
 
     max_memory_bytes: int | None = None
@@ -31,18 +31,18 @@ class Bounds:
     prefer: Preference | None = None
 
     def given(self) -> dict[str, float]:
-        """Those that are set, without the preference."""
+        """The limits that are set, by name."""
         found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "prefer"}
         return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """A chosen precision and the reason.
 
     Args:
-        decided_by: the bounds without which another had been chosen; if none, ``prefer`` or ``balance``.
-        reason: the same in words.
+        decided_by: the bounds without which another one would be chosen; if none, ``prefer`` or ``balance``.
+        reason: the same as a sentence.
     """
 
     precision: str
@@ -51,7 +51,7 @@ class Choice:
 
 
 class NoneFits(Exception):
-    """No precision keeps to the bounds; the message names the one that comes nearest."""
+    """No precision meets the bounds; the message names the closest one."""
 
 
 _OF: Mapping[str, Callable[[Row], float | None]] = {
@@ -70,12 +70,13 @@ _QUALITY, _SPEED = ("max_perplexity_increase", "max_kl"), "min_tokens_per_second
 
 
 def choose(rows: Sequence[Row], bounds: Bounds) -> Choice:
-    """
+    """The best row within the bounds.
+
     Args:
-        rows: the candidates that can run, fp32 perhaps not among them.
+        rows: the candidates that this host can run, with or without fp32.
 
     Raises:
-        NoneFits: there are no candidates, or none that keeps to the bounds.
+        NoneFits: there are no candidates, or none meets the bounds.
     """
     if not rows:
         raise NoneFits("none of the measured precisions can run here")
@@ -88,7 +89,7 @@ def choose(rows: Sequence[Row], bounds: Bounds) -> Choice:
 
 
 def _best(rows: Sequence[Row], bounds: Bounds) -> list[Row]:
-    """What is chosen, then what may be as good as far as speeds are known; empty if none fits."""
+    """The chosen row, then those whose speeds can't be distinguished from its; empty if none fits."""
     fitting = [row for row in rows if not broken(row, bounds)]
     fitting = [row for row in fitting if not _doubtful(row, bounds)] or fitting
     if not fitting:
@@ -100,9 +101,9 @@ def _best(rows: Sequence[Row], bounds: Bounds) -> list[Row]:
     known = [row for row in fitting if row.mean_kl is not None]
     if bounds.prefer == "quality" and known:
         return [min(known, key=lambda row: (row.mean_kl or 0.0, row.weights_bytes))]
-    if bounds.prefer == "quality":  # nothing is known of it: the widest is the nearest to the original
+    if bounds.prefer == "quality":  # not measured: more bits are closer to the original
         return [max(fitting, key=lambda row: row.bits_per_weight)]
-    if any(name in bounds.given() for name in _QUALITY):  # what is tolerable has been said
+    if any(name in bounds.given() for name in _QUALITY):  # the bounds replace TOLERABLE
         fitting = [replace(row, perplexity_ratio=1.0) for row in fitting]
     by_name = {row.precision: row for row in rows}
     return [by_name[row.precision] for row in best_balanced(fitting, _scale(rows))]
@@ -113,12 +114,12 @@ def _first(rows: Sequence[Row], bounds: Bounds) -> Row | None:
 
 
 def _scale(rows: Sequence[Row]) -> Row:
-    """What sizes and speeds are divided by; which of them matters to no order."""
+    """The row by which sizes and speeds are divided; any row gives the same order."""
     return next((row for row in rows if row.precision == _REFERENCE), rows[0])
 
 
 def broken(row: Row, bounds: Bounds) -> dict[str, float]:
-    """The bounds that it doesn't keep, and by which share each is missed; infinite where not measured."""
+    """The bounds that a row violates, and each violation as a share; infinite if not measured."""
     found = {}
     for name, limit in bounds.given().items():
         value = _OF[name](row)
@@ -132,13 +133,13 @@ def broken(row: Row, bounds: Bounds) -> dict[str, float]:
 
 
 def _doubtful(row: Row, bounds: Bounds) -> bool:
-    """Whether its runs lie on both sides of the least speed."""
+    """Whether the interval of its speed includes the required speed."""
     least, interval = bounds.min_tokens_per_second, row.speed_interval
     return least is not None and interval.low < least <= interval.high
 
 
 def _doubt(bounds: Bounds, chosen: Row, as_good: Sequence[Row]) -> str:
-    """What the reason has to add where the speeds that were measured lie too far apart."""
+    """The addition to the reason if measured speeds are too uncertain."""
     found = ""
     if _doubtful(chosen, bounds):
         low, high = chosen.speed_interval.low, chosen.speed_interval.high
@@ -151,7 +152,7 @@ def _doubt(bounds: Bounds, chosen: Row, as_good: Sequence[Row]) -> str:
 
 
 def _deciding(rows: Sequence[Row], bounds: Bounds, chosen: Row) -> tuple[str, ...]:
-    """The bounds that, left out alone, change the choice; if none does, those that the favourite breaks."""
+    """The bounds whose removal changes the choice; if none, those that the unbounded choice violates."""
     alone = [name for name in bounds.given() if _first(rows, replace(bounds, **{name: None})) is not chosen]
     if alone:
         return tuple(alone)
@@ -162,7 +163,7 @@ def _deciding(rows: Sequence[Row], bounds: Bounds, chosen: Row) -> tuple[str, ..
 
 
 def _reason(rows: Sequence[Row], bounds: Bounds, chosen: Row, decided: tuple[str, ...]) -> str:
-    wish = {
+    preferred = {
         "quality": "nearest to fp32",
         "speed": "fastest",
         "memory": "smallest",
@@ -171,11 +172,11 @@ def _reason(rows: Sequence[Row], bounds: Bounds, chosen: Row, decided: tuple[str
     limits = [name for name in decided if name in _OF]
     if not limits:
         tolerable = f" that costs at most {TOLERABLE:.0%} of perplexity" if decided == ("balance",) else ""
-        return f"{chosen.precision} is the {wish}{tolerable} of the {len(rows)} measured here"
+        return f"{chosen.precision} is the {preferred}{tolerable} of the {len(rows)} measured here"
     kept = " and ".join(
         f"{name} {bounds.given()[name]} (it has {_SHOWN[name](_OF[name](chosen) or 0.0)})" for name in limits
     )
-    return f"{chosen.precision} is the {wish} within {kept}"
+    return f"{chosen.precision} is the {preferred} within {kept}"
 
 
 def _refusal(rows: Sequence[Row], bounds: Bounds) -> str:

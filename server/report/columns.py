@@ -1,4 +1,4 @@
-"""The columns of a report's table, for the terminal, Markdown and HTML alike."""
+"""The columns of a report's table, the same on the terminal, in Markdown and in HTML."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -66,20 +66,20 @@ def shown(value: float | None, form: str) -> str:
 
 
 def columns(document: Mapping[str, Any]) -> list[Column]:
-    """The first is the precision, marked where it is on the Pareto front; no quality where there is none."""
+    """The table's columns: the precision, with * on the Pareto front; size; quality if measured; speed."""
     best = front(rows_of(document))
     name: Column = ("precision", lambda row: row.precision + (" *" if row.precision in best else ""))
     return [name, *_SIZE, *(_QUALITY if quality_means_something(document) else []), *_SPEED]
 
 
 def legend(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(term, meaning) of what the table has."""
-    there = {heading for heading, _ in columns(document)} | {"*", "~", "disk", "weights", "TTFT"}
+    """(term, meaning) of the columns and marks in the table."""
+    present = {heading for heading, _ in columns(document)} | {"*", "~", "disk", "weights", "TTFT"}
     pairs = [(line[:13].strip(), line[13:]) for line in LEGEND.splitlines()]
-    return [(term, meaning) for term, meaning in pairs if term in there]
+    return [(term, meaning) for term, meaning in pairs if term in present]
 
 
 def cells(document: Mapping[str, Any], rows: Sequence[Row]) -> list[list[str]]:
-    """Headings first."""
+    """The table as text, headings first."""
     wanted = columns(document)
     return [[heading for heading, _ in wanted], *([show(row) for _, show in wanted] for row in rows)]

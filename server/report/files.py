@@ -1,4 +1,4 @@
-"""A report as files: plots in the cache beside the figures, everything in a folder where it is asked for."""
+"""A report as Markdown, JSON, HTML and plots in a folder that the user names."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ PLOTS = "plots"
 
 
 def as_json(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document, and what follows from it."""
+    """The document with its Pareto front and recommendation."""
     rows, advice = rows_of(document), advice_of(document)
     return {
         **document,
@@ -25,13 +25,13 @@ def as_json(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(document: Mapping[str, Any], kept: Path, out: Path) -> list[Path]:
-    """Markdown, JSON and the page into ``out``, the plots into a folder in it; what was written.
+    """Writes Markdown, JSON and HTML into ``out``, the plots into a subfolder; returns the texts' paths.
 
     Args:
-        kept: where the plots lie.
+        kept: the folder of the saved report, with its plots.
 
     Raises:
-        OSError: it can't be written.
+        OSError: a file can't be written.
     """
     names = drawn(kept)
     (out / PLOTS).mkdir(parents=True, exist_ok=True)

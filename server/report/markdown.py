@@ -14,9 +14,10 @@ def advice_of(document: Mapping[str, Any]) -> Advice:
 
 
 def markdown(document: Mapping[str, Any], plots: Sequence[str] = (), folder: str = "") -> str:
-    """
+    """The report as Markdown: recommendation, table, legend, plots, layers, method.
+
     Args:
-        plots: names of those that were drawn; each is shown as the SVG of its name in ``folder``.
+        plots: names of the plots that were drawn; each is linked as an SVG file in ``folder``.
     """
     head, *lines = cells(document, rows_of(document))
     table = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
@@ -36,7 +37,7 @@ def markdown(document: Mapping[str, Any], plots: Sequence[str] = (), folder: str
 
 
 def layers(document: Mapping[str, Any]) -> list[str]:
-    """A line for each precision: how much of it is quantized, how far off, what was kept and why."""
+    """A line for each precision: the quantized share, the SQNR, and why layers were not quantized."""
     found = []
     for row in rows_of(document):
         proof = document["precisions"][row.precision]["loading"]["proof"]
@@ -61,7 +62,7 @@ def threads(host: Mapping[str, Any]) -> str:
 
 
 def facts(document: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to compare the figures with others."""
+    """Model, host, versions and method: what a comparison with other figures needs."""
     model, host, text, versions = (document[name] for name in ("model", "host", "text", "versions"))
     where = host["gpu"] or f"{host['cpu']}, {threads(host)}"
     revision = f", revision {model['revision']}" if model["revision"] else ""
@@ -91,7 +92,7 @@ def facts(document: Mapping[str, Any]) -> list[str]:
 
 
 def _runs(document: Mapping[str, Any]) -> str:
-    """How many there were of a batch: more where they lay far apart."""
+    """The number of runs per batch; more were made where they scattered."""
     counts = {
         len(batch["decode_rates"])
         for steps in document["precisions"].values()
@@ -102,7 +103,7 @@ def _runs(document: Mapping[str, Any]) -> str:
 
 
 def spreads(document: Mapping[str, Any]) -> str:
-    """How far the middle half of the runs lay apart: what a difference of speeds is worth."""
+    """The largest interquartile range of a batch's runs, as a share of the median."""
     found = [
         _middle_half(batch["decode_rates"])
         for steps in document["precisions"].values()

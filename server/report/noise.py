@@ -1,4 +1,4 @@
-"""Whether the host was quiet enough for the speeds to mean something; if not, what the report begins with."""
+"""Whether the host was too noisy for the measured speeds; if so, the report's first sentences."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from server.report.certainty import Interval
 from server.report.rows import Row
 
 WIDE = 1.25
-"""Of a noisy host: the factor between the ends of a speed's interval, or between fp32's own medians."""
+"""A host is noisy above this factor: of a speed's interval, or between fp32's medians."""
 _REFERENCE, _SHOWN = "fp32", 3
 
 
 @dataclass(frozen=True)
 class _Speed:
-    """Of one precision at one batch size: tokens a second of fp32, a ratio to it of the others."""
+    """A precision's speed at one batch size: tokens a second for fp32, a ratio to fp32 for the others."""
 
     precision: str
     rows: int
@@ -31,7 +31,7 @@ class _Speed:
 
 
 def noise(rows: Sequence[Row]) -> list[str]:
-    """Sentences; none where the host was quiet."""
+    """Sentences about the noise; none if the host was quiet."""
     wide = sorted((one for one in _speeds(rows) if one.interval.factor > WIDE), key=_most_first)
     drift = _drift(rows)
     sentences = []
@@ -63,7 +63,7 @@ def _most_first(speed: _Speed) -> float:
 
 
 def _drift(rows: Sequence[Row]) -> str | None:
-    """fp32 is measured beside every precision: how far its own speed changed meanwhile, where it did most."""
+    """How much fp32's speed changed between its runs in turn with each precision, at the worst batch size."""
     found: dict[int, list[float]] = {}
     for row in rows:
         medians = row.tokens_per_second if row.precision == _REFERENCE else row.reference_rates

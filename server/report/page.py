@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: style and plots are in it, and no script."""
+"""A report as one self-contained HTML page: style and plots inline, no scripts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,10 @@ _LAYER_HEADS = (
 
 
 def page(document: Mapping[str, Any], folder: Path) -> str:
-    """
+    """The report as an HTML document.
+
     Args:
-        folder: where the plots lie; those that do are shown.
+        folder: has the plots; those that exist are shown.
     """
     model, host = document["model"], document["host"]
     advice = advice_of(document)
@@ -81,7 +82,7 @@ def _plots(folder: Path) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """The element alone, its ids made unlike those of another plot on the page."""
+    """The ``<svg>`` element, its ids prefixed with the plot's name so that they are unique on the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)

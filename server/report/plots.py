@@ -31,18 +31,18 @@ _STYLE = {
 
 
 class PlotsUnavailable(Exception):
-    """matplotlib isn't installed; the message has the command that mends it."""
+    """matplotlib isn't installed; the message has the install command."""
 
 
-def to_draw(asked: bool | None) -> bool:
-    """Whether plots are drawn; where it was left open (None), if matplotlib is installed.
+def to_draw(requested: bool | None) -> bool:
+    """Whether plots are drawn; for None, whether matplotlib is installed.
 
     Raises:
-        PlotsUnavailable: they were asked for, and it is not.
+        PlotsUnavailable: ``requested`` is true, and matplotlib isn't installed.
     """
-    if asked:
+    if requested:
         require()
-    return find_spec("matplotlib") is not None if asked is None else asked
+    return find_spec("matplotlib") is not None if requested is None else requested
 
 
 def require() -> None:
@@ -52,7 +52,7 @@ def require() -> None:
 
 
 def draw(document: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draws what the document has figures for; the names of what was drawn, without endings.
+    """Draws the plots that the document has figures for; returns their names, without extensions.
 
     Raises:
         PlotsUnavailable
@@ -84,7 +84,7 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def drawn(folder: Path) -> list[str]:
-    """The plots that lie there."""
+    """The names of the plots in the folder."""
     return [name for name in TITLES if (folder / f"{name}.svg").exists()]
 
 
@@ -103,7 +103,7 @@ def _scatter(figure: Any, rows: Sequence[Row], x: Axis, y: Axis) -> bool:
         return False
     axes = figure.subplots()
     least = min((b for _, _, b in known if b > 0), default=1.0)
-    floor = least / 3  # where a divergence of zero stands on a logarithmic scale
+    floor = least / 3  # the place of a zero divergence on the logarithmic scale
     for row, a, b in known:
         filled = row.precision in best
         colour = _colour(rows, row.precision)
@@ -139,7 +139,7 @@ def _scatter(figure: Any, rows: Sequence[Row], x: Axis, y: Axis) -> bool:
 def _draw_interval(
     axes: Any, row: Row, axis: Axis, at: tuple[float, float], colour: str, across: bool
 ) -> None:
-    """How well a speed is known, as a line through its point; nothing for what is known exactly."""
+    """Draws the confidence interval of a speed as a line through its point; exact values have none."""
     interval = row.ratio_interval()
     if axis is not _speed or math.isinf(interval.high) or interval.factor <= 1:
         return
@@ -149,7 +149,7 @@ def _draw_interval(
 
 
 def _layers(figure: Any, document: Mapping[str, Any], rows: Sequence[Row]) -> bool:
-    """Relative error, a row for each precision, a column for each layer; white: nothing is off."""
+    """Relative errors: a row for each precision, a column for each layer; white: no error."""
     proofs = {row.precision: document["precisions"][row.precision]["loading"]["proof"] for row in rows}
     proofs = {name: proof for name, proof in proofs.items() if proof and name != "fp32"}
     names = list(dict.fromkeys(one["name"] for proof in proofs.values() for one in proof["layers"]))
@@ -187,7 +187,7 @@ def _short(name: str) -> str:
 
 
 def _latency(figure: Any, document: Mapping[str, Any], rows: Sequence[Row]) -> bool:
-    """Share of the tokens that came within a time."""
+    """Cumulative distribution of the time between tokens."""
     axes = None
     for row in rows:
         times = document["precisions"][row.precision]["speed"]["batches"]["1"]["inter_token_ms"]
@@ -204,7 +204,7 @@ def _latency(figure: Any, document: Mapping[str, Any], rows: Sequence[Row]) -> b
     axes.set(
         xlabel="ms from one token to the next", ylabel="% of the tokens that took no longer", ylim=(0, 101)
     )
-    # tokens that were read in one go lie nearly nothing apart: that is of the reader, not of the model
+    # tokens read in one go have gaps of almost zero: an artifact of reading, not of the model
     middles = [line.get_xdata()[len(line.get_xdata()) // 2] for line in axes.get_lines()]
     axes.set_xlim(left=0.3 * min(middles))
     axes.grid(alpha=0.25, which="both")

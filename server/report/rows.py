@@ -1,4 +1,4 @@
-"""A report's document as rows that can be compared: a precision each, and which of them are worth having."""
+"""A report's document as one row per precision, and the Pareto front of the rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,26 @@ from typing import Any
 from server.report.certainty import Interval, interval_of
 
 _REFERENCE = "fp32"
-_CHANCE = 0.5  # of the vocabulary: a perplexity above it is that of guessing
+_CHANCE = 0.5  # of the vocabulary: a higher perplexity is chance
 
 
 @dataclass(frozen=True)
 class Row:
-    """One precision. What was not measured is None.
+    """One precision's figures; None: not measured.
 
     Args:
-        disk_bytes: of the checkpoint that it is made from while loading.
-        weights_bytes: of its tensors, scales included.
-        memory_bytes: weights and the KV cache.
+        disk_bytes: size of the checkpoint that it is loaded from.
+        weights_bytes: size of its tensors, scales included.
+        memory_bytes: weights and KV cache.
         load_seconds: from the checkpoint to a model that can run.
-        tokens_per_second: decoded, by rows decoded together.
-        speed_ratios: to fp32's, the same way; measured in turn with it, so that they compare precisions
-            better than their rates do, which were taken at different times.
-        ttft_ms: time to first token, one row, after a prompt as the document says.
-        perplexity_ratio, perplexity_ratio_error: to fp32's, and its standard error.
-        warning: loudly to be said: "quantized", and hardly is.
-        rate_intervals, ratio_intervals: how well the rates, and their ratios to fp32's, are known, by rows
-            decoded together; exactly where nothing is said of it.
-        reference_rates: fp32's median while this precision was measured in turn with it.
+        tokens_per_second: decoding rate, by batch size.
+        speed_ratios: rate ÷ fp32's, by batch size. Both were measured in turn, so ratios compare precisions
+            better than rates, which were taken at different times.
+        ttft_ms: time to first token of one row; the document has the prompt's length.
+        perplexity_ratio, perplexity_ratio_error: perplexity ÷ fp32's, and its standard error.
+        warning: that a "quantized" model hardly is.
+        rate_intervals, ratio_intervals: confidence intervals by batch size; a missing one is exact.
+        reference_rates: fp32's median rate in the rounds of this precision, by batch size.
     """
 
     precision: str
@@ -59,12 +58,12 @@ class Row:
 
     @property
     def speed_ratio(self) -> float:
-        """Of one row, to fp32's."""
+        """Speed of one row ÷ fp32's."""
         return self.speed_ratios[1]
 
     @property
     def batch_ratio(self) -> float:
-        """Of the most rows that were measured."""
+        """Speed of the largest batch ÷ fp32's."""
         return self.speed_ratios[self.most_rows]
 
     @property
@@ -73,11 +72,11 @@ class Row:
 
     @property
     def speed_interval(self) -> Interval:
-        """Where the tokens per second of one row lie."""
+        """The confidence interval of ``speed``."""
         return self.rate_intervals.get(1) or Interval.exactly(self.speed)
 
     def ratio_interval(self, rows: int = 1) -> Interval:
-        """Where the ratio to fp32's speed lies."""
+        """The confidence interval of the ratio to fp32's speed, at a batch of ``rows``."""
         return self.ratio_intervals.get(rows) or Interval.exactly(self.speed_ratios[rows])
 
     @property
@@ -86,12 +85,12 @@ class Row:
 
     @property
     def increase(self) -> float | None:
-        """Of the perplexity, as a share of fp32's."""
+        """The increase of the perplexity, as a share of fp32's."""
         return None if self.perplexity_ratio is None else self.perplexity_ratio - 1
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:
-    """Those whose bytes and speed are known, fp32 first, then by weights, the largest first."""
+    """The precisions whose size and speed were measured: fp32, then the others, the largest first."""
     measured = {
         name: steps for name, steps in document["precisions"].items() if {"loading", "speed"} <= steps.keys()
     }
@@ -148,14 +147,14 @@ def _without_quality(row: Row) -> Row:
 
 
 def quality_means_something(document: Mapping[str, Any]) -> bool:
-    """Whether quality was measured, of a model that predicts the text better than chance does."""
+    """Whether quality was measured, and the model predicts the text better than chance."""
     return why_no_quality(document) is None
 
 
 def why_no_quality(document: Mapping[str, Any]) -> str | None:
-    """Why nothing is said about quality, if nothing is.
+    """Why the report has no quality figures; None if it has.
 
-    Weights drawn at random give every token about the same probability, one over the vocabulary.
+    A model of random weights gives every token about the same probability, 1 ÷ vocabulary.
     """
     perplexity = ((document["precisions"].get(_REFERENCE) or {}).get("quality") or {}).get("perplexity")
     vocabulary = document["model"]["vocabulary"]
@@ -171,10 +170,9 @@ def why_no_quality(document: Mapping[str, Any]) -> str | None:
 
 
 def front(rows: Sequence[Row]) -> frozenset[str]:
-    """The precisions of the Pareto front: of no other is known that it is as good in every respect and better
-    in one.
+    """The precisions on the Pareto front: those that no other row ``dominates``.
 
-    Respects: bytes of the weights, speed of one row and of the largest batch, KL divergence where measured.
+    Compared are weight bytes, speed of one row and of the largest batch, and KL divergence if measured.
     """
     return frozenset(row.precision for row in rows if not any(dominates(other, row) for other in rows))
 
@@ -188,7 +186,7 @@ def dominates(one: Row, other: Row) -> bool:
 
 
 def _costs(row: Row) -> tuple[float, ...]:
-    """What is known exactly; less is better."""
+    """The exact figures, of which less is better."""
     return row.weights_bytes, math.inf if row.mean_kl is None else row.mean_kl
 
 

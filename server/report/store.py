@@ -1,4 +1,4 @@
-"""What was measured, kept step by step in the user's cache: an interrupted report goes on where it was."""
+"""Reports in the user's cache, saved after every step: an interrupted report continues where it stopped."""
 
 import json
 import logging
@@ -14,21 +14,21 @@ from server.host import cache
 from server.report.subject import Reading, Subject
 
 FORMAT = 2
-"""Raised where old figures can't be shown any more."""
+"""Incremented when documents of older versions can't be rendered any more."""
 NAME = "report.json"
 _log = logging.getLogger(__name__)
 
 
 def folder_of(subject: Subject) -> Path:
-    """Where the reports of one subject are kept, a folder for each text."""
+    """The folder of a subject's reports, with a subfolder for each text."""
     return cache.folder("reports") / subject.key
 
 
-class Kept:
-    """One report, finished or not: ``document`` is all of it.
+class SavedReport:
+    """One saved report, finished or not; ``document`` is its content.
 
     Args:
-        fresh: begin anew, whatever there is.
+        fresh: starts with an empty document instead of the saved one.
     """
 
     def __init__(self, subject: Subject, reading: Reading, fresh: bool = False) -> None:
@@ -43,14 +43,14 @@ class Kept:
             "precisions": {},
             "failed": {},
         }
-        self.document["failed"] = {}  # each is tried again
+        self.document["failed"] = {}  # failed precisions are tried again
 
     def get(self, precision: str, step: str) -> Any:
-        """The figures of a step; None: not measured yet."""
+        """The figures of a step; None if it was not measured yet."""
         return self.document["precisions"].get(precision, {}).get(step)
 
     def keep(self, precision: str, step: str, figures: Mapping[str, Any]) -> None:
-        """What was there already is replaced, and a finished report stays one."""
+        """Saves a step. A finished report stays finished if the step replaces an earlier one."""
         steps = self.document["precisions"].setdefault(precision, {})
         whole = self.document["finished"] is not None and step in steps
         steps[step] = dict(figures)
@@ -58,7 +58,7 @@ class Kept:
         self.write()
 
     def fail(self, precision: str, reason: str) -> None:
-        """Notes, in this run's document alone, why a precision has no figures."""
+        """Records why a precision has no figures; the next run drops the record."""
         self.document["failed"][precision] = reason
 
     def finish(self) -> None:
@@ -67,7 +67,7 @@ class Kept:
         self.write()
 
     def write(self) -> None:
-        """Whole or not at all, whenever the process ends."""
+        """Replaces the file atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{NAME}.{os.getpid()}"
         unfinished.write_text(json.dumps(self.document, allow_nan=False), encoding="utf-8")
@@ -75,13 +75,13 @@ class Kept:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The report kept there; None if there is none that can be read."""
+    """The report in the folder; None if there is none, or it can't be read."""
     try:
         document = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        _log.warning("a kept report can't be read (%s) and is ignored", type(error).__name__)
+        _log.warning("a saved report can't be read (%s) and is ignored", type(error).__name__)
         return None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         return None
@@ -89,7 +89,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def latest(subject: Subject) -> tuple[dict[str, Any], Path] | None:
-    """The subject's report that was finished last, whatever its text, and its folder."""
+    """The subject's report finished last, of any text, and its folder."""
     found: list[tuple[str, Path, dict[str, Any]]] = []
     with suppress(OSError):
         for folder in folder_of(subject).iterdir():

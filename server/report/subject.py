@@ -1,4 +1,4 @@
-"""What a report is of: all that its figures depend on, so that another host's are never taken for ours."""
+"""The key of a report: everything its figures depend on, so that another host's are never reused."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ _KEY = 16  # hexadecimal digits
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, loaded in a certain way, on this host, with these versions.
+    """A model, its load settings, the host and the versions of the software.
 
     Args:
-        model: its name, revision, architecture, the sizes of its files and a digest of what tells them apart.
+        model: name, revision, architecture, file sizes and a digest that identifies the files.
         host: device, processor, threads and kernels.
-        versions: of bitdial and of what computes.
-        settings: how precisions are loaded.
+        versions: of bitdial and of the libraries that compute.
+        settings: the load settings of precisions.
     """
 
     model: Mapping[str, Any]
@@ -47,10 +47,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Reading:
-    """A text and how it is read: windows, strides, prompts that are continued.
+    """A text and how it is evaluated: windows, strides, number of prompts.
 
     Args:
-        window, stride: in tokens; None for what the model's context suggests.
+        window, stride: in tokens; None: derived from the model's context.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Reading:
 
     @classmethod
     def of(cls, text: Text, window: int | None, stride: int | None, prompts: int) -> "Reading":
-        """Reads the text once."""
+        """Reads the whole text for its digest."""
         digest = hashlib.sha256()
         with text.open() as stream:
             while data := stream.read(2**20):
@@ -71,7 +71,7 @@ class Reading:
 
     @property
     def key(self) -> str:
-        """The same text under another name is the same text."""
+        """The same text under another name has the same key."""
         return digest_of({**asdict(self), "name": None})
 
 
@@ -80,7 +80,7 @@ def digest_of(value: Any) -> str:
 
 
 def subject_of(spec: ModelSpec) -> Subject:
-    """Of a checkpoint as it would be loaded on this host. Tries the kernels out, in a thread of its own."""
+    """The subject of a checkpoint loaded on this host. Compiles the kernels if they aren't yet."""
     checkpoint = spec.checkpoint
     model = {
         "name": checkpoint.model_id,
@@ -128,9 +128,9 @@ def _versions() -> dict[str, str]:
 
 
 def _files(folder: Path, name: str) -> str:
-    """Tells folders of one name apart without reading gigabytes: by the weights' sizes and times, and config.
+    """A digest of the weight files' sizes and mtimes and of the config, without reading gigabytes.
 
-    A hub model's files have the time of their download, so that another copy of it is measured anew.
+    A hub model's files have the time of their download, so another download of it is measured again.
     """
     found: list[Any] = []
     try:
@@ -138,9 +138,7 @@ def _files(folder: Path, name: str) -> str:
             (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(folder, name)
         ]
         found.append((folder / "config.json").read_text(encoding="utf-8"))
-    except (
-        Exception
-    ) as error:  # a checkpoint that can't be looked at can't be loaded either, and that is said
+    except Exception as error:  # loading fails too then, and reports the error
         found.append(type(error).__name__)
     return digest_of(found)
 
@@ -149,7 +147,7 @@ REFERENCE = "fp32"
 
 
 def slots() -> int:
-    """Sequences that a model is loaded for."""
+    """KV slots of a measured model."""
     return max(BATCHES)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import APIRouter
 from pydantic import Field
-from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -24,6 +23,7 @@ from server.routes.precision_choice import known_precision
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool
+from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
 _ALL = "all"
@@ -56,7 +56,7 @@ _BODY = body_of(CompareBody, _EXAMPLE, parameters=Sampling.model_json_schema())
 @router.post("/compare", openapi_extra=_BODY)
 async def compare(request: Request) -> Response:
     """Continues a prompt in several precisions, and tells how far each is from the reference on it."""
-    values, state = merge_parameters(await read_object(request)), request.app.state
+    values, state = merge_parameters(await read_object(request)), state_of(request.app)
     body = validate(CompareBody, values, state.settings)
     answer = await until_disconnect(request, _within_time(state, body))
     if "text/markdown" in request.headers.get("accept", ""):
@@ -64,7 +64,7 @@ async def compare(request: Request) -> Response:
     return JSONResponse(_as_json(answer))
 
 
-async def _within_time(state: State, body: CompareBody) -> Answer:
+async def _within_time(state: AppState, body: CompareBody) -> Answer:
     try:
         async with asyncio.timeout(state.settings.request_timeout):
             with state.service.place():
@@ -73,7 +73,7 @@ async def _within_time(state: State, body: CompareBody) -> Answer:
         raise DeadlinePassed("the comparison's time was up") from None
 
 
-async def _compare(state: State, body: CompareBody) -> Answer:
+async def _compare(state: AppState, body: CompareBody) -> Answer:
     reference = known_precision(body.reference)
     names = _chosen(state.pool, body.precisions, reference)
     wish = await _wish(state, body)
@@ -101,7 +101,7 @@ def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str
     return list(dict.fromkeys([reference, *names]))
 
 
-async def _wish(state: State, body: CompareBody) -> Wish:
+async def _wish(state: AppState, body: CompareBody) -> Wish:
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     deadline = time.perf_counter() + state.settings.request_timeout
     ids = await state.service.prompts.encode(request, deadline)

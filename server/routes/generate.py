@@ -32,6 +32,7 @@ from server.routes.shared import (
 )
 from server.service.generation import Continuation, GenerationRequest, Piece
 from server.service.text.codec import TextCodec
+from server.state import state_of
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
@@ -73,7 +74,7 @@ async def compatible(request: Request) -> Response:
 
 async def _answer(request: Request, stream: bool = False, listed: bool = False) -> Response:
     values = merge_parameters(await read_object(request))
-    state = request.app.state
+    state = state_of(request.app)
     precision = choose_precision(request, values)
     body = validate(GenerateBody, values, state.settings)
     asked = resolve_precision(request, precision, body.auto)
@@ -174,7 +175,7 @@ def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
 
 
 async def _stream(request: Request, body: GenerateBody, asked: PrecisionChoice) -> Response:
-    state = request.app.state
+    state = state_of(request.app)
     body.stream = True
     return await stream_all(request, _wanted(body, asked), partial(_events, body, state.codec))
 

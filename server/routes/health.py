@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 
 from server.errors import NotReady
+from server.state import state_of
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -17,7 +18,7 @@ async def live() -> dict[str, str]:
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
     """The default precision is loaded, warm and making progress; 503 with the reason otherwise."""
-    state = request.app.state
+    state = state_of(request.app)
     state.lifecycle.check()
     default = state.pool.state(state.pool.default)
     if default.engine is None:

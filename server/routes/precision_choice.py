@@ -15,6 +15,7 @@ from server.report.auto import bounds_of, choose_by_report
 from server.report.choice import Bounds, Choice
 from server.routes.schemas import AutoBounds
 from server.settings.types import AUTO
+from server.state import state_of
 
 ANY_MODEL = "tgi"
 
@@ -62,7 +63,7 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: str | Non
         BadPrecision: no such precision, or two places disagree.
         UnknownModel: the name is not the served model's.
     """
-    model_id = request.app.state.checkpoint.model_id
+    model_id = state_of(request.app).checkpoint.model_id
     names = [name for name in (request.path_params.get("model"), model) if name is not None]
     names = [name for name in names if not _is_address(name, request)]
     asked: list[object] = [body["precision"]] if "precision" in body else []
@@ -90,7 +91,7 @@ def resolve_precision(request: Request, name: str | None, wish: AutoBounds | Non
         Invalid: bounds beside the name of a precision; or none keeps to them.
         Unavailable: there is no report to choose by.
     """
-    state = request.app.state
+    state = state_of(request.app)
     if name not in (None, AUTO) and wish is not None:
         raise Invalid('auto goes with precision "auto", not with a named one', param="auto")
     if name is None and wish is None:

@@ -15,6 +15,7 @@ from server.http.streaming import EventStream, event
 from server.routes.schemas import PRECISION_NAMES
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState
+from server.state import state_of
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
 PrecisionName = Annotated[str, WithJsonSchema({"type": "string", "enum": PRECISION_NAMES})]
@@ -38,24 +39,24 @@ def known(name: PrecisionName) -> str:
 @router.get("")
 async def list_precisions(request: Request) -> list[dict[str, Any]]:
     """Every precision of the registry and its state on this host."""
-    return [_describe(state) for state in request.app.state.pool.states()]
+    return [_describe(state) for state in state_of(request.app).pool.states()]
 
 
 @router.post("/{name}/load")
 async def load(request: Request, name: Changed) -> Response:
     """Loads a precision; server-sent events tell the progress."""
-    pool: Pool = request.app.state.pool
-    request.app.state.lifecycle.check()
-    state = pool.state(known(name))
-    if state.state == "unavailable":
-        raise state.refusal()
-    return EventStream(_progress(pool, state.name), lambda: None, {})
+    state = state_of(request.app)
+    state.lifecycle.check()
+    precision = state.pool.state(known(name))
+    if precision.state == "unavailable":
+        raise precision.refusal()
+    return EventStream(_progress(state.pool, precision.name), lambda: None, {})
 
 
 @router.post("/{name}/unload")
 async def unload(request: Request, name: Changed) -> dict[str, Any]:
     """Drops a precision's weights; what it is generating ends with an error."""
-    pool: Pool = request.app.state.pool
+    pool = state_of(request.app).pool
     await pool.unload(known(name))
     return _describe(pool.state(known(name)))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import APIRouter
 from pydantic import Field
-from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -22,6 +21,7 @@ from server.report.page import page
 from server.routes.precision_choice import known_precision
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
+from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
 _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"
@@ -44,9 +44,9 @@ class ReportBody(Strict):
 @router.get("/report")
 async def kept(request: Request) -> Response:
     """The report that was finished last: JSON, Markdown or a page, by Accept."""
-    report = request.app.state.reports.latest()
-    if report is None:
-        raise NotFound(request.app.state.reports.how_to_make_one())
+    reports = state_of(request.app).reports
+    if (report := reports.latest()) is None:
+        raise NotFound(reports.how_to_make_one())
     kind = preferred(request.headers.get("accept", ""), (_JSON, _MARKDOWN, _HTML))
     if kind == _HTML:
         return HTMLResponse(await asyncio.to_thread(page, report.document, report.folder))
@@ -62,22 +62,22 @@ _BODY["requestBody"]["required"] = False
 @router.post("/report", openapi_extra=_BODY)
 async def make(request: Request) -> Response:
     """Measures every precision in a process of its own; server-sent events tell the progress."""
-    state = request.app.state
+    state = state_of(request.app)
     values = await read_object(request) if await request.body() else {}
     body = validate(ReportBody, values, state.settings)
-    wishes = {
+    options = {
         "precisions": _chosen(state, body.precisions),
         "quality": body.quality,
         "plots": _draws(body.plots),
         "fresh": body.fresh,
     }
-    events = state.reports.make(wishes, body.text)
+    events = state.reports.make(options, body.text)
     first = await anext(events, None)  # refusals have their own status
     return EventStream(_told(state, first, events), state.reports.abandon, {})
 
 
 async def _told(
-    state: State, first: dict[str, Any] | None, events: AsyncGenerator[Any]
+    state: AppState, first: dict[str, Any] | None, events: AsyncGenerator[Any]
 ) -> AsyncGenerator[bytes]:
     async with aclosing(events):
         if first is not None:
@@ -99,7 +99,7 @@ def _draws(asked: bool | None) -> bool:
         raise Unavailable(f'{error}; or send "plots": false') from None
 
 
-def _chosen(state: State, asked: Any) -> list[str]:
+def _chosen(state: AppState, asked: Any) -> list[str]:
     """Those that can run here; one that was named and can't is an error."""
     if asked is None or asked == "all":
         return [one.name for one in state.pool.states() if one.state != "unavailable"]

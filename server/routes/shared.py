@@ -15,6 +15,7 @@ from server.routes.precision_choice import ANY_MODEL
 from server.routes.schemas import PRECISION_NAMES
 from server.service.generation import Continuation, GenerationRequest
 from server.settings.types import AUTO
+from server.state import state_of
 
 SEEDS = 2**64
 _SLICE = 2**16  # bytes, as much as the server beneath keeps unsent before it waits for the reader
@@ -24,7 +25,7 @@ async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list
     """Runs them together to their end and closes them; stops when the client goes."""
 
     async def work() -> list[Continuation]:
-        opened: list[Continuation] = await request.app.state.service.open_all(wanted, held)
+        opened = await state_of(request.app).service.open_all(wanted, held)
         runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
             return await asyncio.gather(*runs)  # each read as it comes: a stop string ends it there and then
@@ -43,8 +44,8 @@ async def stream_all(
 ) -> EventStream:
     """Opens them and streams the events made of them; they are closed however the stream ends."""
     with ExitStack() as held:
-        service = request.app.state.service
-        opened: list[Continuation] = await until_disconnect(request, service.open_all(wanted, held))
+        service = state_of(request.app).service
+        opened = await until_disconnect(request, service.open_all(wanted, held))
         told, coming = opening_headers(opened[0]), events(opened)
         return EventStream(coming, held.pop_all().close, told)
 
@@ -55,7 +56,7 @@ def whole(request: Request, content: Any, told: dict[str, str]) -> Response:
     response = JSONResponse(content, headers=told)
     if len(response.body) <= _SLICE:
         return response
-    return Stream(_slices(response.body), request.app.state.service.hold_place(), response.headers)
+    return Stream(_slices(response.body), state_of(request.app).service.hold_place(), response.headers)
 
 
 async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:

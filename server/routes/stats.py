@@ -2,7 +2,6 @@
 
 import math
 import platform
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +22,11 @@ from server.report.markdown import advice_of
 from server.routes.precisions import PrecisionName, known
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState
+from server.state import state_of
 from server.version import VERSION
 
 router = APIRouter(tags=["looking"])
 Switch = Annotated[str, WithJsonSchema({"type": "string", "enum": ["true", "false"]})]
-_STARTED = time.monotonic()
 
 
 @router.get("/stats")
@@ -40,7 +39,7 @@ async def stats(
     """
     if layers not in (None, "true", "false"):
         raise Invalid("layers is true or false", param="layers")
-    state = request.app.state
+    state = state_of(request.app)
     pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint
     names = loaders.PRECISIONS if precision is None else [known(precision)]
     full = pool.state("fp32").engine
@@ -60,7 +59,7 @@ async def stats(
             "cpu_threads": pool.threads,
             "memory": memory.process_memory(),
         },
-        "uptime_seconds": round(time.monotonic() - _STARTED, 3),
+        "uptime_seconds": round(state.uptime(), 3),
         "queue": {
             "running": sum(engine.running for engine in pool.engines),
             "waiting": sum(engine.waiting for engine in pool.engines),
@@ -71,7 +70,7 @@ async def stats(
         "shadow": state.shadow and state.shadow.figures(),
         "precisions": {
             name: _precision(pool, pool.state(name), metrics, reference)
-            | ({"proof": await state.proofs.of(name)} if layers == "true" else {})
+            | ({"proof": await state.quantization_reports.of(name)} if layers == "true" else {})
             for name in names
         },
     }
@@ -110,8 +109,8 @@ def _range(interval: Interval) -> list[float] | None:
 @router.get("/metrics")
 async def prometheus(request: Request) -> Response:
     """Prometheus's text format."""
-    metrics: Metrics = request.app.state.metrics
-    for state in request.app.state.pool.states():
+    metrics, pool = state_of(request.app).metrics, state_of(request.app).pool
+    for state in pool.states():
         engine = state.engine
         metrics.set_load(state.name, engine.running if engine else 0, engine.waiting if engine else 0)
     return Response(metrics.render(), media_type=CONTENT_TYPE)
@@ -120,7 +119,7 @@ async def prometheus(request: Request) -> Response:
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
     """What Text Generation Inference's ``/info`` tells, and the precisions."""
-    state = request.app.state
+    state = state_of(request.app)
     settings, service, pool = state.settings, state.service, state.pool
     return {
         "model_id": state.checkpoint.model_id,

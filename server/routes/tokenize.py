@@ -17,6 +17,7 @@ from server.http.validation import validate
 from server.routes.schemas import TokenizeBody
 from server.routes.shared import body_of
 from server.service.text.prompt_encoder import Tokens
+from server.state import state_of
 
 router = APIRouter(tags=["looking"])
 _CHARACTERS = 250_000  # of a text, or as many as the longest prompt usually has if that is more
@@ -29,7 +30,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 @router.post("/tokenize", openapi_extra=body_of(TokenizeBody, {"inputs": "Once upon a time"}))
 async def tokenize(request: Request) -> Response:
     """The tokens of a text and where each stands in it."""
-    values, state = await read_object(request), request.app.state
+    values, state = await read_object(request), state_of(request.app)
     body = validate(TokenizeBody, values, state.settings)
     _check_length(len(body.inputs), state.service.max_total_tokens)
     deadline = time.perf_counter() + state.settings.request_timeout

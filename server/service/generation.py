@@ -94,6 +94,10 @@ class GenerationService:
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
         self.prompts = PromptEncoder(codec, checkpoint.vocabulary, self.max_input_tokens, total, chat)
 
+    def is_busy(self) -> bool:
+        """Whether a place is taken."""
+        return self.in_flight > 0
+
     async def open(self, request: GenerationRequest) -> Continuation:
         """Raises a ``ServiceError`` and holds nothing, or returns what must be closed."""
         with ExitStack() as held:

@@ -76,6 +76,10 @@ class Pool:
     def engines(self) -> list[Engine]:
         return [state.engine for state in self._states.values() if state.engine is not None]
 
+    def is_busy(self) -> bool:
+        """Whether a precision is being loaded."""
+        return any(state.state == "loading" for state in self._states.values())
+
     def drain_seconds(self) -> float | None:
         """Until the engine with the most to do has served what runs or waits; None if none can tell."""
         known = [seconds for engine in self.engines if (seconds := engine.drain_seconds()) is not None]

@@ -1,14 +1,22 @@
 """What `bitdial serve` says: where it listens and what to paste, or in one line why it doesn't."""
 
+import asyncio
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from pydantic import SecretStr
 
+from loaders.checkpoint import open_checkpoint
 from server.__main__ import main
 from server.commands import serve
+from server.report.background import Reports
+from server.report.choice import Choice
 from server.settings.server import Settings
 from tests import checkpoints
+from tests.routes.test_report_route import keep_report
 
 
 @pytest.mark.parametrize(
@@ -40,3 +48,32 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path, capsys: pytest.
     checkpoints.gpt2().save_pretrained(tmp_path / "mute")
     assert main(["serve", "--model", str(tmp_path / "mute")]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "bitdial serve: mute has no usable tokenizer"
+
+
+def test_app_and_process_hold_one_settings_in_which_auto_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(precisions="fp32", device="cpu")
+    reports = Reports(settings, open_checkpoint(settings.model_id, settings.revision))
+    asyncio.run(reports.find_subject())
+    keep_report(reports)
+    held: list[Settings] = []
+
+    def create_app(settings: Settings, choice: Choice | None, **_: Any) -> FastAPI:
+        assert choice is not None
+        held.append(settings)
+        return FastAPI()
+
+    class Process:
+        def __init__(self, app: FastAPI, settings: Settings, **_: Any) -> None:
+            held.append(settings)
+
+        def serve_forever(self) -> int:
+            return 0
+
+    monkeypatch.setattr("server.app.create_app", create_app)
+    monkeypatch.setattr("server.http.server.Process", Process)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--precision", "auto", "--auto-prefer", "quality", "--device", "cpu"])
+    in_app, in_process = held
+    assert in_app is in_process
+    assert in_app.precision == "fp32"

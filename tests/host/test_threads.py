@@ -26,7 +26,7 @@ from server.host.threads import run_in_own_thread
 from server.report.background import Reports
 from server.report.measuring import measure, speed
 from server.report.measuring.measure import Measurement, Plan
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import subject_of
 from server.settings.server import ModelSettings, Settings
 from tests import checkpoints
@@ -162,7 +162,7 @@ def test_the_report_is_measured_with_the_number_that_serves(
         return fake_model(name, runners[-1])
 
     spec = Settings(device="cpu").spec(fake_checkpoint(tmp_path), 8)
-    kept = Kept(subject_of(spec), READING)
+    kept = SavedReport(subject_of(spec), READING)
     assert kept.document["host"]["threads"] == 3
     run_in_own_thread(lambda: None, 1)
     Measurement(Plan(spec, ("bf16",), None), kept, load=load).run()

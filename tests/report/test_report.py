@@ -20,9 +20,9 @@ from server.bench.errors import BenchError
 from server.bench.figures import Run
 from server.report import plots, store
 from server.report.measuring import speed
-from server.report.measuring.measure import Measurement, Place, Plan
+from server.report.measuring.measure import Measurement, Plan, StepProgress
 from server.report.measuring.speed import Pauses, Speeds
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import Reading, slots, subject_of
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_model
@@ -71,8 +71,8 @@ def plan_of(folder: Path, text: Text | None, *precisions: str) -> Plan:
     return Plan(spec, precisions, text, load_tokenizer(spec.checkpoint), 64, None, 2)
 
 
-def kept_of(plan: Plan, text: Text) -> Kept:
-    return Kept(subject_of(plan.spec), Reading.of(text, plan.window, plan.stride, plan.prompts))
+def kept_of(plan: Plan, text: Text) -> SavedReport:
+    return SavedReport(subject_of(plan.spec), Reading.of(text, plan.window, plan.stride, plan.prompts))
 
 
 def test_an_interrupted_report_goes_on_where_it_was(folder: Path, text: Text) -> None:
@@ -93,9 +93,9 @@ def test_an_interrupted_report_goes_on_where_it_was(folder: Path, text: Text) ->
     }
     assert store.latest(subject_of(plan.spec)) is None
 
-    places: list[Place] = []
+    seen: list[StepProgress] = []
     again = Counted(folder.name)
-    Measurement(plan, half, places.append, load=again).run()
+    Measurement(plan, half, seen.append, load=again).run()
     assert again.names == [
         "nf4",
         "fp32",
@@ -103,8 +103,8 @@ def test_an_interrupted_report_goes_on_where_it_was(folder: Path, text: Text) ->
         "bf16",
         "nf4",
     ]  # fp32 beside nf4's speed, and for all quality
-    assert (places[0].step, places[0].steps, places[0].precision) == (5, 9, "nf4")
-    assert places[-1].step == 9
+    assert (seen[0].step, seen[0].steps, seen[0].precision) == (5, 9, "nf4")
+    assert seen[-1].step == 9
     assert half.document["precisions"]["fp32"]["speed"] == kept_of(plan, text).get("fp32", "speed")
     found = store.latest(subject_of(plan.spec))
     assert found is not None
@@ -149,7 +149,7 @@ def test_another_text_another_way_or_another_model_is_another_report(
     (tmp_path / "other.txt").write_text(WORDS + "x", encoding="utf-8")
     assert kept_of(plan, text_file(tmp_path / "other.txt")).folder != same
     subject = subject_of(plan.spec)
-    assert Kept(subject, Reading.of(text, 32, None, 2)).folder != same
+    assert SavedReport(subject, Reading.of(text, 32, None, 2)).folder != same
     twin = checkpoints.save(checkpoints.gpt2(seed=1), tmp_path / folder.name)
     other = subject_of(ModelSpec(open_checkpoint(str(twin)), slots=1))
     assert other.model["name"] == subject.model["name"]

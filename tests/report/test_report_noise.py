@@ -22,7 +22,7 @@ from server.report.measuring.measure import Measurement, Plan
 from server.report.measuring.speed import Pauses, Speeds, settled
 from server.report.noise import noise
 from server.report.rows import Row, dominates, front, rows_of
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import subject_of
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 from tests.report.test_report_advice import ALL, FP4, FP32, INT8, NF4, batch
@@ -265,7 +265,7 @@ def test_speeds_that_lay_too_far_apart_are_measured_again_by_the_next_report(
         return fake_model(name, FakeRunner(slots=8))
 
     spec = ModelSpec(fake_checkpoint(tmp_path), slots=8)
-    plan, kept = Plan(spec, ("bf16", "nf4"), None), Kept(subject_of(spec), READING)
+    plan, kept = Plan(spec, ("bf16", "nf4"), None), SavedReport(subject_of(spec), READING)
     Measurement(plan, kept, load=load).run()
     assert loaded == ["fp32", "bf16", "nf4"]
     for name in ("fp32", "bf16", "nf4"):

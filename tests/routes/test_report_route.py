@@ -14,11 +14,12 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.report import plots, store
+from server.report.auto import resolve_default
 from server.report.background import Reports
 from server.report.subject import Reading
 from server.settings.server import Settings
 from tests import checkpoints
-from tests.conftest import entered, until, wait_until
+from tests.conftest import Loads, entered, until, wait_until
 from tests.fakes import fake_checkpoint
 from tests.routes.test_generate import PROMPT
 
@@ -45,7 +46,7 @@ def speed_of(ratio: float, *ratios: float) -> dict[str, Any]:
 def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, float]] = FIGURES) -> None:
     """A finished one, made up, in the cache."""
     assert reports.subject is not None
-    kept = store.Kept(reports.subject, READING)
+    kept = store.SavedReport(reports.subject, READING)
     for name, (weights, ratio, perplexity, kl) in figures.items():
         loading = {
             "load_seconds": 0.5, "disk_bytes": 4000, "weights_bytes": weights, "kv_cache_bytes": 1000,
@@ -199,20 +200,29 @@ def test_bounds_that_are_none(client: TestClient, body: dict[str, Any], status: 
     assert ask(client, **body).status_code == status
 
 
-def test_auto_as_the_servers_default(tmp_path: Path, make_client: Callable[..., TestClient]) -> None:
-    settings = Settings(precisions="fp32,bf16", device="cpu")
-    reports = Reports(settings, fake_checkpoint(tmp_path))
+def test_auto_as_the_servers_default(tmp_path: Path, loads: Loads) -> None:
+    checkpoint = fake_checkpoint(tmp_path)
+    settings = Settings(
+        precision="auto",
+        precisions="fp32,bf16",
+        device="cpu",
+        auto_max_perplexity_increase=0.2,
+        auto_prefer="memory",
+    )
+    reports = Reports(settings, checkpoint)
     asyncio.run(reports.find_subject())
     keep_report(reports)
-    client = make_client(precision="auto", auto_max_perplexity_increase=0.2, auto_prefer="memory")
-    assert client.get("/health").json()["precision"] == "nf4"
-    assert client.get("/info").json()["precision"] == "nf4"
-    reply = ask(client).json()
-    assert (reply["precision"], reply["precision_requested"]) == ("nf4", "auto")
-    assert reply["auto"]["decided_by"] == ["prefer"]
-    assert ask(client, precision="fp32").json()["precision"] == "fp32"
-    # a request's own bounds go before the server's
-    assert ask(client, auto={"prefer": "quality"}).json()["precision"] == "fp32"
+    app = create_app(*resolve_default(settings, reports), open_checkpoint=lambda *_: checkpoint, load=loads)
+    with TestClient(app) as client:
+        wait_until(lambda: client.get("/health").status_code == 200)
+        assert client.get("/health").json()["precision"] == "nf4"
+        assert client.get("/info").json()["precision"] == "nf4"
+        reply = ask(client).json()
+        assert (reply["precision"], reply["precision_requested"]) == ("nf4", "auto")
+        assert reply["auto"]["decided_by"] == ["prefer"]
+        assert ask(client, precision="fp32").json()["precision"] == "fp32"
+        # a request's own bounds go before the server's
+        assert ask(client, auto={"prefer": "quality"}).json()["precision"] == "fp32"
 
 
 def test_auto_as_the_default_without_a_report_is_refused_at_the_start(
@@ -329,13 +339,13 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Sleeper(monkeypatch)
-    wishes = {"precisions": ["fp32"], "quality": True, "plots": False, "fresh": False}
+    options = {"precisions": ["fp32"], "quality": True, "plots": False, "fresh": False}
 
     async def watch() -> None:
         app = make_app()
         async with entered(app) as client:
             reports, service = app.state.reports, app.state.service
-            events = reports.make(wishes, None)
+            events = reports.make(options, None)
             assert [await anext(events), await anext(events)] == [{"status": "starting"}, {"status": 1}]
             process = psutil.Process(reports._process.pid)
             second = await client.post("/report", json={"plots": False})
@@ -347,7 +357,7 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
                 await until(lambda: process.status() == psutil.STATUS_STOPPED)
                 await events.aclose()  # killed, although it stands still
             assert not process.is_running()
-            again = reports.make(wishes, None)
+            again = reports.make(options, None)
             await anext(again)
             process = psutil.Process(reports._process.pid)
         wait_until(lambda: not process.is_running())  # with the server

@@ -1,6 +1,7 @@
 """``/stats``, ``/info``: the shape that is promised, and figures that are those of what was sent."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,15 @@ def test_the_shape(client: TestClient) -> None:
             assert set(one["layers"]) >= {"quantized", "kept"}
         else:
             assert one["memory"] is one["layers"] is one["load_seconds"] is None
+
+
+def test_one_start_time(make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(time=lambda: 1e9, monotonic=lambda: 50.0)
+    monkeypatch.setattr("server.state.time", clock)
+    client = make_client()
+    clock.time, clock.monotonic = lambda: 2e9, lambda: 57.5  # the wall clock was set meanwhile
+    assert stats(client)["uptime_seconds"] == 7.5
+    assert {one["created"] for one in client.get("/v1/models").json()["data"]} == {10**9}
 
 
 def test_the_figures_are_those_of_the_model(client: TestClient, loads: Loads) -> None:

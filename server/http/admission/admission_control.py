@@ -3,7 +3,8 @@
 One decision for every way a request comes in: the listening socket, the connection, the ASGI stack.
 """
 
-from starlette.datastructures import State
+from typing import Protocol
+
 from starlette.types import Scope
 
 from server.errors import ServiceError
@@ -15,17 +16,28 @@ _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions"
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
 
 
+class Places(Protocol):
+    """What admission reads and calls of ``server.service.generation.GenerationService``."""
+
+    promised: PromisedPlaces
+
+    def refusal(self, places: int) -> ServiceError | None: ...
+
+    def observe_unread(self, error: ServiceError) -> None: ...
+
+
 class AdmissionControl:
     """Answers 429 or 503, before anything is read, to requests that need a place while none is free.
 
     Args:
-        state: the app's; its ``service`` is looked at when a request comes.
         auth: refuses with 401 what has no valid key, before anything else.
         settings: how large a body may be.
     """
 
-    def __init__(self, state: State, auth: Auth, settings: Settings) -> None:
-        self._state, self._auth, self._body_limit = state, auth, settings.payload_limit
+    def __init__(self, auth: Auth, settings: Settings) -> None:
+        self.service: Places | None = None
+        """Set by the lifespan; while None, no request is refused for want of a place."""
+        self._auth, self._body_limit = auth, settings.payload_limit
 
     def refusal(self, scope: Scope) -> ServiceError | None:
         """Why no place is given to this request, which has passed every earlier check; counts it."""
@@ -49,22 +61,17 @@ class AdmissionControl:
         unauthorized, error = self._auth.refusal(scope), self._closed()
         if error is not None:
             return unauthorized or self._counted(error, scope)
-        if unauthorized is not None or not is_whole or not hasattr(self._state, "service"):
+        if unauthorized is not None or not is_whole or self.service is None:
             return None
-        promised: PromisedPlaces = self._state.service.promised
-        return promised.promise()
+        return self.service.promised.promise()
 
     def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
-        if _is_among(_GENERATING, scope):
-            self._state.service.observe_unread(error)
+        if self.service is not None and _is_among(_GENERATING, scope):
+            self.service.observe_unread(error)
         return error
 
     def _closed(self) -> ServiceError | None:
-        service = getattr(self._state, "service", None)  # none before the lifespan has begun
-        if service is None:
-            return None
-        error: ServiceError | None = service.refusal(1)
-        return error
+        return None if self.service is None else self.service.refusal(1)
 
 
 def takes_a_place(scope: Scope) -> bool:

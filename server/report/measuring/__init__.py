@@ -1,1 +1,1 @@
-"""Taking a report's steps; the only part of serving's packages that may import the bench."""
+"""Measures the steps of a report. Imports ``server.bench``, unlike everything that serves."""

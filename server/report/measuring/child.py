@@ -1,7 +1,7 @@
-"""The process in which a server has its report made: an order in, events out, a line each.
+"""The subprocess in which a server measures a report: reads one job, writes events, as lines of JSON.
 
-It has the lowest priority, and the models a second time, so that no engine of the server's is touched. The
-server stops it while requests run, and lets it go on when none does.
+It runs at the lowest priority and loads models of its own, so that the server's engines are not used. The
+server suspends it while requests run.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ from loaders.errors import LoaderError
 from loaders.quality import QualityError, Text
 from server.bench.errors import BenchError
 from server.errors import ServiceError
-from server.report.measuring.job import Wishes, make
-from server.report.measuring.measure import Place
+from server.report.measuring.job import ReportOptions, make
+from server.report.measuring.measure import StepProgress
 from server.report.measuring.speed import Pauses
 from server.report.plots import PlotsUnavailable
 from server.settings.server import ModelSettings
@@ -30,58 +30,57 @@ _DIE_WITH_PARENT = 1  # prctl(2), PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    """Reads ``{"settings", "wishes", "text"}``; the last line is ``{"kept"}`` or ``{"error"}``."""
+    """Reads ``{"settings", "options", "text"}``; the last line written is ``{"kept"}`` or ``{"error"}``."""
     _yield_to_others()
     pauses = Pauses().watch()
-    order = json.loads(sys.stdin.readline())
+    job = json.loads(sys.stdin.readline())
     try:
-        _say({"kept": _make(order, pauses)})
+        _write({"kept": _make(job, pauses)})
     except (PlotsUnavailable, LoaderError, ServiceError, QualityError, BenchError) as error:
-        _say({"error": str(error)})
+        _write({"error": str(error)})
     except OSError as error:
-        _say({"error": f"the report can't be kept: {error.strerror}"})
+        _write({"error": f"the report can't be kept: {error.strerror}"})
 
 
-def _make(order: Mapping[str, Any], pauses: Pauses) -> str:
+def _make(job: Mapping[str, Any], pauses: Pauses) -> str:
     from loaders.checkpoint import open_checkpoint
 
-    settings = ModelSettings(**order["settings"])
+    settings = ModelSettings(**job["settings"])
     checkpoint = open_checkpoint(settings.model_id, settings.revision)
-    wishes = Wishes(
-        **{**order["wishes"], "precisions": tuple(order["wishes"]["precisions"])}, text=_text(order)
-    )
-    return str(make(settings, checkpoint, wishes, _Teller(), pauses).folder)
+    precisions = tuple(job["options"]["precisions"])
+    options = ReportOptions(**{**job["options"], "precisions": precisions}, text=_text(job))
+    return str(make(settings, checkpoint, options, _ProgressEvents(), pauses).folder)
 
 
-def _text(order: Mapping[str, Any]) -> Text | None:
-    if order["text"] is None:
+def _text(job: Mapping[str, Any]) -> Text | None:
+    if job["text"] is None:
         return None
-    data = order["text"].encode()
+    data = job["text"].encode()
     return Text("the text of the request", len(data), lambda: BytesIO(data))
 
 
-class _Teller:
-    """Says where the measurement is, a stage's progress not too often."""
+class _ProgressEvents:
+    """Writes progress events, within a stage at most one every ``_INTERVAL``."""
 
     def __init__(self) -> None:
         self._stage, self._next = "", 0.0
 
-    def __call__(self, place: Place) -> None:
-        stage, now = f"{place.step} {place.stage}", time.monotonic()
-        if stage == self._stage and now < self._next and place.current < place.total:
+    def __call__(self, at: StepProgress) -> None:
+        stage, now = f"{at.step} {at.stage}", time.monotonic()
+        if stage == self._stage and now < self._next and at.current < at.total:
             return
         self._stage, self._next = stage, now + _INTERVAL
-        progress = {"current": place.current, "total": place.total}
-        at = {"step": place.step, "steps": place.steps, "precision": place.precision, "stage": place.stage}
-        _say({"status": "measuring", **at, "progress": progress})
+        progress = {"current": at.current, "total": at.total}
+        step = {"step": at.step, "steps": at.steps, "precision": at.precision, "stage": at.stage}
+        _write({"status": "measuring", **step, "progress": progress})
 
 
-def _say(event: Mapping[str, Any]) -> None:
+def _write(event: Mapping[str, Any]) -> None:
     print(json.dumps(event), flush=True)
 
 
 def _yield_to_others() -> None:
-    """Computes only where nobody else wants to, as far as the system offers that; ends with its parent."""
+    """Lowers the CPU priority as far as the system allows, and has the kernel kill it with its parent."""
     with suppress(OSError, AttributeError):
         os.nice(19)
     with suppress(OSError, AttributeError):

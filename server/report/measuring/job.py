@@ -1,4 +1,4 @@
-"""One report from its options to what is kept: for the command, and for the server's process."""
+"""Makes one report, for ``bitdial report`` and for the server's subprocess."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from loaders.quality import Text, held_out
 from loaders.quality.greedy import PROMPTS
 from server.host import cache
 from server.report import plots
-from server.report.measuring.measure import Measurement, Place, Plan
+from server.report.measuring.measure import Measurement, Plan, StepProgress
 from server.report.measuring.speed import Pauses
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import Reading, slots, subject_of
 from server.settings.server import ModelSettings
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What is to be measured.
+class ReportOptions:
+    """What is measured.
 
     Args:
-        precisions: all that this host can run if empty.
-        text: what quality is measured on; the held-out one if None.
-        quality, plots: whether there are to be any.
-        fresh: measure anew what was measured before.
+        precisions: empty: all that this host can run.
+        text: for the quality figures; None: the held-out text.
+        quality, plots: whether quality is measured and plots are drawn.
+        fresh: measures again what was measured before.
     """
 
     precisions: tuple[str, ...] = ()
@@ -41,34 +41,34 @@ class Wishes:
 def make(
     settings: ModelSettings,
     checkpoint: Checkpoint,
-    wishes: Wishes,
-    tell: Callable[[Place], None],
+    options: ReportOptions,
+    on_progress: Callable[[StepProgress], None],
     pauses: Pauses | None = None,
-) -> Kept:
-    """Measures what is missing and draws the plots.
+) -> SavedReport:
+    """Measures the missing steps and draws the plots; returns the saved report.
 
     Raises:
         PlotsUnavailable, LoaderError, ServiceError, QualityError, BenchError
-        OSError: it can't be kept.
+        OSError: the report can't be saved.
     """
-    if wishes.plots:
+    if options.plots:
         plots.require()
     spec = settings.spec(checkpoint, slots=slots())
-    text = wishes.text or held_out()
-    kept = Kept(
-        subject_of(spec), Reading.of(text, wishes.window, wishes.stride, wishes.prompts), wishes.fresh
+    text = options.text or held_out()
+    saved = SavedReport(
+        subject_of(spec), Reading.of(text, options.window, options.stride, options.prompts), options.fresh
     )
-    cache.check_room(kept.folder)
+    cache.check_room(saved.folder)
     plan = Plan(
         spec,
-        wishes.precisions or loaders.available(spec.device),
-        text if wishes.quality else None,
-        load_tokenizer(checkpoint) if wishes.quality else None,
-        wishes.window,
-        wishes.stride,
-        wishes.prompts,
+        options.precisions or loaders.available(spec.device),
+        text if options.quality else None,
+        load_tokenizer(checkpoint) if options.quality else None,
+        options.window,
+        options.stride,
+        options.prompts,
     )
-    Measurement(plan, kept, tell, pauses).run()
-    if wishes.plots:
-        plots.draw(kept.document, kept.folder)
-    return kept
+    Measurement(plan, saved, on_progress, pauses).run()
+    if options.plots:
+        plots.draw(saved.document, saved.folder)
+    return saved

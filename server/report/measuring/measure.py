@@ -1,7 +1,7 @@
-"""Measures every precision, step by step: how it loads and what it keeps, its speed, its quality.
+"""Measures every precision in steps: loading and memory, speed, quality.
 
-Speeds are taken first, each precision's in turn with fp32's; then each is held against fp32 on the text.
-At any time fp32 and one other are resident.
+Speeds come first, each precision in turn with fp32; then each is compared with fp32 on the text.
+At most fp32 and one other precision are loaded at the same time.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from server.bench.errors import BenchError
 from server.errors import ServiceError
 from server.host.threads import resolve, run_in_own_thread
 from server.report.measuring.speed import Pauses, Speeds, settled
-from server.report.store import Kept
+from server.report.store import SavedReport
 from server.report.subject import REFERENCE
 
 LOADING, SPEED, QUALITY = "loading", "speed", "quality"
@@ -31,8 +31,8 @@ Load = Callable[[str, ModelSpec, Progress], LoadedModel]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the measurement is: the step under way (from 1), of so many, and how far it has come."""
+class StepProgress:
+    """Progress of a measurement: the running step, counted from 1, and the progress within its stage."""
 
     precision: str
     step: int
@@ -47,9 +47,9 @@ class Plan:
     """What is measured.
 
     Args:
-        precisions: fp32 is among them or is put first: the others are held against it.
-        text: None measures no quality.
-        window, stride, prompts: as ``loaders.quality.measure`` takes them.
+        precisions: fp32 is added if it isn't among them: the others are compared with it.
+        text: None: no quality is measured.
+        window, stride, prompts: as in ``loaders.quality.measure``.
     """
 
     spec: ModelSpec
@@ -66,68 +66,70 @@ class Plan:
 
 
 def _done(step: str, figures: Mapping[str, Any] | None) -> bool:
-    """Speeds that lay too far run_in_own_thread are measured again: perhaps the host is idle now."""
+    """Whether a step needs no measuring. Speeds that scatter too much are measured again."""
     return figures is not None and (step != SPEED or settled(figures))
 
 
 class Measurement:
-    """Takes the steps that ``kept`` lacks, or has figures of that lie too far run_in_own_thread.
+    """Measures the steps that ``saved`` lacks, and speeds in it that scatter too much.
 
     Args:
-        tell: told where it is, often.
-        load: as ``loaders.load``.
+        on_progress: called often, with the current step.
+        load: same signature as ``loaders.load``.
     """
 
     def __init__(
         self,
         plan: Plan,
-        kept: Kept,
-        tell: Callable[[Place], None] = lambda place: None,
+        saved: SavedReport,
+        on_progress: Callable[[StepProgress], None] = lambda progress: None,
         pauses: Pauses | None = None,
         load: Load = loaders.load,
     ) -> None:
-        self._plan, self._kept, self._tell, self._load = plan, kept, tell, load
+        self._plan, self._saved, self._on_progress, self._load = plan, saved, on_progress, load
         self._pauses = pauses or Pauses()
         self._threads = resolve(plan.spec.threads)
         steps = [(name, step) for step in (LOADING, SPEED) for name in plan.names]
         if plan.text is not None:
             steps += [(name, QUALITY) for name in plan.names]
-        self._missing = [(name, step) for name, step in steps if not _done(step, kept.get(name, step))]
+        self._missing = [(name, step) for name, step in steps if not _done(step, saved.get(name, step))]
         self._all, self._done = len(steps), len(steps) - len(self._missing)
 
     def run(self) -> None:
-        """Raises:
-        LoaderError, ServiceError, BenchError: fp32 can't be had, or fails; of another, that is noted.
-        QualityError: the text can't be measured.
+        """Measures all steps.
+
+        Raises:
+            LoaderError, ServiceError, BenchError: fp32 fails; another's failure is recorded in the report.
+            QualityError: the text can't be evaluated.
         """
-        asyncio.run(self._alone())
+        asyncio.run(self._measure_speeds())
         wanting = [name for name, step in self._missing if step == QUALITY]
         if wanting:
             reference = self._loaded(REFERENCE)
             try:
                 for name in wanting:
-                    with self._noted(name):
-                        self._against(reference, name)
+                    with self._record_failure(name):
+                        self._measure_quality(reference, name)
             finally:
                 reference.close()
-        self._kept.finish()
+        self._saved.finish()
 
     @contextmanager
-    def _noted(self, name: str) -> Iterator[None]:
-        """A failure of any but fp32 is a line in the report, not the end of it."""
+    def _record_failure(self, name: str) -> Iterator[None]:
+        """Records an error of the body in the report; fp32's errors pass through."""
         try:
             yield
         except (LoaderError, ServiceError, QualityError, BenchError) as error:
             if name == REFERENCE:
                 raise
-            self._kept.fail(name, str(error))
+            self._saved.fail(name, str(error))
 
-    async def _alone(self) -> None:
+    async def _measure_speeds(self) -> None:
         speeds = Speeds(self._threads, self._pauses, lambda: self._loaded(REFERENCE))
         try:
             for name in self._plan.names:
                 if (name, LOADING) in self._missing or (name, SPEED) in self._missing:
-                    with self._noted(name):
+                    with self._record_failure(name):
                         await self._load_and_run(name, speeds)
         finally:
             await speeds.close()
@@ -135,17 +137,17 @@ class Measurement:
     async def _load_and_run(self, name: str, speeds: Speeds) -> None:
         if (name, LOADING) in self._missing:
             self._warm_up(name)
-        model, told = self._loaded(name), self._progress(name)
+        model, progress = self._loaded(name), self._progress(name)
         if (name, LOADING) in self._missing:
             self._keep(name, LOADING, run_in_own_thread(lambda: self._loading(model), self._threads))
         if (name, SPEED) not in self._missing:
             model.close()
         else:
             measure = speeds.of_reference if name == REFERENCE else speeds.of
-            self._keep(name, SPEED, await measure(model, told))
+            self._keep(name, SPEED, await measure(model, progress))
 
     def _warm_up(self, name: str) -> None:
-        """A precision's first load imports libraries; that is not the model's load time."""
+        """Loads the bundled model: a precision's first load imports libraries, which is no load time."""
         spec = ModelSpec(open_checkpoint(BUNDLED), self._plan.spec.device)
         run_in_own_thread(lambda: self._load(name, spec, ignore_progress), self._threads).close()
 
@@ -165,7 +167,7 @@ class Measurement:
             "proof": None if proof is None else asdict(proof),
         }
 
-    def _against(self, reference: LoadedModel, name: str) -> None:
+    def _measure_quality(self, reference: LoadedModel, name: str) -> None:
         plan, text = self._plan, self._plan.text
         assert text is not None
         model = reference if name == REFERENCE else self._loaded(name)
@@ -189,7 +191,7 @@ class Measurement:
         self._keep(name, QUALITY, asdict(found))
 
     def _keep(self, name: str, step: str, figures: Mapping[str, Any]) -> None:
-        self._kept.keep(name, step, plain(figures))
+        self._saved.keep(name, step, plain(figures))
         self._done += 1
 
     def _loaded(self, name: str) -> LoadedModel:
@@ -198,7 +200,9 @@ class Measurement:
         )
 
     def _progress(self, name: str) -> Progress:
-        def told(stage: str, current: int, total: int) -> None:
-            self._tell(Place(name, min(self._done + 1, self._all), self._all, stage, current, total))
+        def report(stage: str, current: int, total: int) -> None:
+            self._on_progress(
+                StepProgress(name, min(self._done + 1, self._all), self._all, stage, current, total)
+            )
 
-        return told
+        return report

@@ -1,4 +1,4 @@
-"""How fast precisions are through their engines: one row and several, and how long single tokens take."""
+"""Speed of precisions through their engines: decoding rates by batch size, and times between tokens."""
 
 import asyncio
 import signal
@@ -17,38 +17,38 @@ from server.report.certainty import interval_of
 from server.report.subject import BATCHES
 
 PROMPT, TOKENS = 32, 48
-REPEAT, MOST_REPEAT = 5, 20  # of fewer than five nothing is known (see ``certainty``)
+REPEAT, MOST_REPEAT = 5, 20  # fewer than five give no interval (see ``certainty``)
 CLOSE = 1.1
-"""Rounds are repeated until the median is known to within this factor, or the host has had its chances."""
+"""Rounds are repeated until the median's interval is within this factor, or a limit is reached."""
 SECONDS, MOST_SECONDS, PAUSE = 1.5, 60.0, 0.05
-"""What a small model's many runs take together at least; after which no more rounds are begun than must be;
-between runs, so that idle threads go to sleep."""
+"""Least duration of a batch's runs; duration after which no optional round begins; pause between runs, in
+which idle threads go to sleep."""
 _WARM_UP = 8
 
 
 class Pauses:
-    """Counts how often the process was stopped and went on: a time that was taken meanwhile is none."""
+    """Counts how often the process was suspended and resumed: times measured across that are discarded."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def watch(self) -> "Pauses":
-        """From now on, where the system has such a signal and this is the main thread."""
+        """Starts counting, if the system has SIGCONT and this is the main thread."""
         if hasattr(signal, "SIGCONT") and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCONT, self._went_on)
+            signal.signal(signal.SIGCONT, self._on_resume)
         return self
 
-    def _went_on(self, *_: object) -> None:
+    def _on_resume(self, *_: object) -> None:
         self.count += 1
 
 
 class Speeds:
-    """Measures precisions one after the other, each in turn with fp32: a busy minute is unfair to none.
+    """Measures precisions one after the other, each in turn with fp32, so that load on the host affects both.
 
-    Made on an event loop, and closed there.
+    Created and closed on one event loop.
 
     Args:
-        load_reference: loads fp32, when it is first needed.
+        load_reference: loads fp32; called when it is first needed.
     """
 
     def __init__(self, threads: int, pauses: Pauses, load_reference: Callable[[], LoadedModel]) -> None:
@@ -56,12 +56,12 @@ class Speeds:
         self._reference: EngineContender | None = None
 
     async def of_reference(self, model: LoadedModel, progress: Progress) -> dict[str, Any]:
-        """fp32's figures, by batch size as text. It stays loaded for the others until this is closed."""
+        """fp32's figures. The model stays loaded for the other precisions until ``close``."""
         self._reference = await EngineContender(model, self._threads).start()
         return await self._measure(model, [self._reference], progress)
 
     async def of(self, model: LoadedModel, progress: Progress) -> dict[str, Any]:
-        """Another precision's; it is closed at the end."""
+        """Another precision's figures; closes its model."""
         if self._reference is None:
             self._reference = await EngineContender(self._load_reference(), self._threads).start()
         engine = await EngineContender(model, self._threads).start()
@@ -92,10 +92,10 @@ class Speeds:
     async def _rounds(
         self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int, most: int
     ) -> list[list[Run]]:
-        """Enough of them; each row generates so many tokens, or more where a fast model's rows hardly meet.
+        """Enough rounds for the interval. Rows generate more than ``tokens`` if they hardly overlap in time.
 
         Raises:
-            BenchError: they don't meet within the context.
+            BenchError: they don't overlap within the context.
         """
         for engine in engines:
             await engine.run(prompts, min(_WARM_UP, tokens))
@@ -116,10 +116,10 @@ class Speeds:
     async def _round(
         self, engines: Sequence[EngineContender], prompts: Prompts, tokens: int, backwards: bool
     ) -> list[Run] | None:
-        """A run of each, in their order; None if the process was stopped meanwhile.
+        """One run of each engine, in their order; None if the process was suspended meanwhile.
 
         Args:
-            backwards: the last one begins, so that a host that grows slower is unfair to neither.
+            backwards: the last engine runs first; alternating cancels a host's drift.
         """
         before, runs = self._pauses.count, []
         for engine in reversed(engines) if backwards else engines:
@@ -131,14 +131,14 @@ class Speeds:
 
 
 def _together(run: Run) -> bool:
-    """Whether all rows decode at the same time for half of their tokens."""
+    """Whether at least half of the tokens were decoded while all rows ran."""
     begin, end = run.window
     within = sum(begin < time <= end for row in run.arrivals for time in row)
     return 2 * within >= sum(len(row) - 1 for row in run.arrivals)
 
 
 def _enough(rounds: Sequence[Sequence[Run]]) -> bool:
-    """Whether the median is known well enough, or more rounds are not worth their time."""
+    """Whether the median's interval is small enough, or a limit of rounds or time is reached."""
     if len(rounds) < REPEAT or len(rounds) >= MOST_REPEAT:
         return len(rounds) >= MOST_REPEAT
     seconds = sum(max(row[-1] for row in run.arrivals) for runs in rounds for run in runs)
@@ -146,7 +146,7 @@ def _enough(rounds: Sequence[Sequence[Run]]) -> bool:
 
 
 def settled(figures: Mapping[str, Any]) -> bool:
-    """Whether a precision's ratios to fp32 lie near enough to each other; of fp32 itself, its rates."""
+    """Whether the intervals of the ratios to fp32 (for fp32: of its rates) are within ``CLOSE``."""
     return all(interval_of(_compared(batch)).factor <= CLOSE for batch in figures["batches"].values())
 
 
@@ -155,7 +155,7 @@ def _compared(batch: Mapping[str, Any]) -> Sequence[float]:
 
 
 def _rates(rounds: Sequence[Sequence[Run]]) -> dict[str, list[float]]:
-    """Of every round; ``reference_rates`` are fp32's beside another precision, and none beside itself."""
+    """Rates of every round; ``reference_rates`` are fp32's, and empty when fp32 itself is measured."""
     own = [runs[0].decode_rate for runs in rounds]
     beside = [runs[1].decode_rate for runs in rounds if len(runs) > 1]
     ratios = [one / other for one, other in zip(own, beside or own, strict=True)]
@@ -163,7 +163,7 @@ def _rates(rounds: Sequence[Sequence[Run]]) -> dict[str, list[float]]:
 
 
 def _figures(rounds: Sequence[Sequence[Run]], prompt: int) -> dict[str, Any]:
-    """Of the first of each round; ``ratio_to_fp32`` is the median of its rates ÷ fp32's."""
+    """Figures of the first engine of each round; ``ratio_to_fp32`` is the median of its rates ÷ fp32's."""
     own, rates = [runs[0] for runs in rounds], _rates(rounds)
     gaps = sorted(MILLISECONDS * gap for run in own for gap in run.gaps)
     percentiles = [percentile(gaps, share / 100) for share in range(101)] if gaps else []

@@ -19,7 +19,7 @@ from server.routes.openai.schemas import ChatBody
 from server.routes.precision_choice import PrecisionChoice
 from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.service.generation import Continuation, Conversation, GenerationRequest, Piece
-from server.service.text.codec import TextCodec
+from server.state import state_of
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Chat:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        state = self.request.app.state
-        self.codec: TextCodec = state.codec
+        state = state_of(self.request.app)
+        self.codec = state.codec
         self.model: str = self.body.model or state.checkpoint.model_id
 
     async def answer(self) -> Response:

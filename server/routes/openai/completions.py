@@ -22,8 +22,8 @@ from server.routes.openai.schemas import CompletionBody
 from server.routes.precision_choice import PrecisionChoice
 from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
 from server.service.generation import Continuation, GenerationRequest, Piece
-from server.service.text.codec import TextCodec
 from server.settings.server import Settings
+from server.state import state_of
 
 _DEFAULT_TOKENS = 16
 Prompt = str | list[int]
@@ -74,9 +74,9 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        state = self.request.app.state
-        self.codec: TextCodec = state.codec
-        self.settings: Settings = state.settings
+        state = state_of(self.request.app)
+        self.codec = state.codec
+        self.settings = state.settings
         self.model: str = self.body.model or state.checkpoint.model_id
         self.prompts = prompts_of(self.body.prompt, state.settings)
         self.n = self.body.n or 1

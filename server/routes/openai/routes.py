@@ -23,6 +23,7 @@ from server.routes.precision_choice import (
 )
 from server.routes.shared import body_of, precision_parameters
 from server.service.text.prompt_encoder import NO_TEMPLATE
+from server.state import state_of
 
 router = APIRouter(tags=["openai"])
 Body = TypeVar("Body", bound=OpenAIBody)
@@ -45,7 +46,7 @@ async def model(
     request: Request, id: Annotated[str, Path(openapi_examples={ANY_MODEL: {"value": ANY_MODEL}})]
 ) -> Response:
     """One entry of the list of models."""
-    found = _models(request).get(_entry(id, request.app.state.checkpoint.model_id))
+    found = _models(request).get(_entry(id, state_of(request.app).checkpoint.model_id))
     if found is None:
         raise UnknownModel("no such model here", param="model")
     return JSONResponse(found)
@@ -60,7 +61,7 @@ def _entry(name: str, model_id: str) -> str:
 
 
 def _models(request: Request) -> dict[str, dict[str, Any]]:
-    state = request.app.state
+    state = state_of(request.app)
     name = state.checkpoint.model_id
     able = [known.name for known in state.pool.states() if known.state != "unavailable"]
     ids = {name: state.pool.default, **{f"{name}:{precision}": precision for precision in able}}
@@ -89,7 +90,7 @@ async def completions(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """Continues a conversation, where the model has a chat template."""
     values = await read_object(request)
-    if request.app.state.chat is None:
+    if state_of(request.app).chat is None:
         raise BadRequest(NO_TEMPLATE, param="messages")
     body = _validated(request, ChatBody, values)
     return await Chat(request, body, _asked(request, values, body)).answer()
@@ -100,5 +101,5 @@ def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> Precis
 
 
 def _validated(request: Request, model: type[Body], values: dict[str, Any]) -> Body:
-    state = request.app.state
+    state = state_of(request.app)
     return validate(model, values, state.settings, state.checkpoint.vocabulary)
