@@ -1,5 +1,6 @@
 """A loaded model's bytes, counted from the tensors that exist, and which of its matrices are quantized."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,31 +10,21 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.base import DTYPES, Footprint, KeptLayer, LoadedModel
-from loaders.layers.native_linear import NativeLinear
+from loaders.layers.layer_weights import weights_of
 
-StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
-"""A layer's quantization state that is no parameter or buffer: (role, tensor) pairs."""
 Reason = Callable[[nn.Module], str]
 """Why a layer's matrix, or one that is no layer's, was kept."""
-
-
-def nothing(_: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return iter(())
 
 
 def measure(
     model: PreTrainedModel,
     parameters: int,
-    is_quantized: Callable[[nn.Module], bool] = lambda _: False,
-    state_of: StateOf = nothing,
     reason: Reason = lambda module: "this precision quantizes nothing",
 ) -> Footprint:
     """Counts each storage once, tied weights and shared tables included.
 
     Args:
         parameters: of the checkpoint, a tied head counted once.
-        is_quantized: whether a module's weight is quantized.
-        state_of: scales, absmax, tables of a module.
         reason: why this module's matrices were kept.
     """
     bytes_ = _Bytes()
@@ -41,26 +32,27 @@ def measure(
     quantized, kept = [], []
     multiplied: dict[bool, int] = defaultdict(int)
     for name, module in model.named_modules():
-        native = isinstance(module, NativeLinear)
-        for role, tensor in module.state() if native else state_of(module):
-            state[role] += bytes_.count(tensor)
-        if module.is_quantized if native else is_quantized(module):
-            quantized.append(name)
-            multiplied[True] += _products(module)
-        elif _is_matrix(module):
-            kept.append(KeptLayer(name, reason(module)))
-            multiplied[False] += _products(module)
-        else:
-            for matrix, weights in _own_matrices(name, module):
+        if (weights := weights_of(module)) is None:
+            for matrix, size in _own_matrices(name, module):
                 kept.append(KeptLayer(matrix, reason(module)))
-                multiplied[False] += weights
-    for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
+                multiplied[False] += size
+            continue
+        bytes_.count(weights.weight)
+        for role, tensor in weights.state:
+            state[role] += bytes_.count(tensor)
+        if weights.quantized:
+            quantized.append(name)
+        else:
+            kept.append(KeptLayer(name, reason(module)))
+        if not isinstance(module, nn.Embedding):
+            multiplied[weights.quantized] += math.prod(weights.shape)
+    for tensor in (*model.parameters(), *model.buffers()):
         bytes_.count(tensor)
     total = sum(bytes_.by_dtype.values())
     return Footprint(
         weights_bytes=total,
         by_dtype=dict(bytes_.by_dtype),
-        quantization_state={role: size for role, size in state.items() if role != "weights"},
+        quantization_state=dict(state),
         transformers_footprint_bytes=int(model.get_memory_footprint()),
         bits_per_weight=8 * total / parameters,
         parameters=parameters,
@@ -68,15 +60,6 @@ def measure(
         quantized=quantized,
         kept=kept,
         quantized_share=multiplied[True] / max(1, sum(multiplied.values())),
-    )
-
-
-def _products(module: Any) -> int:
-    """Weights that a row of inputs is multiplied with."""
-    if isinstance(module, nn.Embedding):
-        return 0
-    return int(
-        module.weight.numel() if isinstance(module, Conv1D) else module.in_features * module.out_features
     )
 
 
@@ -89,7 +72,9 @@ def reasons(model: PreTrainedModel, of_head: str) -> Reason:
             return "the embedding is looked up, not multiplied"
         if module is head:
             return of_head
-        return "the architecture keeps it" if _is_matrix(module) else "it is not a linear layer by itself"
+        if weights_of(module) is None:
+            return "it is not a linear layer by itself"
+        return "the architecture keeps it"
 
     return reason
 
@@ -99,10 +84,6 @@ def linear_weights(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return sum(layer.weight.numel() for layer in layers)
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | nn.Embedding | NativeLinear)
 
 
 def _own_matrices(name: str, module: nn.Module) -> Iterator[tuple[str, int]]:

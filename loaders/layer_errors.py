@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import weight_files
 from loaders.footprint import quantization_warning
-from loaders.layers.dequantize import StoredMatrix, stored
+from loaders.layers.layer_weights import LayerWeights, weights_of
 from loaders.pretrained import meta_model
 
 _ROWS = 2**22  # weights compared at a time
@@ -95,12 +95,12 @@ def layer_errors(
     with Originals(spec.checkpoint, before) as originals:
         for done, name in enumerate(names, 1):
             module = loaded.get_submodule(name)
-            kept = stored(module)
-            assert kept is not None, f"{type(module).__name__} has weights that can't be read"
-            owner = owners.setdefault(kept.address, name)
+            weights = weights_of(module)
+            assert weights is not None, f"{type(module).__name__} has weights that can't be read"
+            owner = name if weights.copied else owners.setdefault(weights.weight.data_ptr(), name)
             kinds = type(before.get_submodule(name)).__name__, type(module).__name__
             original = originals.weight(name)
-            found.append(_layer(name, kinds, kept, original, reasons.get(name), owner))
+            found.append(_layer(name, kinds, weights, original, reasons.get(name), owner))
             progress("comparing weights", done, len(names))
     return LayerReport(
         model.precision, tuple(found), model.footprint.quantized_share, quantization_warning(model)
@@ -110,23 +110,21 @@ def layer_errors(
 def _layer(
     name: str,
     kinds: tuple[str, str],
-    kept: StoredMatrix,
+    weights: LayerWeights,
     original: Tensor | None,
     reason: str | None,
     owner: str,
 ) -> LayerError:
-    dense = kept.dense()
-    outputs, inputs = dense.shape
-    errors = None if original is None else compare(original, dense)
+    errors = None if original is None else compare(original, weights.dequantize())
     return LayerError(
         name,
         *kinds,
-        (outputs, inputs),
-        kept.format,
-        kept.quantized,
-        None if kept.quantized else reason,
-        kept.nbytes,
-        8 * kept.nbytes / dense.numel(),
+        weights.shape,
+        weights.format,
+        weights.quantized,
+        None if weights.quantized else reason,
+        weights.nbytes,
+        weights.bits_per_weight,
         None if owner == name else owner,
         *(errors or (None, None, None)),
     )

@@ -1,13 +1,14 @@
 """A linear layer of int8 weights that quantizes its activations row by row."""
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from loaders import kernels
+from loaders.layers.dequantize import dequantize_int8
 from loaders.layers.huge_pages import Arena
+from loaders.layers.layer_weights import LayerWeights
 from loaders.layers.native_linear import NativeLinear
 
 _WEIGHT_LEVELS = 127
@@ -66,11 +67,23 @@ class DynamicInt8Linear(nn.Module):
         y = y * ranges if self.bias is None else torch.addcmul(self.bias, y, ranges)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def unpacked(self) -> Iterator[tuple[str, Tensor]]:
-        """What the packed object holds: int8 weights, and per channel a float32 scale, an int32 zero point
-        and an int32 column offset."""
-        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-        yield "weights", weight.int_repr()
-        yield "scales", weight.q_per_channel_scales().float()
-        yield "zero_points", weight.q_per_channel_zero_points().int()
-        yield "offsets", weight.int_repr().sum(dim=1, dtype=torch.int32)
+    def layer_weights(self) -> LayerWeights:
+        """Copies of what the packed object holds: int8 weights and three values an output channel.
+
+        These are a float32 scale, an int32 zero point and an int32 column offset.
+        """
+        packed, _ = torch.ops.quantized.linear_unpack(self._packed)
+        codes: Tensor = packed.int_repr()
+        scales = packed.q_per_channel_scales().float()
+        return LayerWeights(
+            "int8",
+            (self.out_features, self.in_features),
+            codes,
+            lambda: dequantize_int8(codes, scales),
+            [
+                ("scales", scales),
+                ("zero_points", packed.q_per_channel_zero_points().int()),
+                ("offsets", codes.sum(dim=1, dtype=torch.int32)),
+            ],
+            copied=True,
+        )

@@ -6,12 +6,11 @@ not; ``llm_int8_skip_modules`` replaces the default list, so it is always named.
 
 import logging
 import warnings
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -61,15 +60,9 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         _cast(model, rest)
     native = spec.device == "cpu" and adopt(model, progress)
     runner = runner_for(model, spec)  # before counting: bitsandbytes repacks weights when they are first used
-    quantized = _quantized_class(precision)
     parameters = count_parameters(meta_model(spec))
-    footprint = measure(
-        model,
-        parameters,
-        lambda module: isinstance(module, quantized),
-        _state,
-        reasons(model, f"the head is kept in {str(rest).removeprefix('torch.')}"),
-    )
+    of_head = f"the head is kept in {str(rest).removeprefix('torch.')}"
+    footprint = measure(model, parameters, reasons(model, of_head))
     details: dict[str, Any] = {
         "rest": str(rest),
         "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
@@ -130,17 +123,16 @@ def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
 
 def _check_layers(model: nn.Module, precision: str, name: str) -> None:
     """``from_pretrained`` compares no shapes of what it quantizes, and is content if that is nothing."""
-    quantized = _quantized_class(precision)
+    from loaders.layers.bitsandbytes_layers import layer_class, weight_shape  # bitsandbytes is optional
+
+    quantized = layer_class(precision)
     layers: dict[str, Any] = {at: one for at, one in model.named_modules() if isinstance(one, quantized)}
     if not layers:
         raise CheckpointError(f"{name} has no layer that {precision} can quantize")
-    if misfits := [at for at, one in layers.items() if _shape(one) != (one.out_features, one.in_features)]:
+    if misfits := [
+        at for at, one in layers.items() if weight_shape(one) != (one.out_features, one.in_features)
+    ]:
         raise misfit(name, misfits)
-
-
-def _shape(layer: Any) -> tuple[int, ...]:
-    state = getattr(layer.weight, "quant_state", None)
-    return tuple(layer.weight.shape if state is None else state.shape)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -166,32 +158,6 @@ def _compute_dtype(spec: ModelSpec) -> torch.dtype:
 def _sixteen_bits() -> torch.dtype:
     """What the card has instructions for: before Ampere it computes bf16 by way of fp32."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _quantized_class(precision: str) -> type[nn.Module]:
-    import bitsandbytes
-
-    layer: type[nn.Module] = (
-        bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
-    )
-    return layer
-
-
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Row scales of int8; absmax, tables and, with double quantization, the absmax of the absmax of 4-bit."""
-    weight = getattr(module, "weight", None)
-    held = getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)
-    for scales in held:  # with the weight before its first use, with the layer from then on
-        if isinstance(scales, Tensor):
-            yield "scales", scales
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        yield "absmax", state.absmax
-        yield "tables", state.code
-        if state.nested:
-            yield "absmax", state.state2.absmax
-            yield "tables", state.state2.code
-            yield "absmax", state.offset
 
 
 def _quieten() -> None:

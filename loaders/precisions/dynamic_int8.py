@@ -16,7 +16,7 @@ from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.layers.conv1d import to_linear
-from loaders.layers.dynamic_int8_linear import DynamicInt8Linear, activation_levels, int8_linear
+from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear
 from loaders.layers.huge_pages import Arena
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
@@ -58,13 +58,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if kernels.get() is not None:
         arena.move_remaining(model)
     gc.collect()
-    footprint = measure(
-        model,
-        parameters,
-        lambda module: isinstance(module, DynamicInt8Linear),
-        lambda module: module.unpacked() if isinstance(module, DynamicInt8Linear) else iter(()),
-        reasons(model, "the head was left in fp32 by choice"),
-    )
+    footprint = measure(model, parameters, reasons(model, "the head was left in fp32 by choice"))
     native = kernels.get() is not None
     details = {
         "activation_bits": 8 if native or activation_levels() == 127 else 7,

@@ -14,7 +14,7 @@ from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.layer_errors import HasModule, LayerError, LayerReport, compare, layer_errors
-from loaders.layers.dequantize import stored
+from loaders.layers.layer_weights import weights_of
 from tests import checkpoints
 from tests.fakes import fake_model
 
@@ -96,20 +96,21 @@ def test_the_weights_read_are_those_that_are_multiplied(
         module: Any = model.runner.module.get_submodule(one.name)
         if one.kind_before == "Embedding":
             continue
-        kept = stored(module)
+        kept = weights_of(module)
         assert kept is not None
         with torch.inference_mode():
             dtype = torch.float32 if precision != "bf16" or products == "compiled" else torch.bfloat16
             product = module(torch.eye(one.shape[1], dtype=dtype))
             product = product - (0 if module.bias is None else module.bias)
-        error = (product.t().float() - kept.dense()).norm() / kept.dense().norm()
+        error = (product.t().float() - kept.dequantize()).norm() / kept.dequantize().norm()
         assert float(error) < 0.006, one.name  # bf16 products are off by up to 2⁻⁸
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_four_bits_are_read_as_bitsandbytes_does(spec: ModelSpec, nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+
+    from loaders.layers.bitsandbytes_layers import Linear4bit
 
     torch.manual_seed(1)
     weight = torch.randn(96, 192)
@@ -117,13 +118,13 @@ def test_four_bits_are_read_as_bitsandbytes_does(spec: ModelSpec, nested: bool) 
     layer.weight.data = weight
     layer = layer.to("cpu")
     expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state).view(96, 192)
-    kept = stored(layer)
+    kept = weights_of(layer)
     assert kept is not None
-    torch.testing.assert_close(kept.dense(), expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(kept.dequantize(), expected.float(), rtol=1e-6, atol=1e-6)
     layer.eval()(torch.zeros(1, 192, dtype=torch.bfloat16))  # where the CPU has AVX-512 BF16, it packs now
-    again = stored(layer)
+    again = weights_of(layer)
     assert again is not None
-    torch.testing.assert_close(again.dense(), expected.float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(again.dequantize(), expected.float(), rtol=2**-7, atol=1e-6)
 
 
 def test_bytes_are_those_of_the_footprint(spec: ModelSpec, products: str) -> None:
