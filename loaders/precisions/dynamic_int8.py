@@ -51,7 +51,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     ]
     arena = Arena()
     for done, (name, module) in enumerate(targets, 1):
-        linear = to_linear(module) if isinstance(module, Conv1D) else module
+        linear = to_linear(module)
         model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena))
         progress("quantizing", done, len(targets))
     del targets, head, module, linear

@@ -19,6 +19,8 @@ from server.engine.sequence import SamplingParams
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
 PROMPT = list(range(30, 130))
+PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4", "fp4", "dynamic-int8"]
+"""Those whose layers the compiled kernels compute."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def spec() -> ModelSpec:
     return ModelSpec(open_checkpoint("bundled"), slots=16)
 
 
-@pytest.fixture(scope="module", params=loaders.PRECISIONS)
+@pytest.fixture(scope="module", params=PRECISIONS)
 def model(request: pytest.FixtureRequest, spec: ModelSpec) -> LoadedModel:
     return loaders.load(request.param, spec)
 
@@ -96,7 +98,7 @@ def test_a_prompt_and_running_rows_in_one_pass(model: LoadedModel) -> None:
         runner.free(slot)
 
 
-@pytest.mark.parametrize("precision", loaders.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("count", "tokens"), [(20, 16), pytest.param(50, 64, marks=pytest.mark.slow)])
 def test_tokens_are_the_same_alone_and_among_fifteen_others(
     precision: str, count: int, tokens: int, spec: ModelSpec
