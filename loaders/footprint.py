@@ -1,4 +1,4 @@
-"""A loaded model's bytes, counted from the tensors that exist, and which of its matrices are quantized."""
+"""A loaded model's bytes, counted from its tensors, and which of its matrices are quantized."""
 
 import math
 from collections import defaultdict
@@ -13,7 +13,7 @@ from loaders.base import DTYPES, Footprint, KeptLayer, LoadedModel
 from loaders.layers.layer_weights import weights_of
 
 Reason = Callable[[nn.Module], str]
-"""Why a layer's matrix, or one that is no layer's, was kept."""
+"""Returns why the matrices of a module were not quantized."""
 
 
 def measure(
@@ -21,11 +21,11 @@ def measure(
     parameters: int,
     reason: Reason = lambda module: "this precision quantizes nothing",
 ) -> Footprint:
-    """Counts each storage once, tied weights and shared tables included.
+    """Counts the bytes of a model, each storage once: tied weights and shared tables don't count twice.
 
     Args:
         parameters: of the checkpoint, a tied head counted once.
-        reason: why this module's matrices were kept.
+        reason: why a module's matrices were not quantized.
     """
     bytes_ = _Bytes()
     state: dict[str, int] = defaultdict(int)
@@ -64,7 +64,7 @@ def measure(
 
 
 def reasons(model: PreTrainedModel, of_head: str) -> Reason:
-    """Why a precision that quantizes linear layers kept one, an embedding, or a matrix that is no layer."""
+    """The reasons of a precision that quantizes linear layers; ``of_head`` is the output head's."""
     head = model.get_output_embeddings()
 
     def reason(module: nn.Module) -> str:
@@ -80,28 +80,28 @@ def reasons(model: PreTrainedModel, of_head: str) -> Reason:
 
 
 def linear_weights(model: PreTrainedModel) -> int:
-    """Weights of all linear layers but the head, which is what quantizing a model is about."""
+    """Number of weights in all linear layers but the head: those that a precision quantizes."""
     head = model.get_output_embeddings()
     layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return sum(layer.weight.numel() for layer in layers)
 
 
 def _own_matrices(name: str, module: nn.Module) -> Iterator[tuple[str, int]]:
-    """What a module multiplies with by itself, such as a mixture's experts in one tensor: name, weights."""
+    """(name, weights) of matrices that are no layer's, such as the experts of a mixture in one tensor."""
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 2:
             yield f"{name}.{own}", parameter.numel()
 
 
 class _Bytes:
-    """Bytes by element type; a storage that was counted counts no more."""
+    """Bytes by element type, each storage counted once."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[str, int] = defaultdict(int)
-        self._seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is given out twice
+        self._seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is used twice
 
     def count(self, tensor: Tensor) -> int:
-        """What the tensor adds."""
+        """Returns the bytes that were added: 0 if the tensor was counted before."""
         key = (tensor.data_ptr(), tensor.nbytes)
         if not tensor.numel() or key in self._seen:
             return 0
@@ -111,7 +111,7 @@ class _Bytes:
 
 
 def _lookup_bytes(model: nn.Module) -> int:
-    """Bytes of embeddings that no layer multiplies with, as a tied head would."""
+    """Bytes of embeddings that are in no matrix product, as a tied head's would be."""
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     others = (m for m in model.modules() if not isinstance(m, nn.Embedding))
     multiplied = {tensor.data_ptr() for module in others for tensor in module.parameters(recurse=False)}
@@ -123,11 +123,11 @@ def count_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-_LEAST_QUANTIZED = 0.5  # a share of the linear weights below which "quantized" is hardly the word
+_LEAST_QUANTIZED = 0.5  # fraction of the linear weights below which the warning is given
 
 
 def quantization_warning(model: LoadedModel) -> str | None:
-    """What to say, loudly, of a precision that calls itself quantized and hardly is; None of any other."""
+    """The warning for a quantizing precision that left most linear weights as they were; else None."""
     share = model.footprint.quantized_share
     if model.precision in DTYPES or share >= _LEAST_QUANTIZED:
         return None

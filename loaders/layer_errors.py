@@ -1,4 +1,4 @@
-"""Proof of quantization, layer by layer: what each matrix was, what it is, and how far that is off."""
+"""Per-layer error report: each matrix of a loaded model compared with the checkpoint's."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,21 +21,21 @@ _ROWS = 2**22  # weights compared at a time
 
 @dataclass(frozen=True)
 class LayerError:
-    """One matrix of a loaded model against the checkpoint's own.
+    """One matrix of a loaded model compared with the checkpoint's.
 
     Args:
         name: of the layer.
-        kind_before, kind_after: its class in the model's own code and as loaded.
+        kind_before, kind_after: class of the layer in the original model and as loaded.
         shape: (outputs, inputs); of an embedding (rows, width).
-        format: how its weights are kept: ``float32``, ``int8``, ``4-bit`` …
+        format: storage format of the weights: ``float32``, ``int8``, ``4-bit`` …
         quantized: whether they are codes with scales.
-        reason: why not, for a layer that was kept.
+        reason: why the layer was not quantized.
         nbytes: of its weights, scales and tables included, bias left out.
         bits_per_weight: the same per weight, in bits.
-        shared_with: the layer whose bytes these are (a tied head's embedding), None as a rule.
-        relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None where the checkpoint has no tensor of this name.
+        shared_with: the layer that has the same tensor (the embedding of a tied head), else None.
+        relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None if the checkpoint has no such tensor.
         max_error: largest |W′ − W|.
-        sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None where nothing is off.
+        sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None if the matrices are equal.
     """
 
     name: str
@@ -58,8 +58,8 @@ class LayerReport:
     """Every matrix of one loaded precision.
 
     Args:
-        quantized_share: of the weights that are multiplied (embeddings are looked up), by their number.
-        warning: to be shown loudly: a precision that calls itself quantized and hardly is.
+        quantized_share: quantized fraction of the weights in matrix products, embeddings excluded.
+        warning: of ``quantization_warning``.
     """
 
     precision: str
@@ -79,9 +79,9 @@ class HasModule(Protocol):
 def layer_errors(
     model: LoadedModel, spec: ModelSpec, progress: Progress = ignore_progress
 ) -> LayerReport | None:
-    """Reads the checkpoint's tensors one at a time; takes a few times the largest layer in float32.
+    """Compares every matrix with the checkpoint's; needs a few times the largest layer in float32.
 
-    Returns: None where what computes has no PyTorch modules whose weights could be read.
+    Returns: None if the runner has no PyTorch modules to read weights from.
     """
     if not isinstance(model.runner, HasModule):
         return None
@@ -133,7 +133,7 @@ def _layer(
 def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None]:
     """Relative Frobenius error, largest error and SQNR in dB of two matrices of one shape.
 
-    Where nothing is off, or the original is all zeros, the first is 0 and the last None.
+    If they are equal or the original is all zeros, the relative error is 0 and the SQNR None.
     """
     signal = noise = largest = 0.0
     rows = max(1, _ROWS // original.shape[1])
@@ -149,11 +149,11 @@ def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None
 
 
 class Originals:
-    """The checkpoint's tensors, read when asked for.
+    """The checkpoint's tensors, each read on demand.
 
     Args:
         checkpoint: its safetensors files.
-        model: the same architecture without weights; tells which layers share a tensor or have it transposed.
+        model: the same architecture on the meta device, by which tied and transposed tensors are found.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
@@ -171,7 +171,7 @@ class Originals:
         self._stack.close()
 
     def weight(self, layer: str) -> Tensor | None:
-        """The (outputs, inputs) float32 matrix; None if the checkpoint has it under no name known here."""
+        """The (outputs, inputs) float32 matrix; None if the checkpoint has no tensor of a known name."""
         for name in self._names(layer):
             if name in self._files:
                 tensor: Tensor = self._files[name].get_tensor(name).to(torch.float32)
@@ -180,7 +180,7 @@ class Originals:
         return None
 
     def _names(self, layer: str) -> Iterator[str]:
-        """A tied head's tensor has its embedding's name; older files leave out the base model's prefix."""
+        """Possible names of the tensor: a tied head's is its embedding's; older files omit the prefix."""
         own = self._model.get_submodule(layer).weight
         tied = [name for name, one in self._model.named_parameters(remove_duplicate=False) if one is own]
         for name in (f"{layer}.weight", *tied):

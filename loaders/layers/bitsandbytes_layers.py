@@ -1,6 +1,6 @@
-"""bitsandbytes' linear layers: their weights, and the same layers on the compiled kernels.
+"""Adapters of bitsandbytes' linear layers: their weights, and the same layers on the compiled kernels.
 
-The only module that imports bitsandbytes; importing it registers both classes.
+The only module that imports bitsandbytes. Importing it registers both classes.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def layer_class(precision: str) -> type[nn.Module]:
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
-    """The shape of the tensor that was quantized, which need not be that of the layer."""
+    """The shape of the tensor that was quantized, which may differ from the layer's."""
     state = getattr(layer.weight, "quant_state", None)
     return tuple(layer.weight.shape if state is None else state.shape)
 
@@ -79,7 +79,7 @@ def four_bit(state: Any) -> FourBit:
 
 @to_native.register(Linear8bitLt)
 def _(module: Any, arena: Arena) -> NativeLinear | None:
-    """LLM.int8 at threshold 0 is this very product; above it, bitsandbytes computes outlier columns apart."""
+    """LLM.int8 at threshold 0 is the same product; above it, outlier columns are computed separately."""
     scales = getattr(module.weight, "SCB", None)
     if scales is None or module.state.threshold or not kernels.supports("int8", module.in_features):
         return None
@@ -100,7 +100,7 @@ def _(module: Any, arena: Arena) -> NativeLinear | None:
 
 
 def _unpacked(codes: Tensor) -> Tensor:
-    """The usual order of codes that bitsandbytes repacked for AVX-512 at a layer's first forward pass.
+    """Restores the order of codes that bitsandbytes repacks for AVX-512 in a layer's first forward pass.
 
     Packed: by 32 outputs, all inputs; in 32 bytes the first 32 codes of (input pair, output, of the pair) in
     the lower halves, the next 32 in the upper ones (``_convert_weight_packed_for_cpu`` of bitsandbytes 0.50).

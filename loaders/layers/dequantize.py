@@ -1,7 +1,6 @@
-"""Codes and what describes them → the float32 matrix that they represent.
+"""Quantized codes and their state → the float32 matrix that they represent.
 
-Written on tensors, without bitsandbytes' own code: what that can dequantize depends on the device and on
-whether a layer has run.
+Independent of bitsandbytes, whose own functions depend on the device and on whether a layer has run.
 """
 
 import torch

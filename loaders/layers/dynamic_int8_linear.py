@@ -33,7 +33,7 @@ def quantize_weight(weight: Tensor) -> Tensor:
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
-    """The layer in int8: on the compiled kernels, with weights in ``arena``; or on FBGEMM without any."""
+    """The layer in int8: on the compiled kernels with its weights in ``arena``; otherwise on FBGEMM."""
     if kernels.get() is None or not kernels.supports("int8", weight.shape[1]):
         return DynamicInt8Linear(weight, bias)
     quantized = quantize_weight(weight)
@@ -42,7 +42,7 @@ def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
 
 
 class DynamicInt8Linear(nn.Module):
-    """y = x Wᵀ + b with W in int8 per output channel and each row of x in its own int8 range.
+    """y = x Wᵀ + b with W in int8 per output channel and x quantized to int8 row by row.
 
     Args:
         weight: (outputs, inputs), float32.
@@ -55,7 +55,7 @@ class DynamicInt8Linear(nn.Module):
         self.bias = bias
         self._levels = activation_levels()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces torchao as its successor
+            warnings.simplefilter("ignore")  # torch announces torchao as the successor
             self._packed = torch.ops.quantized.linear_prepack(quantize_weight(weight), None)
 
     def forward(self, x: Tensor) -> Tensor:

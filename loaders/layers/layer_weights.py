@@ -1,7 +1,7 @@
-"""What a layer's weights are: their format, their bytes, and the float32 matrix that they represent.
+"""The weights of a layer: their format, their bytes, and the float32 matrix that they represent.
 
-A layer class of this project describes its weights in a method ``layer_weights``. Classes of other libraries
-are registered with ``weights_of`` by the module that knows them: those of PyTorch and transformers here.
+A layer class of this package describes its weights in a method ``layer_weights``. Classes of other libraries
+are registered with ``weights_of``: those of PyTorch and transformers here, bitsandbytes' in its adapters.
 """
 
 import math

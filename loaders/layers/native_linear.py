@@ -1,7 +1,7 @@
-"""A linear layer on the compiled CPU kernels, for every format in which weights are kept.
+"""A linear layer on the compiled CPU kernels, for every storage format.
 
-``adopt`` puts it in place of a model's own linear layers, whatever the architecture. Weights keep their
-format, so the bytes counted are the bytes read; GPT-2's Conv1D is transposed, and all move to large pages.
+``adopt`` replaces the linear layers of any model. Weights keep their format, so the bytes counted are the
+bytes read; those of GPT-2's Conv1D are transposed, and all are moved to huge pages.
 """
 
 from functools import singledispatch
@@ -31,15 +31,15 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class NativeLinear(nn.Module):
-    """y = x Wᵀ + b in float32, each row by itself: the same, bit for bit, alone and in any batch.
+    """y = x Wᵀ + b in float32; a row's result is bit-identical alone and in any batch.
 
     Args:
-        kind: format of ``weight``, as ``kernels.PackedMatrix`` has it.
+        kind: format of ``weight``, as in ``kernels.PackedMatrix``.
         weight: (outputs, inputs), or (outputs, inputs / 2) bytes of four-bit codes.
         bias: (outputs,) of any float type, or None.
-        scales: (outputs,) float32 of int8.
-        four_bit: what the codes stand for.
-        arena: where all of these are moved to; they stay where they are without one.
+        scales: (outputs,) float32, for int8.
+        four_bit: table and scales of four-bit codes.
+        arena: the memory that all tensors are moved to; None leaves them in place.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class NativeLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.four_bit = kind, four_bit
-        # the very parameter, where it is one: a tied head stays tied, and is counted once
+        # a parameter is kept as the same object: a tied head stays tied and is counted once
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         self.bias = None if bias is None else _frozen(bias.detach())
         self.scales = None if scales is None else _frozen(scales)
@@ -97,9 +97,9 @@ def _four_bit_state(described: FourBit) -> list[tuple[str, Tensor]]:
 
 @singledispatch
 def to_native(module: nn.Module, arena: Arena) -> NativeLinear | None:
-    """The same layer on the compiled kernels, or None where they can't compute it.
+    """The layer on the compiled kernels; None if they can't compute it.
 
-    Registered by class, as ``weights_of`` is.
+    Other modules register further classes, as with ``weights_of``.
     """
     return None
 

@@ -1,7 +1,7 @@
 """int8 (LLM.int8), nf4 and fp4 by bitsandbytes, through ``BitsAndBytesConfig``.
 
-``transformers`` transposes GPT-2's Conv1D layers for it. The head stays as it is, tied to the embedding or
-not; ``llm_int8_skip_modules`` replaces the default list, so it is always named.
+``transformers`` transposes GPT-2's Conv1D layers for it. The head is not quantized, tied to the embedding or
+not; ``llm_int8_skip_modules`` replaces the default list, so the head is always in it.
 """
 
 import logging
@@ -44,7 +44,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
-    _quieten()
+    _silence_warnings()
     if spec.device == "cpu" and precision != "int8":
         _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)
@@ -76,7 +76,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
 
 
 def quantization_config(precision: str, spec: ModelSpec) -> Any:
-    """What ``from_pretrained`` is told for the precision."""
+    """The ``quantization_config`` of ``from_pretrained`` for the precision."""
     model = meta_model(spec)
     head = model.get_output_embeddings()
     skip = [name for name, module in model.named_modules() if module is head]
@@ -94,10 +94,10 @@ def quantization_config(precision: str, spec: ModelSpec) -> Any:
 
 
 def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
-    """The type of what is not quantized.
+    """The type of the tensors that are not quantized.
 
-    On a CPU bf16 where the lean runner reads it as it lies in memory, since the head is most of a small
-    model's traffic; elsewhere fp32. On a card what the kernels take without casting.
+    On a CPU bf16 if the lean runner can read it, since the head is most of a small model's memory traffic;
+    otherwise fp32. On a GPU the type that the kernels accept without casting.
     """
     if spec.unquantized_dtype != "auto":
         return DTYPES[spec.unquantized_dtype]
@@ -108,7 +108,7 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
 
 
 def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
-    """On a CPU a row of weights must be whole blocks; on a card bitsandbytes unpacks the others first."""
+    """On a CPU a row of weights must consist of whole blocks; on a GPU bitsandbytes unpacks other widths."""
     head = model.get_output_embeddings()
     for at, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
@@ -122,7 +122,10 @@ def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
 
 
 def _check_layers(model: nn.Module, precision: str, name: str) -> None:
-    """``from_pretrained`` compares no shapes of what it quantizes, and is content if that is nothing."""
+    """Raises CheckpointError for quantized layers of a wrong shape, and if there are none.
+
+    ``from_pretrained`` checks neither.
+    """
     from loaders.layers.bitsandbytes_layers import layer_class, weight_shape  # bitsandbytes is optional
 
     quantized = layer_class(precision)
@@ -136,7 +139,7 @@ def _check_layers(model: nn.Module, precision: str, name: str) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """What is left of float32 after quantizing; codes were made from the checkpoint's own values."""
+    """Casts the float32 tensors that remain after quantizing, which used the checkpoint's own values."""
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
@@ -149,19 +152,19 @@ def _native_compute(precision: str) -> str:
 
 
 def _compute_dtype(spec: ModelSpec) -> torch.dtype:
-    """bf16 where there are instructions for it: with fp32, the fused kernels serve few rows only."""
+    """bf16 if the CPU has instructions for it: with fp32, the fused kernels support only few rows."""
     if spec.device == "cuda":
         return _sixteen_bits()
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def _sixteen_bits() -> torch.dtype:
-    """What the card has instructions for: before Ampere it computes bf16 by way of fp32."""
+    """The type that the GPU has instructions for: before Ampere, bf16 is emulated in fp32."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _quieten() -> None:
-    """On a CPU bitsandbytes warns at each int8 call, and advises a package that downloads native code."""
+def _silence_warnings() -> None:
+    """On a CPU bitsandbytes warns at each int8 call, and recommends a package that downloads native code."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_CPU_CAST)

@@ -1,8 +1,8 @@
-"""PyTorch's dynamic int8 for CPU hosts: every linear layer and, by choice, the head; weights per channel.
+"""Dynamic int8 for CPUs: every linear layer and, optionally, the head; weights per output channel.
 
-PyTorch takes one activation range over the whole batch: a row with an outlier degrades its batch-mates. Here
-each row is scaled to its own largest magnitude first, and the kernel runs with one constant range: a row's
-result is the same, bit for bit, alone and in any batch.
+PyTorch's own takes one activation range over the whole batch: a row with an outlier degrades the other rows.
+Here each row is scaled by its own largest magnitude and the kernel runs with a constant range: a row's result
+is bit-identical alone and in any batch.
 """
 
 import gc

@@ -138,7 +138,7 @@ def test_names_that_are_no_models_touch_no_network(name: str, monkeypatch: pytes
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("loaders.checkpoint.snapshot_download", never)
+    monkeypatch.setattr("loaders.hub.snapshot_download", never)
     with pytest.raises(ModelNotFound):
         open_checkpoint(name)
 
@@ -166,7 +166,7 @@ def test_why_a_hub_model_cannot_be_had(error: OSError, message: str, monkeypatch
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("loaders.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("loaders.hub.snapshot_download", fail)
     with pytest.raises(ModelNotFound, match=message):
         open_checkpoint("owner/name")
 
@@ -176,6 +176,6 @@ def test_without_a_place_for_it_that_is_told(number: int, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), "/data/hub/models--owner--name")
 
-    monkeypatch.setattr("loaders.checkpoint.snapshot_download", full)
+    monkeypatch.setattr("loaders.hub.snapshot_download", full)
     with pytest.raises(ModelNotFound, match=rf"can't be kept in .*: {os.strerror(number)}; HF_HOME names"):
         open_checkpoint("owner/name")
