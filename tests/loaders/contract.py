@@ -111,7 +111,7 @@ def greedy(model: LoadedModel, slots: dict[int, list[int]], count: int) -> list[
 class RunnerContract:
     """What is computed: near fp32's, the same alone and in a batch; its bytes; its errors."""
 
-    def test_logits_are_as_near_to_fp32_as_the_precision_allows(
+    def test_logits_are_within_the_precisions_tolerance_of_fp32(
         self, model: LoadedModel, reference: LoadedModel
     ) -> None:
         expected, found = reference.runner.score(PROMPT), model.runner.score(PROMPT)
@@ -119,7 +119,7 @@ class RunnerContract:
         assert found.dtype == torch.float32
         assert float((found - expected).norm() / expected.norm()) <= tolerance(model)
 
-    def test_prefill_in_chunks_and_decode_agree_with_one_pass(self, model: LoadedModel) -> None:
+    def test_chunked_prefill_and_decode_agree_with_one_pass(self, model: LoadedModel) -> None:
         expected = model.runner.score(PROMPT)
         runner = model.runner
         assert runner.prefill(0, PROMPT[:4], "none") is None
@@ -132,11 +132,11 @@ class RunnerContract:
         bound = {"bf16": 0.03, "fp16": 0.005}.get(model.precision, 0.02)
         assert float((found - expected[4:]).norm() / expected[4:].norm()) < bound
 
-    def test_a_row_alone_and_among_others(self, model: LoadedModel) -> None:
+    def test_a_row_is_the_same_alone_and_in_a_batch(self, model: LoadedModel) -> None:
         mates = {0: [200, 7], 1: PROMPT, 3: [5] * 30}
         assert greedy(model, mates, 12)[1] == greedy(model, {1: PROMPT}, 12)[0]
 
-    def test_a_load_beside_it_changes_nothing(self, model: LoadedModel) -> None:
+    def test_a_concurrent_load_changes_nothing(self, model: LoadedModel) -> None:
         """``transformers`` sets torch's default dtype while it loads, for the whole process."""
         scored, continued = model.runner.score(PROMPT), greedy(model, {1: PROMPT, 3: [5] * 30}, 6)
         torch.set_default_dtype(torch.bfloat16)
@@ -146,7 +146,7 @@ class RunnerContract:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    def test_a_slot_used_again_gives_the_same(self, model: LoadedModel) -> None:
+    def test_a_reused_slot_gives_the_same_tokens(self, model: LoadedModel) -> None:
         first = greedy(model, {2: PROMPT}, 6)
         greedy(model, {2: [9] * 50}, 3)
         assert greedy(model, {2: PROMPT}, 6) == first
@@ -181,7 +181,7 @@ class RunnerContract:
 class LayerContract:
     """What the error report shows of each layer, against the footprint and the layer's own products."""
 
-    def test_every_matrix_is_off_by_what_its_format_allows(
+    def test_the_error_of_every_matrix_is_in_its_formats_range(
         self, model: LoadedModel, small_spec: ModelSpec
     ) -> None:
         report = report_of(model, small_spec)

@@ -1,4 +1,4 @@
-"""Per-layer proof of quantization: against the layers' own products, bitsandbytes' code and hand counts."""
+"""The per-layer error report against the layers' own products, bitsandbytes' code and hand counts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests.loaders.contract import LayerContract, report_of
 
 @pytest.fixture(params=["compiled", "torch"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """On the compiled kernels, and on bitsandbytes' and PyTorch's own."""
+    """Runs a test on the compiled kernels and on bitsandbytes' and PyTorch's own."""
     if request.param == "torch":
         monkeypatch.setenv("BITDIAL_KERNELS", "torch")
         kernels.find.cache_clear()
@@ -48,7 +48,7 @@ class TestLayersOfEveryPrecision(LayerContract):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_four_bits_are_read_as_bitsandbytes_does(nested: bool) -> None:
+def test_four_bits_are_dequantized_as_by_bitsandbytes(nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     from loaders.layers.bitsandbytes_layers import layer_class
@@ -100,8 +100,8 @@ def by_name(report: LayerReport) -> dict[str, LayerError]:
     return {layer.name: layer for layer in report.layers}
 
 
-def test_names_as_older_files_have_them_and_several_files(tmp_path: Path) -> None:
-    """``openai-community/gpt2`` leaves ``transformer.`` out; large models come in shards."""
+def test_older_tensor_names_and_sharded_files(tmp_path: Path) -> None:
+    """``openai-community/gpt2`` omits ``transformer.``; large models are sharded."""
     model = checkpoints.gpt2()
     plain, old, shards = (tmp_path / name for name in ("plain", "old", "shards"))
     for folder in (plain, old):
@@ -117,7 +117,7 @@ def test_names_as_older_files_have_them_and_several_files(tmp_path: Path) -> Non
     assert all(layer.relative_error is not None for layer in found[1].values())
 
 
-def test_a_precision_that_quantizes_next_to_nothing_is_warned_of(tmp_path: Path) -> None:
+def test_a_precision_that_quantizes_little_causes_a_warning(tmp_path: Path) -> None:
     """One narrow layer under a large vocabulary: the head is most of the model."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -141,5 +141,5 @@ def test_errors_of_a_matrix() -> None:
     assert compare(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0, None)
 
 
-def test_a_runner_without_modules_has_no_layers_to_show(small_spec: ModelSpec) -> None:
+def test_a_runner_without_modules_has_no_report(small_spec: ModelSpec) -> None:
     assert layer_errors(fake_model("int8"), small_spec) is None

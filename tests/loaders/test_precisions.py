@@ -1,4 +1,4 @@
-"""The contract that every precision of the registry keeps, on real small checkpoints."""
+"""The contract of every precision in the registry, on real small checkpoints."""
 
 from pathlib import Path
 from typing import Literal
@@ -42,14 +42,14 @@ def test_aliases_and_unknown_names() -> None:
             loaders.canonical(wrong)
 
 
-def test_dynamic_int8_is_refused_on_a_card_with_the_reason() -> None:
+def test_dynamic_int8_is_refused_on_a_gpu_with_the_reason() -> None:
     able = loaders.availability("dynamic-int8", "cuda")
     assert not able.ok
     assert able.reason is not None
     assert "CPU" in able.reason
 
 
-def test_closing_lets_go_of_the_weights(small_spec: ModelSpec) -> None:
+def test_closing_releases_the_weights(small_spec: ModelSpec) -> None:
     loaded = loaders.load("fp32", small_spec, ignore_progress)
     loaded.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -90,7 +90,7 @@ def test_gpt2_small_to_the_byte(
     state: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """124,439,808 parameters: what is quantized, what is kept, counted by hand from the shapes."""
+    """124,439,808 parameters: bytes counted by hand from the shapes."""
     folder = Path(tmp_path_factory.getbasetemp()) / "gpt2-small"
     if not folder.exists():
         from transformers import GPT2Config, GPT2LMHeadModel

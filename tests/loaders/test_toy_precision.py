@@ -27,6 +27,6 @@ class TestToyPrecision(RunnerContract, LayerContract, ServingContract):
         assert kinds == {("toy-int8", "ToyInt8Linear")}
         assert report.quantized_share > 0.5
 
-    def test_it_is_refused_where_it_says_so(self, precision: str, small_spec: ModelSpec) -> None:
+    def test_it_is_refused_on_a_gpu(self, precision: str, small_spec: ModelSpec) -> None:
         with pytest.raises(PrecisionUnavailable, match="a toy for CPUs"):
             loaders.load(precision, replace(small_spec, device="cuda"))
