@@ -1,6 +1,6 @@
-"""The registry of precisions: one module each, imported when first asked for.
+"""The registry of precisions: names → modules, each imported on first use.
 
-A new precision is one module with ``availability(device)`` and ``load(spec, progress)`` and one line here.
+A new precision is one module that implements ``Loader`` and one line in ``PRECISIONS``.
 """
 
 import logging
@@ -59,14 +59,14 @@ ALIASES: dict[str, str] = {
 
 
 class Loader(Protocol):
-    """What each module of the registry offers."""
+    """The functions of a module in the registry."""
 
     def availability(self, precision: str, device: Literal["cpu", "cuda"]) -> Availability: ...
 
     def load(self, precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel: ...
 
     def estimate_bytes(self, precision: str, spec: ModelSpec) -> int:
-        """Weight bytes it will need, before anything is loaded; used only to decide what fits."""
+        """Weight bytes that the precision will need; used before loading, only to decide what fits."""
         ...
 
 
@@ -74,7 +74,7 @@ def canonical(name: object) -> str:
     """The registry's name for a precision or alias.
 
     Raises:
-        UnknownPrecision: it is neither; the error lists the choices.
+        UnknownPrecision: the name is neither; the error lists the choices.
     """
     if isinstance(name, str) and (known := ALIASES.get(name, name)) in PRECISIONS:
         return known
@@ -100,7 +100,7 @@ def available(device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
-    """Loads one precision of ``spec.checkpoint``.
+    """Loads ``spec.checkpoint`` in one precision and returns it with the time that loading took.
 
     Raises:
         UnknownPrecision, PrecisionUnavailable, CheckpointError, OutOfMemory
@@ -115,16 +115,16 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
             model = loader(name).load(name, spec, progress)
     except LoaderError:
         raise
-    except torch.OutOfMemoryError as error:  # a device's, wherever in loading or trying out it was met
+    except torch.OutOfMemoryError as error:  # raised by a device while loading or checking the runner
         raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id} in {name}") from error
     except MemoryError as error:
         raise OutOfMemory(
             f"no room for {spec.checkpoint.model_id} in {name}; "
             "a smaller MAX_TOTAL_TOKENS makes its cache smaller"
         ) from error
-    except Exception as error:  # what no check of the checkpoint foresaw
+    except Exception as error:  # not foreseen by any check of the checkpoint
         _log.debug("loading %s", name, exc_info=error)
-        said = in_short(error)
-        raise CheckpointError(f"{spec.checkpoint.model_id} can't be served in {name} ({said})") from error
+        reason = in_short(error)
+        raise CheckpointError(f"{spec.checkpoint.model_id} can't be served in {name} ({reason})") from error
     model.load_seconds = time.perf_counter() - started
     return model

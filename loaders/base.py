@@ -1,4 +1,4 @@
-"""What a loader is given, and what it returns."""
+"""The arguments of a loader and its result."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ import torch
 from loaders.runner import Runner
 
 Progress = Callable[[str, int, int], None]
-"""Told (stage, current, total) as loading goes on; total is 0 where it isn't known."""
+"""Called with (stage, current, total) during loading; total is 0 where it is unknown."""
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether this host can run a precision and, if not, why and what command would mend it."""
+    """Whether this host can run a precision; if not, why, and the command that installs what is missing."""
 
     reason: str | None = None
     install: str | None = None
@@ -27,19 +27,19 @@ class Availability:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, found and checked, nothing loaded yet. Made by ``loaders.checkpoint``."""
+    """A model's files, found and checked but not loaded; returned by ``loaders.checkpoint``."""
 
     model_id: str
-    """As asked for: ``bundled``, a folder's name (never its path) or a hub id."""
+    """``bundled``, the name of a folder (never its path) or a hub id."""
     revision: str | None
-    """The hub commit, where there is one."""
+    """The hub commit; None for a folder and the bundled model."""
     folder: Path
     config: Any
     """The ``transformers`` configuration."""
     architecture: str
     """Its model class, e.g. ``GPT2LMHeadModel``."""
     context_length: int
-    """Most tokens one sequence may hold, prompt and continuation together."""
+    """Maximum tokens of one sequence, prompt and continuation together."""
     vocabulary: int
     """Rows of the output head; valid token ids are 0 … vocabulary − 1."""
     eos_ids: frozenset[int]
@@ -49,7 +49,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One checkpoint and how it is to be loaded; the same for every precision of a server."""
+    """One checkpoint and the options for loading it; the same for every precision of a server."""
 
     checkpoint: Checkpoint
     device: Literal["cpu", "cuda"] = "cpu"
@@ -58,26 +58,26 @@ class ModelSpec:
     context: int | None = None
     """Cap on the tokens of one sequence; the checkpoint's context length if None."""
     threads: int | None = None
-    """CPU threads of one forward pass; the thread that computes sets them. None: the caller decides."""
+    """CPU threads of one forward pass, set by the thread that computes. None: its setting is kept."""
     quantize_lm_head: bool = True
     """dynamic-int8: quantize the output head too (a tied embedding then stays beside it in fp32)."""
     int8_threshold: float = 0.0
-    """LLM.int8 outlier threshold. Above 0, outlier columns are picked over the whole batch, so that a
-    row's result depends on its batch-mates, and every layer waits for the host."""
+    """LLM.int8 outlier threshold. Above 0, outlier columns are selected over the whole batch: a row's result
+    depends on the other rows, and every layer synchronizes with the host."""
     double_quantization: bool = False
-    """nf4, fp4: quantize the absmax of each block as well (about 0.37 bit per weight saved)."""
+    """nf4, fp4: quantize the absmax of each block as well (saves about 0.37 bit per weight)."""
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """int8, nf4, fp4: the type of what is not quantized (embeddings, head, norms, biases)."""
+    """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
     """Type of the KV cache where the compiled kernels run GPT-2; ``auto``: fp32 for fp32, else fp16.
-    Elsewhere it is the model's own."""
+    Other runners use the type of the model."""
     batch_invariant: bool = True
-    """On a GPU: every decode step computes all slots, and every chunk of a prompt is of one length, so that
-    a row's result doesn't depend on how many run beside it. Otherwise the smallest size that fits."""
+    """On a GPU: every decode step computes all slots and every prompt chunk has one length, so that a row's
+    result doesn't depend on the batch size. Otherwise steps use the smallest captured size that fits."""
     cuda_graphs: bool = True
-    """On a GPU: steps are captured and replayed."""
+    """On a GPU: capture steps as CUDA graphs and replay them."""
     room: int | None = None
-    """Bytes on the device for weights and KV cache together; what is free there if None."""
+    """Bytes on the device for weights and KV cache together; if None, all of its free memory."""
 
     @property
     def max_tokens(self) -> int:
@@ -97,24 +97,24 @@ class Footprint:
     """A loaded model's bytes, counted from its live tensors (shared storage once)."""
 
     weights_bytes: int
-    """Everything the forward pass reads: weights, biases, norms, embeddings, scales, absmax."""
+    """All tensors that the forward pass reads: weights, biases, norms, embeddings, scales, absmax."""
     by_dtype: Mapping[str, int]
     """The same bytes by element type, e.g. ``{"int8": …, "float32": …}``."""
     quantization_state: Mapping[str, int]
-    """The part that describes quantization, by role: ``scales``, ``absmax``, ``zero_points``, ``tables`` …"""
+    """Bytes of quantization state by role: ``scales``, ``absmax``, ``zero_points``, ``tables`` …"""
     transformers_footprint_bytes: int
-    """What ``model.get_memory_footprint()`` says: it leaves out scales and absmax."""
+    """The result of ``model.get_memory_footprint()``, which leaves out scales and absmax."""
     bits_per_weight: float
     """Bits per parameter of the whole model, quantization state included."""
     parameters: int
     """Parameters of the checkpoint (a tied head counts once)."""
     lookup_bytes: int = 0
-    """Of ``weights_bytes``, embeddings of which a step looks up a row: those that no output head shares."""
+    """Bytes of embeddings that no output head shares; a step reads single rows of them."""
     quantized: Sequence[str] = ()
     """Names of the quantized weight matrices."""
     kept: Sequence[KeptLayer] = ()
     quantized_share: float = 0.0
-    """Of the weights that are multiplied (embeddings are looked up), by their number."""
+    """Quantized fraction of the weights in matrix products; embeddings, which are looked up, don't count."""
 
     @property
     def quantization_state_bytes(self) -> int:
@@ -130,14 +130,14 @@ class LoadedModel:
     footprint: Footprint
     load_seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What else the loader wants shown in ``/stats`` (compute dtype, block size, …)."""
+    """Further facts for ``/stats`` (compute dtype, block size, …)."""
 
     def close(self) -> None:
         self.runner.close()
 
 
 def ignore_progress(stage: str, current: int, total: int) -> None:
-    """The progress callback for callers that don't care."""
+    """A progress callback that does nothing."""
 
 
 def default_device() -> Literal["cpu", "cuda"]:

@@ -1,4 +1,4 @@
-"""Finding a model and checking its files before loading. Safetensors only; no code of theirs is run."""
+"""Finding a model and checking its files before loading. Safetensors only; its own code is never run."""
 
 import math
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 def open_checkpoint(
     model_id: str, revision: str | None = None, progress: Progress = ignore_progress
 ) -> Checkpoint:
-    """Finds ``bundled``, a local folder or a hub id, and checks that its weights are whole.
+    """Finds ``bundled``, a local folder or a hub id, and checks that its weight files are complete.
 
     Raises:
-        ModelNotFound: no such model, or the hub can't be reached.
+        ModelNotFound: there is no such model, or the hub can't be reached.
         CheckpointError: its files are unusable: not safetensors, truncated, not a causal LM.
     """
     folder, name, commit = locate(model_id, revision, progress)
@@ -64,8 +64,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-            raise ValueError("no words")  # without any files the library makes such a one
-    except BaseException as error:  # the library raises whatever its parsers do, and panics
+            raise ValueError("no words")  # without any files the library makes an empty tokenizer
+    except BaseException as error:  # of any class: the library passes on its parsers' errors, and panics
         if not is_tokenizer_fault(error):
             raise
         raise CheckpointError(f"{checkpoint.model_id} has no usable tokenizer") from error
@@ -78,7 +78,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     Raises:
         CheckpointError: there are none, or some are missing.
     """
-    if (folder / _SINGLE).is_file():  # first, as transformers has it
+    if (folder / _SINGLE).is_file():  # before the index, as in transformers
         return [folder / _SINGLE]
     if (folder / _INDEX).exists():
         try:
@@ -100,10 +100,10 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _held(files: Sequence[Path]) -> Held:
-    """What whole files hold, by their headers.
+    """Tensors and parameters in the files, read from their headers.
 
     Raises:
-        CheckpointError: one is not whole.
+        CheckpointError: a file is truncated or corrupt.
     """
     sizes = []
     for file in files:

@@ -1,7 +1,7 @@
-"""Reading a checkpoint's config.json without trusting it: what it says must be possible, and fit the weights.
+"""Reading a checkpoint's config.json without trusting it: its values must be possible and fit the weights.
 
-``transformers`` checks little of it: layers are built until memory ends, and sizes below 1 or beyond the
-tensors become faults of whatever computes with them first.
+``transformers`` checks few of them: it builds layers until memory is exhausted, and sizes below 1 or beyond
+the tensors fail later, in the code that first computes with them.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from loaders.errors import CheckpointError, in_short
 
 _MOST_CONFIG, _MOST_JSON = 16 << 20, 512 << 20  # bytes; the largest tokenizers there are have 40 MB
-_READ = {".json", ".txt", ".model", ".jinja"}  # what transformers may read of a folder, beside the weights
+_READ = {".json", ".txt", ".model", ".jinja"}  # files that transformers may read, beside the weights
 _MOST, _MOST_IN_LIST, _MOST_LABELS, _MOST_EXPERTS = 2**31, 2**24, 10**5, 2**10
 _LAYERS = re.compile(r"(n|num|num_hidden|encoder|decoder)_layers?$")
 _SIZES = (
@@ -39,7 +39,7 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 @dataclass(frozen=True)
 class Held:
-    """What the weight files hold."""
+    """The contents of the weight files."""
 
     tensors: int
     parameters: int
@@ -47,10 +47,10 @@ class Held:
 
 
 def check_files(folder: Path, name: str) -> None:
-    """Looks at what will be read of the folder, without opening it.
+    """Checks the type and size of every file that will be read from the folder, without opening any.
 
     Raises:
-        CheckpointError: one of the files is a device or a pipe, which may never end, or is absurdly large.
+        CheckpointError: a file is a device or a pipe, which may never end, or is larger than any real one.
     """
     places = (folder, folder / "additional_chat_templates")
     try:
@@ -66,7 +66,7 @@ def _check_file(path: Path, name: str, most: int) -> None:
     try:
         found = path.stat()
     except OSError:
-        return  # a link to nowhere: who needs it says that it is missing
+        return  # a dangling link: reported as missing by the code that reads it
     if stat.S_ISDIR(found.st_mode):
         return
     if not stat.S_ISREG(found.st_mode):
@@ -76,10 +76,10 @@ def _check_file(path: Path, name: str, most: int) -> None:
 
 
 def read_json(path: Path, name: str) -> Any:
-    """The contents of one of the folder's JSON files, which ``check_files`` has seen.
+    """The contents of a JSON file that ``check_files`` has accepted.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         CheckpointError: it can't be read.
     """
     try:
@@ -93,10 +93,10 @@ def read_json(path: Path, name: str) -> Any:
 
 
 def read_raw(folder: Path, name: str) -> dict[str, Any]:
-    """config.json as it stands, of a model that could be served.
+    """The contents of config.json.
 
     Raises:
-        CheckpointError: there is none, or it is of a model that is not served here.
+        CheckpointError: there is none, or it belongs to a model that can't be served here.
     """
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{name} is an adapter; merge it into its model first: merge_and_unload()")
@@ -122,20 +122,20 @@ def read_raw(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path, name: str, raw: Mapping[str, Any], held: Held) -> Any:
-    """The ``transformers`` configuration, of which a model of the right size has been drawn up.
+    """The ``transformers`` configuration, checked by building its model on the meta device.
 
     Args:
-        raw: of ``read_raw``.
-        held: what the weight files hold.
+        raw: the result of ``read_raw``.
+        held: the contents of the weight files.
 
     Raises:
-        CheckpointError: it describes no model, or one that the weights can't be of.
+        CheckpointError: it describes no model, or one that doesn't fit the weights.
     """
     _check_counts(name, raw, held)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
-    except Exception as error:  # whatever a configuration class makes of wrong values
+    except Exception as error:  # of any class: configuration classes check values in their own ways
         kind = raw["model_type"]
         raise CheckpointError(
             f"config.json of {name} is not a valid {kind} configuration ({in_short(error)})"
@@ -144,9 +144,9 @@ def read_config(folder: Path, name: str, raw: Mapping[str, Any], held: Held) -> 
     _check_activations(name, text)
     try:
         parameters = sum(parameter.numel() for parameter in meta_model_of(config).parameters())
-    except Exception as error:  # and whatever a model class makes of them
+    except Exception as error:  # model classes as well
         raise CheckpointError(f"config.json of {name} describes no model ({in_short(error)})") from error
-    if parameters > 2 * held.parameters:  # what is missing or misshapen in detail, loading says
+    if parameters > 2 * held.parameters:  # single missing or misshapen tensors are found by loading
         raise CheckpointError(
             f"{name} does not fit its config.json: that describes {parameters} parameters, "
             f"the files hold {held.parameters}"
@@ -155,13 +155,13 @@ def read_config(folder: Path, name: str, raw: Mapping[str, Any], held: Held) -> 
 
 
 def meta_model_of(config: Any) -> PreTrainedModel:
-    """The model's shapes without any weights."""
+    """The model on the meta device: shapes without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def _check_counts(name: str, raw: Mapping[str, Any], held: Held) -> None:
-    """Before anything is built: sizes, and numbers by which lists and layers are."""
+    """Checks sizes, lengths of lists and numbers of layers before a model is built."""
     family = CONFIG_MAPPING[raw["model_type"]]
     for size in _SIZES:
         shown = _own_name(family, size)
@@ -170,7 +170,7 @@ def _check_counts(name: str, raw: Mapping[str, Any], held: Held) -> None:
         if in_list:
             most = _MOST_IN_LIST
         elif _LAYERS.search(key):
-            most = held.tensors  # every layer has one at least
+            most = held.tensors  # a layer has at least one tensor
         elif key == "num_labels":
             most = _MOST_LABELS
         elif key.endswith("experts"):
@@ -184,7 +184,7 @@ def _check_counts(name: str, raw: Mapping[str, Any], held: Held) -> None:
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, int | float, bool]]:
-    """All numbers in it: under what key, which, and whether in a list. No recursion: it may be deep."""
+    """(key, number, whether in a list) of every number in a JSON value. Iterative: nesting may be deep."""
     left: list[tuple[str, Any, bool]] = [("", value, False)]
     while left:
         key, value, in_list = left.pop()
@@ -207,13 +207,13 @@ def _check_sizes(name: str, text: Any) -> None:
 
 
 def _check_size(name: str, shown: str, value: Any) -> None:
-    for one in value if isinstance(value, list) else [value]:  # of some, one for each layer
+    for one in value if isinstance(value, list) else [value]:  # in some models a list with one value a layer
         if one is not None and (type(one) is not int or not 1 <= one <= _MOST):
             raise CheckpointError(f"config.json of {name} has {shown} {str(one)[:40]}")
 
 
 def _own_name(text: Any, size: str) -> str:
-    """What the family calls it: GPT-2's ``n_head``."""
+    """The name of a size in the model's family, such as GPT-2's ``n_head``."""
     names: Mapping[str, str] = getattr(text, "attribute_map", {})
     return names.get(size, size)
 

@@ -1,4 +1,4 @@
-"""The tokens that end a text: what a checkpoint's configurations and its tokenizer say of them."""
+"""The tokens that end a text, from a checkpoint's configuration files and its tokenizer."""
 
 import json
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ _FILE = "generation_config.json"
 
 
 def configured(folder: Path, config: Any) -> frozenset[int]:
-    """``generation_config.json``'s if it names any, else ``config.json``'s, the nested text model's first.
+    """The end tokens of ``generation_config.json`` or, if it has none, of ``config.json``.
 
-    Ids beyond the vocabulary don't count.
+    There, a nested text model's take precedence. Ids beyond the vocabulary are dropped.
     """
     nested = config.get_text_config()
     for value in (_of_generation(folder), *(getattr(one, "eos_token_id", None) for one in (nested, config))):
@@ -24,14 +24,13 @@ def configured(folder: Path, config: Any) -> frozenset[int]:
 
 
 def with_end_token(checkpoint: Checkpoint, tokenizer: Any) -> Checkpoint:
-    """The checkpoint whose texts end with the tokenizer's own end token, too.
+    """The checkpoint with the tokenizer's end token among its own.
 
-    Models tuned for conversations often end turns by a token that only their tokenizer names.
+    Models tuned for conversations often end turns with a token that only their tokenizer names.
     """
     ids = _ids(getattr(tokenizer, "eos_token_id", None))
-    own = frozenset(
-        id_ for id_ in ids if id_ < checkpoint.vocabulary
-    )  # a tokenizer may know more than its model
+    # a tokenizer may have more ids than its model
+    own = frozenset(id_ for id_ in ids if id_ < checkpoint.vocabulary)
     return replace(checkpoint, eos_ids=checkpoint.eos_ids | own)
 
 
@@ -39,7 +38,7 @@ def _of_generation(folder: Path) -> Any:
     file = folder / _FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):  # as if there were none
+    except (OSError, ValueError, RecursionError):  # an unreadable file counts as absent
         return None
     return found.get("eos_token_id") if isinstance(found, dict) else None
 

@@ -1,4 +1,4 @@
-"""How loading fails.
+"""Errors of loading.
 
 LoaderError
 ├── ModelNotFound         no such folder or hub id, or the hub can't be reached
@@ -18,7 +18,7 @@ _PATH = re.compile(r"(?<!\w)/[^\s'\"`,;:)]+")
 
 
 class LoaderError(Exception):
-    """A model could not be loaded; the message is fit to be shown to a user."""
+    """A model could not be loaded; the message can be shown to a user."""
 
 
 class ModelNotFound(LoaderError):
@@ -33,11 +33,11 @@ class UnknownPrecision(LoaderError):
     def __init__(self, name: object, choices: Sequence[str]) -> None:
         self.choices = list(choices)
         shown = name if isinstance(name, str) and len(name) <= 40 else "that"
-        self._made_of = name, choices
+        self._arguments = name, choices
         super().__init__(f"unknown precision {shown!r}; choose from {', '.join(self.choices)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._made_of
+        return type(self), self._arguments
 
 
 class PrecisionUnavailable(LoaderError):
@@ -55,8 +55,8 @@ class OutOfMemory(LoaderError):
 
 
 def in_short(error: BaseException) -> str:
-    """An error of a library in one line and without paths, fit to be shown to a client."""
+    """A library's error as one line without paths, which can be shown to a client."""
     if isinstance(error, OSError):
         return type(error).__name__
-    said = _PATH.sub("…", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {said[:200]}".rstrip(": ")
+    message = _PATH.sub("…", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {message[:200]}".rstrip(": ")

@@ -1,5 +1,6 @@
-"""A loaded model's bytes, counted from the tensors that exist, and which of its matrices are quantized."""
+"""A loaded model's bytes, counted from its tensors, and which of its matrices are quantized."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,58 +10,49 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.base import DTYPES, Footprint, KeptLayer, LoadedModel
-from loaders.layers.native_linear import NativeLinear
+from loaders.layers.layer_weights import weights_of
 
-StateOf = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
-"""A layer's quantization state that is no parameter or buffer: (role, tensor) pairs."""
 Reason = Callable[[nn.Module], str]
-"""Why a layer's matrix, or one that is no layer's, was kept."""
-
-
-def nothing(_: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return iter(())
+"""Returns why the matrices of a module were not quantized."""
 
 
 def measure(
     model: PreTrainedModel,
     parameters: int,
-    is_quantized: Callable[[nn.Module], bool] = lambda _: False,
-    state_of: StateOf = nothing,
     reason: Reason = lambda module: "this precision quantizes nothing",
 ) -> Footprint:
-    """Counts each storage once, tied weights and shared tables included.
+    """Counts the bytes of a model, each storage once: tied weights and shared tables don't count twice.
 
     Args:
         parameters: of the checkpoint, a tied head counted once.
-        is_quantized: whether a module's weight is quantized.
-        state_of: scales, absmax, tables of a module.
-        reason: why this module's matrices were kept.
+        reason: why a module's matrices were not quantized.
     """
     bytes_ = _Bytes()
     state: dict[str, int] = defaultdict(int)
     quantized, kept = [], []
     multiplied: dict[bool, int] = defaultdict(int)
     for name, module in model.named_modules():
-        native = isinstance(module, NativeLinear)
-        for role, tensor in module.state() if native else state_of(module):
-            state[role] += bytes_.count(tensor)
-        if module.is_quantized if native else is_quantized(module):
-            quantized.append(name)
-            multiplied[True] += _products(module)
-        elif _is_matrix(module):
-            kept.append(KeptLayer(name, reason(module)))
-            multiplied[False] += _products(module)
-        else:
-            for matrix, weights in _own_matrices(name, module):
+        if (weights := weights_of(module)) is None:
+            for matrix, size in _own_matrices(name, module):
                 kept.append(KeptLayer(matrix, reason(module)))
-                multiplied[False] += weights
-    for tensor in (*model.parameters(), *model.buffers()):  # after the state, which may be among them
+                multiplied[False] += size
+            continue
+        bytes_.count(weights.weight)
+        for role, tensor in weights.state:
+            state[role] += bytes_.count(tensor)
+        if weights.quantized:
+            quantized.append(name)
+        else:
+            kept.append(KeptLayer(name, reason(module)))
+        if not isinstance(module, nn.Embedding):
+            multiplied[weights.quantized] += math.prod(weights.shape)
+    for tensor in (*model.parameters(), *model.buffers()):
         bytes_.count(tensor)
     total = sum(bytes_.by_dtype.values())
     return Footprint(
         weights_bytes=total,
         by_dtype=dict(bytes_.by_dtype),
-        quantization_state={role: size for role, size in state.items() if role != "weights"},
+        quantization_state=dict(state),
         transformers_footprint_bytes=int(model.get_memory_footprint()),
         bits_per_weight=8 * total / parameters,
         parameters=parameters,
@@ -71,17 +63,8 @@ def measure(
     )
 
 
-def _products(module: Any) -> int:
-    """Weights that a row of inputs is multiplied with."""
-    if isinstance(module, nn.Embedding):
-        return 0
-    return int(
-        module.weight.numel() if isinstance(module, Conv1D) else module.in_features * module.out_features
-    )
-
-
 def reasons(model: PreTrainedModel, of_head: str) -> Reason:
-    """Why a precision that quantizes linear layers kept one, an embedding, or a matrix that is no layer."""
+    """The reasons of a precision that quantizes linear layers; ``of_head`` is the output head's."""
     head = model.get_output_embeddings()
 
     def reason(module: nn.Module) -> str:
@@ -89,38 +72,36 @@ def reasons(model: PreTrainedModel, of_head: str) -> Reason:
             return "the embedding is looked up, not multiplied"
         if module is head:
             return of_head
-        return "the architecture keeps it" if _is_matrix(module) else "it is not a linear layer by itself"
+        if weights_of(module) is None:
+            return "it is not a linear layer by itself"
+        return "the architecture keeps it"
 
     return reason
 
 
 def linear_weights(model: PreTrainedModel) -> int:
-    """Weights of all linear layers but the head, which is what quantizing a model is about."""
+    """Number of weights in all linear layers but the head: those that a precision quantizes."""
     head = model.get_output_embeddings()
     layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return sum(layer.weight.numel() for layer in layers)
 
 
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | nn.Embedding | NativeLinear)
-
-
 def _own_matrices(name: str, module: nn.Module) -> Iterator[tuple[str, int]]:
-    """What a module multiplies with by itself, such as a mixture's experts in one tensor: name, weights."""
+    """(name, weights) of matrices that are no layer's, such as the experts of a mixture in one tensor."""
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 2:
             yield f"{name}.{own}", parameter.numel()
 
 
 class _Bytes:
-    """Bytes by element type; a storage that was counted counts no more."""
+    """Bytes by element type, each storage counted once."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[str, int] = defaultdict(int)
-        self._seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is given out twice
+        self._seen: dict[tuple[int, int], Tensor] = {}  # kept alive, so that no address is used twice
 
     def count(self, tensor: Tensor) -> int:
-        """What the tensor adds."""
+        """Returns the bytes that were added: 0 if the tensor was counted before."""
         key = (tensor.data_ptr(), tensor.nbytes)
         if not tensor.numel() or key in self._seen:
             return 0
@@ -130,7 +111,7 @@ class _Bytes:
 
 
 def _lookup_bytes(model: nn.Module) -> int:
-    """Bytes of embeddings that no layer multiplies with, as a tied head would."""
+    """Bytes of embeddings that are in no matrix product, as a tied head's would be."""
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     others = (m for m in model.modules() if not isinstance(m, nn.Embedding))
     multiplied = {tensor.data_ptr() for module in others for tensor in module.parameters(recurse=False)}
@@ -142,11 +123,11 @@ def count_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-_LEAST_QUANTIZED = 0.5  # a share of the linear weights below which "quantized" is hardly the word
+_LEAST_QUANTIZED = 0.5  # fraction of the linear weights below which the warning is given
 
 
 def quantization_warning(model: LoadedModel) -> str | None:
-    """What to say, loudly, of a precision that calls itself quantized and hardly is; None of any other."""
+    """The warning for a quantizing precision that left most linear weights as they were; else None."""
     share = model.footprint.quantized_share
     if model.precision in DTYPES or share >= _LEAST_QUANTIZED:
         return None

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: the bundled model's, a folder's, or a hub's, downloaded once."""
+"""Locating a checkpoint's files: the bundled model, a local folder, or a hub repository, downloaded once."""
 
 import contextlib
 import errno
@@ -20,24 +20,23 @@ from loaders.errors import ModelNotFound
 
 BUNDLED = "bundled"
 
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-
-
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
-
-_IGNORED = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
-
-
+_IGNORED = ["consolidated*", "original/*"]  # the same weights again, in the original layout of their authors
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 def locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Path, str, str | None]:
-    """Its folder, the name to show and the hub commit."""
+    """Returns the model's folder, the name to show and the hub commit.
+
+    Raises:
+        ModelNotFound
+    """
     if model_id == BUNDLED:
         return Path(__file__).parent / "bundled", BUNDLED, None
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path: too long, NUL, no such home
+    with contextlib.suppress(
+        OSError, ValueError, RuntimeError
+    ):  # not a path: too long, a NUL byte, an unknown home
         if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
             return folder, folder.name, None
     if not _HUB_ID.fullmatch(model_id) or ".." in model_id:
@@ -74,7 +73,7 @@ def _download(model_id: str, revision: str | None) -> Path:
 def _download_failure(error: OSError) -> str:
     cause = error if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) else error.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
-        return "is not asked, since HF_HUB_OFFLINE is set"
+        return "is not contacted, since HF_HUB_OFFLINE is set"
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return f"answers {cause.response.status_code}"
     return "can't be reached"

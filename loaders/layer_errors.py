@@ -1,4 +1,4 @@
-"""Proof of quantization, layer by layer: what each matrix was, what it is, and how far that is off."""
+"""Per-layer error report: each matrix of a loaded model compared with the checkpoint's."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import weight_files
 from loaders.footprint import quantization_warning
-from loaders.layers.dequantize import StoredMatrix, stored
+from loaders.layers.layer_weights import LayerWeights, weights_of
 from loaders.pretrained import meta_model
 
 _ROWS = 2**22  # weights compared at a time
@@ -21,21 +21,21 @@ _ROWS = 2**22  # weights compared at a time
 
 @dataclass(frozen=True)
 class LayerError:
-    """One matrix of a loaded model against the checkpoint's own.
+    """One matrix of a loaded model compared with the checkpoint's.
 
     Args:
         name: of the layer.
-        kind_before, kind_after: its class in the model's own code and as loaded.
+        kind_before, kind_after: class of the layer in the original model and as loaded.
         shape: (outputs, inputs); of an embedding (rows, width).
-        format: how its weights are kept: ``float32``, ``int8``, ``4-bit`` …
+        format: storage format of the weights: ``float32``, ``int8``, ``4-bit`` …
         quantized: whether they are codes with scales.
-        reason: why not, for a layer that was kept.
+        reason: why the layer was not quantized.
         nbytes: of its weights, scales and tables included, bias left out.
         bits_per_weight: the same per weight, in bits.
-        shared_with: the layer whose bytes these are (a tied head's embedding), None as a rule.
-        relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None where the checkpoint has no tensor of this name.
+        shared_with: the layer that has the same tensor (the embedding of a tied head), else None.
+        relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None if the checkpoint has no such tensor.
         max_error: largest |W′ − W|.
-        sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None where nothing is off.
+        sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None if the matrices are equal.
     """
 
     name: str
@@ -58,8 +58,8 @@ class LayerReport:
     """Every matrix of one loaded precision.
 
     Args:
-        quantized_share: of the weights that are multiplied (embeddings are looked up), by their number.
-        warning: to be shown loudly: a precision that calls itself quantized and hardly is.
+        quantized_share: quantized fraction of the weights in matrix products, embeddings excluded.
+        warning: of ``quantization_warning``.
     """
 
     precision: str
@@ -79,9 +79,9 @@ class HasModule(Protocol):
 def layer_errors(
     model: LoadedModel, spec: ModelSpec, progress: Progress = ignore_progress
 ) -> LayerReport | None:
-    """Reads the checkpoint's tensors one at a time; takes a few times the largest layer in float32.
+    """Compares every matrix with the checkpoint's; needs a few times the largest layer in float32.
 
-    Returns: None where what computes has no PyTorch modules whose weights could be read.
+    Returns: None if the runner has no PyTorch modules to read weights from.
     """
     if not isinstance(model.runner, HasModule):
         return None
@@ -95,12 +95,12 @@ def layer_errors(
     with Originals(spec.checkpoint, before) as originals:
         for done, name in enumerate(names, 1):
             module = loaded.get_submodule(name)
-            kept = stored(module)
-            assert kept is not None, f"{type(module).__name__} has weights that can't be read"
-            owner = owners.setdefault(kept.address, name)
+            weights = weights_of(module)
+            assert weights is not None, f"{type(module).__name__} has weights that can't be read"
+            owner = name if weights.copied else owners.setdefault(weights.weight.data_ptr(), name)
             kinds = type(before.get_submodule(name)).__name__, type(module).__name__
             original = originals.weight(name)
-            found.append(_layer(name, kinds, kept, original, reasons.get(name), owner))
+            found.append(_layer(name, kinds, weights, original, reasons.get(name), owner))
             progress("comparing weights", done, len(names))
     return LayerReport(
         model.precision, tuple(found), model.footprint.quantized_share, quantization_warning(model)
@@ -110,23 +110,21 @@ def layer_errors(
 def _layer(
     name: str,
     kinds: tuple[str, str],
-    kept: StoredMatrix,
+    weights: LayerWeights,
     original: Tensor | None,
     reason: str | None,
     owner: str,
 ) -> LayerError:
-    dense = kept.dense()
-    outputs, inputs = dense.shape
-    errors = None if original is None else compare(original, dense)
+    errors = None if original is None else compare(original, weights.dequantize())
     return LayerError(
         name,
         *kinds,
-        (outputs, inputs),
-        kept.format,
-        kept.quantized,
-        None if kept.quantized else reason,
-        kept.nbytes,
-        8 * kept.nbytes / dense.numel(),
+        weights.shape,
+        weights.format,
+        weights.quantized,
+        None if weights.quantized else reason,
+        weights.nbytes,
+        weights.bits_per_weight,
         None if owner == name else owner,
         *(errors or (None, None, None)),
     )
@@ -135,7 +133,7 @@ def _layer(
 def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None]:
     """Relative Frobenius error, largest error and SQNR in dB of two matrices of one shape.
 
-    Where nothing is off, or the original is all zeros, the first is 0 and the last None.
+    If they are equal or the original is all zeros, the relative error is 0 and the SQNR None.
     """
     signal = noise = largest = 0.0
     rows = max(1, _ROWS // original.shape[1])
@@ -151,11 +149,11 @@ def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None
 
 
 class Originals:
-    """The checkpoint's tensors, read when asked for.
+    """The checkpoint's tensors, each read on demand.
 
     Args:
         checkpoint: its safetensors files.
-        model: the same architecture without weights; tells which layers share a tensor or have it transposed.
+        model: the same architecture on the meta device, by which tied and transposed tensors are found.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
@@ -173,7 +171,7 @@ class Originals:
         self._stack.close()
 
     def weight(self, layer: str) -> Tensor | None:
-        """The (outputs, inputs) float32 matrix; None if the checkpoint has it under no name known here."""
+        """The (outputs, inputs) float32 matrix; None if the checkpoint has no tensor of a known name."""
         for name in self._names(layer):
             if name in self._files:
                 tensor: Tensor = self._files[name].get_tensor(name).to(torch.float32)
@@ -182,7 +180,7 @@ class Originals:
         return None
 
     def _names(self, layer: str) -> Iterator[str]:
-        """A tied head's tensor has its embedding's name; older files leave out the base model's prefix."""
+        """Possible names of the tensor: a tied head's is its embedding's; older files omit the prefix."""
         own = self._model.get_submodule(layer).weight
         tied = [name for name, one in self._model.named_parameters(remove_duplicate=False) if one is own]
         for name in (f"{layer}.weight", *tied):

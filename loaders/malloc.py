@@ -1,9 +1,9 @@
-"""The C library's heap: while weights are loaded, and after much was needed for a while.
+"""glibc's heap: returns large blocks to the system while weights are loaded, and trims on request.
 
-Loading makes and drops a float32 copy of every layer. From glibc's heap such blocks seldom go back to the
-system: it raises the size from which a block is mapped by itself to whatever was freed (mallopt(3),
-M_MMAP_THRESHOLD), and one small block above keeps all below it. Loading GPT-2 in int8 took 1.35 × the files
-and the weights together; with large blocks mapped by themselves it takes 1.0.
+Loading allocates and frees a float32 copy of every layer. glibc's heap seldom returns such blocks to the
+system: it raises the threshold above which a block is mapped separately to the size of a freed block
+(mallopt(3), M_MMAP_THRESHOLD), and one small block keeps the memory below it. The peak of loading GPT-2 in
+int8 was 1.35 × the files and the weights together; with large blocks mapped separately it is 1.0 ×.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _WHILE_LOADING = 1 << 20
-_ELSE = 32 << 20  # as far as glibc raises it by itself: a step's tensors are reused, not mapped again
+_ELSE = 32 << 20  # glibc's own maximum: tensors of a step are reused, not mapped again
 
 _lock = threading.Lock()
 _inside = 0
@@ -22,9 +22,9 @@ _inside = 0
 
 @contextmanager
 def large_blocks_returned() -> Iterator[None]:
-    """Within it, a block of a MiB or more is the system's again once it is freed.
+    """Within this context, freeing a block of 1 MiB or more returns it to the system.
 
-    This holds for the whole process; with any other C library than glibc nothing changes.
+    The setting is process-wide; with another C library than glibc the context does nothing.
     """
     _enter(1)
     try:
@@ -34,7 +34,7 @@ def large_blocks_returned() -> Iterator[None]:
 
 
 def trim() -> None:
-    """Gives what is free to the system, of every thread's heap; takes some tens of milliseconds."""
+    """Returns free memory of every thread's heap to the system; needs some tens of milliseconds."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

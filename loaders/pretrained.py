@@ -1,4 +1,4 @@
-"""transformers' own loading, checked: every tensor of the model comes from the checkpoint."""
+"""``from_pretrained``, with a check that every tensor of the model comes from the checkpoint."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,18 +9,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from loaders.base import ModelSpec, Progress
-from loaders.config_check import (
-    meta_model_of,
-)
+from loaders.config_check import meta_model_of
 from loaders.cuda.memory import refusals
 from loaders.errors import CheckpointError, OutOfMemory, in_short
 
 
 def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreTrainedModel:
-    """The model in evaluation mode; ``options`` (``dtype`` …) go to ``from_pretrained``.
+    """Returns the model in evaluation mode; ``options`` (``dtype`` …) go to ``from_pretrained``.
 
     Raises:
-        CheckpointError: unreadable, or without some of the model's tensors: those would be random numbers.
+        CheckpointError: unreadable, or without some of the model's tensors, which would be random numbers.
         OutOfMemory
     """
     name, refused = spec.checkpoint.model_id, refusals()
@@ -31,7 +29,7 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # told in the report, where they are refused
+                ignore_mismatched_sizes=True,  # reported, and refused below
                 output_loading_info=True,
                 **options,
             )
@@ -39,8 +37,8 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
         raise OutOfMemory(f"no room on the device for {name}") from error
     except MemoryError as error:
         raise OutOfMemory(f"no room for {name}") from error
-    except Exception as error:  # whatever a model class, or quantizing, makes of what is in the files
-        if refusals() > refused:  # what quantizing raises, the library tells as a fault of the checkpoint
+    except Exception as error:  # of any class: from a model class, or from quantizing
+        if refusals() > refused:  # the library reports an error in quantizing as the checkpoint's
             raise OutOfMemory(f"no room on the device for {name}") from error
         raise CheckpointError(f"{name} could not be loaded ({in_short(error)})") from error
     _check_complete(name, report)
@@ -49,7 +47,7 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
 
 
 def _check_complete(name: str, report: Mapping[str, Any]) -> None:
-    """What a checkpoint lacks, the library would fill with random numbers."""
+    """Refuses missing tensors, which the library fills with random numbers, and misshapen ones."""
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{name} is incomplete: it has no {missing[0]} ({len(missing)} missing in all)")
     if misfits := sorted(key for key, *_ in report["mismatched_keys"]):
@@ -57,20 +55,20 @@ def _check_complete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def misfit(name: str, tensors: Sequence[str]) -> CheckpointError:
-    """The error that tells of tensors whose shapes are not those of the configuration."""
+    """The error for tensors whose shapes differ from the configuration's."""
     return CheckpointError(
         f"{name} does not fit its config.json: {tensors[0]} has another shape ({len(tensors)} in all)"
     )
 
 
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
-    """The model's shapes without its weights."""
+    """The model on the meta device: shapes without weights."""
     return meta_model_of(spec.checkpoint.config)
 
 
 @contextlib.contextmanager
 def _progress_bars_to(progress: Progress) -> Iterator[None]:
-    """While in it, transformers' loading bar is told to ``progress`` instead of being drawn."""
+    """Within this context, transformers' loading bar calls ``progress`` instead of being drawn."""
 
     class Bar:
         def __init__(self, iterable: Any = None, total: int | None = None, **_: Any) -> None:

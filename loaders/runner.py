@@ -1,4 +1,4 @@
-"""What computes for a loaded model: token ids in, logits out, over KV slots; and what some can beside it."""
+"""The protocol of a loaded model: token ids in, logits out, over KV slots; and optional extensions of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -9,22 +9,22 @@ Logits = Literal["none", "last", "all"]
 
 
 class Runner(Protocol):
-    """A loaded model on token ids, with ``slots`` independent KV slots.
+    """Computes a loaded model on token ids, with ``slots`` independent KV slots.
 
-    Not thread-safe: one thread makes every call. Returned logits are float32, on the host or the
+    Not thread-safe: a single thread makes every call. Returned logits are float32, on the host or the
     device, and valid until the next call.
     """
 
     slots: int
     context: int
-    """Tokens a slot can hold."""
+    """Maximum tokens of a slot."""
     vocabulary: int
 
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
-        """Appends ``ids`` to what the slot holds.
+        """Appends ``ids`` to the slot. Long prompts are computed in several calls.
 
         Returns the logits after the last id (1, vocabulary), after every id (len(ids), vocabulary), or
-        None, as asked. Long prompts come in several calls.
+        None, depending on ``logits``.
         """
         ...
 
@@ -33,13 +33,13 @@ class Runner(Protocol):
         ...
 
     def score(self, ids: Sequence[int]) -> Tensor:
-        """Teacher-forced logits (len(ids), vocabulary) of a text no longer than ``context``; no slot used."""
+        """Teacher-forced logits (len(ids), vocabulary) of a text no longer than ``context``; uses no slot."""
         ...
 
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
-        """``score`` of texts of one length, in one pass and after the last ``kept`` ids of each alone.
+        """``score`` of texts of equal length in one pass.
 
-        Returns (len(texts), kept, vocabulary) logits.
+        Returns the (len(texts), kept, vocabulary) logits after the last ``kept`` ids of each.
         """
         ...
 
@@ -48,7 +48,7 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Drops the weights and the cache; the runner is of no more use."""
+        """Drops the weights and the cache; later calls raise."""
         ...
 
     @property
@@ -59,10 +59,10 @@ class Runner(Protocol):
 
 @runtime_checkable
 class MixedRunner(Protocol):
-    """A runner to which prompt tokens and decoded ones are the same: both in one pass over the weights."""
+    """A runner that computes prompt and decode tokens together, in one pass over the weights."""
 
     def advance(self, slot: int, ids: Sequence[int], slots: Sequence[int], next_ids: Sequence[int]) -> Tensor:
-        """``prefill(slot, ids)`` and ``decode(slots, next_ids)`` at once, ``slot`` not being among ``slots``.
+        """``prefill(slot, ids)`` and ``decode(slots, next_ids)`` in one pass; ``slot`` is not in ``slots``.
 
         Returns (1 + len(slots), vocabulary) logits: after the last of ``ids``, then of each slot.
         """
@@ -71,38 +71,38 @@ class MixedRunner(Protocol):
 
 @runtime_checkable
 class LengthRunner(Protocol):
-    """A runner of models that may compute a text differently as soon as it is longer than some length."""
+    """A runner of a model whose computation of a text changes beyond some length."""
 
     def expect(self, slot: int, tokens: int) -> None:
-        """Tokens of the whole prompt, before its first chunk: each chunk is computed as in one pass then."""
+        """Sets the length of a prompt before its first chunk; chunks are then computed as in one pass."""
         ...
 
     def catch_up(self, slot: int, tokens: int) -> bool:
-        """Whether one more token can be decoded in the slot at once.
+        """Returns whether the slot is ready to decode one more token.
 
-        If not, up to ``tokens`` of what it holds are computed again. ``decode`` does all that is left.
+        If not, recomputes up to ``tokens`` of its tokens. ``decode`` recomputes all that remain.
         """
         ...
 
 
 @runtime_checkable
 class DeviceRunner(Protocol):
-    """A runner on an accelerator, which can go on from tokens that the host has not seen yet."""
+    """A runner on an accelerator, which can decode from tokens that are still on the device."""
 
     @property
     def working_bytes(self) -> int:
-        """Bytes on the device beside weights and cache: what steps read, compute in, and return."""
+        """Bytes on the device beside weights and cache: inputs, workspace and outputs of steps."""
         ...
 
     def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
-        """``decode`` with the ids as an int64 tensor on the device, (len(slots),). Nothing waits for it."""
+        """``decode`` with the ids as an int64 tensor on the device, (len(slots),). Doesn't synchronize."""
         ...
 
 
 @runtime_checkable
 class ReportingRunner(Protocol):
-    """A runner that has more to tell of itself than its memory."""
+    """A runner with state to show in ``/stats``."""
 
     def report(self) -> Mapping[str, Any]:
-        """What ``/stats`` shows among the details of the precision, as it is now. Any thread may ask."""
+        """The runner's current state, for the details of its precision in ``/stats``. Thread-safe."""
         ...

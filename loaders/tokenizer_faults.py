@@ -1,11 +1,11 @@
-"""What goes wrong in a tokenizer, which is a program in Rust driven by a model's files."""
+"""Errors of a tokenizer, whose code in Rust runs on a model's files."""
 
-_PANIC = "pyo3_runtime"  # the class can't be imported: pyo3 makes it
+_PANIC = "pyo3_runtime"  # pyo3 creates the class at run time; it can't be imported
 
 
 def is_tokenizer_fault(error: BaseException) -> bool:
-    """Whether ``error``, raised by a tokenizer, is its own: an exception or a panic of the library beneath.
+    """Whether an error from a call of a tokenizer is its own: an exception, or a panic of its library.
 
-    A panic is a ``BaseException`` beside ``Exception``; the library itself is as usable afterwards as before.
+    A panic is a ``BaseException`` but no ``Exception``; the library remains usable after it.
     """
     return isinstance(error, Exception) or type(error).__module__ == _PANIC

@@ -156,8 +156,8 @@ def test_no_tensors_where_none_belong(name: str) -> None:
     assert f"server/{name}" not in importers("torch")
 
 
-def test_only_the_bitsandbytes_loader_knows_bitsandbytes() -> None:
-    assert importers("bitsandbytes") == {"loaders/precisions/bnb.py"}
+def test_only_the_module_of_its_layers_imports_bitsandbytes() -> None:
+    assert importers("bitsandbytes") == {"loaders/layers/bitsandbytes_layers.py"}
 
 
 def test_every_precision_has_its_module() -> None:

@@ -11,7 +11,8 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def additive(positions: Tensor, columns: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """(rows, 1, tokens, columns): 0 where the token at p may look, p − window + 1 … p, else the least number.
+    """(rows, 1, tokens, columns): 0 where the token at p attends (p − window + 1 … p), elsewhere
+    the smallest finite number.
 
     Args:
         positions: (rows, tokens).
@@ -25,10 +26,10 @@ def additive(positions: Tensor, columns: Tensor, dtype: torch.dtype, window: int
 
 
 class Masks:
-    """The masks of one ``transformers`` model, whose layers may look differently far back.
+    """The masks of one ``transformers`` model, whose layers may have different attention windows.
 
     Raises:
-        CheckpointError: the architecture keeps other state than keys and values per token.
+        CheckpointError: the architecture has state other than keys and values per token.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,7 +48,7 @@ class Masks:
             )
 
     def of(self, positions: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """As the model's forward takes them: per attention type where the model mixes several."""
+        """The mask as the model's forward expects it: a dict by attention type if it mixes several."""
         full = additive(positions, columns, dtype)
         if self._window is None or (self._types and "sliding_attention" not in self._types):
             return full

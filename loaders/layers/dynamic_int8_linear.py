@@ -1,13 +1,14 @@
 """A linear layer of int8 weights that quantizes its activations row by row."""
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from loaders import kernels
+from loaders.layers.dequantize import dequantize_int8
 from loaders.layers.huge_pages import Arena
+from loaders.layers.layer_weights import LayerWeights
 from loaders.layers.native_linear import NativeLinear
 
 _WEIGHT_LEVELS = 127
@@ -32,7 +33,7 @@ def quantize_weight(weight: Tensor) -> Tensor:
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
-    """The layer in int8: on the compiled kernels, with weights in ``arena``; or on FBGEMM without any."""
+    """The layer in int8: on the compiled kernels with its weights in ``arena``; otherwise on FBGEMM."""
     if kernels.get() is None or not kernels.supports("int8", weight.shape[1]):
         return DynamicInt8Linear(weight, bias)
     quantized = quantize_weight(weight)
@@ -41,7 +42,7 @@ def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
 
 
 class DynamicInt8Linear(nn.Module):
-    """y = x Wᵀ + b with W in int8 per output channel and each row of x in its own int8 range.
+    """y = x Wᵀ + b with W in int8 per output channel and x quantized to int8 row by row.
 
     Args:
         weight: (outputs, inputs), float32.
@@ -54,7 +55,7 @@ class DynamicInt8Linear(nn.Module):
         self.bias = bias
         self._levels = activation_levels()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces torchao as its successor
+            warnings.simplefilter("ignore")  # torch announces torchao as the successor
             self._packed = torch.ops.quantized.linear_prepack(quantize_weight(weight), None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,11 +67,23 @@ class DynamicInt8Linear(nn.Module):
         y = y * ranges if self.bias is None else torch.addcmul(self.bias, y, ranges)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def unpacked(self) -> Iterator[tuple[str, Tensor]]:
-        """What the packed object holds: int8 weights, and per channel a float32 scale, an int32 zero point
-        and an int32 column offset."""
-        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-        yield "weights", weight.int_repr()
-        yield "scales", weight.q_per_channel_scales().float()
-        yield "zero_points", weight.q_per_channel_zero_points().int()
-        yield "offsets", weight.int_repr().sum(dim=1, dtype=torch.int32)
+    def layer_weights(self) -> LayerWeights:
+        """Copies of what the packed object holds: int8 weights and three values an output channel.
+
+        These are a float32 scale, an int32 zero point and an int32 column offset.
+        """
+        packed, _ = torch.ops.quantized.linear_unpack(self._packed)
+        codes: Tensor = packed.int_repr()
+        scales = packed.q_per_channel_scales().float()
+        return LayerWeights(
+            "int8",
+            (self.out_features, self.in_features),
+            codes,
+            lambda: dequantize_int8(codes, scales),
+            [
+                ("scales", scales),
+                ("zero_points", packed.q_per_channel_zero_points().int()),
+                ("offsets", codes.sum(dim=1, dtype=torch.int32)),
+            ],
+            copied=True,
+        )

@@ -1,4 +1,4 @@
-"""Keys and values that don't fit float16."""
+"""Keys and values that overflow float16."""
 
 import math
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def overflow_as_nan(states: Tensor) -> Tensor:
-    """Keys or values with NaN for what overflowed float16, so that the logits are NaN and the request fails.
+    """Replaces infinities in float16 by NaN, so that the logits are NaN and the request fails.
 
-    Infinities may pass unseen: a key whose product with the query is −∞ is just not attended to.
+    An infinity could pass unnoticed: a key whose product with the query is −∞ gets no weight.
     """
     if states.dtype != torch.float16:
         return states

@@ -1,7 +1,7 @@
 """Memory for weights in pages of 2 MiB.
 
-A decode step reads every weight once, so it is as fast as memory is read; with pages of 4 KiB the core spends
-a good part of that time on finding out where the next page is.
+A decode step reads every weight once and is bound by memory bandwidth; with pages of 4 KiB, translating
+addresses takes a good part of its time.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 _PAGE = 2 << 20
 _CHUNK = 32 << 20
-_LINE = 64  # bytes; tensors begin on a cache line of their own
+_LINE = 64  # bytes; tensors are aligned to cache lines
 
 
 class Arena:
-    """Keeps tensors side by side, in the order in which they come; free again when the last of them is gone.
+    """Places tensors contiguously in chunks; a chunk is freed with the last of its tensors.
 
-    Where the system has no huge pages, or grants none, it gives ordinary ones: nothing else changes.
+    Where the system provides no huge pages, ordinary ones are used.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,9 @@ class Arena:
         return place.copy_(tensor)
 
     def move_remaining(self, model: nn.Module) -> None:
-        """Moves what is left of a model: a single tensor still in the file would keep all of it in memory.
+        """Moves the other tensors of a model: one left in the mapped file would keep all of it in memory.
 
-        Parameters of a class of their own stay: others may know where they are.
+        Parameters of a subclass stay: other code may hold their addresses.
         """
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.data_ptr() not in self._placed and type(tensor) in (nn.Parameter, Tensor):
@@ -48,11 +48,11 @@ class Arena:
 
 
 def _pages(size: int) -> Tensor:
-    """At least ``size`` bytes from a page's beginning on; the system takes memory as they are written."""
+    """At least ``size`` bytes, aligned to a huge page; memory is allocated as they are written."""
     size = -(-size // _PAGE) * _PAGE
     memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # this kernel was built without them
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     everything = torch.frombuffer(memory, dtype=torch.uint8)
     return everything[-everything.data_ptr() % _PAGE :][:size]

@@ -1,7 +1,7 @@
-"""LongRoPE (Ding et al. 2024, arXiv:2402.13753), whose rotation depends on the length of the text.
+"""LongRoPE (Ding et al. 2024, arXiv:2402.13753): rotary embeddings that depend on the length of the text.
 
-Up to its original context a text is rotated by one set of frequencies, beyond it by another. ``transformers``
-chooses by the longest position of a forward pass; here each row has its own set, by its own length.
+Up to the original context a text is rotated by one set of frequencies, beyond it by another. ``transformers``
+selects the set by the largest position of a forward pass; here each row's is selected by its own length.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from loaders.errors import CheckpointError
 
 
 class RowRope(nn.Module):
-    """A model's rotary embedding with the set of frequencies chosen for each row.
+    """A model's rotary embedding with the set of frequencies selected for each row.
 
     Args:
-        rope: the model's own module, which chooses by the largest position that it is given.
+        rope: the model's own module, which selects the set by the largest of its positions.
         original: tokens of the original context.
     """
 
@@ -25,7 +25,7 @@ class RowRope(nn.Module):
         super().__init__()
         self._rope, self._original = rope, original
         self.long: Tensor | bool = False
-        """Whether rows are beyond the original context: all or none of them, or (rows,) booleans."""
+        """Whether rows are beyond the original context: one value for all rows, or (rows,) booleans."""
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         if isinstance(self.long, bool):
@@ -39,14 +39,14 @@ class RowRope(nn.Module):
     ) -> tuple[Tensor, ...]:
         if not long:
             return tuple(self._rope(x, positions.clamp(max=self._original - 1), *args, **kwargs))
-        # one more position, which is beyond the original context whatever the others are
+        # one more position, beyond the original context, selects the long set
         beyond = positions.new_full((len(positions), 1), self._original)
         parts = self._rope(x, torch.cat([positions, beyond], dim=1), *args, **kwargs)
         return tuple(part[:, :-1] for part in parts)
 
 
 class LongRope:
-    """Which set of frequencies each slot of a runner uses, and what a slot holds, should that change."""
+    """The set of frequencies of each slot of a runner, and its ids, recomputed when the set changes."""
 
     def __init__(self, ropes: Sequence[RowRope], original: int, slots: int) -> None:
         self._ropes, self._original = ropes, original
@@ -55,7 +55,7 @@ class LongRope:
 
     @classmethod
     def of(cls, model: nn.Module, slots: int, context: int) -> "LongRope | None":
-        """Puts itself in place of the model's rotary embeddings; None where no text gets that long.
+        """Replaces the model's rotary embeddings by ``RowRope``; None if no text exceeds an original context.
 
         Raises:
             CheckpointError: layers of different kinds have different original contexts.
@@ -73,7 +73,7 @@ class LongRope:
         return cls(ropes, original, slots)
 
     def expect(self, slot: int, tokens: int) -> bool:
-        """That many tokens will be in the slot; whether what it holds must be computed again for that."""
+        """Sets the expected tokens of the slot; returns whether its present ids must be recomputed."""
         if self._long[slot] or tokens <= self._original:
             return False
         self._long[slot] = True
@@ -91,12 +91,12 @@ class LongRope:
         self._long[slot], self._held[slot] = False, []
 
     def enter(self, slots: Sequence[int]) -> None:
-        """The next pass is over these slots."""
+        """Selects the sets for a forward pass over these slots."""
         rows = [self._long[slot] for slot in slots]
         self._set(rows[0] if len(set(rows)) == 1 else torch.tensor(rows))
 
     def enter_alone(self, tokens: int) -> None:
-        """The next pass is over whole texts of that length."""
+        """Selects the set for a forward pass over whole texts of ``tokens``."""
         self._set(tokens > self._original)
 
     def _set(self, long: Tensor | bool) -> None:
@@ -105,7 +105,7 @@ class LongRope:
 
 
 def depends_on_length(model: nn.Module, context: int) -> bool:
-    """Whether a text of up to ``context`` tokens may be rotated in one way or another by its length."""
+    """Whether the rotation of texts of up to ``context`` tokens depends on their length."""
     return any(True for _ in _switching(model, context))
 
 
@@ -120,7 +120,7 @@ def _originals(module: Any) -> Iterator[int]:
     kind = getattr(module, "rope_type", None)
     if kind == "longrope":
         yield int(module.config.rope_parameters["original_max_position_embeddings"])
-    elif isinstance(kind, dict):  # of each kind of layer
+    elif isinstance(kind, dict):  # by kind of layer
         for layers, one in kind.items():
             if one == "longrope":
                 yield int(module.config.rope_parameters[layers]["original_max_position_embeddings"])

@@ -1,10 +1,10 @@
-"""A linear layer on the compiled CPU kernels, for every format in which weights are kept.
+"""A linear layer on the compiled CPU kernels, for every storage format.
 
-``adopt`` puts it in place of a model's own linear layers, whatever the architecture. Weights keep their
-format, so the bytes counted are the bytes read; GPT-2's Conv1D is transposed, and all move to large pages.
+``adopt`` replaces the linear layers of any model. Weights keep their format, so the bytes counted are the
+bytes read; those of GPT-2's Conv1D are transposed, and all are moved to huge pages.
 """
 
-from collections.abc import Iterator
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
 from loaders.base import Progress
+from loaders.kernels import FourBit
 from loaders.layers.conv1d import to_linear
+from loaders.layers.dequantize import dequantize_four_bit, dequantize_int8
 from loaders.layers.huge_pages import Arena
+from loaders.layers.layer_weights import LayerWeights, dense
 
 FORMATS: dict[torch.dtype, kernels.Format] = {
     torch.float32: "float32",
@@ -28,15 +31,15 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class NativeLinear(nn.Module):
-    """y = x Wᵀ + b in float32, each row by itself: the same, bit for bit, alone and in any batch.
+    """y = x Wᵀ + b in float32; a row's result is bit-identical alone and in any batch.
 
     Args:
-        kind: format of ``weight``, as ``kernels.PackedMatrix`` has it.
+        kind: format of ``weight``, as in ``kernels.PackedMatrix``.
         weight: (outputs, inputs), or (outputs, inputs / 2) bytes of four-bit codes.
         bias: (outputs,) of any float type, or None.
-        scales: (outputs,) float32 of int8.
-        four_bit: what the codes stand for.
-        arena: where all of these are moved to; they stay where they are without one.
+        scales: (outputs,) float32, for int8.
+        four_bit: table and scales of four-bit codes.
+        arena: the memory that all tensors are moved to; None leaves them in place.
     """
 
     def __init__(
@@ -45,12 +48,12 @@ class NativeLinear(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         scales: Tensor | None = None,
-        four_bit: kernels.FourBit | None = None,
+        four_bit: FourBit | None = None,
         arena: Arena | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.four_bit = kind, four_bit
-        # the very parameter, where it is one: a tied head stays tied, and is counted once
+        # a parameter is kept as the same object: a tied head stays tied and is counted once
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         self.bias = None if bias is None else _frozen(bias.detach())
         self.scales = None if scales is None else _frozen(scales)
@@ -73,77 +76,62 @@ class NativeLinear(nn.Module):
         rows = x.reshape(-1, self.in_features).float().contiguous()
         return self.matrix(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that describe the quantization, by role, as ``footprint.measure`` wants them."""
+    def layer_weights(self) -> LayerWeights:
+        weight, shape = self.weight.detach(), (self.out_features, self.in_features)
+        if (four_bit := self.four_bit) is not None:
+            state = _four_bit_state(four_bit)
+            return LayerWeights("4-bit", shape, weight, lambda: dequantize_four_bit(weight, four_bit), state)
         if self.scales is not None:
-            yield "scales", self.scales
-        if (state := self.four_bit) is not None:
-            yield "absmax", state.scales
-            yield "tables", state.table
-            if state.nested_table is not None and state.nested_scales is not None:
-                yield "absmax", state.nested_scales
-                yield "tables", state.nested_table
+            scales = self.scales.detach()
+            state = [("scales", scales)]
+            return LayerWeights("int8", shape, weight, lambda: dequantize_int8(weight, scales), state)
+        return dense(weight)
 
-    @property
-    def is_quantized(self) -> bool:
-        return self.kind in ("int8", "four-bit")
+
+def _four_bit_state(described: FourBit) -> list[tuple[str, Tensor]]:
+    state = [("absmax", described.scales), ("tables", described.table)]
+    if described.nested_table is not None and described.nested_scales is not None:
+        state += [("absmax", described.nested_scales), ("tables", described.nested_table)]
+    return state
+
+
+@singledispatch
+def to_native(module: nn.Module, arena: Arena) -> NativeLinear | None:
+    """The layer on the compiled kernels; None if they can't compute it.
+
+    Other modules register further classes, as with ``weights_of``.
+    """
+    return None
+
+
+@to_native.register(nn.Linear)
+def _(module: Any, arena: Arena) -> NativeLinear | None:
+    if type(module) is not nn.Linear:  # a subclass may compute otherwise
+        return None
+    kind = FORMATS.get(module.weight.dtype)
+    if kind is None or not kernels.supports(kind, module.in_features):
+        return None
+    return NativeLinear(kind, module.weight, module.bias, arena=arena)
+
+
+@to_native.register(Conv1D)
+def _(module: Any, arena: Arena) -> NativeLinear | None:
+    return to_native(to_linear(module), arena)
 
 
 def adopt(model: nn.Module, progress: Progress) -> bool:
-    """Replaces every linear layer that the compiled kernels can compute; whether there are any kernels.
+    """Replaces every linear layer that the compiled kernels can compute; returns False without any kernels.
 
-    bitsandbytes layers are taken as loaded, before their first forward pass (which may rearrange them).
+    bitsandbytes' layers are replaced before their first forward pass, which may rearrange their weights.
     """
     if kernels.get() is None:
         return False
-    layers = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    # bitsandbytes' layers are nn.Linear, too
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     arena = Arena()
     for done, (name, module) in enumerate(layers, 1):
-        if (native := _native(module, arena)) is not None:
-            model.set_submodule(name, native)
+        if (replacement := to_native(module, arena)) is not None:
+            model.set_submodule(name, replacement)
         progress("packing", done, len(layers))
     arena.move_remaining(model)
     return True
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes' layers are nn.Linear, too
-
-
-def _native(module: Any, arena: Arena) -> NativeLinear | None:
-    kind = type(module).__name__
-    if kind == "Linear8bitLt":
-        return _from_int8(module, arena)
-    if kind == "Linear4bit":
-        return _from_four_bit(module, arena)
-    if isinstance(module, Conv1D):
-        module = to_linear(module)
-    if type(module) is not nn.Linear or module.weight.dtype not in FORMATS:
-        return None
-    dense = FORMATS[module.weight.dtype]
-    if not kernels.supports(dense, module.in_features):
-        return None
-    return NativeLinear(dense, module.weight, module.bias, arena=arena)
-
-
-def _from_int8(module: Any, arena: Arena) -> NativeLinear | None:
-    """LLM.int8 at threshold 0 is this very product; above it, outlier columns are bitsandbytes' business."""
-    scales = getattr(module.weight, "SCB", None)
-    if scales is None or module.state.threshold or not kernels.supports("int8", module.in_features):
-        return None
-    return NativeLinear("int8", module.weight.data, module.bias, scales.float() / 127, arena=arena)
-
-
-def _from_four_bit(module: Any, arena: Arena) -> NativeLinear | None:
-    state = getattr(module.weight, "quant_state", None)
-    inputs, outputs = module.in_features, module.out_features
-    if state is None or inputs % state.blocksize or not kernels.supports("four-bit", state.blocksize):
-        return None
-    four_bit = kernels.FourBit(state.code, state.blocksize, state.absmax)
-    if state.nested:
-        if state.state2.blocksize != 256:
-            return None
-        four_bit.nested_table, four_bit.nested_scales = state.state2.code, state.state2.absmax
-        four_bit.nested_offset = float(state.offset)
-    codes = module.weight.data.reshape(outputs, inputs // 2)
-    return NativeLinear("four-bit", codes, module.bias, four_bit=four_bit, arena=arena)

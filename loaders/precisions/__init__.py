@@ -1,1 +1,1 @@
-"""One module for each way of loading a model."""
+"""One module per way of loading a model."""

@@ -1,17 +1,16 @@
 """int8 (LLM.int8), nf4 and fp4 by bitsandbytes, through ``BitsAndBytesConfig``.
 
-``transformers`` transposes GPT-2's Conv1D layers for it. The head stays as it is, tied to the embedding or
-not; ``llm_int8_skip_modules`` replaces the default list, so it is always named.
+``transformers`` transposes GPT-2's Conv1D layers for it. The head is not quantized, tied to the embedding or
+not; ``llm_int8_skip_modules`` replaces the default list, so the head is always in it.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -45,7 +44,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
-    _quieten()
+    _silence_warnings()
     if spec.device == "cpu" and precision != "int8":
         _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)
@@ -61,15 +60,9 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         _cast(model, rest)
     native = spec.device == "cpu" and adopt(model, progress)
     runner = runner_for(model, spec)  # before counting: bitsandbytes repacks weights when they are first used
-    quantized = _quantized_class(precision)
     parameters = count_parameters(meta_model(spec))
-    footprint = measure(
-        model,
-        parameters,
-        lambda module: isinstance(module, quantized),
-        _state,
-        reasons(model, f"the head is kept in {str(rest).removeprefix('torch.')}"),
-    )
+    of_head = f"the head is kept in {str(rest).removeprefix('torch.')}"
+    footprint = measure(model, parameters, reasons(model, of_head))
     details: dict[str, Any] = {
         "rest": str(rest),
         "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
@@ -83,7 +76,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
 
 
 def quantization_config(precision: str, spec: ModelSpec) -> Any:
-    """What ``from_pretrained`` is told for the precision."""
+    """The ``quantization_config`` of ``from_pretrained`` for the precision."""
     model = meta_model(spec)
     head = model.get_output_embeddings()
     skip = [name for name, module in model.named_modules() if module is head]
@@ -101,10 +94,10 @@ def quantization_config(precision: str, spec: ModelSpec) -> Any:
 
 
 def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
-    """The type of what is not quantized.
+    """The type of the tensors that are not quantized.
 
-    On a CPU bf16 where the lean runner reads it as it lies in memory, since the head is most of a small
-    model's traffic; elsewhere fp32. On a card what the kernels take without casting.
+    On a CPU bf16 if the lean runner can read it, since the head is most of a small model's memory traffic;
+    otherwise fp32. On a GPU the type that the kernels accept without casting.
     """
     if spec.unquantized_dtype != "auto":
         return DTYPES[spec.unquantized_dtype]
@@ -115,7 +108,7 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
 
 
 def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
-    """On a CPU a row of weights must be whole blocks; on a card bitsandbytes unpacks the others first."""
+    """On a CPU a row of weights must consist of whole blocks; on a GPU bitsandbytes unpacks other widths."""
     head = model.get_output_embeddings()
     for at, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
@@ -129,22 +122,24 @@ def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
 
 
 def _check_layers(model: nn.Module, precision: str, name: str) -> None:
-    """``from_pretrained`` compares no shapes of what it quantizes, and is content if that is nothing."""
-    quantized = _quantized_class(precision)
+    """Raises CheckpointError for quantized layers of a wrong shape, and if there are none.
+
+    ``from_pretrained`` checks neither.
+    """
+    from loaders.layers.bitsandbytes_layers import layer_class, weight_shape  # bitsandbytes is optional
+
+    quantized = layer_class(precision)
     layers: dict[str, Any] = {at: one for at, one in model.named_modules() if isinstance(one, quantized)}
     if not layers:
         raise CheckpointError(f"{name} has no layer that {precision} can quantize")
-    if misfits := [at for at, one in layers.items() if _shape(one) != (one.out_features, one.in_features)]:
+    if misfits := [
+        at for at, one in layers.items() if weight_shape(one) != (one.out_features, one.in_features)
+    ]:
         raise misfit(name, misfits)
 
 
-def _shape(layer: Any) -> tuple[int, ...]:
-    state = getattr(layer.weight, "quant_state", None)
-    return tuple(layer.weight.shape if state is None else state.shape)
-
-
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """What is left of float32 after quantizing; codes were made from the checkpoint's own values."""
+    """Casts the float32 tensors that remain after quantizing, which used the checkpoint's own values."""
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
@@ -157,45 +152,19 @@ def _native_compute(precision: str) -> str:
 
 
 def _compute_dtype(spec: ModelSpec) -> torch.dtype:
-    """bf16 where there are instructions for it: with fp32, the fused kernels serve few rows only."""
+    """bf16 if the CPU has instructions for it: with fp32, the fused kernels support only few rows."""
     if spec.device == "cuda":
         return _sixteen_bits()
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def _sixteen_bits() -> torch.dtype:
-    """What the card has instructions for: before Ampere it computes bf16 by way of fp32."""
+    """The type that the GPU has instructions for: before Ampere, bf16 is emulated in fp32."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _quantized_class(precision: str) -> type[nn.Module]:
-    import bitsandbytes
-
-    layer: type[nn.Module] = (
-        bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
-    )
-    return layer
-
-
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Row scales of int8; absmax, tables and, with double quantization, the absmax of the absmax of 4-bit."""
-    weight = getattr(module, "weight", None)
-    held = getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)
-    for scales in held:  # with the weight before its first use, with the layer from then on
-        if isinstance(scales, Tensor):
-            yield "scales", scales
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        yield "absmax", state.absmax
-        yield "tables", state.code
-        if state.nested:
-            yield "absmax", state.state2.absmax
-            yield "tables", state.state2.code
-            yield "absmax", state.offset
-
-
-def _quieten() -> None:
-    """On a CPU bitsandbytes warns at each int8 call, and advises a package that downloads native code."""
+def _silence_warnings() -> None:
+    """On a CPU bitsandbytes warns at each int8 call, and recommends a package that downloads native code."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_CPU_CAST)

@@ -1,8 +1,8 @@
-"""PyTorch's dynamic int8 for CPU hosts: every linear layer and, by choice, the head; weights per channel.
+"""Dynamic int8 for CPUs: every linear layer and, optionally, the head; weights per output channel.
 
-PyTorch takes one activation range over the whole batch: a row with an outlier degrades its batch-mates. Here
-each row is scaled to its own largest magnitude first, and the kernel runs with one constant range: a row's
-result is the same, bit for bit, alone and in any batch.
+PyTorch's own takes one activation range over the whole batch: a row with an outlier degrades the other rows.
+Here each row is scaled by its own largest magnitude and the kernel runs with a constant range: a row's result
+is bit-identical alone and in any batch.
 """
 
 import gc
@@ -16,7 +16,7 @@ from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.layers.conv1d import to_linear
-from loaders.layers.dynamic_int8_linear import DynamicInt8Linear, activation_levels, int8_linear
+from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear
 from loaders.layers.huge_pages import Arena
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
@@ -51,20 +51,14 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     ]
     arena = Arena()
     for done, (name, module) in enumerate(targets, 1):
-        linear = to_linear(module) if isinstance(module, Conv1D) else module
+        linear = to_linear(module)
         model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena))
         progress("quantizing", done, len(targets))
     del targets, head, module, linear
     if kernels.get() is not None:
         arena.move_remaining(model)
     gc.collect()
-    footprint = measure(
-        model,
-        parameters,
-        lambda module: isinstance(module, DynamicInt8Linear),
-        lambda module: module.unpacked() if isinstance(module, DynamicInt8Linear) else iter(()),
-        reasons(model, "the head was left in fp32 by choice"),
-    )
+    footprint = measure(model, parameters, reasons(model, "the head was left in fp32 by choice"))
     native = kernels.get() is not None
     details = {
         "activation_bits": 8 if native or activation_levels() == 127 else 7,

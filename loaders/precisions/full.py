@@ -1,4 +1,4 @@
-"""fp32, bf16, fp16: the weights as they are, in that type."""
+"""fp32, bf16, fp16: unquantized weights in that type."""
 
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if precision == "fp32":
-        keep_all_bits()
+        disable_tf32()
     where = device_map(spec, estimate_bytes(precision, spec))
     model = load_pretrained(spec, progress, dtype=DTYPES[precision], device_map=where)
     parameters = count_parameters(model)
@@ -44,7 +44,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
 
 
-def keep_all_bits() -> None:
-    """TensorFloat-32 off, in the whole process: it keeps 10 bits of mantissa, which is not what fp32 says."""
+def disable_tf32() -> None:
+    """Turns TensorFloat-32 off for the whole process: it has 10 bits of mantissa, fp32 has 23."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

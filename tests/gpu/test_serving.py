@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loaders.cuda.graph_runner import GraphRunner
-from loaders.precisions.full import keep_all_bits
+from loaders.precisions.full import disable_tf32
 from server.engine.engine import Engine
 from server.engine.sampler import Sampler
 from server.engine.sequence import SamplingParams, Token
@@ -170,7 +170,7 @@ def test_clients_that_go_leave_their_slots_as_new(load: Load) -> None:
 
 
 def test_fp32_products_keep_their_bits() -> None:
-    keep_all_bits()
+    disable_tf32()
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = one.double() @ other.double()

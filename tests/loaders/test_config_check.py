@@ -1,4 +1,4 @@
-"""A model folder serves, or is refused in one line that says why, before anything is built of it."""
+"""A model folder is served, or refused with a reason in one line before a model is built from it."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "fields", "told"),
+    ("family", "fields", "message"),
     [
         ("gpt2", {"n_layer": 0}, "has n_layer 0"),
         ("gpt2", {"n_layer": -1}, "has n_layer -1"),
@@ -70,10 +70,10 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> Path:
         ("llama", {"rope_parameters": {"rope_type": "nope"}}, "not a valid|describes no model"),
     ],
 )
-def test_what_a_configuration_can_not_mean(
-    family: str, fields: dict[str, Any], told: str, folder: Callable[[str], Path]
+def test_impossible_configurations_are_refused(
+    family: str, fields: dict[str, Any], message: str, folder: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(CheckpointError, match=told) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(str(change(folder(family), **fields)))
     assert "\n" not in str(caught.value)
 
@@ -92,7 +92,7 @@ def deep(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (os.mkfifo, "is not a regular file"),
         (endless, "is not a regular file"),
@@ -101,22 +101,22 @@ def deep(path: Path) -> None:
 )
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "vocab.json"])
 def test_a_file_without_an_end_is_never_opened(
-    make: Callable[[Path], None], told: str, file: str, folder: Callable[[str], Path]
+    make: Callable[[Path], None], message: str, file: str, folder: Callable[[str], Path]
 ) -> None:
     place = folder("gpt2")
     (place / file).unlink(missing_ok=True)
     make(place / file)
-    with pytest.raises(CheckpointError, match=f"^{file} of tiny .*{told}"):
+    with pytest.raises(CheckpointError, match=f"^{file} of tiny .*{message}"):
         open_checkpoint(str(place))
 
 
-def test_a_context_that_no_memory_holds(folder: Callable[[str], Path]) -> None:
+def test_a_context_beyond_memory_is_refused(folder: Callable[[str], Path]) -> None:
     place = change(folder("llama"), max_position_embeddings=2**31)
     with pytest.raises(OutOfMemory, match="MAX_TOTAL_TOKENS"):
         loaders.load("fp32", ModelSpec(open_checkpoint(str(place)), slots=2**14))
 
 
-def test_deep_nesting_and_an_object_that_is_none(folder: Callable[[str], Path]) -> None:
+def test_deep_nesting_and_a_config_that_is_not_an_object_are_refused(folder: Callable[[str], Path]) -> None:
     place = folder("gpt2")
     deep(place / "config.json")
     with pytest.raises(CheckpointError, match="nested too deeply"):
@@ -126,7 +126,7 @@ def test_deep_nesting_and_an_object_that_is_none(folder: Callable[[str], Path]) 
         open_checkpoint(str(place))
 
 
-def test_end_tokens_that_are_none_are_left_out(folder: Callable[[str], Path]) -> None:
+def test_invalid_end_tokens_are_dropped(folder: Callable[[str], Path]) -> None:
     place = change(folder("gpt2"), eos_token_id=0)
     change(place, "generation_config.json", eos_token_id=[5, -1, 10**9, True, "7"])
     assert open_checkpoint(str(place)).eos_ids <= {0, 5}
@@ -136,13 +136,13 @@ def test_end_tokens_that_are_none_are_left_out(folder: Callable[[str], Path]) ->
 
 @pytest.mark.parametrize("command", [serve.main, generate.main], ids=["serve", "generate"])
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [({"n_layer": 0}, "n_layer 0"), ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon|can't be served")],
 )
-def test_a_command_ends_in_one_line(
+def test_a_command_fails_with_one_line(
     command: Callable[[list[str]], int],
     fields: dict[str, Any],
-    told: str,
+    message: str,
     folder: Callable[[str], Path],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -151,10 +151,10 @@ def test_a_command_ends_in_one_line(
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("bitdial")]
     assert code == 1
     assert len(lines) == 1
-    assert any(part in lines[0] for part in told.split("|"))
+    assert any(part in lines[0] for part in message.split("|"))
 
 
-def test_a_width_that_four_bits_do_not_take_is_named(tmp_path: Path) -> None:
+def test_a_width_unsupported_by_four_bits_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = checkpoints.llama().config
     config.intermediate_size = 100
@@ -167,7 +167,7 @@ def test_a_width_that_four_bits_do_not_take_is_named(tmp_path: Path) -> None:
     assert loaders.load("dynamic-int8", spec).runner.score([5, 6]).isfinite().all()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_told(
+def test_a_tokenizer_with_more_tokens_than_the_model_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = checkpoints.gpt2().config
@@ -182,7 +182,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told(
 
 @pytest.fixture
 def limited() -> Iterator[None]:
-    """A case that hangs fails."""
+    """Fails a case that hangs."""
 
     def late(*_: object) -> None:
         raise TimeoutError
@@ -214,13 +214,13 @@ def test_every_field_with_every_wrong_value_serves_or_is_refused(
         for value in WRONG:
             (place / file).write_text(json.dumps({**original, key: value}))
             signal.alarm(30)
-            said = outcome(place)
-            assert "\n" not in said, (key, value)
-            assert str(place) not in said, (key, value)
+            refusal = outcome(place)
+            assert "\n" not in refusal, (key, value)
+            assert str(place) not in refusal, (key, value)
 
 
 def outcome(folder: Path) -> str:
-    """What a user is told of it, or nothing if it serves."""
+    """The message that refuses the folder, or an empty one if it is served."""
     try:
         checkpoint = open_checkpoint(str(folder))
         load_tokenizer(checkpoint)

@@ -24,7 +24,7 @@ from tests import checkpoints
         (5, [], {5}),
     ],
 )
-def test_what_the_configurations_name(
+def test_end_tokens_named_by_the_configurations(
     tmp_path: Path, config: Any, generation: Any, expected: set[int]
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))

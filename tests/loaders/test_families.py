@@ -1,4 +1,4 @@
-"""Architectures beside GPT-2 and Llama: served right, or refused with the reason."""
+"""Other architectures than GPT-2 and Llama: served correctly, or refused with the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def spec_of(family: str, sizes: dict[str, Any], folder: Path) -> ModelSpec:
 
 
 def greedy(loaded: LoadedModel, count: int) -> list[list[int]]:
-    """All prompts beside each other, each in chunks of seven."""
+    """Greedy ids of all prompts in one batch, prefilled in chunks of seven."""
     runner, found = loaded.runner, []
     for slot, prompt in enumerate(PROMPTS):
         for start in range(0, len(prompt), 7):
@@ -69,7 +69,7 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["nf4", "dynamic-int8"])
-def test_every_linear_layer_is_quantized_and_the_rest_is_told(
+def test_every_linear_layer_is_quantized_and_the_rest_is_listed(
     family: str, precision: str, tmp_path: Path
 ) -> None:
     spec = spec_of(family, FAMILIES[family], tmp_path)
@@ -102,10 +102,10 @@ def test_experts_that_were_not_quantized_are_most_of_a_mixture(tmp_path: Path) -
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "dynamic-int8"])
-def test_what_cannot_be_batched_is_refused(
+def test_an_architecture_that_cannot_be_batched_is_refused(
     family: str, extra: dict[str, Any], why: str, precision: str, tmp_path: Path
 ) -> None:
-    """Positions and masks of their own: the answers would read well and be wrong."""
+    """Positions and masks of their own: answers would look right and be wrong."""
     spec = spec_of(family, {**SIZES, **extra}, tmp_path)
     with pytest.raises(CheckpointError, match=rf"can't be batched here.*{why}"):
         loaders.load(precision, spec)

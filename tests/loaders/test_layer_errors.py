@@ -1,4 +1,4 @@
-"""Per-layer proof of quantization: against the layers' own products, bitsandbytes' code and hand counts."""
+"""The per-layer error report against the layers' own products, bitsandbytes' code and hand counts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,33 +13,16 @@ import loaders
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.layer_errors import HasModule, LayerError, LayerReport, compare, layer_errors
-from loaders.layers.dequantize import stored
+from loaders.layer_errors import LayerError, LayerReport, compare, layer_errors
+from loaders.layers.layer_weights import weights_of
 from tests import checkpoints
 from tests.fakes import fake_model
-
-MAKERS = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}
-# SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
-NOISE = {
-    "bfloat16": (50, 60),
-    "float16": (68, 80),
-    "int8": (38, 48),
-    "dynamic-int8": (38, 48),
-    "nf4": (19, 23),
-    "fp4": (16, 21),
-}
-TOKENS = list(range(20, 60))
-
-
-@pytest.fixture(scope="module", params=MAKERS)
-def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    folder = checkpoints.save(MAKERS[request.param](), tmp_path_factory.mktemp(request.param))
-    return ModelSpec(open_checkpoint(str(folder)), slots=1)
+from tests.loaders.contract import LayerContract, report_of
 
 
 @pytest.fixture(params=["compiled", "torch"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """On the compiled kernels, and on bitsandbytes' and PyTorch's own."""
+    """Runs a test on the compiled kernels and on bitsandbytes' and PyTorch's own."""
     if request.param == "torch":
         monkeypatch.setenv("BITDIAL_KERNELS", "torch")
         kernels.find.cache_clear()
@@ -50,85 +33,44 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     kernels.find.cache_clear()
 
 
-def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:
-    report = layer_errors(model, spec)
-    assert report is not None
-    return report
+@pytest.fixture(params=loaders.PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.mark.parametrize("precision", loaders.PRECISIONS)
-def test_every_matrix_is_told_and_off_by_what_its_format_allows(
-    precision: str, spec: ModelSpec, products: str
-) -> None:
-    model = loaders.load(precision, spec)
-    report = report_of(model, spec)
-    assert {layer.name for layer in report.layers if layer.quantized} == set(model.footprint.quantized)
-    assert {layer.name: layer.reason for layer in report.layers if not layer.quantized} == {
-        layer.name: layer.reason for layer in model.footprint.kept
-    }
-    for layer in report.layers:
-        assert layer.relative_error is not None
-        if layer.sqnr_db is None:
-            assert (layer.relative_error, layer.max_error) == (0.0, 0.0)
-            assert layer.format == "float32"
-        else:
-            low, high = NOISE[precision if layer.quantized else layer.format]
-            assert low <= layer.sqnr_db <= high, layer.name
-            assert layer.relative_error == pytest.approx(10 ** (-layer.sqnr_db / 20))
-            assert layer.max_error is not None
-            assert layer.max_error > 0
-    assert report.warning is None
+@pytest.fixture
+def model(precision: str, small_spec: ModelSpec, products: str) -> LoadedModel:
+    return loaders.load(precision, small_spec)
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4", "fp4", "dynamic-int8", "bf16"])
-def test_the_weights_read_are_those_that_are_multiplied(
-    precision: str, spec: ModelSpec, products: str
-) -> None:
-    """A layer's outputs for the rows of an identity are its weights' columns; also after bitsandbytes has
-    rearranged them in its first pass."""
-    model = loaders.load(precision, spec)
-    before = report_of(model, spec)
-    model.runner.score(TOKENS)
-    after = report_of(model, spec)
-    assert isinstance(model.runner, HasModule)
-    for one, other in zip(before.layers, after.layers, strict=True):
-        assert other.relative_error == pytest.approx(one.relative_error, rel=0.01)
-        module: Any = model.runner.module.get_submodule(one.name)
-        if one.kind_before == "Embedding":
-            continue
-        kept = stored(module)
-        assert kept is not None
-        with torch.inference_mode():
-            dtype = torch.float32 if precision != "bf16" or products == "compiled" else torch.bfloat16
-            product = module(torch.eye(one.shape[1], dtype=dtype))
-            product = product - (0 if module.bias is None else module.bias)
-        error = (product.t().float() - kept.dense()).norm() / kept.dense().norm()
-        assert float(error) < 0.006, one.name  # bf16 products are off by up to 2⁻⁸
+class TestLayersOfEveryPrecision(LayerContract):
+    pass
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_four_bits_are_read_as_bitsandbytes_does(spec: ModelSpec, nested: bool) -> None:
+def test_four_bits_are_dequantized_as_by_bitsandbytes(nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+
+    from loaders.layers.bitsandbytes_layers import layer_class
 
     torch.manual_seed(1)
     weight = torch.randn(96, 192)
-    layer = Linear4bit(192, 96, quant_type="nf4", compress_statistics=nested)
+    layer: Any = layer_class("nf4")(192, 96, quant_type="nf4", compress_statistics=nested)
     layer.weight.data = weight
     layer = layer.to("cpu")
     expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state).view(96, 192)
-    kept = stored(layer)
+    kept = weights_of(layer)
     assert kept is not None
-    torch.testing.assert_close(kept.dense(), expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(kept.dequantize(), expected.float(), rtol=1e-6, atol=1e-6)
     layer.eval()(torch.zeros(1, 192, dtype=torch.bfloat16))  # where the CPU has AVX-512 BF16, it packs now
-    again = stored(layer)
+    again = weights_of(layer)
     assert again is not None
-    torch.testing.assert_close(again.dense(), expected.float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(again.dequantize(), expected.float(), rtol=2**-7, atol=1e-6)
 
 
-def test_bytes_are_those_of_the_footprint(spec: ModelSpec, products: str) -> None:
+def test_bytes_are_those_of_the_footprint(small_spec: ModelSpec, products: str) -> None:
     vectors = None
-    spec = replace(spec, unquantized_dtype="fp32")
+    spec = replace(small_spec, unquantized_dtype="fp32")
     for precision in ("fp32", "int8", "dynamic-int8"):
         model = loaders.load(precision, spec)
         layers = report_of(model, spec).layers
@@ -158,8 +100,8 @@ def by_name(report: LayerReport) -> dict[str, LayerError]:
     return {layer.name: layer for layer in report.layers}
 
 
-def test_names_as_older_files_have_them_and_several_files(tmp_path: Path) -> None:
-    """``openai-community/gpt2`` leaves ``transformer.`` out; large models come in shards."""
+def test_older_tensor_names_and_sharded_files(tmp_path: Path) -> None:
+    """``openai-community/gpt2`` omits ``transformer.``; large models are sharded."""
     model = checkpoints.gpt2()
     plain, old, shards = (tmp_path / name for name in ("plain", "old", "shards"))
     for folder in (plain, old):
@@ -175,7 +117,7 @@ def test_names_as_older_files_have_them_and_several_files(tmp_path: Path) -> Non
     assert all(layer.relative_error is not None for layer in found[1].values())
 
 
-def test_a_precision_that_quantizes_next_to_nothing_is_warned_of(tmp_path: Path) -> None:
+def test_a_precision_that_quantizes_little_causes_a_warning(tmp_path: Path) -> None:
     """One narrow layer under a large vocabulary: the head is most of the model."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -199,5 +141,5 @@ def test_errors_of_a_matrix() -> None:
     assert compare(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0, None)
 
 
-def test_a_runner_without_modules_has_no_layers_to_show(spec: ModelSpec) -> None:
-    assert layer_errors(fake_model("int8"), spec) is None
+def test_a_runner_without_modules_has_no_report(small_spec: ModelSpec) -> None:
+    assert layer_errors(fake_model("int8"), small_spec) is None

@@ -1,4 +1,4 @@
-"""Memory that loading takes for a moment goes back to the system."""
+"""Memory that loading needs temporarily is returned to the system."""
 
 import platform
 import subprocess
@@ -36,24 +36,24 @@ with {context}:
 
 
 def mebibytes(context: str) -> list[int]:
-    """Taken at the fullest, and after all large blocks were freed, in a process of its own."""
+    """Mebibytes at the peak and after freeing all large blocks, in a separate process."""
     program = PROGRAM.format(context=context)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return [int(word) for word in done.stdout.split()]
 
 
-def test_large_blocks_go_back_while_loading() -> None:
+def test_large_blocks_are_returned_while_loading() -> None:
     full, left = mebibytes("large_blocks_returned()")
     assert full >= 180
     assert left < 20
 
 
-def test_they_would_not_otherwise() -> None:
+def test_large_blocks_stay_without_the_context() -> None:
     full, left = mebibytes("nullcontext()")
     assert left > full / 2
 
 
-def test_a_load_that_ends_changes_nothing_for_another() -> None:
+def test_a_finished_load_does_not_affect_another() -> None:
     full, left = mebibytes("overlapping()")
     assert full >= 180
     assert left < 20

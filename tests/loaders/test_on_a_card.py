@@ -1,4 +1,4 @@
-"""What is decided for a GPU, decided without one: the runner, the size of its cache, types, what is told."""
+"""Decisions for a GPU, tested without one: the runner, the size of its cache, types, reported reasons."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ SLOT = 2 * 2 * 256 * 64 * 4
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes this host look as if it had a card with so many bytes free; its graphs are recorded ones."""
+    """Simulates a GPU with so many bytes free; its graphs are recorded ones."""
 
     def have(free: int) -> None:
         monkeypatch.setattr(runners, "card_free", lambda _: free)
@@ -48,7 +48,7 @@ def spec_for(model: PreTrainedModel, **values: Any) -> ModelSpec:
     return replace(specified(model), device="cuda", **values)
 
 
-def test_the_cache_is_made_as_large_as_there_is_room(card: Callable[[int], None]) -> None:
+def test_the_cache_is_as_large_as_free_memory_allows(card: Callable[[int], None]) -> None:
     model = checkpoints.gpt2()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     card(1000 * SLOT)
@@ -60,7 +60,7 @@ def test_the_cache_is_made_as_large_as_there_is_room(card: Callable[[int], None]
         runners.runner_for(model, spec_for(model, room=weights + SLOT))
 
 
-def test_which_runner_and_why_not_captured(card: Callable[[int], None]) -> None:
+def test_the_runner_and_the_reason_for_not_capturing(card: Callable[[int], None]) -> None:
     card(1000 * SLOT)
     model = checkpoints.gpt2()
     captured = runners.runner_for(model, spec_for(model))
@@ -79,20 +79,20 @@ def test_which_runner_and_why_not_captured(card: Callable[[int], None]) -> None:
     assert several.report()["not_captured_because"] == "the model is spread over 2 devices"
 
 
-def test_an_outlier_threshold_keeps_int8_from_being_captured_and_its_price_is_told(
+def test_an_outlier_threshold_prevents_capture_of_int8_and_the_cost_is_reported(
     card: Callable[[int], None],
 ) -> None:
     card(1000 * SLOT)
     model = checkpoints.gpt2()
     model.is_loaded_in_8bit = True
     assert runners.runner_for(model, spec_for(model)).report()["not_captured_because"] is None  # type: ignore[attr-defined]
-    told = runners.runner_for(model, spec_for(model, int8_threshold=6.0)).report()["not_captured_because"]  # type: ignore[attr-defined]
-    assert "waits for the host" in told
-    assert "beside a sequence changes its tokens" in told
+    reason = runners.runner_for(model, spec_for(model, int8_threshold=6.0)).report()["not_captured_because"]  # type: ignore[attr-defined]
+    assert "waits for the host" in reason
+    assert "beside a sequence changes its tokens" in reason
 
 
-def test_what_cannot_be_batched_is_refused_on_a_card_too(card: Callable[[int], None]) -> None:
-    """GPT-Neo's local layers take their mask from the length of the cache, which is that of a step here."""
+def test_an_architecture_that_cannot_be_batched_is_refused_on_a_gpu_too(card: Callable[[int], None]) -> None:
+    """GPT-Neo's local layers derive their mask from the length of the cache, here that of a captured step."""
     card(10**9)
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt_neo", **SIZES, **LOCAL)
@@ -114,14 +114,14 @@ def test_settings_reach_the_loader(tmp_path: Path) -> None:
     assert Settings(device="cpu").spec(fake_checkpoint(tmp_path), 1).cuda_graphs
 
 
-def test_the_least_a_model_runs_with() -> None:
+def test_the_smallest_configuration_that_runs() -> None:
     gpt2 = GPT2Config(n_embd=64, n_layer=2, n_head=2)
     assert smallest_cache(gpt2, 250) == 2 * SLOT
     shared = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     assert smallest_cache(shared, 256) == SLOT
 
 
-def test_a_model_that_one_card_cannot_hold_with_its_cache_is_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_one_gpu_with_its_cache_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_for(checkpoints.gpt2())
     monkeypatch.setattr("loaders.cuda.memory.cards_free", lambda: [10 * SLOT, 10 * SLOT])
     assert device_map(spec, 6 * SLOT) == "cuda"
@@ -129,11 +129,11 @@ def test_a_model_that_one_card_cannot_hold_with_its_cache_is_spread(monkeypatch:
     assert device_map(replace(spec, device="cpu"), 8 * SLOT) == "cpu"
 
 
-def test_fp32_is_computed_with_all_its_bits() -> None:
+def test_fp32_is_computed_without_tf32() -> None:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
-        full.keep_all_bits()
+        full.disable_tf32()
         assert not torch.backends.cuda.matmul.allow_tf32
         assert not torch.backends.cudnn.allow_tf32
     finally:
@@ -141,7 +141,7 @@ def test_fp32_is_computed_with_all_its_bits() -> None:
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_four_bits_are_computed_in_what_the_card_has(
+def test_four_bits_are_computed_in_a_type_of_the_gpu(
     monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
@@ -156,7 +156,7 @@ def test_four_bits_are_computed_in_what_the_card_has(
 
 
 class Loads:
-    """In place of ``loaders.load``; its models hold a megabyte of weights and a device's working memory."""
+    """Replaces ``loaders.load``; its models have a megabyte of weights and a device's working memory."""
 
     def __init__(self) -> None:
         self.rooms: list[int | None] = []
@@ -211,8 +211,8 @@ def test_the_budget_is_what_is_left_of_it_and_working_memory_counts(
     assert loads.rooms == [2_900_000, 2_900_000 - each]
 
 
-def test_one_captures_at_a_time(tmp_path: Path) -> None:
-    """What an engine takes as it starts belongs to what the next one finds taken."""
+def test_engines_capture_one_at_a_time(tmp_path: Path) -> None:
+    """Memory that an engine allocates at its start is counted by the next one."""
     loads = Loads()
 
     async def check(pool: Pool) -> None:
@@ -226,7 +226,7 @@ def test_one_captures_at_a_time(tmp_path: Path) -> None:
     assert loads.most_at_once == 1
 
 
-def test_what_a_gpu_needs_includes_a_cache(tmp_path: Path) -> None:
+def test_the_estimate_for_a_gpu_includes_a_cache(tmp_path: Path) -> None:
     checkpoint = fake_checkpoint(tmp_path)
     on_cpu, on_cuda = ModelSpec(checkpoint), ModelSpec(checkpoint, device="cuda")
     cache = memory.needed_bytes("fp32", on_cuda) - memory.needed_bytes("fp32", on_cpu)

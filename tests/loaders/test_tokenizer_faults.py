@@ -1,4 +1,4 @@
-"""A tokenizer that fails, or panics as libraries in Rust do: one request's error, or a command's one line."""
+"""A tokenizer that raises or panics: an error of one request, or one line of a command."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ FAILS = "the model's tokenizer fails on this text"
 
 
 def panic() -> BaseException:
-    """A real one: its class can't be imported."""
+    """A real panic, whose class can't be imported."""
     with pytest.raises(BaseException, match="retry-limit") as caught:
         exploding_tokenizer()(EXPLOSIVE)
     assert not isinstance(caught.value, Exception)
@@ -58,7 +58,7 @@ def client(
     ],
     ids=["generate", "long", "stream", "tokenize", "compare", "completions", "chat"],
 )
-def test_a_text_that_the_tokenizer_fails_on(
+def test_a_text_that_fails_in_the_tokenizer_is_one_requests_error(
     client: TestClient, path: str, body: dict[str, Any], status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     reply = client.post(path, json=body)
@@ -98,7 +98,7 @@ def test_tokens_that_the_tokenizer_fails_to_decode(
     still_serves(client)
 
 
-def test_any_fault_that_is_no_exception_is_answered_in_json(
+def test_a_base_exception_is_answered_in_json(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app: Any = client.app
@@ -139,7 +139,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(made)
 
 
-def test_commands_say_so_in_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_report_it_in_one_line(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "words.txt"
     text.write_text("the other " * 100 + EXPLOSIVE)
     quality = ["quality", "--precisions", "fp32", "--text", str(text)]
@@ -164,8 +166,8 @@ def test_a_tokenizer_that_panics_at_once_is_not_usable(
     assert capsys.readouterr().err.splitlines()[-1] == "bitdial serve: tiny has no usable tokenizer"
 
 
-def test_a_pattern_that_explodes_keeps_the_event_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below the library's limit nothing ends it; what is encoded after that is encoded in a thread."""
+def test_an_exponential_pattern_blocks_the_event_loop_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the library's limit nothing interrupts it; later texts are encoded in a thread."""
     monkeypatch.setattr("server.service.text.codec._SLOW", 0.001)
     slow = "x" * 22 + "z"
     turns: list[int] = []

@@ -1,4 +1,4 @@
-"""What is asked of CUDA when work is captured, in which order: with a stand-in that writes it down."""
+"""The order of CUDA calls in a capture, recorded by a fake of ``torch.cuda``."""
 
 import threading
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ class FakeStream:
         self._cuda, self.cuda_stream = cuda, number
 
     def wait_stream(self, other: "FakeStream") -> None:
-        self._cuda.said.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+        self._cuda.calls.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
 
     def synchronize(self) -> None:
-        self._cuda.said.append(f"host waits for {self.cuda_stream}")
+        self._cuda.calls.append(f"host waits for {self.cuda_stream}")
 
 
 class FakeGenerator:
@@ -34,14 +34,14 @@ class FakeGenerator:
         return "a copy of its state"
 
     def graphsafe_set_state(self, state: str) -> None:
-        self._cuda.said.append(f"generator: {state}")
+        self._cuda.calls.append(f"generator: {state}")
 
 
 class Cuda:
-    """``torch.cuda``, as far as captures ask it for something."""
+    """The part of ``torch.cuda`` that captures call."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.calls: list[str] = []
         self.segments: list[dict[str, Any]] = []
         self.broken = False
         self.default_generators = (FakeGenerator(self),)
@@ -60,7 +60,7 @@ class Cuda:
 
     def set_stream(self, stream: FakeStream) -> None:
         self._now = stream
-        self.said.append(f"back on {stream.cuda_stream}")
+        self.calls.append(f"back on {stream.cuda_stream}")
 
     @contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -73,12 +73,12 @@ class Cuda:
         yield
 
     def CUDAGraph(self) -> Any:  # noqa: N802
-        return SimpleNamespace(replay=lambda: self.said.append("replayed"))
+        return SimpleNamespace(replay=lambda: self.calls.append("replayed"))
 
     @contextmanager
     def graph(self, graph: Any, *, pool: Any, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
-        """As torch has it: where ending a capture raises, the stream stays what it was in it."""
-        self.said.append(f"captures on {stream.cuda_stream} into {pool}, {capture_error_mode}")
+        """As in torch: if ending a capture raises, its stream stays the current one."""
+        self.calls.append(f"captures on {stream.cuda_stream} into {pool}, {capture_error_mode}")
         before, self._now = self._now, stream
         try:
             yield
@@ -91,15 +91,15 @@ class Cuda:
         return self.segments
 
     def empty_cache(self) -> None:
-        self.said.append("gives back")
+        self.calls.append("gives back")
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = Cuda()
     library = SimpleNamespace(
-        _cuda_endAllocateToPool=lambda *ended: made.said.append(f"lets go of {ended}"),
-        _cuda_releasePool=lambda *ended: made.said.append(f"gives back its share of {ended}"),
+        _cuda_endAllocateToPool=lambda *ended: made.calls.append(f"lets go of {ended}"),
+        _cuda_releasePool=lambda *ended: made.calls.append(f"gives back its share of {ended}"),
     )
     monkeypatch.setattr(cuda_graphs, "torch", SimpleNamespace(cuda=made, _C=library))
     monkeypatch.setattr(cuda_graphs, "_streams", {})
@@ -108,9 +108,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def test_work_is_warmed_up_on_the_stream_of_its_capture(cuda: Cuda) -> None:
     graphs = CudaGraphs(DEVICE)
-    replay = graphs.capture(lambda: cuda.said.append(f"works on {cuda.current_stream().cuda_stream}"))
+    replay = graphs.capture(lambda: cuda.calls.append(f"works on {cuda.current_stream().cuda_stream}"))
     replay()
-    assert cuda.said == [
+    assert cuda.calls == [
         "1 waits for 0",
         "works on 1",
         "works on 1",
@@ -126,7 +126,7 @@ def test_a_broken_capture_leaves_stream_allocator_and_generator_as_they_were(cud
     graphs, cuda.broken = CudaGraphs(DEVICE), True
     with pytest.raises(RuntimeError, match="invalidated"):
         graphs.capture(lambda: None)
-    assert cuda.said[-4:] == [
+    assert cuda.calls[-4:] == [
         "back on 0",
         "lets go of (0, (0, 5))",
         "gives back its share of (0, (0, 5))",
@@ -137,7 +137,9 @@ def test_a_broken_capture_leaves_stream_allocator_and_generator_as_they_were(cud
 
 
 @pytest.mark.parametrize("broken", [True, False])
-def test_what_broke_a_capture_is_told_not_that_it_could_not_be_ended(cuda: Cuda, broken: bool) -> None:
+def test_the_cause_of_a_broken_capture_is_raised_rather_than_the_failure_to_end_it(
+    cuda: Cuda, broken: bool
+) -> None:
     runs = []
 
     def work() -> None:
@@ -151,7 +153,7 @@ def test_what_broke_a_capture_is_told_not_that_it_could_not_be_ended(cuda: Cuda,
     assert cuda.current_stream().cuda_stream == 0
 
 
-def test_graphs_don_t_go_while_another_thread_captures(cuda: Cuda) -> None:
+def test_graphs_are_not_freed_while_another_thread_captures(cuda: Cuda) -> None:
     capturing, finish = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -175,12 +177,12 @@ def test_graphs_don_t_go_while_another_thread_captures(cuda: Cuda) -> None:
 def test_the_captures_of_all_engines_share_a_stream(cuda: Cuda) -> None:
     for _ in range(3):
         CudaGraphs(DEVICE).capture(lambda: None)
-    assert {line for line in cuda.said if line.startswith("captures")} == {
+    assert {line for line in cuda.calls if line.startswith("captures")} == {
         "captures on 1 into (0, 5), thread_local"
     }
 
 
-def test_bytes_of_the_pool_and_of_the_workspaces_that_came(cuda: Cuda) -> None:
+def test_bytes_of_the_pool_and_of_new_workspaces(cuda: Cuda) -> None:
     def segment(size: int, stream: int, pool: tuple[int, int] = (0, 0)) -> dict[str, Any]:
         return {"total_size": size, "stream": stream, "segment_pool_id": pool}
 
@@ -192,8 +194,8 @@ def test_bytes_of_the_pool_and_of_the_workspaces_that_came(cuda: Cuda) -> None:
     assert graphs.nbytes == 54000
 
 
-def test_memory_is_not_given_back_while_another_thread_captures(cuda: Cuda) -> None:
-    """Nor does anything wait for the whole device, ever: that would break a capture."""
+def test_memory_is_not_released_while_another_thread_captures(cuda: Cuda) -> None:
+    """Nor does anything ever synchronize the whole device, which would break a capture."""
     capturing, finish = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -206,8 +208,8 @@ def test_memory_is_not_given_back_while_another_thread_captures(cuda: Cuda) -> N
     other = threading.Thread(target=release_unused)
     other.start()
     other.join(0.2)
-    assert "gives back" not in cuda.said
+    assert "gives back" not in cuda.calls
     finish.set()
     for one in (thread, other):
         one.join(10)
-    assert cuda.said[-2:] == ["host waits for 0", "gives back"]
+    assert cuda.calls[-2:] == ["host waits for 0", "gives back"]

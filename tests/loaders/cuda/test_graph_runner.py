@@ -1,4 +1,4 @@
-"""The GPU's runner without a GPU: the same code on the CPU, its steps replayed by ``RecordedGraphs``."""
+"""The GPU's runner on a CPU, its steps replayed by ``RecordedGraphs``."""
 
 import asyncio
 from collections.abc import Callable
@@ -70,8 +70,8 @@ def test_replayed_and_plain_steps_compute_the_same(make: Make) -> None:
 
 
 @pytest.mark.parametrize("steady", [True, False])
-def test_a_row_is_untouched_by_its_mates(steady: bool) -> None:
-    """Slot 1 is half way through its prompt while the others decode; a freed one is taken anew."""
+def test_a_row_is_independent_of_the_other_rows(steady: bool) -> None:
+    """Slot 1 is in the middle of its prompt while the others decode; a freed slot is reused."""
     model = checkpoints.gpt2()
     runner = GraphRunner(model, specified(model, steady=steady), RecordedGraphs())
     prompt = list(range(20, 90))
@@ -110,7 +110,7 @@ def test_contexts_grow_from_one_captured_size_to_the_next() -> None:
         runner.decode([1], [3])
 
 
-def test_tokens_that_are_on_the_device_already() -> None:
+def test_decoding_from_tokens_on_the_device() -> None:
     model = checkpoints.gpt2()
     runner = GraphRunner(model, specified(model), RecordedGraphs())
     for slot in (0, 2, 3):
@@ -120,7 +120,7 @@ def test_tokens_that_are_on_the_device_already() -> None:
         torch.testing.assert_close(row, runner.score([30 + slot] * 4 + [id_])[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_a_slot_that_was_broken_serves_the_next_sequence() -> None:
+def test_a_slot_with_nan_serves_the_next_sequence() -> None:
     model = checkpoints.gpt2()
     runner = GraphRunner(model, specified(model), RecordedGraphs())
     runner.prefill(1, [9] * 50)
@@ -142,7 +142,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_its_reason(which: int) -> N
     assert not graphs.replays
 
 
-def test_a_forward_pass_that_waits_for_the_host_is_not_captured() -> None:
+def test_a_forward_pass_that_synchronizes_is_not_captured() -> None:
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = LlamaForCausalLM(
@@ -159,7 +159,7 @@ def test_a_forward_pass_that_waits_for_the_host_is_not_captured() -> None:
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("steady", [True, False])
 def test_an_engine_a_step_ahead_gives_the_tokens_of_generate(make: Make, steady: bool) -> None:
-    """Seven prompts through four slots, in chunks, rows joining and leaving; some end unforeseen."""
+    """Seven prompts through four slots, in chunks, rows joining and leaving; some end unexpectedly."""
     model = make()
     prompts = [[5, 6, 7], [10] * 90, [3], list(range(20, 60)), [9, 8], [7] * 150, [200, 100, 50]]
     counts = [30, 12, 25, 8, 40, 5, 17]
@@ -186,7 +186,7 @@ def test_an_engine_a_step_ahead_gives_the_tokens_of_generate(make: Make, steady:
         assert found == whole[:end]
 
 
-def test_a_step_that_failed_is_tried_again_in_the_same_places() -> None:
+def test_a_failed_step_is_retried_at_the_same_positions() -> None:
     model = checkpoints.gpt2()
     runner = GraphRunner(model, specified(model), None)
     runner.prefill(0, [5, 6])
@@ -218,11 +218,11 @@ def test_the_cache_is_counted_and_dropped() -> None:
         runner.prefill(0, [1])
 
 
-def test_as_many_slots_as_there_is_room_for() -> None:
+def test_the_number_of_slots_fits_free_memory() -> None:
     model = checkpoints.gpt2()
     slot = 2 * 2 * 256 * 64 * 4
     runner = GraphRunner(model, specified(model), RecordedGraphs(), free=8 * slot)
-    assert runner.slots == 2  # half of nine tenths holds three, one of which is nobody's
+    assert runner.slots == 2  # half of nine tenths holds three, one of which is for padding rows
     assert continuation(runner, 1, [5, 6], 4) == reference(model, [5, 6], 4)
     assert fitting_slots(4, slot, 3 * slot) == 1
     assert fitting_slots(4, slot, 100 * slot) == 4
@@ -230,8 +230,8 @@ def test_as_many_slots_as_there_is_room_for() -> None:
         fitting_slots(4, slot, slot)
 
 
-def test_the_graphs_here_behave_as_a_cards() -> None:
-    """What a replay sees of the program that made it: nothing but the tensors."""
+def test_recorded_graphs_behave_as_cuda_graphs() -> None:
+    """A replay reads only tensors, none of the program's other state."""
     box, out, factor = [torch.zeros(2)], torch.zeros(2), [2.0]
     replay = RecordedGraphs().capture(lambda: out.copy_(box[0] * factor[0]))
     box[0].fill_(3.0)
@@ -244,7 +244,7 @@ def test_the_graphs_here_behave_as_a_cards() -> None:
         RecordedGraphs().capture(lambda: print(out.sum().item()))
 
 
-def test_sizes_that_are_captured() -> None:
+def test_captured_sizes() -> None:
     assert buckets.batch_sizes(16, steady=False) == (1, 2, 4, 8, 16)
     assert buckets.batch_sizes(12, steady=False) == (1, 2, 4, 8, 12)
     assert buckets.batch_sizes(1, steady=False) == (1,)
@@ -260,7 +260,7 @@ def test_sizes_that_are_captured() -> None:
         buckets.smallest((1, 2, 4), 5)
 
 
-def test_a_model_is_spread_over_cards_only_if_it_must_be() -> None:
+def test_a_model_is_split_over_gpus_only_if_necessary() -> None:
     assert spread(70, [80]) == "cuda"
     assert spread(70, [80, 80]) == "cuda"
     assert spread(100, [80, 80]) == "auto"

@@ -123,6 +123,8 @@ def test_large_scores_do_not_overflow(library: Library) -> None:
 @pytest.mark.parametrize(
     ("ids", "positions"), [([VOCABULARY], [0]), ([-1], [0]), ([0], [CONTEXT]), ([0], [-1])]
 )
-def test_what_the_model_has_no_embedding_for(library: Library, ids: list[int], positions: list[int]) -> None:
+def test_ids_and_positions_without_an_embedding_are_refused(
+    library: Library, ids: list[int], positions: list[int]
+) -> None:
     with pytest.raises(IndexError):
         packed(library, reference(8))(empty_cache(8), [0], positions, ids, 1)

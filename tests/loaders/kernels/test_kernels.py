@@ -97,7 +97,7 @@ def test_a_row_of_zeros_gives_the_bias(library: Library) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_that_is_not_a_number_stays_alone(library: Library, kind: kernels.Format) -> None:
+def test_a_nan_row_leaves_other_rows_unchanged(library: Library, kind: kernels.Format) -> None:
     matrix, _ = packed(library, kind, 9, 64)
     x = torch.randn(4, 64)
     alone = matrix(x[:1].clone())

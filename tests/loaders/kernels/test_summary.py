@@ -66,7 +66,7 @@ def test_the_first_of_equals(computes: Library | None) -> None:
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 4100, 8999])
-def test_a_broken_row_is_seen_and_its_neighbours_are_not(
+def test_a_broken_row_is_detected_without_its_neighbours(
     computes: Library | None, fault: float, place: int
 ) -> None:
     logits = torch.randn(3, 9000)
@@ -82,7 +82,7 @@ def test_a_broken_row_is_seen_and_its_neighbours_are_not(
     assert [found.log_totals[i] for i in (0, 2)] == [whole.log_totals[i] for i in (0, 2)]
 
 
-def test_a_row_gets_the_same_bits_alone_and_among_others(computes: Library | None) -> None:
+def test_a_row_is_bit_identical_alone_and_in_a_batch(computes: Library | None) -> None:
     if computes is None:
         pytest.skip("torch does not promise it")
     logits = torch.randn(16, 9001)

@@ -1,4 +1,4 @@
-"""Memory for weights: the same values, side by side, given back with the last of them."""
+"""Memory for weights: the same values, contiguous, freed with the last tensor."""
 
 import gc
 import mmap
@@ -19,7 +19,7 @@ SOME = [
 ]
 
 
-def test_values_shapes_and_types_stay() -> None:
+def test_values_shapes_and_types_are_kept() -> None:
     arena = Arena()
     for tensor in SOME:
         placed = arena.place(tensor)
@@ -35,7 +35,7 @@ def test_what_is_placed_is_a_copy() -> None:
     assert not placed.any()
 
 
-def test_neighbours_do_not_touch_and_share_no_cache_line() -> None:
+def test_neighbours_share_no_cache_line() -> None:
     arena = Arena()
     placed = [arena.place(tensor) for tensor in SOME if tensor.numel()]
     starts = [tensor.data_ptr() for tensor in placed]
@@ -54,7 +54,7 @@ def test_a_matrix_larger_than_a_chunk_begins_a_page() -> None:
     assert placed.data_ptr() % (2 << 20) == 0
 
 
-def test_memory_is_given_back_with_the_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_with_the_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     mapped: list[weakref.ref[mmap.mmap]] = []
 
     class Watched(mmap.mmap):
@@ -81,7 +81,7 @@ def alive(references: "list[weakref.ref[mmap.mmap]]") -> int:
     return sum(reference() is not None for reference in references)
 
 
-def test_a_model_is_taken_in_whole_and_tied_weights_stay_tied() -> None:
+def test_all_tensors_are_moved_and_tied_weights_stay_tied() -> None:
     above, below = nn.Linear(4, 4), nn.Linear(4, 4)
     below.weight = above.weight
     model = nn.Sequential(above, below, nn.BatchNorm1d(4)).eval()

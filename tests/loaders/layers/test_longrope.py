@@ -1,4 +1,4 @@
-"""Rotations that depend on a text's length: each row by its own, alone, in any batch and in any chunks."""
+"""Rotations that depend on a text's length, selected by row: alone, in any batch and in any chunks."""
 
 import asyncio
 from dataclasses import replace
@@ -41,7 +41,7 @@ def one_pass(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 def generated(prompts: list[tuple[list[int], int]], chunk: int) -> list[list[int]]:
-    """Greedy continuations of prompts that run together, each with its number of new tokens."""
+    """Greedy continuations of prompts in one batch, each with its number of new tokens."""
 
     async def run() -> list[list[int]]:
         loaded, model = fake_model(), phi3()
@@ -77,8 +77,8 @@ def test_a_prompt_in_chunks_has_the_log_probabilities_of_one_pass() -> None:
 
 
 @pytest.mark.parametrize("chunk", [7, 128])
-def test_rows_on_both_sides_and_across_are_those_of_generate(chunk: int) -> None:
-    """Short, long, and two that outgrow the short rotation; ``generate`` computes those anew, too."""
+def test_rows_below_above_and_crossing_the_original_context_equal_generate(chunk: int) -> None:
+    """Short, long, and two that outgrow the short rotation, which ``generate`` recomputes as well."""
     prompts = [(LONG, 20), (LONG[:20], 30), (LONG[3:53], 40), (LONG[:ORIGINAL], 5)]
     model = phi3()
     expected = [reference(model, prompt, count) for prompt, count in prompts]
@@ -103,7 +103,7 @@ def test_the_rows_of_a_step_do_not_share_their_rotation() -> None:
     torch.testing.assert_close(last[0], one_pass(model, LONG[:9])[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_that_failed_while_computing_again_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_in_recomputing_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = phi3()
     runner = TransformersRunner(phi3(), spec_of(model))
     runner.prefill(0, LONG[:ORIGINAL])
@@ -123,7 +123,7 @@ def test_a_step_that_failed_while_computing_again_is_made_good(monkeypatch: pyte
     torch.testing.assert_close(found, one_pass(model, [*LONG[:ORIGINAL], 5])[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_captured_steps_are_for_texts_of_one_rotation() -> None:
+def test_captured_steps_require_a_single_rotation() -> None:
     model = phi3()
     with pytest.raises(Unsuitable, match="LongRoPE"):
         GraphRunner(model, spec_of(model), None)
@@ -133,7 +133,7 @@ def test_captured_steps_are_for_texts_of_one_rotation() -> None:
     torch.testing.assert_close(last[0], one_pass(model, LONG[:ORIGINAL])[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_dynamic_ntk_never_begins_within_the_context() -> None:
+def test_dynamic_ntk_never_starts_within_the_context() -> None:
     """Beyond ``max_position_embeddings`` every token changes every frequency; but that is the context."""
     torch.manual_seed(0)
     config = LlamaConfig(

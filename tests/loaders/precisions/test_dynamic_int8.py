@@ -21,7 +21,7 @@ def test_the_result_is_near_the_float_one() -> None:
     assert float(error.norm() / (x @ weight.T).norm()) < 0.02
 
 
-def test_a_row_is_the_same_to_the_bit_alone_and_among_outliers() -> None:
+def test_a_row_is_bit_identical_alone_and_among_outliers() -> None:
     quantized, _, _ = layer()
     x = rows(16)
     x[3] *= 1e4

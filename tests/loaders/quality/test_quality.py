@@ -1,4 +1,4 @@
-"""Quality against the slow, obvious computation, against ``transformers``' own loss, and at its edges."""
+"""Quality against a slow reference computation, against ``transformers``' own loss, and in edge cases."""
 
 import math
 import shutil
@@ -50,7 +50,7 @@ def log_softmax(logits: torch.Tensor) -> Any:
 def by_hand(
     reference: LoadedModel, candidate: LoadedModel, ids: list[int], size: int, length: int, stride: int
 ) -> dict[str, float]:
-    """Token by token; windows as Hugging Face's page on the perplexity of fixed-length models has them."""
+    """Token by token; windows as in Hugging Face's page on the perplexity of fixed-length models."""
     nll, excess, kl, same, squares, blocks = [], [], [], [], [], []
     scored_to = 1
     for begin in range(0, len(ids), stride):
@@ -138,13 +138,13 @@ def test_perplexity_is_that_of_transformers_own_loss(
 def test_a_model_against_itself_differs_in_nothing(
     small_spec: ModelSpec, reference: LoadedModel, tmp_path: Path
 ) -> None:
-    told: list[tuple[str, int, int]] = []
+    stages: list[tuple[str, int, int]] = []
     (found,) = measure(
         reference,
         [reference],
         text_of(WORDS, tmp_path),
         load_tokenizer(small_spec.checkpoint),
-        progress=lambda *step: told.append(step),
+        progress=lambda *step: stages.append(step),
     )
     assert found.perplexity == found.reference_perplexity
     assert (found.perplexity_ratio, found.perplexity_ratio_error) == (1.0, 0.0)
@@ -153,13 +153,13 @@ def test_a_model_against_itself_differs_in_nothing(
     assert found.greedy is not None
     assert found.greedy.diverged == 0
     assert found.greedy.mean_tokens == found.greedy.median_tokens == found.greedy.tokens
-    scoring = [(now, total) for stage, now, total in told if stage == "scoring"]
+    scoring = [(now, total) for stage, now, total in stages if stage == "scoring"]
     assert scoring[-1] == (found.tokens, found.tokens)
-    assert told[-1] == ("continuing", 2, 2)
+    assert stages[-1] == ("continuing", 2, 2)
 
 
 def rounded_to_three_bits(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """Every matrix of the body on seven levels a channel."""
+    """A model with every matrix of the body rounded to seven levels a channel."""
     shutil.copytree(spec.checkpoint.folder, folder)
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
@@ -202,7 +202,9 @@ class Scripted(FakeRunner):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_greedy_continuations_part_where_they_do(small_spec: ModelSpec, slots: int, tmp_path: Path) -> None:
+def test_the_first_divergence_of_greedy_continuations_is_found(
+    small_spec: ModelSpec, slots: int, tmp_path: Path
+) -> None:
     content = WORDS[:700]
     one = fake_model("fp32", FakeRunner(slots))
     other = fake_model("int8", Scripted(32 + 10, slots))
@@ -246,7 +248,7 @@ def test_texts_that_cannot_be_measured(
         measure(reference, [reference], text_of(content, tmp_path), load_tokenizer(small_spec.checkpoint))
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.txt"):
         with pytest.raises(QualityError, match="is not a file"):
             text_file(path)
@@ -267,7 +269,7 @@ def test_windows_that_do_not_fit(
         )
 
 
-def test_logits_that_are_no_numbers_are_an_error(small_spec: ModelSpec, tmp_path: Path) -> None:
+def test_nan_logits_are_an_error(small_spec: ModelSpec, tmp_path: Path) -> None:
     class Broken(FakeRunner):
         def score(self, ids: Sequence[int]) -> torch.Tensor:
             return super().score(ids) * float("nan")

@@ -1,4 +1,4 @@
-"""Windows computed together, or in chunks: the same figures, and no more memory than is allowed."""
+"""Windows computed in batches or in chunks: the same figures within the allowed memory."""
 
 import weakref
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def test_together_the_figures_are_those_of_each_window_alone(
         assert_same(together, alone, exactly=isinstance(models[0].runner, GPT2CPURunner))
 
 
-def test_a_window_of_too_many_logits_goes_in_stretches(
+def test_a_window_with_too_many_logits_is_computed_in_chunks(
     models: list[LoadedModel], small_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = figures(models, small_spec, window=100, stride=60)
@@ -89,7 +89,7 @@ def test_texts_scored_together_have_the_logits_of_each(models: list[LoadedModel]
 
 
 class Counted(FakeRunner):
-    """Counts the logits that exist at a time, all such runners' together."""
+    """Counts the logits that exist at a time, over all such runners."""
 
     now = most = 0
 
@@ -147,7 +147,7 @@ def test_how_many_are_computed_together() -> None:
     assert batch([one], 256) == 1
 
 
-def test_windows_stay_alone_where_they_would_change_each_other() -> None:
+def test_windows_run_alone_if_batching_would_change_them() -> None:
     outliers = replace(fake_model("int8"), details={"outlier_threshold": 6.0})
     assert Passes.of([fake_model(), outliers], 32, None).batch == 1
     assert (

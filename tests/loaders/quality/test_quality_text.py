@@ -1,4 +1,4 @@
-"""The text of a quality measurement: read lazily, cut without changing a token, each token counted once."""
+"""The text of a quality measurement: read lazily, split without changing a token, each token scored once."""
 
 from io import BytesIO, RawIOBase
 from itertools import islice, pairwise
@@ -30,7 +30,7 @@ def test_pieces_have_the_tokens_of_the_whole(block: int) -> None:
     assert (stream.bytes, stream.expected_tokens()) == (len(content.encode()), stream.tokens)
 
 
-def test_a_byte_order_mark_is_no_text() -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text() -> None:
     assert "".join(text("abc", b"\xef\xbb\xbf").pieces()) == "abc"
 
 
@@ -40,7 +40,7 @@ def test_pieces_joined_are_the_text(words: str, block: int) -> None:
     assert "".join(text(content).pieces(block)) == content
 
 
-def test_a_text_without_spaces_is_cut_all_the_same() -> None:
+def test_a_text_without_spaces_is_cut_too() -> None:
     assert max(map(len, text("x" * 1000).pieces(100))) <= 100
 
 
@@ -52,7 +52,7 @@ class Endless(RawIOBase):
         return b" the" * (size // 4)
 
 
-def test_no_more_is_read_than_the_windows_need() -> None:
+def test_only_what_the_windows_need_is_read() -> None:
     endless: Any = Endless
     stream = TokenStream(Text("endless", 2**50, endless), byte_tokenizer(), 4096)
     assert [len(window.ids) for window in islice(windows(stream, 256, 128), 3)] == [256] * 3

@@ -1,4 +1,4 @@
-"""The lean GPT-2 against ``transformers``' forward, and what it promises beyond: results to the bit."""
+"""The lean GPT-2 against ``transformers``' forward, and its guarantee of bit-identical results."""
 
 import asyncio
 import random
@@ -19,6 +19,8 @@ from server.engine.sequence import SamplingParams
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
 PROMPT = list(range(30, 130))
+PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4", "fp4", "dynamic-int8"]
+"""Those whose layers the compiled kernels compute."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def spec() -> ModelSpec:
     return ModelSpec(open_checkpoint("bundled"), slots=16)
 
 
-@pytest.fixture(scope="module", params=loaders.PRECISIONS)
+@pytest.fixture(scope="module", params=PRECISIONS)
 def model(request: pytest.FixtureRequest, spec: ModelSpec) -> LoadedModel:
     return loaders.load(request.param, spec)
 
@@ -60,7 +62,7 @@ def test_half_precision_keys_and_values_change_little(spec: ModelSpec) -> None:
     assert 0 < float(difference) < 0.05
 
 
-def test_the_way_a_prompt_is_cut_changes_no_bit(model: LoadedModel) -> None:
+def test_results_do_not_depend_on_how_a_prompt_is_chunked(model: LoadedModel) -> None:
     runner = model.runner
     whole = runner.score(PROMPT)
     runner.prefill(3, PROMPT[:33], "none")
@@ -71,8 +73,8 @@ def test_the_way_a_prompt_is_cut_changes_no_bit(model: LoadedModel) -> None:
     assert torch.equal(torch.cat([part, last]), whole[33:])
 
 
-def test_a_prompt_and_running_rows_in_one_pass(model: LoadedModel) -> None:
-    """Bit for bit what prefill and decode give one after the other."""
+def test_prefill_and_decode_in_one_pass(model: LoadedModel) -> None:
+    """Bit-identical to prefill and decode one after the other."""
     runner = model.runner
     assert isinstance(runner, GPT2CPURunner)
 
@@ -96,12 +98,12 @@ def test_a_prompt_and_running_rows_in_one_pass(model: LoadedModel) -> None:
         runner.free(slot)
 
 
-@pytest.mark.parametrize("precision", loaders.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("count", "tokens"), [(20, 16), pytest.param(50, 64, marks=pytest.mark.slow)])
-def test_tokens_are_the_same_alone_and_among_fifteen_others(
+def test_tokens_are_the_same_alone_and_in_full_batches(
     precision: str, count: int, tokens: int, spec: ModelSpec
 ) -> None:
-    """Greedy tokens of each prompt, one at a time and then in full batches of ever other mates."""
+    """Greedy tokens of each prompt, alone and then in full batches of changing rows."""
     chance = random.Random(0)
     prompts = [[chance.randrange(5, 2000) for _ in range(chance.randrange(1, 60))] for _ in range(count)]
 
@@ -125,7 +127,7 @@ def test_tokens_are_the_same_alone_and_among_fifteen_others(
     assert alone == together
 
 
-def test_what_does_not_fit_is_refused_and_nothing_changes(model: LoadedModel) -> None:
+def test_a_prompt_that_does_not_fit_is_refused_and_changes_nothing(model: LoadedModel) -> None:
     runner = model.runner
     with pytest.raises(ValueError, match="do not fit"):
         runner.prefill(0, [7] * (runner.context + 1))

@@ -1,4 +1,4 @@
-"""Keys and values beyond float16: the cache is widened, or the request fails; nothing is silently wrong."""
+"""Keys and values beyond float16: the cache is widened or the request fails; no result is silently wrong."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ UP, DOWN = 2.0**24, 2.0**-30  # exact in every type of weight
 
 
 def scaled(keys: float, values: float) -> GPT2LMHeadModel:
-    """``checkpoints.gpt2()``, the same function: queries and output take back what is done to the rest."""
+    """The function of ``checkpoints.gpt2()``, rescaled: queries and output undo the scaling of the rest."""
     model = checkpoints.gpt2()
     with torch.no_grad():
         for block in model.transformer.h:
@@ -37,7 +37,7 @@ def scaled(keys: float, values: float) -> GPT2LMHeadModel:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative. Rounding to float16 and, of it, to int8 makes up to 0.014; what is lost beyond it 1."""
+    """Relative error. Rounding to float16, and then to int8, causes up to 0.014; lost values about 1."""
     return float((found - expected).norm() / expected.norm())
 
 
@@ -55,7 +55,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     ("precision", "keys", "values"),
     [("bf16", UP, 1), ("bf16", 1, DOWN), ("nf4", 1, UP), ("dynamic-int8", DOWN, 1)],
 )
-def test_scaled_weights_say_the_same(
+def test_scaled_weights_give_the_same_logits(
     precision: str, keys: float, values: float, plain: ModelSpec, tmp_path: Path
 ) -> None:
     exact = loaders.load(precision, replace(plain, kv_dtype="fp32")).runner
@@ -70,7 +70,7 @@ def test_scaled_weights_say_the_same(
 
 
 @compiled
-def test_what_fits_is_kept_in_half_as_before(plain: ModelSpec) -> None:
+def test_keys_and_values_in_range_are_kept_in_float16(plain: ModelSpec) -> None:
     runner = loaders.load("bf16", plain).runner
     assert isinstance(runner, GPT2CPURunner)
     runner.score(PROMPT)
@@ -124,7 +124,7 @@ def test_a_model_whose_keys_overflow_float16_is_not_served_in_it(tmp_path: Path)
     )
 
 
-def test_a_static_cache_shows_what_overflowed() -> None:
+def test_a_static_cache_marks_overflow_as_nan() -> None:
     shape = Shape(layers=1, heads=1, width=2, dtype=torch.float16, device=torch.device("cpu"))
     cache = StaticCache(shape, slots=1, columns=4)
     cache.look(torch.tensor([0]), 1, 2)

@@ -65,8 +65,8 @@ def test_greedy_equals_generate_alone_and_in_mixed_batches(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_what_a_broken_sequence_left_does_not_reach_the_next(family: str) -> None:
-    """NaN keys in a freed slot stay out of sight, also of rows shorter than their batch-mates."""
+def test_nan_of_a_broken_sequence_does_not_reach_the_next(family: str) -> None:
+    """NaN keys in a freed slot are masked, also for rows shorter than others in the batch."""
     model = MAKERS[family]()
     runner = TransformersRunner(model, spec_of(model))
     runner.prefill(0, [5] * 40)
@@ -93,7 +93,7 @@ def test_slots_in_any_order() -> None:
         torch.testing.assert_close(row, runner.score([*prompt, 4])[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_a_sliding_window_is_kept() -> None:
+def test_a_sliding_window_is_respected() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -110,7 +110,7 @@ def test_a_sliding_window_is_kept() -> None:
     assert found == reference(model, prompt, 20)
 
 
-def test_more_than_a_slot_holds_is_refused_and_the_slot_unharmed() -> None:
+def test_a_prompt_longer_than_a_slot_is_refused_and_the_slot_unchanged() -> None:
     model = checkpoints.gpt2()
     runner = TransformersRunner(model, spec_of(model))
     runner.prefill(0, [5] * 250)
