@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from loaders.cuda.pinned import send
 from server.engine.sequence import COLDEST, LEAST_LOGPROB, SamplingParams
 from server.engine.sequence import Sequence as Row
 
@@ -56,7 +57,7 @@ def choose(logits: Tensor, rows: Sequence[Row], points: Sequence[float]) -> Choi
     highest, ids = logits.max(dim=-1)
     chosen = [index for index, row in enumerate(rows) if not row.params.is_plain]
     if chosen:
-        where = _send(chosen, torch.int64, logits)
+        where = send(chosen, torch.int64, logits)
         some = logits.index_select(0, where)
         ids = ids.index_copy(0, where, _pick(some, *_these(chosen, rows, points)))
     return Choice(ids, torch.stack([ids.float(), highest, *_told(logits, ids, rows)]))
@@ -85,7 +86,7 @@ def _pick(logits: Tensor, rows: Sequence[Row], points: list[float]) -> Tensor:
     if not any(row.params.do_sample for row in rows):
         return greedy
     drawn = _draw(_weights(scores, rows), points)
-    sampled = _send([row.params.do_sample for row in rows], torch.bool, logits)
+    sampled = send([row.params.do_sample for row in rows], torch.bool, logits)
     return torch.where(sampled, drawn, greedy)
 
 
@@ -94,7 +95,7 @@ def _draw(weights: Tensor, points: list[float]) -> Tensor:
     probabilities = weights.double()
     cumulative = (probabilities / probabilities.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    point = _send(points, torch.float64, weights)[:, None] * total
+    point = send(points, torch.float64, weights)[:, None] * total
     index = torch.searchsorted(cumulative, point, right=True)[:, 0]
     # a point rounded up to the total takes the last real token
     return torch.minimum(index, cumulative.argmax(dim=-1))
@@ -103,12 +104,12 @@ def _draw(weights: Tensor, points: list[float]) -> Tensor:
 def _weights(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """Unnormalized probabilities of the tokens that each row may draw; 0 for the others."""
     params = [row.params for row in rows]
-    temperature = _send([max(p.temperature, COLDEST) for p in params], torch.float32, scores)
+    temperature = send([max(p.temperature, COLDEST) for p in params], torch.float32, scores)
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     weights = _top_k(scores, params).exp()
     weights = _for_some(weights, [p.top_p for p in params], _top_p)
     weights = _for_some(weights, [p.typical_p for p in params], _typical_p)
-    least = _send([p.min_p or 0.0 for p in params], torch.float32, scores)
+    least = send([p.min_p or 0.0 for p in params], torch.float32, scores)
     return weights.masked_fill(weights < (least * weights.amax(dim=-1))[:, None], 0.0)
 
 
@@ -119,9 +120,9 @@ def _top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if not limited:
         return scores
     best = scores.topk(max(limited), dim=-1).values
-    last = _send([(count if count < size else 1) - 1 for count in counts], torch.int64, scores)
+    last = send([(count if count < size else 1) - 1 for count in counts], torch.int64, scores)
     least = best.gather(1, last[:, None])
-    cut = _send([count < size for count in counts], torch.bool, scores)[:, None]
+    cut = send([count < size for count in counts], torch.bool, scores)[:, None]
     return scores.masked_fill(cut & (scores < least), -torch.inf)
 
 
@@ -130,8 +131,8 @@ def _for_some(weights: Tensor, limits: list[float | None], cut: Callable[[Tensor
     some = [index for index, limit in enumerate(limits) if limit is not None]
     if not some:
         return weights
-    where = _send(some, torch.int64, weights)
-    limit = _send([limits[index] for index in some], torch.float64, weights)[:, None]
+    where = send(some, torch.int64, weights)
+    limit = send([limits[index] for index in some], torch.float64, weights)[:, None]
     return weights.index_copy(0, where, cut(weights.index_select(0, where), limit))
 
 
@@ -175,8 +176,8 @@ def _adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         change += [-math.inf] * len(row.withheld)
     if not where:
         return logits
-    places = _send(list(zip(*where, strict=True)), torch.int64, logits)
-    return logits.index_put((places[0], places[1]), _send(change, logits.dtype, logits), accumulate=True)
+    places = send(list(zip(*where, strict=True)), torch.int64, logits)
+    return logits.index_put((places[0], places[1]), send(change, logits.dtype, logits), accumulate=True)
 
 
 def _repetition(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -190,14 +191,8 @@ def _repetition(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     if not where:
         return logits
     places, factor = (
-        _send(list(zip(*where, strict=True)), torch.int64, logits),
-        _send(factors, logits.dtype, logits),
+        send(list(zip(*where, strict=True)), torch.int64, logits),
+        send(factors, logits.dtype, logits),
     )
     values = logits[places[0], places[1]]
     return logits.index_put((places[0], places[1]), torch.where(values > 0, values / factor, values * factor))
-
-
-def _send(values: Sequence[object], dtype: torch.dtype, beside: Tensor) -> Tensor:
-    """Numbers of the host to where ``beside`` is, without waiting."""
-    made = torch.tensor(values, dtype=dtype, pin_memory=beside.is_cuda)
-    return made.to(beside.device, non_blocking=True)
