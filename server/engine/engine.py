@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from loaders.base import LoadedModel
+from server.concurrency import resolve_future
 from server.engine.fair_lock import FairLock
 from server.engine.queue_estimate import QueueEstimate
 from server.engine.sampler import Sampler
@@ -51,7 +52,9 @@ class Engine:
         self.last_used = time.perf_counter()
         self._on_step, self._on_death = on_step, on_death
         self._threads = resolve(threads)
-        self._scheduler = Scheduler(model.runner.slots, prefill_chunk, prefill_chunk_busy)
+        self._scheduler = Scheduler(
+            model.runner.slots, prefill_chunk, prefill_chunk_busy, on_free=model.runner.free
+        )
         self._estimate = QueueEstimate(
             model.runner.slots, min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
         )
@@ -160,11 +163,11 @@ class Engine:
             self._worker.warm_up()
         except BaseException as error:
             told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
-            self._tell(partial(_settle, ready, told))  # a future takes no other
+            self._tell(partial(resolve_future, ready, None, told))  # a future takes no other
             with contextlib.suppress(Exception):
                 self._worker.close()
             return
-        self._tell(partial(_settle, ready, None))
+        self._tell(partial(resolve_future, ready))
         try:
             while self._receive():
                 self._publish(self._worker.step(time.perf_counter()))
@@ -222,12 +225,3 @@ class Engine:
             self.fail(reason)
             if self._on_death is not None:
                 self._on_death(f"{self.precision}: {reason}")
-
-
-def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
-    if future.cancelled():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)

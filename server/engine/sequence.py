@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from functools import cached_property
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -127,6 +128,16 @@ class Timeline:
         return (self.last_token or time.perf_counter()) - self.arrived
 
 
+class Status(Enum):
+    """A sequence's stage in the scheduler, which alone changes it."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    """Holds a KV slot."""
+    FINISHED = auto()
+    """Has all its tokens, was cancelled, passed its deadline or failed."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """A prompt and its continuation on their way through one engine. Owned by the worker thread."""
@@ -135,7 +146,9 @@ class Sequence:
     params: SamplingParams
     deadline: float | None = None
     """``time.perf_counter()`` seconds after which it is given up."""
-    slot: int | None = None
+    status: Status = Status.WAITING
+    slot: int = -1
+    """The KV slot, from the moment it is running."""
     prefilled: int = 0
     """Prompt tokens already in the KV slot."""
     generated: list[int] = field(default_factory=list)
@@ -165,8 +178,7 @@ class Sequence:
         return len(self.prompt) - self.prefilled
 
 
-@dataclass(frozen=True)
-class StepStats:
+class StepStats(NamedTuple):
     """What one step of an engine did."""
 
     batch: int

@@ -54,7 +54,7 @@ class House:
 
     def __init__(self, runner: FakeRunner, chunk: int = 8) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(runner.slots, chunk)
+        self.scheduler = Scheduler(runner.slots, chunk, on_free=runner.free)
         self.sampler = Sampler(frozenset({END}))
         self.worker = Worker(runner, self.scheduler, self.sampler)
 
@@ -260,8 +260,9 @@ def test_the_next_in_a_slot_is_untouched_by_the_last() -> None:
 def test_nothing_is_kept_for_those_who_have_gone() -> None:
     house = House(FakeDeviceRunner())
     house.serve([order([5], max_new_tokens=100)])
-    assert house.worker._ahead is not None
-    assert house.worker._ahead.take() is None
+    overlap = house.worker._executor._overlap
+    assert overlap is not None
+    assert overlap._pending is None
 
 
 @pytest.mark.parametrize("seed", range(25))
