@@ -74,7 +74,7 @@ class Overlap:
             logits = self._runner.decode(slots, [row.generated[-1] for row in rows])
         else:
             logits = self._runner.decode_from(slots, _latest_tokens(rows, pending))
-        self._pending = PendingStep(rows, self._sampler.begin(logits, rows))
+        self._pending = PendingStep(rows, self._sampler.launch(logits, rows))
 
 
 def _latest_tokens(rows: list[Sequence], pending: PendingStep) -> Tensor:

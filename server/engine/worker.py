@@ -58,7 +58,7 @@ class Worker:
             logits = self._runner.decode([0], [0])
             if logits.is_cuda:  # each kernel is loaded onto the device at its first use
                 params = SamplingParams(2, do_sample=True, top_k=2, top_p=0.5, typical_p=0.5, top_n=1)
-                self._sampler.pick(logits, [Sequence([0, 0], params)])
+                self._sampler.sample(logits, [Sequence([0, 0], params)])
             self._runner.free(0)
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class Worker:
         """One token a row, its error, or None where a sequence ends with its prompt."""
         result = output.result
         if isinstance(result, Tensor):
-            return self._sampler.pick(result, output.rows)
+            return self._sampler.sample(result, output.rows)
         if isinstance(result, PendingTokens):
             return result.wait()
         return [result] * len(output.rows)

@@ -117,10 +117,10 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
     runner, happened = FakeDeviceRunner(), list[str]()
     runner.on_decode = lambda _: happened.append("launched")
     house = House(runner)
-    begin = house.sampler.begin
+    launch = house.sampler.launch
 
     def watched(*arguments: Any) -> PendingTokens:
-        picks = begin(*arguments)
+        picks = launch(*arguments)
         wait = picks.wait
 
         def read() -> list[Token | Exception]:
@@ -130,7 +130,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
         picks.wait = read
         return picks
 
-    monkeypatch.setattr(house.sampler, "begin", watched)
+    monkeypatch.setattr(house.sampler, "launch", watched)
     house.serve([order(max_new_tokens=5)])
     assert happened == ["launched", "launched", "read", "launched", "read", "launched", "read", "read"]
 
