@@ -1,4 +1,4 @@
-"""A plan's forward passes over the runner. An error stays with the sequence whose pass raises it."""
+"""Computes a plan's forward passes on the runner. An error ends only the sequence that raises it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -16,18 +16,18 @@ from server.errors import ServiceError
 
 
 class Output(NamedTuple):
-    """What a forward pass returned for the sequences of which a token, an error or the end follows."""
+    """What a forward pass returned for ``rows``: the sequences that have a next token now, or end."""
 
     rows: list[Sequence]
     result: Tensor | PendingTokens | ServiceError | None
-    """(rows, vocabulary) logits; tokens that the device samples; the error of the only row; or None where
-    the only row ends with its prompt. Logits are valid until the next output is taken."""
+    """(rows, vocabulary) logits; tokens that the device is sampling; the error of the only row; or None: the
+    only row ends with its prompt. Logits are valid until the next output is requested."""
     prompt_tokens: int = 0
     decoded_rows: int = 0
 
 
 class Executor:
-    """Calls one runner, on the worker's thread."""
+    """Makes the calls of one runner on the worker's thread."""
 
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self._runner = runner
@@ -40,7 +40,7 @@ class Executor:
         self._runner.close()
 
     def forward(self, plan: Plan) -> Iterator[Output]:
-        """Computes pass after pass, each when the output before has been used.
+        """Computes pass after pass, each when its output is requested.
 
         Raises:
             DeviceLost
@@ -65,7 +65,7 @@ class Executor:
             return None
         slots, ids = [row.slot for row in rows], [row.generated[-1] for row in rows]
         logits, _ = run_isolated(partial(self._mixed.advance, chunk.sequence.slot, chunk.ids, slots, ids))
-        if logits is not None:  # else the passes are separate, which shows the sequence that fails
+        if logits is not None:  # else chunk and rows are computed separately: one of them may succeed
             chunk.sequence.prefilled += chunk.length
         return logits
 
@@ -74,7 +74,7 @@ class Executor:
         return _prompt_output(chunk, logits) if error is None else Output([chunk.sequence], error)
 
     def _prefill_chunk(self, chunk: Chunk) -> Tensor | None:
-        """(1, vocabulary) logits after the chunk, if it is the prompt's last."""
+        """(1, vocabulary) logits after the chunk; None unless it is the last or all logits are read."""
         sequence, ids = chunk.sequence, chunk.ids
         if self._by_length is not None and not chunk.start:
             self._by_length.expect(sequence.slot, len(sequence.prompt))
@@ -92,7 +92,7 @@ class Executor:
         return logits[-1:] if logits is not None else None
 
     def _decode(self, rows: list[Sequence]) -> Iterator[Output]:
-        """All rows in one pass; each alone if that fails, so that only those that fail alone are lost."""
+        """All rows in one pass; if it fails, each row in its own, so that only rows that fail alone end."""
         if not rows:
             return
         logits, error = run_isolated(partial(self._decode_rows, rows))
@@ -108,7 +108,7 @@ class Executor:
         return self._runner.decode([row.slot for row in rows], [row.generated[-1] for row in rows])
 
     def _decode_overlapped(self, overlap: Overlap, rows: list[Sequence]) -> Iterator[Output]:
-        """Launches the rows' next step, then hands over the tokens of the step before."""
+        """Launches the rows' next step, then yields the tokens of the step before."""
         pending = overlap.take_pending()
         continuing = overlap.continuing_rows(rows, pending)
         launched = bool(continuing) and run_isolated(partial(overlap.launch, continuing, pending))[1] is None
@@ -119,19 +119,19 @@ class Executor:
             yield Output([], None, decoded_rows=count)
         if launched:
             overlap.drop_if_idle()
-        else:  # a row needs its latest token on the host, or fails
+        else:  # a row needs its latest token on the host, or the launch failed
             yield from self._decode([row for row in rows if row.status is Status.RUNNING])
 
     def _decode_by_length(
         self, runner: LengthRunner, rows: list[Sequence], token_budget: int
     ) -> Iterator[Output]:
-        """Decodes the rows that can go on; of the first one that can't, a part is computed again."""
+        """Decodes the ready rows; of the first other row, ``token_budget`` tokens are computed again."""
         ready = []
         for row in rows:
-            can_go_on, error = run_isolated(partial(runner.catch_up, row.slot, token_budget))
+            is_ready, error = run_isolated(partial(runner.catch_up, row.slot, token_budget))
             if error is not None:
                 yield Output([row], error)
-            elif can_go_on:
+            elif is_ready:
                 ready.append(row)
             else:
                 token_budget = 0

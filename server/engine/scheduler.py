@@ -29,11 +29,11 @@ class Plan(NamedTuple):
     """What a step does."""
 
     expired: list[Sequence]
-    """Cancelled or past their deadline, running or waiting; finished now."""
+    """Finished in this call: cancelled or past their deadline."""
     chunks: list[Chunk]
     """Oldest sequence first."""
     rows: list[Sequence]
-    """Sequences to decode, which have at least one generated token; by slot."""
+    """Sequences to decode, by slot; each has at least one generated token."""
     token_budget: int
     """Most prompt tokens of the step."""
 
@@ -66,7 +66,11 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def schedule(self, now: float) -> Plan:
-        """Finishes what has expired, admits what waits, and plans the step."""
+        """Finishes expired sequences, admits waiting ones into free slots, and plans the step.
+
+        Args:
+            now: ``time.perf_counter()`` seconds.
+        """
         expired = self._expire(now)
         self._admit(now)
         rows = [sequence for sequence in self._running.values() if sequence.generated]
@@ -76,7 +80,7 @@ class Scheduler:
         return Plan(expired, chunks, rows, budget)
 
     def finish(self, sequence: Sequence) -> None:
-        """Removes a running or waiting sequence; its slot is free for another."""
+        """Removes a running or waiting sequence and frees its slot; no effect on a finished one."""
         if sequence.status is Status.RUNNING:
             del self._running[sequence.slot]
             heapq.heappush(self._free_slots, sequence.slot)
