@@ -104,10 +104,8 @@ def test_mates_do_not_touch_a_row() -> None:
         expected = chosen(sampler.launch(row, [made(name, 11)]))
         for mate in SETTINGS:
             both = torch.cat((row, logits(seed=4) * 50))
-            assert chosen(sampler.launch(both, [made(name, 11), made(mate, 12)]))[:1] == expected, (
-                name,
-                mate,
-            )
+            found = chosen(sampler.launch(both, [made(name, 11), made(mate, 12)]))
+            assert found[:1] == expected, (name, mate)
 
 
 def test_draws_follow_the_distribution() -> None:

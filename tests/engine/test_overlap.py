@@ -257,7 +257,7 @@ def test_the_next_in_a_slot_is_untouched_by_the_last() -> None:
         assert asked.leaves is not None or one == alone
 
 
-def test_nothing_is_kept_for_those_who_have_gone() -> None:
+def test_no_state_is_kept_for_finished_sequences() -> None:
     house = House(FakeDeviceRunner())
     house.serve([order([5], max_new_tokens=100)])
     overlap = house.worker._executor._overlap

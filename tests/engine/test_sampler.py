@@ -90,9 +90,8 @@ def test_a_row_depends_on_its_own_seed_and_logits_only() -> None:
     mixed = [tokens(sampler.sample(rows, together)) for _ in range(5)]
     for i, params in enumerate(settings):
         alone = sequence(**params)
-        assert [tokens(sampler.sample(rows[i : i + 1], [alone]))[0] for _ in range(5)] == [
-            m[i] for m in mixed
-        ]
+        found = [tokens(sampler.sample(rows[i : i + 1], [alone]))[0] for _ in range(5)]
+        assert found == [m[i] for m in mixed]
 
 
 def test_greedy_takes_the_largest_after_penalties_and_bias() -> None:

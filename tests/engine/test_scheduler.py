@@ -55,7 +55,7 @@ def test_a_prompt_gets_less_of_a_step_while_others_decode() -> None:
     assert chunks(scheduler.schedule(0.0)) == [(long, 0, 8, False)]
 
 
-def test_only_rows_with_a_token_to_go_on_from_are_decoded() -> None:
+def test_only_rows_with_a_last_token_are_decoded() -> None:
     done, pending = sequence(2), sequence(2)
     scheduler = scheduler_of(done, pending)
     assert scheduler.schedule(0.0).rows == []
@@ -76,7 +76,7 @@ def test_rows_are_decoded_in_the_order_of_their_slots() -> None:
     assert scheduler.schedule(0.0).rows == [third, second]
 
 
-def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
+def test_a_waiting_sequence_is_removed_without_a_slot() -> None:
     waiting = sequence()
     scheduler = scheduler_of(waiting)
     scheduler.finish(waiting)
@@ -84,7 +84,7 @@ def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
     assert not scheduler.has_work
 
 
-def test_what_expires_running_or_waiting() -> None:
+def test_cancelled_and_expired_sequences_running_or_waiting() -> None:
     gone, late, patient = sequence(), sequence(), sequence()
     scheduler = scheduler_of(patient, gone, late, slots=1)
     scheduler.schedule(0.0)
@@ -109,8 +109,8 @@ def test_the_slot_of_an_expired_sequence_is_emptied_and_used_in_the_same_step() 
     assert freed == [following.slot] == [0]
 
 
-def test_what_parameters_imply_is_of_them_alone() -> None:
-    """Kept once found out: a copy with other values finds out anew, and comparing looks at the values."""
+def test_derived_parameters_depend_on_the_parameters_only() -> None:
+    """Cached; a copy with other values computes them again, and equality ignores the cache."""
     plain = SamplingParams(max_new_tokens=4)
     assert (plain.is_plain, plain.needs_history, plain.reports) == (True, False, False)
     assert plain == SamplingParams(max_new_tokens=4)
