@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loaders.cuda.pinned import send_into
 from loaders.cuda.static_cache import StaticCache
 
 
@@ -34,7 +35,7 @@ class DecodeInputs:
         for slot, id_, length in zip(slots, ids, lengths, strict=True):
             row_ids[slot], positions[slot], onward[slot] = id_, length, 1
             where[slot] = cache.place(slot, length)
-        _send([row_ids, positions, where, onward, [*slots, *nothing[len(slots) :]]], self._all)
+        send_into(self._all, [row_ids, positions, where, onward, [*slots, *nothing[len(slots) :]]])
         self.chosen, self._first = self._slots[: len(slots)], self.ids[: len(slots)]
         self.in_order = there[0] == list(range(len(slots)))
         self._there = there
@@ -75,11 +76,5 @@ class PromptInputs:
         padding = [0] * (len(self._padding_index) - count)
         positions = [*range(start, start + count), *padding]
         where = [*range(first, first + count), *self._padding_index[: len(padding)]]
-        _send([[*ids, *padding], positions, where], self._all)
-        _send([[slot], [count - 1]], self._which)
-
-
-def _send(rows: list[list[int]], target: Tensor) -> None:
-    """Without waiting: pinned memory is given out again only when the copy from it is over."""
-    values = torch.tensor(rows, dtype=torch.int64, pin_memory=target.is_cuda)
-    target.copy_(values, non_blocking=True)
+        send_into(self._all, [[*ids, *padding], positions, where])
+        send_into(self._which, [[slot], [count - 1]])

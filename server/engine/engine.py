@@ -1,7 +1,7 @@
-"""One loaded model at work: a thread that owns scheduler, runner and cache, and its door to the event loop.
+"""One loaded model: a worker thread that owns scheduler, runner and cache, and its link to the event loop.
 
-Events come in through an inbox, tokens go out with one ``call_soon_threadsafe`` per step. Only the worker
-thread touches sequences, slots and tensors, so there are no locks.
+The event loop sends new and cancelled sequences through an inbox; the thread sends tokens by one
+``call_soon_threadsafe`` per step. Only the thread uses sequences, slots and tensors, so there are no locks.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from loaders.base import LoadedModel
+from server.concurrency import resolve_future
 from server.engine.fair_lock import FairLock
 from server.engine.queue_estimate import QueueEstimate
 from server.engine.sampler import Sampler
@@ -25,14 +26,17 @@ from server.engine.worker import Step, Worker
 from server.errors import DeadlinePassed, GenerationFailed, NotReady, ServiceError, Unloaded
 from server.host.threads import compute_with, resolve
 
-_SLOWEST_GRACE = 2.0  # seconds that any step may take before the engine counts as stalled
+_SLOWEST_GRACE = 2.0  # seconds for any step before the engine is reported as stalled
 
 
 class Engine:
-    """Continuous batching over one ``LoadedModel``. Made and called on the event loop.
+    """Continuous batching over one ``LoadedModel``. Created and called on the event loop.
 
     Args:
-        threads: that a step takes on a CPU; as many as ``server.host.threads`` finds if None.
+        threads: CPU threads of a step; chosen by ``server.host.threads`` if None.
+        on_step: is called on the event loop with the figures of each step.
+        on_death: is called on the event loop with the reason when the worker thread fails.
+        lock: held while a step computes.
     """
 
     def __init__(
@@ -45,25 +49,31 @@ class Engine:
         threads: int | None = None,
         on_step: Callable[[StepStats], None] | None = None,
         on_death: Callable[[str], None] | None = None,
-        turn: FairLock | None = None,
+        lock: FairLock | None = None,
     ) -> None:
         self.model, self.precision = model, model.precision
         self.last_used = time.perf_counter()
         self._on_step, self._on_death = on_step, on_death
         self._threads = resolve(threads)
-        self._scheduler = Scheduler(model.runner.slots, prefill_chunk, prefill_chunk_busy)
+        self._scheduler = Scheduler(
+            model.runner.slots, prefill_chunk, prefill_chunk_busy, on_free=model.runner.free
+        )
         self._estimate = QueueEstimate(
             model.runner.slots, min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
         )
-        self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), turn)
+        self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), lock)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
-        self._live: dict[Sequence, TokenStream] = {}
-        self._dead: str | None = None  # why the worker is no more
+        self._streams: dict[Sequence, TokenStream] = {}
+        self._ended: str | None = None  # why no more sequences are accepted
         self._thread: threading.Thread | None = None
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
-        """Spawns the worker and computes one token, so that the first request pays for no first time."""
+        """Starts the worker thread and waits for its warm-up.
+
+        Raises:
+            Exception: the warm-up failed.
+        """
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(
             target=self._run, args=(ready,), name=f"engine-{self.precision}", daemon=True
@@ -79,75 +89,75 @@ class Engine:
         observe: Callable[[Tensor], None] | None = None,
         chunk: int | None = None,
     ) -> TokenStream:
-        """Queues a sequence; its tokens come by iterating over what is returned.
+        """Queues a sequence and returns the stream of its tokens.
 
         Args:
             ids: the prompt; it and ``max_new_tokens`` together fit the context.
-            deadline: ``time.perf_counter()`` seconds after which it is given up, queued or running.
-            observe: told the prompt's logits, on the worker's thread (see ``Sequence.observe``).
+            deadline: ``time.perf_counter()`` seconds after which it expires, waiting or running.
+            observe: is called with the prompt's logits on the worker's thread (see ``Sequence.observe``).
             chunk: most prompt tokens computed in a step (see ``Sequence.chunk``).
 
         Raises:
-            NotReady: the worker is dead or stopping.
+            NotReady: the worker has failed or is stopping.
         """
-        if self._dead is not None:
-            raise NotReady(f"{self.precision} is not running: {self._dead}")
+        if self._ended is not None:
+            raise NotReady(f"{self.precision} is not running: {self._ended}")
         sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk)
-        generation = self._live[sequence] = TokenStream(sequence, self.cancel)
+        stream = self._streams[sequence] = TokenStream(sequence, self.cancel)
         self.last_used = time.perf_counter()
         self._inbox.put(("add", sequence))
-        return generation
+        return stream
 
     def cancel(self, sequence: Sequence) -> None:
-        if sequence in self._live:
+        if sequence in self._streams:
             self._inbox.put(("cancel", sequence))
 
     @property
     def running(self) -> int:
         """Sequences that hold a slot."""
-        return min(self._scheduler.running, len(self._live))
+        return min(self._scheduler.running, len(self._streams))
 
     @property
     def waiting(self) -> int:
-        return len(self._live) - self.running
+        return len(self._streams) - self.running
 
     def drain_seconds(self) -> float | None:
-        """Until everything that runs or waits is served; None before that can be estimated."""
-        return self._estimate.drain_seconds(self._live)
+        """Until every running and waiting sequence has finished; None before that can be estimated."""
+        return self._estimate.drain_seconds(self._streams)
 
     def finish_seconds(self, prompt_tokens: int, new_tokens: int) -> float | None:
-        """Until a sequence that came now would be served; None if it need not wait, or it isn't known."""
-        return self._estimate.finish_seconds(self._live, prompt_tokens, new_tokens)
+        """Until a sequence queued now would have finished; None if a slot is free or nothing was measured."""
+        return self._estimate.finish_seconds(self._streams, prompt_tokens, new_tokens)
 
     @property
     def stalled_seconds(self) -> float:
-        """How long the current step has been under way; 0 between steps."""
+        """Seconds since the current step began; 0 between steps."""
         since = self._worker.busy_since
         return 0.0 if since is None else time.perf_counter() - since
 
     def health(self) -> str | None:
-        """Why the engine is unwell, or None: a dead worker, or a step far longer than any before."""
-        if self._dead is not None:
-            return self._dead
+        """Why the engine is unhealthy, or None: its worker failed, or a step far exceeds all before it."""
+        if self._ended is not None:
+            return self._ended
         allowed = max(_SLOWEST_GRACE, 5 * self._worker.longest_step)
         if (stalled := self.stalled_seconds) > allowed:
             return f"no progress for {stalled:.0f} s"
         return None
 
     def fail(self, reason: str) -> None:
-        """Ends every sequence with an error; nothing is accepted any more."""
+        """Ends every sequence with an error; ``generate`` raises from now on."""
         self._end(reason, GenerationFailed(f"the {self.precision} worker failed: {reason}"))
 
     def _end(self, reason: str, error: GenerationFailed) -> None:
-        if self._dead is None:
-            self._dead = reason
-            for generation in self._live.values():
-                generation.put(error)
-            self._live.clear()
+        if self._ended is None:
+            self._ended = reason
+            for stream in self._streams.values():
+                stream.put(error)
+            self._streams.clear()
             self._inbox.put(None)
 
     async def stop(self, patience: float = 5.0) -> None:
-        """Ends what is in flight with an error, waits for the thread, drops the model."""
+        """Ends every sequence with an error and waits up to ``patience`` seconds for the thread to end."""
         self._end("it is being unloaded", Unloaded(f"{self.precision} was unloaded; ask again to load it"))
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience)
@@ -159,22 +169,22 @@ class Engine:
         try:
             self._worker.warm_up()
         except BaseException as error:
-            told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
-            self._tell(partial(_settle, ready, told))  # a future takes no other
+            failure = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+            self._call_soon(partial(resolve_future, ready, None, failure))
             with contextlib.suppress(Exception):
                 self._worker.close()
             return
-        self._tell(partial(_settle, ready, None))
+        self._call_soon(partial(resolve_future, ready))
         try:
             while self._receive():
-                self._publish(self._worker.step(time.perf_counter()))
+                self._call_soon(partial(self._deliver, self._worker.step(time.perf_counter())))
             self._worker.close()
-        except BaseException as error:  # also SystemExit: a dead worker must never go unheard
+        except BaseException as error:  # SystemExit as well: the streams must end whatever stops the worker
             reason = f"{type(error).__name__} in the worker thread"
-            self._tell(lambda: self._died(reason))
+            self._call_soon(partial(self._died, reason))
 
     def _receive(self) -> bool:
-        """Takes all that waits in the inbox, waiting for something if there is no work; False: stop."""
+        """Empties the inbox, waiting for a message if there is no work; returns False when it is to stop."""
         block = not self._scheduler.has_work
         while True:
             try:
@@ -190,23 +200,20 @@ class Engine:
                 sequence.cancelled = True
             block = False
 
-    def _publish(self, step: Step) -> None:
-        self._tell(lambda: self._deliver(step))
-
-    def _tell(self, callback: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+    def _call_soon(self, callback: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(callback)
 
     # back on the event loop
 
     def _deliver(self, step: Step) -> None:
         for sequence, item in step.events:
-            generation = self._live.get(sequence)
-            if generation is None:
+            stream = self._streams.get(sequence)
+            if stream is None:
                 continue
-            generation.put(item)
+            stream.put(item)
             if not isinstance(item, Token) or item.finish is not None:
-                del self._live[sequence]
+                del self._streams[sequence]
                 if not isinstance(item, ServiceError) or isinstance(item, DeadlinePassed):
                     self._estimate.observe_end(sequence, late=isinstance(item, DeadlinePassed))
         if step.events:
@@ -218,16 +225,7 @@ class Engine:
                 self._on_step(step.stats)
 
     def _died(self, reason: str) -> None:
-        if self._dead is None:
+        if self._ended is None:
             self.fail(reason)
             if self._on_death is not None:
                 self._on_death(f"{self.precision}: {reason}")
-
-
-def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
-    if future.cancelled():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Engines of one CPU take turns: a forward pass uses every core; two at once get in each other's way."""
+"""A lock for engines that share a CPU: a forward pass uses every core, and two at once slow each other."""
 
 import threading
 from collections import deque
@@ -6,25 +6,25 @@ from types import TracebackType
 
 
 class FairLock:
-    """A mutual exclusion that is first come, first served, so that no precision can starve another.
+    """A lock that is first come, first served, so that no precision can starve another.
 
-    ``threading.Lock`` lets the thread that just released it take it again at once.
+    ``threading.Lock`` lets the thread that released it acquire it again before the threads that wait.
     """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._taken = False
+        self._locked = False
         self._queue: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
         with self._guard:
-            if not self._taken:
-                self._taken = True
+            if not self._locked:
+                self._locked = True
                 return
-            mine = threading.Lock()
-            mine.acquire()
-            self._queue.append(mine)
-        mine.acquire()  # opened by whoever's turn ends
+            ticket = threading.Lock()
+            ticket.acquire()
+            self._queue.append(ticket)
+        ticket.acquire()  # released by the ``__exit__`` of the thread before
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -33,4 +33,4 @@ class FairLock:
             if self._queue:
                 self._queue.popleft().release()
             else:
-                self._taken = False
+                self._locked = False

@@ -1,4 +1,4 @@
-"""What a fault in computing means: whose it is, what it is called, and whether the device still works."""
+"""Errors of a computation: which ServiceError the sequence ends with, and whether the device still works."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,12 +18,12 @@ class BadLogits(ArithmeticError):
 class DeviceLost(BaseException):
     """The accelerator fails every call from now on, as after an illegal access: only a new process helps.
 
-    No request's fault, so nothing that looks after single requests catches it.
+    No request causes it: as a ``BaseException`` it passes code that isolates single requests.
     """
 
 
 def run_isolated(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None]:
-    """The result or the fault. The exception and the tensors its traceback held are gone on return.
+    """The result, or the error. The exception and the tensors that its traceback held are freed on return.
 
     Raises:
         DeviceLost
@@ -31,12 +31,13 @@ def run_isolated(call: Callable[[], _T]) -> tuple[_T | None, ServiceError | None
     try:
         return call(), None
     except Exception as error:
-        fault = as_service_error(error)
+        service_error = as_service_error(error)
     _recover()
-    return None, fault
+    return None, service_error
 
 
 def as_service_error(error: Exception) -> ServiceError:
+    """The error that the request's client receives, without the exception's own text."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, BadLogits):
@@ -47,7 +48,11 @@ def as_service_error(error: Exception) -> ServiceError:
 
 
 def _recover() -> None:
-    """What the failed call held is given back, if the device still answers."""
+    """Frees the device memory that the failed call held.
+
+    Raises:
+        DeviceLost: the device fails this call, too.
+    """
     if not torch.cuda.is_initialized():
         return
     try:
@@ -60,5 +65,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     text = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
-        and any(said in text for said in ("allocate memory", "not enough memory", "out of memory"))
+        and any(phrase in text for phrase in ("allocate memory", "not enough memory", "out of memory"))
     )

@@ -1,8 +1,8 @@
-"""How long the sequences of an engine will take, from how long its latest steps took.
+"""How long an engine will need for its sequences, from the durations of its latest steps.
 
-A sequence takes a step for every chunk of its prompt and one for every token. Sequences that end before
-``max_new_tokens`` are counted in by the share of it that sequences generated lately. Until steps and whole
-sequences were measured, nothing is estimated.
+A sequence needs a step for every chunk of its prompt and one for every token. Many end before
+``max_new_tokens``, so that number is multiplied by the share of it that recent sequences generated. There is
+no estimate until steps and whole sequences have been measured.
 """
 
 import heapq
@@ -14,16 +14,16 @@ from collections.abc import Iterable
 from server.engine.sequence import Sequence, StepStats
 
 _LEAST_WEIGHT = 0.02  # of the latest step in the moving average
-_MARGIN = 1.05  # steps and lengths vary: what is thought to be finished just in time mostly isn't
-_WINDOW = 64  # latest sequences whose lengths are looked at
+_MARGIN = 1.05  # steps and lengths vary: a sequence estimated to finish just in time mostly finishes late
+_WINDOW = 64  # latest sequences whose lengths are averaged
 
 
 class QueueEstimate:
-    """One per engine. Event loop only; what the worker changes meanwhile makes an estimate older by a step.
+    """One per engine. Event loop only; the worker's changes during an estimate make it at most a step old.
 
     Args:
         slots: sequences decoded together.
-        prefill_chunk: prompt tokens computed in a step that decodes, too.
+        prefill_chunk: prompt tokens computed in a step that decodes as well.
     """
 
     def __init__(self, slots: int, prefill_chunk: int) -> None:
@@ -33,9 +33,10 @@ class QueueEstimate:
         self._shares: deque[float] = deque(maxlen=_WINDOW)
 
     def observe_step(self, stats: StepStats) -> None:
-        """A step while every slot was in use, also where none waits: it may be the estimate that lets none.
+        """Records a step in which every slot was used.
 
-        What counts is the time from token to token, of which prompts and other engines' steps are part.
+        The queue may be empty, since the estimate itself may have caused refusals. The time from token to
+        token is averaged: it contains prompt chunks and the steps of other engines.
         """
         if stats.gaps:
             self._steps_seen += 1
@@ -44,18 +45,17 @@ class QueueEstimate:
             self._step_seconds = before + weight * (statistics.fmean(stats.gaps) - before)
 
     def observe_end(self, sequence: Sequence, late: bool = False) -> None:
-        """A sequence was generated to its end, or to where its reader closed it.
+        """Records a sequence that has finished or whose reader has closed it.
 
         Args:
-            sequence: as it is then.
-            late: its time was up; how long it would have become is not known.
+            late: its deadline passed, so its full length is unknown.
         """
         if sequence.generated:
             share = len(sequence.generated) / sequence.params.max_new_tokens
             self._shares.append(1.0 if late else share)
 
     def drain_seconds(self, ahead: Iterable[Sequence]) -> float | None:
-        """Until all of them are served; None if that is not known."""
+        """Seconds until all of them have finished; None before anything was measured."""
         if self._step_seconds is None or not self._shares:
             return None
         share = statistics.fmean(self._shares)
@@ -63,9 +63,9 @@ class QueueEstimate:
         return left / self._slots * self._step_seconds
 
     def finish_seconds(self, ahead: Iterable[Sequence], prompt_tokens: int, new_tokens: int) -> float | None:
-        """Until a sequence that comes behind them would be served.
+        """Seconds until a sequence queued behind them would have finished.
 
-        None if that is not known, or if a slot is free for it now.
+        None before anything was measured, or if a slot is free now.
         """
         if self._step_seconds is None or not self._shares:
             return None
@@ -82,10 +82,10 @@ class QueueEstimate:
         if len(free_after) < self._slots:
             return None
         begun = max(free_after[0] + math.ceil(prompt_tokens / self._chunk), prompts / self._chunk)
-        most = sorted(self._shares)[len(self._shares) * 9 // 10]  # many average out, one may be a long one
-        return (begun + new_tokens * most) * self._step_seconds * _MARGIN
+        share_90 = sorted(self._shares)[len(self._shares) * 9 // 10]  # a single sequence may be a long one
+        return (begun + new_tokens * share_90) * self._step_seconds * _MARGIN
 
     def _steps(self, sequence: Sequence, share: float) -> float:
-        """That are left of it."""
+        """Steps that the sequence still needs."""
         tokens = sequence.params.max_new_tokens - len(sequence.generated)
         return math.ceil(sequence.remaining_prompt / self._chunk) + tokens * share

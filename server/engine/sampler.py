@@ -1,6 +1,6 @@
-"""Logits → tokens. Every row by its own parameters and random stream, untouched by its batch-mates.
+"""Logits → tokens. Each row by its own parameters and random stream: other rows of the batch have no effect.
 
-Order of the steps, as ``transformers`` and TGI have it: penalties and bias, temperature, top-k, top-p,
+Order of operations, as in ``transformers`` and TGI: penalties and bias, temperature, top-k, top-p,
 typical-p, min-p, then one draw by inversion of the cumulative distribution.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from loaders import kernels
 from loaders.kernels import Summary, summarize
-from server.engine.device_sampler import Choice, choose
+from server.engine.device_sampler import DeviceTokens, sample_on_device
 from server.engine.faults import BadLogits, run_isolated
 from server.engine.sequence import (
-    COLDEST,
-    LEAST_LOGPROB,
+    MIN_LOGPROB,
+    MIN_TEMPERATURE,
     FinishReason,
     PromptToken,
     Sequence,
@@ -29,11 +29,12 @@ from server.engine.sequence import (
 
 
 class PendingTokens:
-    """Tokens that are being picked; on an accelerator the host can do other things until it needs them.
+    """Tokens that an accelerator samples while the host does other work.
 
     Args:
-        ids: (rows,) int64, on the device, where the next step can start from them; None if there are none.
-        wait: one token a row, or the error of that row.
+        ids: (rows,) int64, on the device, from which the next step can start; None if the rows could not be
+            sampled together.
+        wait: returns one token a row, or the row's error.
     """
 
     def __init__(self, ids: Tensor | None, wait: Callable[[], list[Token | Exception]]) -> None:
@@ -41,7 +42,7 @@ class PendingTokens:
 
 
 class Sampler:
-    """Picks the next token of each row.
+    """Samples the next token of each row.
 
     Args:
         eos_ids: tokens that end a sequence (unless it ignores them).
@@ -50,76 +51,84 @@ class Sampler:
     def __init__(self, eos_ids: frozenset[int]) -> None:
         self._eos_ids = eos_ids
 
-    def pick(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token | Exception]:
-        """One token a row from (rows, vocabulary) float32 logits; an error in one row stays in its place."""
+    def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token | Exception]:
+        """One token a row from (rows, vocabulary) float32 logits, or the row's error."""
         if logits.is_cuda:
-            return self.begin(logits, sequences).wait()
-        told = any(sequence.params.reports for sequence in sequences)
-        summary = summarize(logits, told, kernels.get())
-        picked: list[Token | Exception] = []
+            return self.launch(logits, sequences).wait()
+        with_logprobs = any(sequence.params.reports for sequence in sequences)
+        summary = summarize(logits, with_logprobs, kernels.get())
+        tokens: list[Token | Exception] = []
         for row, sequence in enumerate(sequences):
             try:
-                picked.append(self._from(summary, logits, row, sequence))
+                tokens.append(self._token(summary, logits, row, sequence))
             except Exception as error:
-                picked.append(error)
-        return picked
+                tokens.append(error)
+        return tokens
 
-    def _from(self, summary: Summary, logits: Tensor, row: int, sequence: Sequence) -> Token:
-        """The token of one row, by as few calls into torch as there can be: each costs more than it does."""
-        chosen, logit = summary.ids[row], summary.largest[row]
+    def _token(self, summary: Summary, logits: Tensor, row: int, sequence: Sequence) -> Token:
+        """The token of one row, with few calls into torch: the overhead of each exceeds its work."""
+        id_, logit = summary.ids[row], summary.largest[row]
         if not math.isfinite(logit):
-            raise _no_numbers()
+            raise _not_numbers()
         if not sequence.params.is_plain:
-            chosen = _choose(logits[row], sequence)
-            logit = float(logits[row, chosen])
-        finish = self._finish(chosen, sequence)
+            id_ = _sample(logits[row], sequence)
+            logit = float(logits[row, id_])
+        finish = self._finish_reason(id_, sequence)
         if summary.log_totals is None or not sequence.params.reports:
-            return Token(chosen, None, (), finish)
+            return Token(id_, None, (), finish)
         log_total = summary.log_totals[row]
         top = _top(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
-        return Token(chosen, _logprob(logit, log_total), top, finish)
+        return Token(id_, _logprob(logit, log_total), top, finish)
 
-    def begin(self, logits: Tensor, sequences: Rows[Sequence]) -> PendingTokens:
-        """As ``pick``, all rows together where the logits are; raises nothing."""
-        # drawn once: rows that are tried again alone go on with the same numbers
-        points = [s.random.random() if s.params.do_sample else 0.0 for s in sequences]
-        choice, _ = run_isolated(partial(choose, logits, sequences, points))
-        if choice is not None:
-            return PendingTokens(choice.ids, partial(self._arrived, choice, list(sequences)))
-        alone = [self._alone(logits[row], one, points[row]) for row, one in enumerate(sequences)]
+    def launch(self, logits: Tensor, sequences: Rows[Sequence]) -> PendingTokens:
+        """As ``sample``, all rows together on the device of the logits; raises nothing."""
+        # drawn once: rows that are sampled again alone use the same numbers
+        uniforms = [s.random.random() if s.params.do_sample else 0.0 for s in sequences]
+        sampled, _ = run_isolated(partial(sample_on_device, logits, sequences, uniforms))
+        if sampled is not None:
+            return PendingTokens(sampled.ids, partial(self._received, sampled, list(sequences)))
+        alone = [self._sample_alone(logits[row], one, uniforms[row]) for row, one in enumerate(sequences)]
         return PendingTokens(None, lambda: alone)
 
-    def _alone(self, logits: Tensor, sequence: Sequence, point: float) -> Token | Exception:
-        """Where all rows together could not be computed, for lack of memory as a rule."""
-        choice, fault = run_isolated(partial(choose, logits[None], [sequence], [point]))
-        if choice is None:
-            return fault or BadLogits("no token could be picked")
-        return self._arrived(choice, [sequence])[0]
+    def _sample_alone(self, logits: Tensor, sequence: Sequence, uniform: float) -> Token | Exception:
+        """For rows that could not be sampled together, mostly for lack of memory."""
+        sampled, error = run_isolated(partial(sample_on_device, logits[None], [sequence], [uniform]))
+        if sampled is None:
+            return error or BadLogits("no token could be picked")
+        return self._received(sampled, [sequence])[0]
 
-    def _arrived(self, choice: Choice, sequences: Rows[Sequence]) -> list[Token | Exception]:
-        ids, highest, *told = choice.wait()
-        picked: list[Token | Exception] = [
-            Token(id_, None, (), self._finish(id_, sequence)) if math.isfinite(logit) else _no_numbers()
+    def _received(self, sampled: DeviceTokens, sequences: Rows[Sequence]) -> list[Token | Exception]:
+        ids, highest, *logprobs = sampled.wait()
+        tokens: list[Token | Exception] = [
+            Token(id_, None, (), self._finish_reason(id_, sequence))
+            if math.isfinite(logit)
+            else _not_numbers()
             for id_, logit, sequence in zip(map(int, ids), highest, sequences, strict=True)
         ]
-        return [_reported(*row) for row in zip(picked, sequences, *told, strict=True)] if told else picked
+        if not logprobs:
+            return tokens
+        return [_with_logprobs(*row) for row in zip(tokens, sequences, *logprobs, strict=True)]
 
-    def _finish(self, chosen: int, sequence: Sequence) -> FinishReason | None:
-        if chosen in self._eos_ids and not sequence.params.ignore_eos:
+    def _finish_reason(self, id_: int, sequence: Sequence) -> FinishReason | None:
+        if id_ in self._eos_ids and not sequence.params.ignore_eos:
             return "eos_token"
-        if chosen in sequence.params.stop_ids:
+        if id_ in sequence.params.stop_ids:
             return "stop_sequence"
         return "length" if len(sequence.generated) + 1 >= sequence.params.max_new_tokens else None
 
 
-def _no_numbers() -> BadLogits:
+def _not_numbers() -> BadLogits:
     return BadLogits("the model returned logits that are not numbers")
 
 
-def _reported(
+def _with_logprobs(
     token: Token | Exception, sequence: Sequence, logprob: float, *alternatives: float
 ) -> Token | Exception:
-    """With the log-probabilities that are told of it; ``alternatives``: n ids, then their n."""
+    """The token with the log-probabilities that its request reports.
+
+    Args:
+        alternatives: n ids, then their n log-probabilities.
+    """
     if isinstance(token, Exception) or not sequence.params.reports:
         return token
     half = len(alternatives) // 2
@@ -129,22 +138,22 @@ def _reported(
 
 
 def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
-    """What the model gave each of ``following`` (n ids) by the (n, vocabulary) logits before it.
+    """Each of ``following`` (n ids) with its log-probability by the (n, vocabulary) logits before it.
 
     Raises:
-        BadLogits: some of them are not numbers.
+        BadLogits: a row's logits are not numbers.
     """
     if not following:
         return []
     logits = logits.cpu()
     summary = summarize(logits, True, kernels.get())
     if not all(map(math.isfinite, summary.largest)):
-        raise _no_numbers()
+        raise _not_numbers()
     log_totals = summary.log_totals or []
-    chosen = logits.gather(1, torch.tensor(following)[:, None])[:, 0].tolist()
+    own = logits.gather(1, torch.tensor(following)[:, None])[:, 0].tolist()
     return [
         PromptToken(id_, _logprob(logit, log_total), _top(row, log_total, top_n) if top_n else ())
-        for id_, logit, log_total, row in zip(following, chosen, log_totals, logits, strict=True)
+        for id_, logit, log_total, row in zip(following, own, log_totals, logits, strict=True)
     ]
 
 
@@ -152,7 +161,7 @@ def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
     """The (vocabulary,) probabilities that a sampling row draws from, float64, summing to 1."""
     params = sequence.params
     scores = _adjust(logits, sequence)
-    scores = (scores - scores.max()) / max(params.temperature, COLDEST)
+    scores = (scores - scores.max()) / max(params.temperature, MIN_TEMPERATURE)
     if params.top_k is not None and params.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
     weights = scores.exp()
@@ -166,7 +175,7 @@ def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
     return probabilities / probabilities.sum()
 
 
-def _choose(logits: Tensor, sequence: Sequence) -> int:
+def _sample(logits: Tensor, sequence: Sequence) -> int:
     if not sequence.params.do_sample:
         return int(_adjust(logits, sequence).argmax())
     cumulative = distribution(logits, sequence).cumsum(0)
@@ -179,8 +188,8 @@ def _choose(logits: Tensor, sequence: Sequence) -> int:
 def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     """The row with penalties and bias applied, withheld tokens excluded; a copy where there are any.
 
-    The repetition penalty (Keskar et al. 2019) looks at prompt and continuation, the frequency and presence
-    penalties (OpenAI's definition) at the continuation alone.
+    The repetition penalty (Keskar et al. 2019) counts prompt and continuation, the frequency and presence
+    penalties (OpenAI's definition) the continuation alone.
     """
     params = sequence.params
     if params.repetition_penalty != 1.0:
@@ -203,25 +212,25 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
 
 
 def _bias(sequence: Sequence) -> tuple[Tensor, Tensor]:
-    """Ids and biases as tensors, made once: there may be one for every token of the vocabulary."""
+    """Ids and biases as tensors, made once: every token of the vocabulary may have a bias."""
     if sequence.bias is None:
         ids, biases = zip(*sequence.params.logit_bias, strict=True)
         sequence.bias = torch.tensor(ids), torch.tensor(biases)
-    made: tuple[Tensor, Tensor] = sequence.bias
-    return made
+    tensors: tuple[Tensor, Tensor] = sequence.bias
+    return tensors
 
 
 def _top_p(weights: Tensor, top_p: float) -> Tensor:
     """Nucleus (Holtzman et al. 2020): the fewest tokens whose mass reaches ``top_p``; at least one."""
-    wanted = top_p * float(weights.sum(dtype=torch.float64))
+    limit = top_p * float(weights.sum(dtype=torch.float64))
     count = min(64, len(weights))
-    while True:  # the nucleus is small as a rule: sorting the whole vocabulary would cost more than the model
+    while True:  # the nucleus is mostly small: sorting the whole vocabulary would cost more than the model
         values, ids = weights.topk(count)
         mass = values.double().cumsum(0)
-        if float(mass[-1]) >= wanted or count == len(weights):
+        if float(mass[-1]) >= limit or count == len(weights):
             break
         count = min(count * 8, len(weights))
-    kept = int((mass < wanted).sum()) + 1
+    kept = int((mass < limit).sum()) + 1
     return torch.zeros_like(weights).index_copy(0, ids[:kept], values[:kept])
 
 
@@ -237,11 +246,11 @@ def _typical_p(weights: Tensor, typical_p: float) -> Tensor:
 
 
 def _top(logits: Tensor, log_total: float, count: int) -> tuple[TokenLogprob, ...]:
-    """The most probable tokens with their natural log-probabilities under the model's own distribution."""
+    """The ``count`` most probable tokens with their log-probabilities under the model's own distribution."""
     values, ids = logits.topk(min(count, len(logits)))
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return tuple(TokenLogprob(id_, _logprob(value, log_total)) for id_, value in pairs)
 
 
 def _logprob(logit: float, log_total: float) -> float:
-    return max(min(logit - log_total, 0.0), LEAST_LOGPROB)
+    return max(min(logit - log_total, 0.0), MIN_LOGPROB)

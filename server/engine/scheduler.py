@@ -1,90 +1,117 @@
-"""Who runs next. Pure Python on sequences: no tensors, no clock of its own, no threads."""
+"""Which sequences run in the next step. Pure Python on sequences: no tensors, no clock, no threads."""
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
 
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, Status
+
+_slot = attrgetter("slot")
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A chunk of a sequence's prompt to prefill in this step."""
 
     sequence: Sequence
-    count: int
+    start: int
+    length: int
+    is_last: bool
 
     @property
-    def is_last(self) -> bool:
-        return self.count == self.sequence.remaining_prompt
+    def ids(self) -> list[int]:
+        return self.sequence.prompt[self.start : self.start + self.length]
+
+
+class Plan(NamedTuple):
+    """What a step does."""
+
+    expired: list[Sequence]
+    """Finished in this call: cancelled or past their deadline."""
+    chunks: list[Chunk]
+    """Oldest sequence first."""
+    rows: list[Sequence]
+    """Sequences to decode, by slot; each has at least one generated token."""
+    token_budget: int
+    """Most prompt tokens of the step."""
 
 
 class Scheduler:
-    """First come, first served into ``slots`` KV slots; everything admitted advances in every step.
+    """First come, first served into ``slots`` KV slots; every running sequence advances in every step.
 
     A step prefills at most ``prefill_chunk`` prompt tokens, ``prefill_chunk_busy`` where rows decode, so
-    that a long prompt delays their next token by no more than that; and it decodes all rows that can.
+    that a long prompt delays their next token by no more than that; and it decodes all rows.
+
+    Args:
+        on_free: is called with each slot whose sequence has finished, before the slot is used again.
     """
 
-    def __init__(self, slots: int, prefill_chunk: int, prefill_chunk_busy: int | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        prefill_chunk: int,
+        prefill_chunk_busy: int | None = None,
+        on_free: Callable[[int], object] = lambda slot: None,
+    ) -> None:
         self._idle_budget = prefill_chunk
         self._busy_budget = min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
+        self._on_free = on_free
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # by slot, oldest first
-        self._free = list(range(slots))  # a heap: low slots first keep the rows in play consecutive
+        self._free_slots = list(range(slots))  # a heap: low slots first keep the decoded rows consecutive
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
-    def admit(self, now: float) -> list[Sequence]:
-        """Moves waiting sequences into free slots; returns those that just got one."""
-        admitted = []
-        while self._waiting and self._free:
+    def schedule(self, now: float) -> Plan:
+        """Finishes expired sequences, admits waiting ones into free slots, and plans the step.
+
+        Args:
+            now: ``time.perf_counter()`` seconds.
+        """
+        expired = self._expire(now)
+        self._admit(now)
+        rows = [sequence for sequence in self._running.values() if sequence.generated]
+        rows.sort(key=_slot)
+        budget = self._busy_budget if rows else self._idle_budget
+        chunks = self._chunks(budget) if len(rows) < len(self._running) else []
+        return Plan(expired, chunks, rows, budget)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Removes a running or waiting sequence and frees its slot; no effect on a finished one."""
+        if sequence.status is Status.RUNNING:
+            del self._running[sequence.slot]
+            heapq.heappush(self._free_slots, sequence.slot)
+            self._on_free(sequence.slot)
+        elif sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def _expire(self, now: float) -> list[Sequence]:
+        sequences = chain(self._running.values(), self._waiting)
+        expired = [s for s in sequences if s.cancelled or (s.deadline is not None and now >= s.deadline)]
+        for sequence in expired:
+            self.finish(sequence)
+        return expired
+
+    def _admit(self, now: float) -> None:
+        while self._waiting and self._free_slots:
             sequence = self._waiting.popleft()
-            sequence.slot = heapq.heappop(self._free)
+            sequence.slot, sequence.status = heapq.heappop(self._free_slots), Status.RUNNING
             sequence.timeline.admitted = now
             self._running[sequence.slot] = sequence
-            admitted.append(sequence)
-        return admitted
 
-    def chunks(self) -> list[Chunk]:
-        """The prompt chunks of this step, oldest sequence first, within the step's budget of tokens."""
-        chunks, budget = [], self.budget
+    def _chunks(self, budget: int) -> list[Chunk]:
+        chunks = []
         for sequence in self._running.values():
-            if sequence.generated:
-                continue
-            if budget and sequence.remaining_prompt:
-                chunk = Chunk(sequence, min(budget, sequence.remaining_prompt, sequence.chunk or budget))
-                chunks.append(chunk)
-                budget -= chunk.count
+            remaining = 0 if sequence.generated else sequence.remaining_prompt
+            if budget and remaining:
+                length = min(budget, remaining, sequence.chunk or budget)
+                chunks.append(Chunk(sequence, sequence.prefilled, length, is_last=length == remaining))
+                budget -= length
         return chunks
-
-    @property
-    def budget(self) -> int:
-        """Most prompt tokens of a step."""
-        decoding = any(sequence.generated for sequence in self._running.values())
-        return self._busy_budget if decoding else self._idle_budget
-
-    def decodable(self) -> list[Sequence]:
-        """The sequences that have a token to go on from, which means that their prompt is done, by slot."""
-        return [sequence for _, sequence in sorted(self._running.items()) if sequence.generated]
-
-    def remove(self, sequence: Sequence) -> int | None:
-        """Forgets a sequence wherever it is; returns the slot that it held, now free for another."""
-        if sequence.slot is None:
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
-            return None
-        slot, sequence.slot = sequence.slot, None
-        del self._running[slot]
-        heapq.heappush(self._free, slot)
-        return slot
-
-    def unwanted(self, now: float) -> list[Sequence]:
-        """Those whose client has gone or whose time is up, running or waiting."""
-        everyone = chain(self._running.values(), self._waiting)
-        return [s for s in everyone if s.cancelled or (s.deadline is not None and now >= s.deadline)]
 
     @property
     def running(self) -> int:

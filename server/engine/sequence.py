@@ -4,26 +4,27 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from functools import cached_property
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-COLDEST = 1e-6  # temperatures below it overflow float32; the distribution is a single token long before
-LEAST_LOGPROB = -9999.0
-"""Of a token that the model rules out, as OpenAI and vLLM have it: JSON has no infinity."""
+MIN_TEMPERATURE = 1e-6  # lower ones overflow float32; the distribution is one token long before that
+MIN_LOGPROB = -9999.0
+"""Reported for a token of probability 0, as by OpenAI and vLLM: JSON has no infinity."""
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
-_DRAWN_BITS = 52
-"""Of a seed that nobody gave: it is told to clients, and JavaScript's numbers hold 53 bits."""
+_SEED_BITS = 52
+"""Of a random seed: responses contain it, and JavaScript's numbers hold 53 bits."""
 
 
 def drawn_seed() -> int:
-    """For a request that brings none."""
-    return secrets.randbits(_DRAWN_BITS)
+    """A random seed, for a request without one."""
+    return secrets.randbits(_SEED_BITS)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence is continued. The routes have validated every range."""
+    """How one sequence is sampled. The routes have validated every range."""
 
     max_new_tokens: int
     do_sample: bool = False
@@ -41,36 +42,36 @@ class SamplingParams:
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the sequence beside the model's own end tokens, also where those are ignored."""
     min_new_tokens: int = 0
-    """``withheld`` tokens are not picked before so many others."""
+    """``withheld`` tokens are not sampled before the sequence has this many."""
     withheld: tuple[int, ...] = ()
     logprobs: bool = False
     """Report each generated token's log-probability under the model's own distribution."""
     top_n: int = 0
-    """Report the n most probable tokens beside each generated token, and beside the prompt's if asked for."""
+    """Report the n most probable tokens with each generated token, and with reported prompt tokens."""
     prompt_logprobs: bool = False
     """Report the prompt's own log-probabilities."""
 
-    # asked at every step, of every row
+    # cached: every step reads them for every row
 
     @cached_property
     def needs_history(self) -> bool:
-        """Whether picking a token needs those before it, which the model has looked at already."""
+        """Whether sampling a token depends on the ids before it."""
         penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
         return bool(penalties or self.withheld)
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether the largest logit is taken as it is."""
+        """Whether the token is the largest of the unchanged logits."""
         return not (self.do_sample or self.needs_history or self.logit_bias)
 
     @cached_property
     def reports(self) -> bool:
-        """Whether log-probabilities are told with its tokens."""
+        """Whether its tokens have log-probabilities."""
         return bool(self.logprobs or self.top_n)
 
 
 class TokenLogprob(NamedTuple):
-    """A token and its log-probability; None for the first of a prompt, which nothing predicts."""
+    """A token and its log-probability; None for a prompt's first token, which has no context."""
 
     id: int
     logprob: float | None
@@ -87,7 +88,7 @@ class Token(NamedTuple):  # a frozen dataclass takes five times as long to make
 
 
 class PromptToken(NamedTuple):
-    """One prompt token, its log-probability given those before it, and the alternatives at its place."""
+    """One prompt token, its log-probability given those before it, and the most probable tokens there."""
 
     id: int
     logprob: float | None
@@ -96,7 +97,7 @@ class PromptToken(NamedTuple):
 
 @dataclass
 class Timeline:
-    """When things happened to a sequence: ``time.perf_counter()`` seconds; None: not yet."""
+    """Times of a sequence's events, in ``time.perf_counter()`` seconds; None: not yet."""
 
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
@@ -127,37 +128,49 @@ class Timeline:
         return (self.last_token or time.perf_counter()) - self.arrived
 
 
+class Status(Enum):
+    """A sequence's stage in the scheduler, which alone changes it."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    """Holds a KV slot."""
+    FINISHED = auto()
+    """Has all its tokens, was cancelled, passed its deadline or failed."""
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and its continuation on their way through one engine. Owned by the worker thread."""
+    """A prompt and its continuation in one engine. Owned by the worker thread."""
 
     prompt: list[int]
     params: SamplingParams
     deadline: float | None = None
-    """``time.perf_counter()`` seconds after which it is given up."""
-    slot: int | None = None
+    """``time.perf_counter()`` seconds after which it expires."""
+    status: Status = Status.WAITING
+    slot: int = -1
+    """The KV slot, from the moment it is running."""
     prefilled: int = 0
-    """Prompt tokens already in the KV slot."""
+    """Prompt tokens in the KV slot."""
     generated: list[int] = field(default_factory=list)
     prompt_tokens: list[PromptToken] = field(default_factory=list)
     cancelled: bool = False
     observe: Callable[[Any], None] | None = None
-    """Told, on the worker's thread, the (tokens, vocabulary) logits of each chunk of the prompt, in order.
-    They are valid during the call; what it raises ends the sequence."""
+    """Is called on the worker's thread with the (tokens, vocabulary) logits of each prompt chunk, in order.
+    They are valid during the call; an exception ends the sequence."""
     chunk: int | None = None
-    """Most tokens of its prompt computed in a step, for work that must delay nobody; None: as usual."""
+    """Most prompt tokens computed in a step, for work in the background; None: the scheduler's budget."""
     timeline: Timeline = field(default_factory=Timeline)
     bias: Any = field(default=None, init=False, repr=False)
-    """The sampler's note of ``logit_bias`` in the form that it needs."""
+    """``logit_bias`` as tensors, cached by the sampler."""
     random: Random = field(init=False, repr=False)
-    """Its own random stream: what it draws depends on its seed and on nothing else that runs."""
+    """Its own random stream: draws depend on its seed alone, not on other sequences."""
 
     def __post_init__(self) -> None:
         self.random = Random(self.params.seed)
 
     @property
     def withheld(self) -> tuple[int, ...]:
-        """Tokens that can't be its next one."""
+        """Tokens that are excluded from the next sampling."""
         return self.params.withheld if len(self.generated) < self.params.min_new_tokens else ()
 
     @property
@@ -165,9 +178,8 @@ class Sequence:
         return len(self.prompt) - self.prefilled
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """What one step of an engine did."""
+class StepStats(NamedTuple):
+    """Figures of one step of an engine."""
 
     batch: int
     """Rows decoded together."""

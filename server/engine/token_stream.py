@@ -1,4 +1,4 @@
-"""The tokens of one sequence, as they come."""
+"""The tokens of one sequence, for one reader."""
 
 import asyncio
 from collections import deque
@@ -9,19 +9,18 @@ from server.errors import ServiceError
 
 
 class TokenStream(AsyncIterator[Token]):
-    """The tokens of one sequence as they come, for one reader.
+    """Iterates over the tokens of one sequence as the engine generates them; for one reader.
 
-    Closing it is cancelling: the slot is free within a step.
+    Closing it cancels the sequence, whose slot is free within a step.
 
     Args:
-        sequence: is generated.
         cancel: the engine's.
     """
 
     def __init__(self, sequence: Sequence, cancel: Callable[[Sequence], None]) -> None:
         self._sequence, self._cancel = sequence, cancel
         self._events: deque[Token | ServiceError | None] = deque()
-        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+        self._arrival: asyncio.Future[None] | None = None  # the waiting reader's
         self._closed = False
 
     @property
@@ -30,13 +29,14 @@ class TokenStream(AsyncIterator[Token]):
 
     @property
     def prompt_tokens(self) -> list[PromptToken]:
-        """The prompt's log-probabilities, if asked for; complete when the first token comes."""
+        """The prompt's log-probabilities if its parameters request them; complete with the first token."""
         return self._sequence.prompt_tokens
 
     def put(self, event: Token | ServiceError | None) -> None:
+        """Adds a token, an error that the reader raises, or None: the end without a token."""
         self._events.append(event)
-        if (waited_for := self._arrival) is not None and not waited_for.done():  # done: told, or given up
-            waited_for.set_result(None)
+        if (arrival := self._arrival) is not None and not arrival.done():  # done: resolved or cancelled
+            arrival.set_result(None)
 
     async def __anext__(self) -> Token:
         if self._closed:
@@ -57,8 +57,8 @@ class TokenStream(AsyncIterator[Token]):
             raise StopAsyncIteration
         raise event
 
-    def at_hand(self) -> Token | None:
-        """The next token if it is here already; None where that can't be told without waiting."""
+    def next_nowait(self) -> Token | None:
+        """The next token if it has arrived; None if the reader has to wait, or to iterate for the end."""
         if self._closed or not self._events or not isinstance(token := self._events[0], Token):
             return None
         self._events.popleft()
@@ -66,7 +66,7 @@ class TokenStream(AsyncIterator[Token]):
         return token
 
     def close(self) -> None:
-        """Cancels what has not been generated yet. Harmless when all has been."""
+        """Cancels the sequence; has no effect once it has finished."""
         self._closed = True
         self._cancel(self._sequence)
 

@@ -139,7 +139,7 @@ class Continuation:
         while token is not None:
             chunk.append(self._piece(token))
             self.pieces.append(chunk[-1])
-            token = None if chunk[-1].finish is not None else self._generation.at_hand()
+            token = None if chunk[-1].finish is not None else self._generation.next_nowait()
         return chunk
 
     def _piece(self, token: Token) -> Piece:

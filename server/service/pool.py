@@ -149,7 +149,7 @@ class Pool:
             threads=self.threads,
             on_step=partial(self._metrics.observe_step, model.precision),
             on_death=self._lifecycle.fail,
-            turn=self._turn,
+            lock=self._turn,
         )
 
     async def _in_thread(self, state: PrecisionState) -> LoadedModel:

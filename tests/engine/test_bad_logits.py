@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from server.engine.faults import BadLogits
 from server.engine.sampler import Sampler, prompt_logprobs
-from server.engine.sequence import LEAST_LOGPROB, SamplingParams, Sequence, Token
+from server.engine.sequence import MIN_LOGPROB, SamplingParams, Sequence, Token
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import Loads
 from tests.routes.test_generate import PROMPT, events
@@ -65,7 +65,7 @@ def test_a_token_that_the_model_rules_out(make_client: Callable[..., TestClient]
     loads.prepare = lambda runner: setattr(runner, "poison", poison)
     client = make_client(precisions="fp32")
     told = client.post("/v1/completions", json=SCORING["/v1/completions"]).json()["choices"][0]["logprobs"]
-    assert told["token_logprobs"][2] == LEAST_LOGPROB
+    assert told["token_logprobs"][2] == MIN_LOGPROB
     others = [value for id_, value in zip(ids[1:], told["token_logprobs"][1:], strict=True) if id_ != ids[2]]
     assert others
     assert all(-20 < value < 0 for value in others)
@@ -76,10 +76,10 @@ def test_alternatives_that_the_model_rules_out(on_a_device: bool) -> None:
     logits = torch.full((1, 11), -torch.inf)
     logits[0, 4] = 1.0
     sampler, rows = Sampler(frozenset()), [Sequence([1], SamplingParams(2, logprobs=True, top_n=3))]
-    [token] = sampler.begin(logits, rows).wait() if on_a_device else sampler.pick(logits, rows)
+    [token] = sampler.launch(logits, rows).wait() if on_a_device else sampler.sample(logits, rows)
     assert isinstance(token, Token)
     assert (token.id, token.logprob) == (4, 0.0)
-    assert [logprob for _, logprob in token.top] == [0.0, LEAST_LOGPROB, LEAST_LOGPROB]
+    assert [logprob for _, logprob in token.top] == [0.0, MIN_LOGPROB, MIN_LOGPROB]
 
 
 def test_a_perplexity_beyond_all_numbers(make_client: Callable[..., TestClient], loads: Loads) -> None:

@@ -78,9 +78,9 @@ def test_each_row_alone_is_chosen_as_the_sampler_chooses(name: str) -> None:
     for seed in range(40):
         row, one, other = logits(seed=seed), made(name, seed), made(name, seed)
         for _ in range(3):
-            (expected,) = sampler.pick(row, [one])
+            (expected,) = sampler.sample(row, [one])
             assert isinstance(expected, Token)
-            assert chosen(sampler.begin(row, [other])) == [expected.id]
+            assert chosen(sampler.launch(row, [other])) == [expected.id]
             for each in (one, other):
                 each.generated.append(expected.id)
 
@@ -90,8 +90,8 @@ def test_all_rows_together_are_chosen_as_each_by_itself() -> None:
     together = [made(name, seed) for seed, name in enumerate(SETTINGS)]
     alone = [made(name, seed) for seed, name in enumerate(SETTINGS)]
     for _ in range(10):
-        expected = [chosen(sampler.begin(rows[i : i + 1], [one]))[0] for i, one in enumerate(alone)]
-        assert chosen(sampler.begin(rows, together)) == expected
+        expected = [chosen(sampler.launch(rows[i : i + 1], [one]))[0] for i, one in enumerate(alone)]
+        assert chosen(sampler.launch(rows, together)) == expected
         for row, id_ in enumerate(expected):
             together[row].generated.append(id_)
             alone[row].generated.append(id_)
@@ -101,17 +101,18 @@ def test_mates_do_not_touch_a_row() -> None:
     """Each setting beside each other, the mate's logits wild."""
     sampler, row = Sampler(frozenset()), logits(seed=3)
     for name in SETTINGS:
-        expected = chosen(sampler.begin(row, [made(name, 11)]))
+        expected = chosen(sampler.launch(row, [made(name, 11)]))
         for mate in SETTINGS:
             both = torch.cat((row, logits(seed=4) * 50))
-            assert chosen(sampler.begin(both, [made(name, 11), made(mate, 12)]))[:1] == expected, (name, mate)
+            found = chosen(sampler.launch(both, [made(name, 11), made(mate, 12)]))
+            assert found[:1] == expected, (name, mate)
 
 
 def test_draws_follow_the_distribution() -> None:
     """Chi-squared over 20,000 rows of one step; the bound is the 99.99 % point of 9 degrees."""
     row, count = torch.randn(10, generator=torch.Generator().manual_seed(4)), 20_000
     rows = [sequence(temperature=1.3, seed=seed) for seed in range(count)]
-    found = torch.tensor(chosen(Sampler(frozenset()).begin(row.expand(count, 10), rows)))
+    found = torch.tensor(chosen(Sampler(frozenset()).launch(row.expand(count, 10), rows)))
     expected = distribution(row, rows[0]) * count
     assert float(((found.bincount(minlength=10) - expected) ** 2 / expected).sum()) < 33.7
 
@@ -123,7 +124,7 @@ def test_a_broken_row_fails_alone_and_its_token_can_be_looked_up(name: str, brok
     rows = logits(3)
     rows[1] = broken
     mates = [made("plain sampling", 1), made(name, 2), made("greedy")]
-    picks = Sampler(frozenset()).begin(rows, mates)
+    picks = Sampler(frozenset()).launch(rows, mates)
     first, second, third = picks.wait()
     assert isinstance(first, Token)
     assert isinstance(second, BadLogits)
@@ -137,7 +138,7 @@ def test_alternatives_and_log_probabilities_are_those_of_each_row() -> None:
     wanted: list[dict[str, Any]] = [{"top_n": 2}, {"logprobs": True}, {}, {"top_n": 5, "logprobs": True}]
     ones = [made("top_k", seed, **more) for seed, more in enumerate(wanted)]
     others = [made("top_k", seed, **more) for seed, more in enumerate(wanted)]
-    for found, expected in zip(sampler.begin(rows, ones).wait(), sampler.pick(rows, others), strict=True):
+    for found, expected in zip(sampler.launch(rows, ones).wait(), sampler.sample(rows, others), strict=True):
         assert isinstance(found, Token)
         assert isinstance(expected, Token)
         assert found.id == expected.id
@@ -148,7 +149,7 @@ def test_alternatives_and_log_probabilities_are_those_of_each_row() -> None:
 
 def test_more_alternatives_than_the_vocabulary_has() -> None:
     rows = torch.randn(2, 3)
-    first, second = Sampler(frozenset()).begin(rows, [made("greedy", top_n=5), made("greedy")]).wait()
+    first, second = Sampler(frozenset()).launch(rows, [made("greedy", top_n=5), made("greedy")]).wait()
     assert isinstance(first, Token)
     assert isinstance(second, Token)
     assert (len(first.top), second.top, second.logprob) == (3, (), None)
@@ -156,17 +157,17 @@ def test_more_alternatives_than_the_vocabulary_has() -> None:
 
 def test_rows_that_fail_together_are_tried_alone_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = logits(3)
-    expected = chosen(Sampler(frozenset()).begin(rows, [made("plain sampling", seed) for seed in range(3)]))
-    real = device_sampler.choose
+    expected = chosen(Sampler(frozenset()).launch(rows, [made("plain sampling", seed) for seed in range(3)]))
+    real = device_sampler.sample_on_device
 
     def short_of_memory(part: torch.Tensor, ones: list[Sequence], points: list[float]) -> Any:
         if len(ones) > 1 or ones[0].params.top_k:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(part, ones, points)
 
-    monkeypatch.setattr("server.engine.sampler.choose", short_of_memory)
+    monkeypatch.setattr("server.engine.sampler.sample_on_device", short_of_memory)
     ones = [made("plain sampling", 0), made("plain sampling", 1), made("top_k", 2)]
-    picks = Sampler(frozenset()).begin(rows, ones)
+    picks = Sampler(frozenset()).launch(rows, ones)
     first, second, third = picks.wait()
     assert picks.ids is None
     assert isinstance(first, Token)

@@ -54,7 +54,7 @@ class House:
 
     def __init__(self, runner: FakeRunner, chunk: int = 8) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(runner.slots, chunk)
+        self.scheduler = Scheduler(runner.slots, chunk, on_free=runner.free)
         self.sampler = Sampler(frozenset({END}))
         self.worker = Worker(runner, self.scheduler, self.sampler)
 
@@ -117,10 +117,10 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
     runner, happened = FakeDeviceRunner(), list[str]()
     runner.on_decode = lambda _: happened.append("launched")
     house = House(runner)
-    begin = house.sampler.begin
+    launch = house.sampler.launch
 
     def watched(*arguments: Any) -> PendingTokens:
-        picks = begin(*arguments)
+        picks = launch(*arguments)
         wait = picks.wait
 
         def read() -> list[Token | Exception]:
@@ -130,7 +130,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
         picks.wait = read
         return picks
 
-    monkeypatch.setattr(house.sampler, "begin", watched)
+    monkeypatch.setattr(house.sampler, "launch", watched)
     house.serve([order(max_new_tokens=5)])
     assert happened == ["launched", "launched", "read", "launched", "read", "launched", "read", "read"]
 
@@ -257,11 +257,12 @@ def test_the_next_in_a_slot_is_untouched_by_the_last() -> None:
         assert asked.leaves is not None or one == alone
 
 
-def test_nothing_is_kept_for_those_who_have_gone() -> None:
+def test_no_state_is_kept_for_finished_sequences() -> None:
     house = House(FakeDeviceRunner())
     house.serve([order([5], max_new_tokens=100)])
-    assert house.worker._ahead is not None
-    assert house.worker._ahead.take() is None
+    overlap = house.worker._executor._overlap
+    assert overlap is not None
+    assert overlap._pending is None
 
 
 @pytest.mark.parametrize("seed", range(25))

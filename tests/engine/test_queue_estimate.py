@@ -95,24 +95,23 @@ class Simulation:
         self.scheduler.add(new)
 
     def step(self, seconds: float) -> None:
-        for late in self.scheduler.unwanted(self.now):
+        plan = self.scheduler.schedule(self.now)
+        for late in plan.expired:
             self._end(late, "late")
-        self.scheduler.admit(self.now)
-        chunks, rows = self.scheduler.chunks(), self.scheduler.decodable()
-        for chunk in chunks:
-            chunk.sequence.prefilled += chunk.count
+        for chunk in plan.chunks:
+            chunk.sequence.prefilled += chunk.length
         self.now += seconds
-        for one in [*rows, *(chunk.sequence for chunk in chunks)]:
+        for one in [*plan.rows, *(chunk.sequence for chunk in plan.chunks)]:
             one.generated.append(1)
             if len(one.generated) == self.live[one]:
                 self.outcomes["tokens"] += len(one.generated)
+                self.scheduler.finish(one)
                 self._end(one, "served")
         if self.scheduler.waiting:
-            self.estimate.observe_step(step(*[seconds] * len(rows)))
+            self.estimate.observe_step(step(*[seconds] * len(plan.rows)))
 
     def _end(self, sequence: Sequence, outcome: str) -> None:
         self.outcomes[outcome] += 1
-        self.scheduler.remove(sequence)
         del self.live[sequence]
         self.estimate.observe_end(sequence, late=outcome == "late")
 

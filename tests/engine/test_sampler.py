@@ -69,7 +69,7 @@ def test_draws_follow_the_distribution() -> None:
     draws = 20_000
     sampler = Sampler(frozenset())
     for _ in range(draws):
-        counts[tokens(sampler.pick(row[None], [one]))[0]] += 1
+        counts[tokens(sampler.sample(row[None], [one]))[0]] += 1
     expected = distribution(row, one) * draws
     assert float(((counts - expected) ** 2 / expected).sum()) < 33.7
 
@@ -87,27 +87,28 @@ def test_a_row_depends_on_its_own_seed_and_logits_only() -> None:
         {"seed": 7, "frequency_penalty": 1.0},
     ]
     together = [sequence(**params) for params in settings]
-    mixed = [tokens(sampler.pick(rows, together)) for _ in range(5)]
+    mixed = [tokens(sampler.sample(rows, together)) for _ in range(5)]
     for i, params in enumerate(settings):
         alone = sequence(**params)
-        assert [tokens(sampler.pick(rows[i : i + 1], [alone]))[0] for _ in range(5)] == [m[i] for m in mixed]
+        found = [tokens(sampler.sample(rows[i : i + 1], [alone]))[0] for _ in range(5)]
+        assert found == [m[i] for m in mixed]
 
 
 def test_greedy_takes_the_largest_after_penalties_and_bias() -> None:
     sampler = Sampler(frozenset())
     row = torch.zeros(1, 12)
     row[0, 3], row[0, 5] = 2.0, 1.9
-    assert tokens(sampler.pick(row, [sequence(do_sample=False)])) == [3]
-    assert tokens(sampler.pick(row, [sequence(do_sample=False, repetition_penalty=2.0)])) == [5]
-    assert tokens(sampler.pick(row, [sequence(do_sample=False, logit_bias=((8, 5.0),))])) == [8]
+    assert tokens(sampler.sample(row, [sequence(do_sample=False)])) == [3]
+    assert tokens(sampler.sample(row, [sequence(do_sample=False, repetition_penalty=2.0)])) == [5]
+    assert tokens(sampler.sample(row, [sequence(do_sample=False, logit_bias=((8, 5.0),))])) == [8]
     repeated = sequence(do_sample=False, presence_penalty=0.5)
     repeated.generated = [3]
-    assert tokens(sampler.pick(row, [repeated])) == [5]
+    assert tokens(sampler.sample(row, [repeated])) == [5]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-7, 0.01])
 def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
-    assert tokens(Sampler(frozenset()).pick(logits(), [sequence(temperature=temperature)])) == [
+    assert tokens(Sampler(frozenset()).sample(logits(), [sequence(temperature=temperature)])) == [
         int(logits().argmax())
     ]
 
@@ -115,7 +116,7 @@ def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
 def test_a_row_of_nan_fails_alone() -> None:
     rows = logits(3)
     rows[1, 4] = float("nan")
-    first, broken, last = Sampler(frozenset()).pick(rows, [sequence(do_sample=False) for _ in range(3)])
+    first, broken, last = Sampler(frozenset()).sample(rows, [sequence(do_sample=False) for _ in range(3)])
     assert isinstance(first, Token)
     assert isinstance(broken, BadLogits)
     assert isinstance(last, Token)
@@ -125,7 +126,7 @@ def test_logprobs_are_the_models_own_whatever_the_filters() -> None:
     row = logits()
     expected = row[0].log_softmax(-1)
     one = sequence(temperature=0.5, top_k=3, logprobs=True, top_n=5)
-    (token,) = Sampler(frozenset()).pick(row, [one])
+    (token,) = Sampler(frozenset()).sample(row, [one])
     assert isinstance(token, Token)
     assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-5)
     assert [t.id for t in token.top] == expected.topk(5).indices.tolist()
@@ -148,7 +149,7 @@ def test_the_end_token_and_the_length_finish_a_sequence() -> None:
     sampler = Sampler(frozenset({3}))
 
     def finish(**params: Any) -> str | None:
-        (token,) = sampler.pick(row, [sequence(do_sample=False, **params)])
+        (token,) = sampler.sample(row, [sequence(do_sample=False, **params)])
         assert isinstance(token, Token)
         return token.finish
 
@@ -159,7 +160,7 @@ def test_the_end_token_and_the_length_finish_a_sequence() -> None:
 
 def test_a_bias_is_made_into_tensors_once() -> None:
     row = sequence(do_sample=False, logit_bias=tuple((id_, -100.0) for id_ in range(VOCABULARY - 1)))
-    assert tokens(Sampler(frozenset()).pick(logits(), [row])) == [VOCABULARY - 1]
+    assert tokens(Sampler(frozenset()).sample(logits(), [row])) == [VOCABULARY - 1]
     made = row.bias
-    assert tokens(Sampler(frozenset()).pick(logits(seed=1), [row])) == [VOCABULARY - 1]
+    assert tokens(Sampler(frozenset()).sample(logits(seed=1), [row])) == [VOCABULARY - 1]
     assert row.bias is made

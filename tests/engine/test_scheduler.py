@@ -1,87 +1,116 @@
 from dataclasses import replace
 
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import SamplingParams, Sequence
+from server.engine.scheduler import Plan, Scheduler
+from server.engine.sequence import SamplingParams, Sequence, Status
 
 
 def sequence(prompt: int = 3) -> Sequence:
     return Sequence(list(range(prompt)), SamplingParams(max_new_tokens=4))
 
 
-def test_first_come_first_served_into_the_lowest_free_slots() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8)
-    first, second, third = sequence(), sequence(), sequence()
-    for one in (first, second, third):
+def scheduler_of(*sequences: Sequence, slots: int = 3, busy: int | None = None) -> Scheduler:
+    scheduler = Scheduler(slots, prefill_chunk=8, prefill_chunk_busy=busy)
+    for one in sequences:
         scheduler.add(one)
-    assert scheduler.admit(1.0) == [first, second]
-    assert (first.slot, second.slot, third.slot) == (0, 1, None)
+    return scheduler
+
+
+def chunks(plan: Plan) -> list[tuple[Sequence, int, int, bool]]:
+    return [(chunk.sequence, chunk.start, chunk.length, chunk.is_last) for chunk in plan.chunks]
+
+
+def test_first_come_first_served_into_the_lowest_free_slots() -> None:
+    first, second, third = sequence(), sequence(), sequence()
+    scheduler = scheduler_of(first, second, third, slots=2)
+    assert [chunk.sequence for chunk in scheduler.schedule(1.0).chunks] == [first, second]
+    assert (first.slot, second.slot) == (0, 1)
+    assert [one.status for one in (first, second, third)] == [Status.RUNNING, Status.RUNNING, Status.WAITING]
     assert (scheduler.running, scheduler.waiting) == (2, 1)
-    assert scheduler.remove(first) == 0
-    assert scheduler.admit(2.0) == [third]
+    scheduler.finish(first)
+    assert [chunk.sequence for chunk in scheduler.schedule(2.0).chunks] == [second, third]
+    assert (first.status, third.status) == (Status.FINISHED, Status.RUNNING)
     assert third.slot == 0
     assert third.timeline.admitted == 2.0
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_within_one_budget() -> None:
-    scheduler = Scheduler(slots=3, prefill_chunk=8)
     long, short = sequence(13), sequence(2)
-    scheduler.add(long)
-    scheduler.add(short)
-    scheduler.admit(0.0)
-    assert [(c.sequence, c.count, c.is_last) for c in scheduler.chunks()] == [(long, 8, False)]
+    scheduler = scheduler_of(long, short)
+    assert chunks(scheduler.schedule(0.0)) == [(long, 0, 8, False)]
     long.prefilled = 8
-    assert [(c.sequence, c.count, c.is_last) for c in scheduler.chunks()] == [
-        (long, 5, True),
-        (short, 2, True),
-    ]
+    plan = scheduler.schedule(0.0)
+    assert chunks(plan) == [(long, 8, 5, True), (short, 0, 2, True)]
+    assert plan.chunks[0].ids == [8, 9, 10, 11, 12]
 
 
 def test_a_prompt_gets_less_of_a_step_while_others_decode() -> None:
-    scheduler = Scheduler(slots=2, prefill_chunk=8, prefill_chunk_busy=3)
     running, long = sequence(2), sequence(20)
-    scheduler.add(long)
-    scheduler.admit(0.0)
-    assert [c.count for c in scheduler.chunks()] == [8]
+    scheduler = scheduler_of(long, slots=2, busy=3)
+    assert chunks(scheduler.schedule(0.0)) == [(long, 0, 8, False)]
     scheduler.add(running)
-    scheduler.admit(0.0)
+    scheduler.schedule(0.0)
     running.prefilled, running.generated = 2, [5]
-    assert [c.count for c in scheduler.chunks()] == [3]
-    scheduler.remove(running)
-    assert [c.count for c in scheduler.chunks()] == [8]
+    assert chunks(scheduler.schedule(0.0)) == [(long, 0, 3, False)]
+    scheduler.finish(running)
+    assert chunks(scheduler.schedule(0.0)) == [(long, 0, 8, False)]
 
 
-def test_only_rows_with_a_token_to_go_on_from_are_decoded() -> None:
-    scheduler = Scheduler(slots=3, prefill_chunk=8)
+def test_only_rows_with_a_last_token_are_decoded() -> None:
     done, pending = sequence(2), sequence(2)
-    scheduler.add(done)
-    scheduler.add(pending)
-    scheduler.admit(0.0)
+    scheduler = scheduler_of(done, pending)
+    assert scheduler.schedule(0.0).rows == []
     done.prefilled, done.generated = 2, [5]
-    assert scheduler.decodable() == [done]
+    plan = scheduler.schedule(0.0)
+    assert plan.rows == [done]
+    assert chunks(plan) == [(pending, 0, 2, True)]
 
 
-def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
-    scheduler = Scheduler(slots=1, prefill_chunk=8)
+def test_rows_are_decoded_in_the_order_of_their_slots() -> None:
+    """Also where a low slot was taken again by a younger sequence."""
+    first, second, third = sequence(), sequence(), sequence()
+    scheduler = scheduler_of(first, second, third, slots=2)
+    scheduler.schedule(0.0)
+    scheduler.finish(first)
+    scheduler.schedule(0.0)
+    second.generated = third.generated = [5]
+    assert scheduler.schedule(0.0).rows == [third, second]
+
+
+def test_a_waiting_sequence_is_removed_without_a_slot() -> None:
     waiting = sequence()
-    scheduler.add(waiting)
-    assert scheduler.remove(waiting) is None
+    scheduler = scheduler_of(waiting)
+    scheduler.finish(waiting)
+    assert waiting.status is Status.FINISHED
     assert not scheduler.has_work
 
 
-def test_who_is_unwanted_running_or_waiting() -> None:
-    scheduler = Scheduler(slots=1, prefill_chunk=8)
+def test_cancelled_and_expired_sequences_running_or_waiting() -> None:
     gone, late, patient = sequence(), sequence(), sequence()
+    scheduler = scheduler_of(patient, gone, late, slots=1)
+    scheduler.schedule(0.0)
     gone.cancelled, late.deadline, patient.deadline = True, 5.0, 5.1
-    for one in (patient, gone, late):
+    assert scheduler.schedule(4.9).expired == [gone]
+    assert scheduler.schedule(5.0).expired == [late]
+    assert scheduler.schedule(6.0).expired == [patient]
+    assert {one.status for one in (gone, late, patient)} == {Status.FINISHED}
+    assert not scheduler.has_work
+
+
+def test_the_slot_of_an_expired_sequence_is_emptied_and_used_in_the_same_step() -> None:
+    freed: list[int] = []
+    scheduler = Scheduler(slots=1, prefill_chunk=8, on_free=freed.append)
+    late, waiting, following = sequence(), sequence(), sequence()
+    for one in (late, waiting, following):
         scheduler.add(one)
-    scheduler.admit(0.0)
-    assert scheduler.unwanted(4.9) == [gone]
-    assert scheduler.unwanted(5.0) == [gone, late]
-    assert scheduler.unwanted(6.0) == [patient, gone, late]
+    scheduler.schedule(0.0)
+    late.deadline = waiting.deadline = 1.0
+    plan = scheduler.schedule(1.0)
+    assert (plan.expired, chunks(plan)) == ([late, waiting], [(following, 0, 3, True)])
+    assert freed == [following.slot] == [0]
 
 
-def test_what_parameters_imply_is_of_them_alone() -> None:
-    """Kept once found out: a copy with other values finds out anew, and comparing looks at the values."""
+def test_derived_parameters_depend_on_the_parameters_only() -> None:
+    """Cached; a copy with other values computes them again, and equality ignores the cache."""
     plain = SamplingParams(max_new_tokens=4)
     assert (plain.is_plain, plain.needs_history, plain.reports) == (True, False, False)
     assert plain == SamplingParams(max_new_tokens=4)

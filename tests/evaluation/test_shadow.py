@@ -231,5 +231,5 @@ def test_a_prompt_that_must_delay_nobody_comes_in_small_chunks() -> None:
     other = Sequence(list(range(40)), SamplingParams(max_new_tokens=1))
     scheduler.add(replayed)
     scheduler.add(other)
-    scheduler.admit(0.0)
-    assert [(one.sequence, one.count) for one in scheduler.chunks()] == [(replayed, 4), (other, 40)]
+    chunks = scheduler.schedule(0.0).chunks
+    assert [(one.sequence, one.length) for one in chunks] == [(replayed, 4), (other, 40)]

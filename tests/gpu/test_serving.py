@@ -94,8 +94,8 @@ def test_the_device_chooses_what_the_host_would() -> None:
     sampler = Sampler(frozenset())
     for seed in range(20):
         rows = logits(len(SETTINGS), seed=seed)
-        on_host = sampler.pick(rows, [made(name, seed) for name in SETTINGS])
-        on_device = sampler.begin(rows.to("cuda"), [made(name, seed) for name in SETTINGS]).wait()
+        on_host = sampler.sample(rows, [made(name, seed) for name in SETTINGS])
+        on_device = sampler.launch(rows.to("cuda"), [made(name, seed) for name in SETTINGS]).wait()
         for name, one, other in zip(SETTINGS, on_host, on_device, strict=True):
             assert isinstance(one, Token)
             assert isinstance(other, Token)

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from loaders.cuda import static_inputs
 from loaders.cuda.graph_runner import GraphRunner, Key
+from loaders.cuda.pinned import send_into
 from tests import checkpoints
 from tests.loaders.cuda.test_graph_runner import specified
 from tests.recorded_graphs import RecordedGraphs
@@ -76,13 +76,13 @@ class Pair:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per transfer to the device."""
-    noted, send = list[int](), static_inputs._send
+    noted = list[int]()
 
-    def noting(rows: list[list[int]], target: torch.Tensor) -> None:
+    def noting(target: torch.Tensor, rows: list[list[int]]) -> None:
         noted.append(len(rows))
-        send(rows, target)
+        send_into(target, rows)
 
-    monkeypatch.setattr(static_inputs, "_send", noting)
+    monkeypatch.setattr("loaders.cuda.static_inputs.send_into", noting)
     return noted
 
 
@@ -104,6 +104,7 @@ def test_nothing_is_sent_for_continuing_rows(sent: list[int]) -> None:
     for slot in (0, 2):
         pair.come(slot, 4)
     runner.decode([0, 2], [5, 6])
+    assert sent
     sent.clear()
     for id_ in range(7, 17):
         runner.decode_from([0, 2], torch.tensor([id_, id_]))
