@@ -131,7 +131,7 @@ def _shadow(app: FastAPI, settings: Settings) -> Shadow | None:
     if settings.shadow_precision is None:
         return None
     shadow = Shadow(settings.shadow_precision, settings, state.pool, state.metrics, lambda: _is_busy(app))
-    state.service.on_arrival, state.service.on_success = shadow.arrival, shadow.finished
+    state.service.places.on_arrival, state.service.on_success = shadow.arrival, shadow.finished
     return shadow
 
 
@@ -142,7 +142,7 @@ def _is_replaying(app: FastAPI) -> bool:
 def _is_busy(app: FastAPI) -> bool:
     """Whether a request runs or waits, or a precision is being loaded."""
     states = app.state.pool.states()
-    return app.state.service.in_flight > 0 or any(one.state == "loading" for one in states)
+    return app.state.service.places.in_flight > 0 or any(one.state == "loading" for one in states)
 
 
 def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":

@@ -6,8 +6,8 @@ sequence that generates nothing: in chunks between the steps of whatever else it
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, closing
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -16,10 +16,11 @@ from loaders.quality import QualityError
 from loaders.quality.prompt import Against, PromptFigures, ReferenceLogits
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, SamplingParams, Timeline
-from server.errors import GenerationFailed, ServiceError
+from server.errors import GenerationFailed
 from server.host import memory
 from server.host.threads import run_in_own_thread
 from server.service.text.codec import TextCodec
+from server.service.text_stream import TextStream
 
 Use = Callable[[str], AbstractAsyncContextManager[Engine]]
 """The engine of a precision, loaded if it must be, for as long as it is needed."""
@@ -42,14 +43,14 @@ class Wish:
     stop: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Written:
-    """A continuation and how it came about."""
+    """A continuation and its times."""
 
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    timeline: Timeline = field(default_factory=Timeline)
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason | None
+    timeline: Timeline
 
     @property
     def ttft_ms(self) -> float:
@@ -112,32 +113,19 @@ class Comparison:
             size = memory.used_bytes(engine.model)
         if self._expected is None:
             self._expected = written.ids
-        run_in_own_thread = first_divergence(self._expected, written.ids)
-        return Compared(precision, written, size, figures, run_in_own_thread)
+        differs = first_divergence(self._expected, written.ids)
+        return Compared(precision, written, size, figures, differs)
 
     async def _write(self, engine: Engine) -> Written:
-        wish, written = self._wish, Written()
-        decoder = self._codec.incremental(wish.ids, wish.stop)
-        outcome = "cancelled"
-        try:
-            async with aclosing(engine.generate(wish.ids, wish.params)) as generation:
-                written.timeline = generation.timeline
-                async for token in generation:
-                    written.ids.append(token.id)
-                    written.text += decoder.push(token.id)
-                    written.finish_reason = "stop_sequence" if decoder.stopped else token.finish
-                    if decoder.stopped:
-                        break
-            written.text += decoder.finish()
-            if decoder.stopped:
-                written.finish_reason = "stop_sequence"
-            outcome = "success"
-        except ServiceError as error:
-            outcome = error.error_type
-            raise
-        finally:
-            self._observe(engine.precision, outcome, written.timeline, len(wish.ids))
-        return written
+        wish = self._wish
+        with closing(engine.generate(wish.ids, wish.params)) as tokens:
+            stream = TextStream(tokens, self._codec, wish.ids, wish.stop)
+            try:
+                await stream.run()
+            finally:
+                self._observe(engine.precision, stream.outcome, stream.timeline, len(wish.ids))
+        ids = [piece.token.id for piece in stream.pieces]
+        return Written(stream.text, ids, stream.finish_reason, stream.timeline)
 
     async def _score_reference(self, engine: Engine) -> PromptFigures:
         self._reference = ReferenceLogits(self._wish.ids)
@@ -160,10 +148,9 @@ class Comparison:
 
 async def _observed(engine: Engine, ids: list[int], observe: Callable[[Tensor], None]) -> None:
     """Computes the prompt and nothing after it."""
-    async with aclosing(
-        engine.generate(ids, SamplingParams(max_new_tokens=0), observe=observe)
-    ) as generation:
-        async for _ in generation:
+    params = SamplingParams(max_new_tokens=0)
+    with closing(engine.generate(ids, params, observe=observe)) as tokens:
+        async for _ in tokens:
             pass
 
 

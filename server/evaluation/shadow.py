@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -221,7 +221,7 @@ async def _scored(engine: Engine, request: Request, chunk: int) -> Tensor:
             kept.append(wanted.detach().to("cpu", torch.float32, copy=True))
 
     params = SamplingParams(max_new_tokens=0)
-    async with aclosing(engine.generate(ids, params, observe=observe, chunk=chunk)) as generation:
-        async for _ in generation:
+    with closing(engine.generate(ids, params, observe=observe, chunk=chunk)) as tokens:
+        async for _ in tokens:
             pass
     return torch.cat(kept)

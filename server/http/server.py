@@ -98,7 +98,7 @@ class Process(Server):
         """Whether all requests came to their end within that time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._app.state.service.in_flight:
+                while self._app.state.service.places.in_flight:
                     await asyncio.sleep(0.05)
                 return True
         return False

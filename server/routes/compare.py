@@ -67,7 +67,7 @@ async def compare(request: Request) -> Response:
 async def _within_time(state: State, body: CompareBody) -> Answer:
     try:
         async with asyncio.timeout(state.settings.request_timeout):
-            with state.service.place():
+            with state.service.places.reserved():
                 return await _compare(state, body)
     except TimeoutError:
         raise DeadlinePassed("the comparison's time was up") from None

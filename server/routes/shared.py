@@ -55,7 +55,7 @@ def whole(request: Request, content: Any, told: dict[str, str]) -> Response:
     response = JSONResponse(content, headers=told)
     if len(response.body) <= _SLICE:
         return response
-    return Stream(_slices(response.body), request.app.state.service.hold_place(), response.headers)
+    return Stream(_slices(response.body), request.app.state.service.places.hold(), response.headers)
 
 
 async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:

@@ -54,11 +54,11 @@ class Lease(AbstractAsyncContextManager[Engine]):
     def __init__(self, state: PrecisionState, loaded: Callable[[PrecisionState], Awaitable[Engine]]) -> None:
         self._state, self._loaded, self._held = state, loaded, False
 
-    async def __aenter__(self) -> Engine:
-        """The engine.
+    async def acquire(self) -> Engine:
+        """The engine, once it is loaded.
 
         Raises:
-            ServiceError: it can't be had; nothing is held then.
+            ServiceError: it can't be loaded; nothing is held then.
         """
         self._held = True
         self._state.users += 1
@@ -69,10 +69,15 @@ class Lease(AbstractAsyncContextManager[Engine]):
             raise
 
     def release(self) -> None:
-        """Any number of times."""
+        """Gives the engine back. It never awaits, so that no cancellation can interrupt it; any number of
+        calls."""
         if self._held:
             self._held = False
             self._state.users -= 1
+
+    async def __aenter__(self) -> Engine:
+        """As ``acquire``."""
+        return await self.acquire()
 
     async def __aexit__(self, *_: object) -> None:
         self.release()

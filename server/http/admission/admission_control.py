@@ -51,19 +51,19 @@ class AdmissionControl:
             return unauthorized or self._counted(error, scope)
         if unauthorized is not None or not is_whole or not hasattr(self._state, "service"):
             return None
-        promised: PromisedPlaces = self._state.service.promised
+        promised: PromisedPlaces = self._state.service.places.promised
         return promised.promise()
 
     def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
         if _is_among(_GENERATING, scope):
-            self._state.service.observe_unread(error)
+            self._state.service.places.observe_unread(error)
         return error
 
     def _closed(self) -> ServiceError | None:
         service = getattr(self._state, "service", None)  # none before the lifespan has begun
         if service is None:
             return None
-        error: ServiceError | None = service.refusal(1)
+        error: ServiceError | None = service.places.refusal(1)
         return error
 
 
