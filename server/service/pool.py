@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 import loaders
-from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec
+from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
 from loaders.footprint import quantization_warning
 from server.engine.engine import Engine
@@ -17,9 +17,10 @@ from server.engine.fair_lock import FairLock
 from server.errors import NotReady, ServiceError
 from server.host import memory
 from server.host.threads import compute_with
-from server.lifecycle import EXIT_FAILED, Lifecycle
+from server.lifecycle import Lifecycle
 from server.observability.metrics import Metrics
-from server.service.precision_state import Lease, LoadProgress, PrecisionState
+from server.service.precision_state import Lease, LoadProgress, PrecisionState, first_state
+from server.service.upkeep import load_first, unload_idle
 from server.settings.server import Settings
 
 Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
@@ -48,18 +49,10 @@ class Pool:
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
         self._turn = FairLock() if self.device == "cpu" else None
-        self._states = {name: self._first_state(name) for name in loaders.PRECISIONS}
+        self._states = {name: first_state(name, self.device) for name in loaders.PRECISIONS}
         self._loads: dict[str, asyncio.Task[Engine]] = {}
         self._loading = asyncio.Lock()
         self._background: list[asyncio.Task[None]] = []
-
-    def _first_state(self, name: str) -> PrecisionState:
-        able: Availability = loaders.availability(name, self.device)
-        if able.ok:
-            return PrecisionState(name)
-        return PrecisionState(name, "unavailable", able.reason, able.install)
-
-    # looking
 
     def state(self, precision: str) -> PrecisionState:
         return self._states[loaders.canonical(precision)]
@@ -83,8 +76,6 @@ class Pool:
 
     def used_bytes(self) -> int:
         return sum(memory.used_bytes(engine.model) for engine in self.engines)
-
-    # using
 
     def use(self, precision: str) -> Lease:
         """The engine, loaded if it must be; it is not unloaded while in use.
@@ -176,11 +167,11 @@ class Pool:
         """Unloads idle precisions, least recently used first, until the new one fits."""
         needed = memory.needed_bytes(state.name, self.spec)
         while needed > (free := self._free_bytes()):
-            if not (idle := self._idle()):
+            if not (idle := self.idle()):
                 raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
             await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
 
-    def _idle(self) -> list[PrecisionState]:
+    def idle(self) -> list[PrecisionState]:
         """What may be unloaded. Never the default: without it the server is not ready, and nobody asks it."""
         return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
 
@@ -222,35 +213,12 @@ class Pool:
         self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
         _log.info("%s unloaded", state.name)
 
-    # life
-
     def start(self) -> None:
         """Begins loading the start-up precisions, the default first, one after another."""
-        self._background.append(asyncio.create_task(self._load_first()))
-        if self._settings.idle_unload_seconds is not None:
-            self._background.append(
-                asyncio.create_task(self._unload_idle(self._settings.idle_unload_seconds))
-            )
-
-    async def _load_first(self) -> None:
-        for name in self._settings.first_precisions():
-            state = self._states[name]
-            if state.state == "unavailable":
-                _log.warning("%s can't run on this host: %s", name, state.reason)
-                continue
-            with contextlib.suppress(ServiceError):  # told in the state, and logged
-                async with self.use(name):
-                    pass
-            if name == self.default and state.state == "failed":
-                self._lifecycle.fail(f"{name} could not be loaded: {state.reason}", EXIT_FAILED)
-
-    async def _unload_idle(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(min(seconds / 4, 10))
-            for state in self._idle():
-                engine = None if state.users else state.engine  # it may have got a user while another ended
-                if engine and time.perf_counter() - engine.last_used > seconds:
-                    await self.unload(state.name)
+        first = load_first(self, self._settings.first_precisions(), self._lifecycle)
+        self._background.append(asyncio.create_task(first))
+        if (seconds := self._settings.idle_unload_seconds) is not None:
+            self._background.append(asyncio.create_task(unload_idle(self, seconds)))
 
     async def stop(self) -> None:
         """Stops the engines. A load under way is left to its daemon thread."""

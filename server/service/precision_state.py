@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import loaders
 from server.engine.engine import Engine
 from server.errors import Unavailable
 
@@ -38,6 +39,14 @@ class PrecisionState:
         """What to raise where the precision can't run here."""
         mend = f" (mend it with: {self.install})" if self.install else ""
         return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
+
+
+def first_state(name: str, device: str) -> PrecisionState:
+    """``unloaded``, or ``unavailable`` with the reason where the device can't run it."""
+    able = loaders.availability(name, device)
+    if able.ok:
+        return PrecisionState(name)
+    return PrecisionState(name, "unavailable", able.reason, able.install)
 
 
 class Lease(AbstractAsyncContextManager[Engine]):
