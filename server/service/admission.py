@@ -1,4 +1,4 @@
-"""Places: how many requests may be in progress, and why one more is refused."""
+"""Places: how many requests may be in progress, and with which error others are refused."""
 
 import math
 import time

@@ -17,33 +17,33 @@ DEFAULT_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as the model's chat template takes them: ``role``, ``content`` and what it knows besides."""
+    """Messages for the model's chat template: ``role``, ``content`` and any further fields that it reads."""
 
     messages: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a client asked for, each value within its range."""
+    """A client's request, validated."""
 
     prompt: str | list[int] | Conversation
     params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=DEFAULT_NEW_TOKENS))
-    """``max_new_tokens`` and ``seed`` in it are overridden by the two below."""
+    """Its ``max_new_tokens`` and ``seed`` are replaced by those of the request."""
     precision: str | None = None
     """Name or alias; the server's default if None."""
     fallback: bool = False
-    """Serve with the default precision, saying so, where the asked one can't be had."""
+    """Serve with the default precision, and report why, where ``precision`` can't be served."""
     stop: tuple[str, ...] = ()
     truncate: int | None = None
     """Keep the prompt's last n tokens."""
     max_new_tokens: int | None = None
-    """64, or the context left if that is less, if None."""
+    """None: 64, or the rest of the context if that is less."""
     length_parameter: str | None = "max_new_tokens"
-    """What the client called that; None if it said nothing of the length."""
+    """The field by which the client set ``max_new_tokens``; None if it set none. Error messages name it."""
     seed: int | None = None
-    """Drawn if None."""
+    """None: drawn at random."""
     choice: Choice | None = None
-    """Why it is that precision, where the server chose it."""
+    """Why the server chose ``precision``, where it did."""
 
 
 class Continuation(TextStream):

@@ -1,6 +1,6 @@
-"""A request from validated parameters to a continuation: what both dialects share.
+"""From a validated request to a running continuation, for both dialects.
 
-Lengths are checked, a place is taken, the prompt encoded, the engine found; then text comes piece by piece.
+``open_all`` reserves places, encodes the prompts, checks their lengths and acquires the engines.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ __all__ = ["Continuation", "Conversation", "GenerationRequest", "GenerationServi
 
 
 class PoolLike(Backlog, Protocol):
-    """What is needed of ``server.service.pool.Pool``."""
+    """The part of ``server.service.pool.Pool`` that opening a continuation needs."""
 
     default: str
 
@@ -53,7 +53,7 @@ class PoolLike(Backlog, Protocol):
 
 
 class GenerationService:
-    """Opens continuations. Places are counted here, before anything is computed for a request."""
+    """Opens continuations; reserves their places before it computes anything for them."""
 
     def __init__(
         self,
@@ -145,7 +145,11 @@ class GenerationService:
                 self.observe(precision, error.error_type, Timeline(), 0)
 
     def _check_deadline(self, engine: Engine, deadline: float, prompt_tokens: int, new_tokens: int) -> None:
-        """Refuses now what would be computed, or wait, for nothing."""
+        """Refuses what can't be finished before its deadline, so that it neither waits nor computes in vain.
+
+        Raises:
+            Overloaded
+        """
         left = deadline - time.perf_counter()
         seconds = engine.finish_seconds(prompt_tokens, new_tokens)
         if seconds is not None and seconds > left:
@@ -156,7 +160,7 @@ class GenerationService:
             )
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
-        """The parameters with length and seed settled, for a prompt of so many tokens.
+        """The sampling parameters, with length and seed set, for a prompt of ``prompt`` tokens.
 
         Raises:
             PromptTooLong, Invalid
@@ -185,7 +189,7 @@ class GenerationService:
         )
 
     def _withheld(self, params: SamplingParams, count: int) -> tuple[int, ...]:
-        """Tokens that would end a sequence of ``count`` tokens before the fewest that were asked for."""
+        """The end tokens, which are not sampled before ``min_new_tokens`` of the ``count`` tokens."""
         if params.min_new_tokens > count:
             raise Invalid(f"min_tokens: at most the {count} tokens of the answer", param="min_tokens")
         if not params.min_new_tokens:
@@ -198,7 +202,7 @@ class GenerationService:
     async def _find_engine(
         self, request: GenerationRequest, deadline: float, held: ExitStack
     ) -> tuple[Engine, str | None]:
-        """The engine, which ``held`` gives back, and why it is the fallback's if it is."""
+        """The engine, which ``held`` releases, and the reason if it is the fallback's."""
         name = request.precision or self._pool.default
         try:
             name = loaders.canonical(name)

@@ -1,4 +1,4 @@
-"""What is known of one precision while the server runs."""
+"""The state of one precision: whether it is loaded, its engine, and the leases of it."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -14,7 +14,7 @@ State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far a load has come; total 0 where it isn't known."""
+    """Progress of a load; ``total`` is 0 if it is unknown."""
 
     stage: str
     current: int
@@ -23,7 +23,7 @@ class LoadProgress:
 
 @dataclass
 class PrecisionState:
-    """One precision of the registry as it stands now."""
+    """One precision of the registry."""
 
     name: str
     state: State = "unloaded"
@@ -36,7 +36,7 @@ class PrecisionState:
     failed_at: float = 0.0
 
     def refusal(self) -> Unavailable:
-        """What to raise where the precision can't run here."""
+        """The error for requests of a precision that this host can't run."""
         mend = f" (mend it with: {self.install})" if self.install else ""
         return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
 
@@ -50,14 +50,11 @@ def first_state(name: str, device: str) -> PrecisionState:
 
 
 class Lease(AbstractAsyncContextManager[Engine]):
-    """The use of one precision's engine, which is not unloaded as idle meanwhile.
-
-    Entering waits until the engine is loaded; releasing never waits, so that no cancellation can keep it
-    from its end.
+    """The use of one precision's engine, which is not unloaded as idle while it is held.
 
     Args:
-        state: the precision, whose users are counted.
-        loaded: loads it where it is not.
+        state: the precision; counts its users.
+        loaded: returns the engine once it is loaded.
     """
 
     def __init__(self, state: PrecisionState, loaded: Callable[[PrecisionState], Awaitable[Engine]]) -> None:
