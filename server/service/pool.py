@@ -49,7 +49,9 @@ class Pool:
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
         self._turn = FairLock() if self.device == "cpu" else None
-        self._states = {name: first_state(name, self.device) for name in loaders.PRECISIONS}
+        self._states = {
+            name: first_state(name, loaders.availability(name, self.device)) for name in loaders.PRECISIONS
+        }
         self._loads: dict[str, asyncio.Task[Engine]] = {}
         self._loading = asyncio.Lock()
         self._background: list[asyncio.Task[None]] = []
@@ -164,11 +166,7 @@ class Pool:
         return await future
 
     async def _make_room(self, state: PrecisionState) -> None:
-        """Unloads idle precisions, the least recently used first, until ``state`` fits.
-
-        Raises:
-            NotReady: there is no room, and no precision is idle.
-        """
+        """Unloads idle precisions, least recently used first; raises ``NotReady`` if that frees too little."""
         needed = memory.needed_bytes(state.name, self.spec)
         while needed > (free := self._free_bytes()):
             if not (idle := self.idle()):

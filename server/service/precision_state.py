@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import loaders
+from loaders.base import Availability
 from server.engine.engine import Engine
 from server.errors import Unavailable
 
@@ -41,9 +41,8 @@ class PrecisionState:
         return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
 
 
-def first_state(name: str, device: str) -> PrecisionState:
-    """``unloaded``, or ``unavailable`` with the reason where the device can't run it."""
-    able = loaders.availability(name, device)
+def first_state(name: str, able: Availability) -> PrecisionState:
+    """``unloaded``, or ``unavailable`` with the reason where this host can't run it."""
     if able.ok:
         return PrecisionState(name)
     return PrecisionState(name, "unavailable", able.reason, able.install)
