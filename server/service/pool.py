@@ -166,7 +166,7 @@ class Pool:
         return await future
 
     async def _make_room(self, state: PrecisionState) -> None:
-        """Unloads idle precisions, least recently used first; raises ``NotReady`` if that frees too little."""
+        """Unloads idle precisions, least recently used first; raises ``NotReady`` if that is not enough."""
         needed = memory.needed_bytes(state.name, self.spec)
         while needed > (free := self._free_bytes()):
             if not (idle := self.idle()):

@@ -54,12 +54,15 @@ def _failure(error: Exception, source: str) -> dict[str, Any]:
     match error:
         case TemplateRefusal():
             # only text from the template is passed on; anything else may be part of the messages
-            said = str(error)[:_LONGEST_REFUSAL]
-            return {"failed": "refused", "said": said if said.isprintable() and said in source else ""}
+            reason = str(error)[:_LONGEST_REFUSAL]
+            return {
+                "failed": "refused",
+                "reason": reason if reason.isprintable() and reason in source else "",
+            }
         case RoleDropped():
             return {"failed": "dropped", "index": error.index, "role": error.role}
         case TemplateSyntaxError():
-            return {"failed": "syntax", "line": error.lineno, "said": str(error.message)[:_LONGEST_REFUSAL]}
+            return {"failed": "syntax", "line": error.lineno, "reason": str(error.message)[:_LONGEST_REFUSAL]}
         case TooLong():
             return {"failed": "length"}
         case MemoryError():

@@ -176,14 +176,14 @@ class _TemplateProcess:
 
 
 def _error(answer: Mapping[str, Any], memory_bytes: int) -> Invalid:
-    said = f": {answer['said']}" if answer.get("said") else ""
+    reason = f": {answer['reason']}" if answer.get("reason") else ""
     match answer["failed"]:
         case "refused":
-            text = f"refuses these messages{said}"
+            text = f"refuses these messages{reason}"
         case "dropped":
             text = f"drops message {answer['index'] + 1}: it has no place there for the role {answer['role']}"
         case "syntax":
-            text = f"is not valid: line {answer['line']}{said}"
+            text = f"is not valid: line {answer['line']}{reason}"
         case "length":
             text = "makes too long a text of these messages"
         case "memory":

@@ -68,12 +68,12 @@ class TokenLength:
 
 def token_length(tokenizer: Any) -> TokenLength | None:
     """The bound of a ``transformers`` tokenizer; None if it has none."""
-    beneath = getattr(tokenizer, "backend_tokenizer", None)
-    if beneath is None or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
         return None
-    if not isinstance(beneath.model, models.BPE):
+    if not isinstance(backend.model, models.BPE):
         return None
-    normalizers, splitters = _parts(beneath.normalizer), _parts(beneath.pre_tokenizer)
+    normalizers, splitters = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
     if normalizers is None or splitters is None or not all(_keeps_text(one) for one in splitters):
         return None
     shrinks = math.prod(_shrinks(one) for one in normalizers)
@@ -81,13 +81,13 @@ def token_length(tokenizer: Any) -> TokenLength | None:
     byte_level = any(one["type"] == "ByteLevel" for one in (*normalizers, *splitters))
     in_bytes = byte_level and not normalizers
     dropped = _missing_bytes(vocabulary) if byte_level else b""
-    covered = (in_bytes or not dropped) if byte_level else _covers_everything(beneath.model, vocabulary)
+    covered = (in_bytes or not dropped) if byte_level else _covers_everything(backend.model, vocabulary)
     if not math.isfinite(shrinks) or not covered:
         return None
-    added = list(beneath.get_added_tokens_decoder().values())
+    added = list(backend.get_added_tokens_decoder().values())
     texts = [one.content for one in added]
-    if beneath.normalizer is not None:
-        texts += [beneath.normalizer.normalize_str(text) for text in texts]
+    if backend.normalizer is not None:
+        texts += [backend.normalizer.normalize_str(text) for text in texts]
     sizes = [len(text.encode()) if in_bytes else len(text) for text in texts]
     most = max(*map(len, vocabulary), *sizes)
     swallowing = tuple(one.content for one in added if one.lstrip or one.rstrip)

@@ -91,10 +91,10 @@ class Vocabulary(dict[int, VocabularyToken]):
 
     def _piece(self, id_: int) -> str | None:
         """The token's string in the vocabulary; None if the tokenizer doesn't know the id."""
-        beneath = getattr(self._tokenizer, "backend_tokenizer", None)
-        if beneath is None and id_ >= len(self._tokenizer):
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None and id_ >= len(self._tokenizer):
             return None
-        look_up = self._tokenizer.convert_ids_to_tokens if beneath is None else beneath.id_to_token
+        look_up = self._tokenizer.convert_ids_to_tokens if backend is None else backend.id_to_token
         found: str | None = look_up(id_)
         return found
 
@@ -133,9 +133,9 @@ def cleans_up(tokenizer: Any) -> bool:
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     """``tokenizer.decode``, or the backend's ``decode`` where ``transformers`` only adds the clean-up to it:
     called twice for every token of a stream, the checks of ``transformers`` cost more than the decoding."""
-    beneath = getattr(tokenizer, "backend_tokenizer", None)
-    if beneath is not None and type(tokenizer)._decode is TokenizersBackend._decode:
-        return partial(beneath.decode, skip_special_tokens=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and type(tokenizer)._decode is TokenizersBackend._decode:
+        return partial(backend.decode, skip_special_tokens=True)
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
