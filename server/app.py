@@ -54,7 +54,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state = await build_state(settings, default_choice, early_refusal, open_checkpoint, load)
         app.state = state  # type: ignore[assignment]  # typed: see state_of
-        admission.service = state.service
+        admission.places = state.service.places
         async with _running(state):
             yield
 

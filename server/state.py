@@ -66,7 +66,7 @@ class AppState:
     @property
     def in_flight(self) -> int:
         """Places taken by requests."""
-        return self.service.in_flight
+        return self.service.places.in_flight
 
     def fail_running(self, reason: str) -> None:
         """Ends all running and waiting sequences with an error."""
@@ -139,5 +139,5 @@ def _make_shadow(
     if settings.shadow_precision is None:
         return None
     shadow = Shadow(settings.shadow_precision, settings, pool, metrics, activity)
-    service.on_arrival, service.on_success = shadow.arrival, shadow.finished
+    service.places.on_arrival, service.on_success = shadow.arrival, shadow.finished
     return shadow

@@ -1,4 +1,4 @@
-"""Output on a terminal: above progress bars, within its width, without the JSON that programs read."""
+"""Output on a terminal: above progress bars, wrapped to its width, without machine-readable JSON."""
 
 import re
 import shutil
@@ -11,12 +11,12 @@ _TERM = re.compile(r"\S.*?\s{2,}")
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal on standard output; None for a file or a pipe."""
+    """Columns of the terminal that is standard output; None for a file or a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def say(text: str = "") -> None:
-    """Prints ``text`` above the progress bars that are being drawn."""
+    """Prints ``text`` above any progress bars."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -32,10 +32,10 @@ def folded(text: str) -> str:
 def _folded(line: str, width: int) -> str:
     term = _TERM.match(line)
     indent = " " * term.end() if term and term.end() < width // 2 else "  "
-    # textwrap would collapse the gap after the term only where it breaks a line
+    # textwrap collapses the gap after the term only where it breaks a line
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False) or line
 
 
 def say_json(line: str, option: str = "--json FILE") -> None:
-    """The machine's line of JSON, last: printed to a file or a pipe; on a terminal, named by its option."""
+    """Prints a line of JSON to a file or a pipe; on a terminal prints the option that writes it instead."""
     say(f"All figures as JSON: {option}, or pipe the output." if sys.stdout.isatty() else line)

@@ -180,7 +180,7 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
 async def at_rest(app: FastAPI, client: httpx.AsyncClient, precision: str = "fp32") -> None:
     """Nothing runs, waits or holds a slot any more, and a plain request is served."""
     state = app.state
-    await until(lambda: not state.service.in_flight)
+    await until(lambda: not state.service.places.in_flight)
     await until(lambda: not any(engine.running + engine.waiting for engine in state.pool.engines))
     await until(lambda: not any(engine.model.runner.held for engine in state.pool.engines))
     reply = await client.post(

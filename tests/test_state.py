@@ -52,7 +52,7 @@ def test_reports_and_shadow_share_the_activity_of_pool_and_service(make_app: Cal
             assert state.shadow is not None
             activity = state.shadow._activity
             assert activity is state.reports._activity
-            with state.service.place():
+            with state.service.places.reserved():
                 assert activity.is_busy()
             await until(activity.is_idle)
             state.pool.state("int8").state = "loading"

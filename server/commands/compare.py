@@ -21,7 +21,7 @@ from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
 from server.commands.table import table
 from server.engine.engine import Engine
 from server.errors import ServiceError
-from server.evaluation.comparison import Compared, Comparison, Wish
+from server.evaluation.comparison import Compared, Comparison, ComparisonRequest
 from server.evaluation.comparison_table import HEADINGS, cells, figures
 from server.host.threads import compute_with
 from server.service.text.codec import TextCodec
@@ -87,7 +87,7 @@ async def _compare(options: Options, prompt: str) -> list[Compared]:
         finally:
             await engine.stop()
 
-    comparison = Comparison(Wish(ids, options.params()), codec, use)
+    comparison = Comparison(ComparisonRequest(ids, options.params()), codec, use)
     return [await comparison.run(name) for name in options.names()]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -18,6 +19,7 @@ from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.host.threads import compute_with
 from server.service.text.codec import TextCodec
+from server.service.text_stream import TextStream
 from server.settings.server import PrecisionSettings
 
 
@@ -75,13 +77,12 @@ async def _continue(
 
 
 async def _show(engine: Engine, codec: TextCodec, ids: list[int], options: Options) -> int:
-    generation = engine.generate(ids, options.params())
-    decoder = codec.incremental(ids)
-    async for token in generation:
-        sys.stdout.write(decoder.push(token.id))
-        sys.stdout.flush()
-    print(decoder.finish())
-    line = generation.timeline
+    with closing(TextStream(engine.generate(ids, options.params()), codec, ids)) as stream:
+        async for chunk in stream.chunks():
+            sys.stdout.write("".join(piece.text for piece in chunk))
+            sys.stdout.flush()
+    print()
+    line = stream.timeline
     rate = f", {(line.tokens - 1) / line.decode_seconds:.1f} tokens/s" if line.decode_seconds else ""
     print(
         f"[{engine.precision}: {line.tokens} tokens, first after {line.prefill_seconds * 1000:.0f} ms{rate}]",

@@ -1,1 +1,1 @@
-"""Precisions compared while serving: side by side, by replay, and layer by layer."""
+"""Comparisons of precisions while serving: side by side, by replay, and layer by layer."""

@@ -1,13 +1,13 @@
-"""One prompt in several precisions, one after another: texts, speed, and how far each is from a reference.
+"""One prompt in several precisions, in turn: texts, speed, and the divergence of each from a reference.
 
-Each precision first continues the prompt, undisturbed by the others; then it scores the prompt itself, as a
-sequence that generates nothing: in chunks between the steps of whatever else its engine is doing.
+Each precision first continues the prompt. Then it scores the prompt as a sequence that generates nothing, in
+chunks, so that the engine's other sequences keep decoding.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, closing
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -16,24 +16,25 @@ from loaders.quality import QualityError
 from loaders.quality.prompt import Against, PromptFigures, ReferenceLogits
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, SamplingParams, Timeline
-from server.errors import GenerationFailed, ServiceError
+from server.errors import GenerationFailed
 from server.host import memory
 from server.host.threads import run_in_own_thread
 from server.service.text.codec import TextCodec
+from server.service.text_stream import TextStream
 
 Use = Callable[[str], AbstractAsyncContextManager[Engine]]
-"""The engine of a precision, loaded if it must be, for as long as it is needed."""
+"""Precision → a context manager of its engine, which is loaded if necessary."""
 Observe = Callable[[str, str, Timeline, int], None]
-"""Told of each generation: precision, outcome, times, prompt tokens."""
+"""Called after each generation with precision, outcome, times and the number of prompt tokens."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What every precision is to do.
+class ComparisonRequest:
+    """What every precision computes.
 
     Args:
         ids: the prompt.
-        params: how to continue it; a sampling one has a seed, the same for all.
+        params: how to continue it; the seed is the same for all.
         stop: strings that end the text.
     """
 
@@ -42,18 +43,18 @@ class Wish:
     stop: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Written:
-    """A continuation and how it came about."""
+    """A continuation and its times."""
 
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    timeline: Timeline = field(default_factory=Timeline)
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason | None
+    timeline: Timeline
 
     @property
     def ttft_ms(self) -> float:
-        """Arrival to first token."""
+        """From arrival to the first token."""
         line = self.timeline
         return 1000 * (line.queue_seconds + line.prefill_seconds)
 
@@ -66,12 +67,12 @@ class Written:
 
 @dataclass(frozen=True)
 class Compared:
-    """One precision on the prompt.
+    """One precision's result.
 
     Args:
-        total_bytes: its weights and KV cache.
-        prompt: its distributions on the prompt against the reference's.
-        first_divergence: index of the first generated token that differs from the reference's; None: none.
+        total_bytes: of its weights and KV cache.
+        prompt: divergence from the reference on the prompt.
+        first_divergence: index of the first generated token that differs from the reference's, if any.
     """
 
     precision: str
@@ -81,30 +82,32 @@ class Compared:
     first_divergence: int | None
 
 
-def _unheard(precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
+def _ignore(precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
     pass
 
 
 class Comparison:
-    """Of one prompt.
+    """Compares precisions on one prompt.
 
     Args:
-        wish: what each precision does.
+        request: what each precision computes.
         codec: the checkpoint's tokenizer.
-        use: where engines come from.
-        observe: told of each generation.
+        use: provides the engines.
+        observe: called after each generation.
     """
 
-    def __init__(self, wish: Wish, codec: TextCodec, use: Use, observe: Observe = _unheard) -> None:
-        self._wish, self._codec, self._use, self._observe = wish, codec, use, observe
-        self._reference = ReferenceLogits(wish.ids)
+    def __init__(
+        self, request: ComparisonRequest, codec: TextCodec, use: Use, observe: Observe = _ignore
+    ) -> None:
+        self._request, self._codec, self._use, self._observe = request, codec, use, observe
+        self._reference = ReferenceLogits(request.ids)
         self._expected: list[int] | None = None
 
     async def run(self, precision: str) -> Compared:
-        """The first one run is the reference of those that follow.
+        """The precision's result. The first run's is the reference of all others.
 
         Raises:
-            ServiceError: it can't be had, or it failed. A reference that failed may be run again.
+            ServiceError: the engine is not available or failed. A failed reference may be run again.
         """
         async with self._use(precision) as engine:
             written = await self._write(engine)
@@ -112,40 +115,26 @@ class Comparison:
             size = memory.used_bytes(engine.model)
         if self._expected is None:
             self._expected = written.ids
-        run_in_own_thread = first_divergence(self._expected, written.ids)
-        return Compared(precision, written, size, figures, run_in_own_thread)
+        differs = first_divergence(self._expected, written.ids)
+        return Compared(precision, written, size, figures, differs)
 
     async def _write(self, engine: Engine) -> Written:
-        wish, written = self._wish, Written()
-        decoder = self._codec.incremental(wish.ids, wish.stop)
-        outcome = "cancelled"
-        try:
-            async with aclosing(engine.generate(wish.ids, wish.params)) as generation:
-                written.timeline = generation.timeline
-                async for token in generation:
-                    written.ids.append(token.id)
-                    written.text += decoder.push(token.id)
-                    written.finish_reason = "stop_sequence" if decoder.stopped else token.finish
-                    if decoder.stopped:
-                        break
-            written.text += decoder.finish()
-            if decoder.stopped:
-                written.finish_reason = "stop_sequence"
-            outcome = "success"
-        except ServiceError as error:
-            outcome = error.error_type
-            raise
-        finally:
-            self._observe(engine.precision, outcome, written.timeline, len(wish.ids))
-        return written
+        request = self._request
+        with closing(engine.generate(request.ids, request.params)) as tokens:
+            stream = TextStream(tokens, self._codec, request.ids, request.stop)
+            try:
+                await stream.run()
+            finally:
+                self._observe(engine.precision, stream.outcome, stream.timeline, len(request.ids))
+        ids = [piece.token.id for piece in stream.pieces]
+        return Written(stream.text, ids, stream.finish_reason, stream.timeline)
 
     async def _score_reference(self, engine: Engine) -> PromptFigures:
-        self._reference = ReferenceLogits(self._wish.ids)
-        await _observed(engine, self._wish.ids, self._reference.add)
+        self._reference = ReferenceLogits(self._request.ids)
+        await _observed(engine, self._request.ids, self._reference.add)
         work = partial(self._against_itself, engine.precision)
-        return await asyncio.to_thread(
-            run_in_own_thread, work, 1
-        )  # of one core, so that streams keep the others
+        # on a single core, so that streams keep the others
+        return await asyncio.to_thread(run_in_own_thread, work, 1)
 
     def _against_itself(self, precision: str) -> PromptFigures:
         against = Against(self._reference)
@@ -154,16 +143,15 @@ class Comparison:
 
     async def _score(self, engine: Engine) -> PromptFigures:
         against = Against(self._reference)
-        await _observed(engine, self._wish.ids, against.add)
+        await _observed(engine, self._request.ids, against.add)
         return _figures(against, engine.precision)
 
 
 async def _observed(engine: Engine, ids: list[int], observe: Callable[[Tensor], None]) -> None:
-    """Computes the prompt and nothing after it."""
-    async with aclosing(
-        engine.generate(ids, SamplingParams(max_new_tokens=0), observe=observe)
-    ) as generation:
-        async for _ in generation:
+    """Computes the prompt without generating a token; passes the prompt's logits to ``observe``."""
+    params = SamplingParams(max_new_tokens=0)
+    with closing(engine.generate(ids, params, observe=observe)) as tokens:
+        async for _ in tokens:
             pass
 
 
@@ -175,7 +163,7 @@ def _figures(against: Against, precision: str) -> PromptFigures:
 
 
 def first_divergence(expected: Sequence[object], found: Sequence[object]) -> int | None:
-    """Index of the first difference; where one goes on after the other's end, that is one."""
+    """Index of the first difference, which may be the end of the shorter one; None if they are equal."""
     for index, (one, other) in enumerate(zip(expected, found, strict=False)):
         if one != other:
             return index

@@ -1,4 +1,4 @@
-"""A comparison's figures as text and as data; in Markdown, the table and under it the texts."""
+"""A comparison's figures as text, as data, and as a Markdown table followed by the texts."""
 
 import re
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def cells(row: Compared) -> list[str]:
 
 
 def figures(row: Compared) -> dict[str, Any]:
-    """A precision's figures, as ``/compare`` tells them."""
+    """A precision's figures, as in the response of ``/compare``."""
     return {
         "generated_text": row.written.text,
         "generated_tokens": len(row.written.ids),
@@ -63,7 +63,7 @@ def figures(row: Compared) -> dict[str, Any]:
 
 
 def _fenced(text: str) -> str:
-    """As a code block, whatever backticks the text has."""
+    """The text as a code block, fenced by more backticks than any in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

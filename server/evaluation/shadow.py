@@ -1,8 +1,7 @@
-"""Quality on real traffic: a share of finished requests goes through a reference again, on idle capacity.
+"""Quality on real traffic: a fraction of finished requests is replayed through a reference, on idle capacity.
 
-What was generated is scored, as it stands, by the precision that served it and by the reference; how far
-their distributions lie apart at each generated token is counted. A request that arrives ends a replay within
-a step.
+The precision that served a request and the reference both score the generated tokens; metrics record the
+divergence of their distributions at each token. An arriving request interrupts a replay within a step.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import logging
 import random
 import time
 from collections import deque
-from contextlib import aclosing
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,15 +29,15 @@ from server.settings.server import Settings
 
 Outcome = Literal["compared", "dropped", "failed"]
 _MOST_WAITING, _MOST_TRIES = 64, 4
-_MOST_LOGITS = 2**25  # of one request that are kept, of each of the two: 128 MB
-_QUIET, _POLL = 0.25, 0.05  # seconds for which nothing may have run before a replay; between looks
-_ROWS = 8  # compared between looks at whether somebody has come
+_MOST_LOGITS = 2**25  # kept of one request for each of the two precisions: 128 MB
+_QUIET, _POLL = 0.25, 0.05  # seconds that the server must have been idle before a replay; between checks
+_ROWS = 8  # rows compared between checks for an arrival
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Request:
-    """What was asked and answered; token ids only."""
+    """A finished request as token ids."""
 
     precision: str
     prompt: list[int]
@@ -48,7 +47,7 @@ class Request:
 
 @dataclass
 class Tally:
-    """What is known of one precision."""
+    """The replays of one precision, summed up."""
 
     outcomes: dict[Outcome, int] = field(default_factory=lambda: {"compared": 0, "dropped": 0, "failed": 0})
     tokens: int = 0
@@ -81,7 +80,7 @@ class Shadow:
     """Event loop only.
 
     Args:
-        reference: the precision that the others are held against; replays wait until it is loaded.
+        reference: the precision that the others are compared with; replays wait until it is loaded.
         activity: replays wait while it is busy.
     """
 
@@ -105,13 +104,13 @@ class Shadow:
         return self._activity.replaying
 
     def arrival(self) -> None:
-        """A request has come: a replay under way gives up."""
+        """Interrupts a running replay, as a request has arrived."""
         self._arrived.set()
 
     def finished(self, done: Continuation) -> None:
-        """A request was served to its end: perhaps it is to be replayed."""
-        wanted = done.precision != self.reference and bool(done.pieces)
-        if not wanted or random.random() >= self._fraction:
+        """Queues a random fraction of the finished requests for a replay."""
+        eligible = done.precision != self.reference and bool(done.pieces)
+        if not eligible or random.random() >= self._fraction:
             return
         if len(self._waiting) == _MOST_WAITING:
             self._count(self._waiting.popleft(), "dropped")
@@ -119,7 +118,7 @@ class Shadow:
         self._waiting.append(Request(done.precision, list(done.prompt_ids), generated))
 
     def figures(self) -> dict[str, Any]:
-        """For ``/stats``."""
+        """The figures of ``/stats``."""
         return {
             "reference": self.reference,
             "fraction": self._fraction,
@@ -142,11 +141,11 @@ class Shadow:
         try:
             figures = await self._unless_interrupted(request)
         except _Interrupted:
-            self._again(request)
+            self._requeue(request)
         except ServiceError:
             self._count(request, "failed")
         except Exception:
-            _log.exception("a fault while replaying a request of %s", request.precision)
+            _log.exception("replaying a request of %s failed", request.precision)
             self._count(request, "failed")
         else:
             self._count(request, "failed" if figures is None else "compared", figures)
@@ -167,9 +166,9 @@ class Shadow:
             await asyncio.gather(work, arrival, return_exceptions=True)
 
     async def _compared(self, request: Request) -> TokenFigures | None:
-        """None where the logits are no numbers."""
+        """The divergence at each generated token; None if some logits are not numbers."""
         if any(self._pool.state(name).engine is None for name in (self.reference, request.precision)):
-            raise _Interrupted  # unloaded, or not loaded yet: perhaps later
+            raise _Interrupted  # it is not loaded; another try follows
         expected = await self._logits(self.reference, request)
         found = await self._logits(request.precision, request)
         targets = torch.tensor(request.generated[: len(expected)])
@@ -179,7 +178,8 @@ class Shadow:
         return figures if bool(torch.isfinite(figures.kl).all()) else None
 
     async def _logits(self, precision: str, request: Request) -> Tensor:
-        """After the prompt, and after each generated token but the last: (generated, vocabulary)."""
+        """The logits at each generated token: after the prompt and each token but the last,
+        (generated, vocabulary)."""
         async with self._pool.use(precision) as engine:
             return await _scored(engine, request, self._chunk)
 
@@ -192,8 +192,8 @@ class Shadow:
             parts.append(compare(expected[rows], found[rows], targets[rows]))
         return TokenFigures.joined(parts)
 
-    def _again(self, request: Request) -> None:
-        """Later; not for ever."""
+    def _requeue(self, request: Request) -> None:
+        """Queues another try, up to ``_MOST_TRIES`` in all."""
         request.tries += 1
         if request.tries >= _MOST_TRIES:
             self._count(request, "dropped")
@@ -224,7 +224,7 @@ async def _scored(engine: Engine, request: Request, chunk: int) -> Tensor:
             kept.append(wanted.detach().to("cpu", torch.float32, copy=True))
 
     params = SamplingParams(max_new_tokens=0)
-    async with aclosing(engine.generate(ids, params, observe=observe, chunk=chunk)) as generation:
-        async for _ in generation:
+    with closing(engine.generate(ids, params, observe=observe, chunk=chunk)) as tokens:
+        async for _ in tokens:
             pass
     return torch.cat(kept)

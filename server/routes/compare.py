@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from loaders.quality.prompt import longest_prompt
 from server.errors import DeadlinePassed, PromptTooLong, ServiceError
-from server.evaluation.comparison import Compared, Comparison, Wish
+from server.evaluation.comparison import Compared, Comparison, ComparisonRequest
 from server.evaluation.comparison_table import figures, markdown
 from server.http.body import read_object
 from server.http.streaming import until_disconnect
@@ -67,7 +67,7 @@ async def compare(request: Request) -> Response:
 async def _within_time(state: AppState, body: CompareBody) -> Answer:
     try:
         async with asyncio.timeout(state.settings.request_timeout):
-            with state.service.place():
+            with state.service.places.reserved():
                 return await _compare(state, body)
     except TimeoutError:
         raise DeadlinePassed("the comparison's time was up") from None
@@ -101,7 +101,7 @@ def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str
     return list(dict.fromkeys([reference, *names]))
 
 
-async def _wish(state: AppState, body: CompareBody) -> Wish:
+async def _wish(state: AppState, body: CompareBody) -> ComparisonRequest:
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     deadline = time.perf_counter() + state.settings.request_timeout
     ids = await state.service.prompts.encode(request, deadline)
@@ -109,7 +109,7 @@ async def _wish(state: AppState, body: CompareBody) -> Wish:
     if len(ids) > most:
         raise PromptTooLong(f"the prompt has {len(ids)} tokens; a comparison takes at most {most}")
     params = state.service.resolve(request, len(ids))
-    return Wish(ids, params, request.stop)
+    return ComparisonRequest(ids, params, request.stop)
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def whole(request: Request, content: Any, told: dict[str, str]) -> Response:
     response = JSONResponse(content, headers=told)
     if len(response.body) <= _SLICE:
         return response
-    return Stream(_slices(response.body), state_of(request.app).service.hold_place(), response.headers)
+    return Stream(_slices(response.body), state_of(request.app).service.places.hold(), response.headers)
 
 
 async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:

@@ -63,7 +63,7 @@ async def stats(
         "queue": {
             "running": sum(engine.running for engine in pool.engines),
             "waiting": sum(engine.waiting for engine in pool.engines),
-            "in_flight": state.service.in_flight,
+            "in_flight": state.service.places.in_flight,
             "capacity": state.settings.max_concurrent_requests,
         },
         "report": _report(state.reports),

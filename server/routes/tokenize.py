@@ -35,7 +35,7 @@ async def tokenize(request: Request) -> Response:
     _check_length(len(body.inputs), state.service.max_total_tokens)
     deadline = time.perf_counter() + state.settings.request_timeout
     with ExitStack() as held:
-        held.enter_context(state.service.place())
+        held.enter_context(state.service.places.reserved())
         tokens = await until_disconnect(request, state.service.prompts.tokenize(body.inputs, deadline))
         if len(tokens) <= _PIECE:
             return Response(b"[%b]" % _rendered(tokens, 0), media_type=_JSON)

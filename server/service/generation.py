@@ -1,13 +1,12 @@
-"""A request from validated parameters to a continuation: what both dialects share.
+"""From a validated request to a running continuation, for both dialects.
 
-Lengths are checked, a place is taken, the prompt encoded, the engine found; then text comes piece by piece.
+``open_all`` reserves places, encodes the prompts, checks their lengths and acquires the engines.
 """
 
 import asyncio
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,48 +25,35 @@ from server.errors import (
     ServiceError,
     Unavailable,
 )
-from server.http.admission.promised_places import PromisedPlaces, release_held
 from server.lifecycle import Lifecycle
 from server.observability.observer import Observer
+from server.service.admission import Backlog, Places
 from server.service.chat.renderer import ChatRenderer
 from server.service.continuation import (
     DEFAULT_NEW_TOKENS,
     Continuation,
     Conversation,
     GenerationRequest,
-    Piece,
 )
 from server.service.precision_state import Lease
 from server.service.text.codec import TextCodec
 from server.service.text.prompt_encoder import PromptEncoder
+from server.service.text_stream import Piece
 from server.settings.server import Settings
 
-__all__ = [
-    "DEFAULT_NEW_TOKENS",
-    "Continuation",
-    "Conversation",
-    "GenerationRequest",
-    "GenerationService",
-    "Observer",
-    "Piece",
-]
-UNREAD = "unread"
-"""What metrics call the precision of a request that was refused before it was read."""
-_DRAIN_AGE = 0.25  # seconds for which the estimate that clients are sent away with is kept
+__all__ = ["Continuation", "Conversation", "GenerationRequest", "GenerationService", "Piece"]
 
 
-class PoolLike(Protocol):
-    """What is needed of ``server.service.pool.Pool``."""
+class PoolLike(Backlog, Protocol):
+    """The part of ``server.service.pool.Pool`` that opening a continuation needs."""
 
     default: str
 
     def use(self, precision: str) -> Lease: ...
 
-    def drain_seconds(self) -> float | None: ...
-
 
 class GenerationService:
-    """Opens continuations. Places are counted here, before anything is computed for a request."""
+    """Opens continuations; reserves their places before it computes anything for them."""
 
     def __init__(
         self,
@@ -77,18 +63,14 @@ class GenerationService:
         pool: PoolLike,
         metrics: Observer,
         lifecycle: Lifecycle,
-        chat: ChatRenderer | None = None,
+        chat: ChatRenderer | None,
     ) -> None:
         self.codec = codec
         self._settings, self._checkpoint = settings, checkpoint
-        self._pool, self._metrics, self._lifecycle = pool, metrics, lifecycle
-        self.on_arrival: Callable[[], None] = lambda: None
+        self._pool, self._metrics = pool, metrics
+        self.places = Places(settings.max_concurrent_requests, lifecycle, pool, metrics)
         self.on_success: Callable[[Continuation], None] = lambda done: None
-        """Told of every request that was served to its end."""
-        self.in_flight = 0
-        """Places taken: continuations open or opening, and what else holds one."""
-        self.promised = PromisedPlaces()
-        self._drain, self._drain_measured = 0.0, -math.inf
+        """Called with every continuation that was generated to its end."""
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
         self.max_total_tokens = total
         self.max_input_tokens = min(settings.max_input_tokens or total - 1, total)
@@ -96,137 +78,93 @@ class GenerationService:
 
     def is_busy(self) -> bool:
         """Whether a place is taken."""
-        return self.in_flight > 0
-
-    async def open(self, request: GenerationRequest) -> Continuation:
-        """Raises a ``ServiceError`` and holds nothing, or returns what must be closed."""
-        with ExitStack() as held:
-            (opened,) = await self.open_all([request], held)
-            held.pop_all()
-        return opened
+        return self.places.in_flight > 0
 
     async def open_all(self, requests: Sequence[GenerationRequest], held: ExitStack) -> list[Continuation]:
-        """Opens them all.
+        """Opens a continuation for each request.
 
         Args:
-            held: of the caller, who closes it in any case, without having awaited anything before. It closes
-                what was opened, also where an error or a cancellation lets some of them be opened only.
+            held: closes the continuations that were opened, even if an error or a cancellation leaves the
+                others unopened. The caller closes it in every case, before it awaits anything.
 
         Raises:
             ServiceError
         """
         opened: list[Continuation] = []
-        encoded: dict[int, list[int]] = {}  # n and best_of have the same prompt several times
-        places = 0
         try:
-            places = self._reserve(len(requests))
-            deadline = time.perf_counter() + self._settings.request_timeout
-            for request in requests:
-                if (key := id(request.prompt)) not in encoded:
-                    encoded[key] = await self.prompts.encode(request, deadline)
-                opened.append(await self._open(request, encoded[key], deadline))
-                held.callback(opened[-1].close)
+            self.places.reserve(len(requests))
+            try:
+                await self._open_each(requests, opened, held)
+            finally:
+                self.places.release(len(requests) - len(opened))
         except ServiceError as error:
-            self._count(requests[len(opened) :], error)
+            self._count_refused(requests[len(opened) :], error)
             raise
-        finally:
-            self.in_flight -= places - len(opened)
         return opened
 
-    def _count(self, refused: Sequence[GenerationRequest], error: ServiceError) -> None:
-        for request in refused:
-            with suppress(LoaderError):  # a label must not be the client's own words
-                precision = loaders.canonical(request.precision or self._pool.default)
-                self._metrics.observe_request(precision, error.error_type, Timeline(), 0)
+    async def _open_each(
+        self, requests: Sequence[GenerationRequest], opened: list[Continuation], held: ExitStack
+    ) -> None:
+        deadline = time.perf_counter() + self._settings.request_timeout
+        encoded: dict[int, list[int]] = {}  # the requests of n and best_of have the same prompt
+        for request in requests:
+            if (key := id(request.prompt)) not in encoded:
+                encoded[key] = await self.prompts.encode(request, deadline)
+            opened.append(await self._open(request, encoded[key], deadline))
+            held.callback(opened[-1].close)
 
-    def closed(self, continuation: Continuation, outcome: str) -> None:
-        self.in_flight -= 1
-        prompt = len(continuation.prompt_ids)
-        self.observe(continuation.precision, outcome, continuation.timeline, prompt)
-        if outcome == "success":
-            self.on_success(continuation)
+    async def _open(self, request: GenerationRequest, prompt: list[int], deadline: float) -> Continuation:
+        params = self.resolve(request, len(prompt))
+        with ExitStack() as held:
+            engine, reason = await self._find_engine(request, deadline, held)
+            self._check_deadline(engine, deadline, len(prompt), params.max_new_tokens)
+            tokens = engine.generate(prompt, params, deadline)
+            held.callback(tokens.close)
+            return Continuation(
+                tokens,
+                self.codec,
+                prompt,
+                request,
+                precision=engine.precision,
+                seed=params.seed,
+                fallback_reason=reason,
+                held=held,
+                on_close=self._on_close,
+            )
+
+    def _on_close(self, done: Continuation) -> None:
+        self.places.release(1)
+        self.observe(done.precision, done.outcome, done.timeline, len(done.prompt_ids))
+        if done.outcome == "success":
+            self.on_success(done)
 
     def observe(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
         """Counts a generation that has ended."""
         self._metrics.observe_request(precision, outcome, timeline, prompt_tokens)
 
-    def observe_unread(self, error: ServiceError) -> None:
-        """Counts a generation that was refused before its request was read."""
-        self.observe(UNREAD, error.error_type, Timeline(), 0)
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Holds a place for work that opens no continuation.
-
-        Raises:
-            NotReady, Overloaded
-        """
-        self._reserve(1)
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-
-    def hold_place(self) -> Callable[[], None]:
-        """Takes a place, whether one is free or not, for a computed answer; returns what gives it back."""
-        held = ExitStack()
-        self.in_flight += 1
-        held.callback(self._give_back)
-        return held.close
-
-    def _give_back(self) -> None:
-        self.in_flight -= 1
-
-    def refusal(self, places: int) -> ServiceError | None:
-        """Why so many would not be given now: ``NotReady`` or ``Overloaded``."""
-        if (not_ready := self._lifecycle.refusal()) is not None:
-            return not_ready
-        limit = self._settings.max_concurrent_requests
-        if self.in_flight + self.promised.count + places <= limit:
-            return None
-        return Overloaded(f"all {limit} places are taken", retry_spread=self._retry_spread())
-
-    def _retry_spread(self) -> float:
-        """Seconds within which refused clients should come back: twice as long as the queue is now, so that
-        on average they come when it is served, and some sooner, for places become free all the time."""
-        now = time.perf_counter()
-        if now - self._drain_measured > _DRAIN_AGE:
-            self._drain, self._drain_measured = self._pool.drain_seconds() or 0.0, now
-        return max(2 * self._drain, Overloaded.retry_spread)
-
-    def _reserve(self, places: int) -> int:
-        release_held()
-        if (error := self.refusal(places)) is not None:
-            raise error
-        self.in_flight += places
-        self.on_arrival()
-        return places
-
-    async def _open(self, request: GenerationRequest, prompt: list[int], deadline: float) -> Continuation:
-        params = self.resolve(request, len(prompt))
-        lease, engine, reason = await self._find_engine(request, deadline)
-        with ExitStack() as held:
-            held.callback(lease.release)
-            self._check_deadline(engine, deadline, len(prompt), params.max_new_tokens)
-            generation = engine.generate(prompt, params, deadline)
-            held.callback(generation.close)
-            opened = Continuation(self, request, engine, lease, generation, prompt, params, reason)
-            held.pop_all()
-        return opened
+    def _count_refused(self, requests: Sequence[GenerationRequest], error: ServiceError) -> None:
+        for request in requests:
+            with suppress(LoaderError):  # an unknown name is the client's text, and never a label
+                precision = loaders.canonical(request.precision or self._pool.default)
+                self.observe(precision, error.error_type, Timeline(), 0)
 
     def _check_deadline(self, engine: Engine, deadline: float, prompt_tokens: int, new_tokens: int) -> None:
-        """Refuses now what would be computed, or wait, for nothing."""
+        """Refuses what can't be finished before its deadline, so that it neither waits nor computes in vain.
+
+        Raises:
+            Overloaded
+        """
         left = deadline - time.perf_counter()
         seconds = engine.finish_seconds(prompt_tokens, new_tokens)
         if seconds is not None and seconds > left:
             limit = self._settings.request_timeout
             raise Overloaded(
                 f"so much is waiting that this would not be finished within {limit:g} s",
-                retry_spread=self._retry_spread(),
+                retry_spread=self.places.retry_spread(),
             )
 
     def resolve(self, request: GenerationRequest, prompt: int) -> SamplingParams:
-        """The parameters with length and seed settled, for a prompt of so many tokens.
+        """The sampling parameters, with length and seed set, for a prompt of ``prompt`` tokens.
 
         Raises:
             PromptTooLong, Invalid
@@ -255,7 +193,7 @@ class GenerationService:
         )
 
     def _withheld(self, params: SamplingParams, count: int) -> tuple[int, ...]:
-        """Tokens that would end a sequence of ``count`` tokens before the fewest that were asked for."""
+        """The end tokens, which are not sampled before ``min_new_tokens`` of the ``count`` tokens."""
         if params.min_new_tokens > count:
             raise Invalid(f"min_tokens: at most the {count} tokens of the answer", param="min_tokens")
         if not params.min_new_tokens:
@@ -266,25 +204,27 @@ class GenerationService:
         return tuple(sorted(ends))
 
     async def _find_engine(
-        self, request: GenerationRequest, deadline: float
-    ) -> tuple[Lease, Engine, str | None]:
+        self, request: GenerationRequest, deadline: float, held: ExitStack
+    ) -> tuple[Engine, str | None]:
+        """The engine, which ``held`` releases, and the reason if it is the fallback's."""
         name = request.precision or self._pool.default
         try:
             name = loaders.canonical(name)
         except LoaderError as error:
             raise BadPrecision(str(error)) from None
         try:
-            return *await self._lease(name, deadline), None
+            return await self._acquire(name, deadline, held), None
         except (Unavailable, NotReady) as error:
             if not request.fallback or name == self._pool.default:
                 raise
             reason = error.message
-        return *await self._lease(self._pool.default, deadline), reason
+        return await self._acquire(self._pool.default, deadline, held), reason
 
-    async def _lease(self, precision: str, deadline: float) -> tuple[Lease, Engine]:
+    async def _acquire(self, precision: str, deadline: float, held: ExitStack) -> Engine:
         lease = self._pool.use(precision)
+        held.callback(lease.release)
         try:
             async with asyncio.timeout(deadline - time.perf_counter()):
-                return lease, await lease.__aenter__()
+                return await lease.acquire()
         except TimeoutError:
             raise DeadlinePassed(f"{precision} was not loaded in time") from None

@@ -1,4 +1,4 @@
-"""Precision → engine: each loaded once, in a thread of its own, within the memory budget."""
+"""Precision → engine: each is loaded once, on a thread of its own, within the memory budget."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 import loaders
-from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec
+from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
 from loaders.footprint import quantization_warning
 from server.engine.engine import Engine
@@ -17,14 +17,15 @@ from server.engine.fair_lock import FairLock
 from server.errors import NotReady, ServiceError
 from server.host import memory
 from server.host.threads import compute_with
-from server.lifecycle import EXIT_FAILED, Lifecycle
+from server.lifecycle import Lifecycle
 from server.observability.metrics import Metrics
-from server.service.precision_state import Lease, LoadProgress, PrecisionState
+from server.service.precision_state import Lease, LoadProgress, PrecisionState, first_state
+from server.service.upkeep import load_first, unload_idle
 from server.settings.server import Settings
 
 Load = Callable[[str, ModelSpec, Callable[[str, int, int], None]], LoadedModel]
-_RETRY_SECONDS = 5.0  # a load that failed is not tried again sooner
-_STOP_SECONDS = 5.0  # an engine gets to finish its step
+_RETRY_SECONDS = 5.0  # between a failed load and the next try
+_STOP_SECONDS = 5.0  # for an engine to finish its step
 _log = logging.getLogger(__name__)
 
 
@@ -43,23 +44,17 @@ class Pool:
         self.spec = settings.spec(checkpoint, settings.max_batch_size)
         self.device = self.spec.device
         self.threads = settings.resolved_threads()
-        """CPU threads of every load and of every step."""
+        """CPU threads of each load and each step."""
         self.default = settings.precision
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
         self._turn = FairLock() if self.device == "cpu" else None
-        self._states = {name: self._first_state(name) for name in loaders.PRECISIONS}
+        self._states = {
+            name: first_state(name, loaders.availability(name, self.device)) for name in loaders.PRECISIONS
+        }
         self._loads: dict[str, asyncio.Task[Engine]] = {}
         self._loading = asyncio.Lock()
         self._background: list[asyncio.Task[None]] = []
-
-    def _first_state(self, name: str) -> PrecisionState:
-        able: Availability = loaders.availability(name, self.device)
-        if able.ok:
-            return PrecisionState(name)
-        return PrecisionState(name, "unavailable", able.reason, able.install)
-
-    # looking
 
     def state(self, precision: str) -> PrecisionState:
         return self._states[loaders.canonical(precision)]
@@ -81,21 +76,19 @@ class Pool:
         return any(state.state == "loading" for state in self._states.values())
 
     def drain_seconds(self) -> float | None:
-        """Until the engine with the most to do has served what runs or waits; None if none can tell."""
+        """The longest of the engines' estimates until running and waiting sequences end; None without one."""
         known = [seconds for engine in self.engines if (seconds := engine.drain_seconds()) is not None]
         return max(known, default=None)
 
     def used_bytes(self) -> int:
         return sum(memory.used_bytes(engine.model) for engine in self.engines)
 
-    # using
-
     def use(self, precision: str) -> Lease:
-        """The engine, loaded if it must be; it is not unloaded while in use.
+        """A lease of the engine, which is loaded if necessary and not unloaded as idle while it is held.
 
-        Entering raises:
+        Acquiring raises:
             Unavailable: this host can't run it.
-            NotReady: it could not be loaded, or there is no room.
+            NotReady: loading failed, or there is no room.
         """
         return Lease(self.state(precision), self._loaded)
 
@@ -106,29 +99,29 @@ class Pool:
             raise NotReady(f"{state.name} could not be loaded: {state.reason}", retry_after=_RETRY_SECONDS)
         if state.name not in self._loads:
             task = self._loads[state.name] = asyncio.create_task(self._load(state))
-            task.add_done_callback(_heard)
-        # shielded: one waiting request that goes away doesn't take the load from the others
+            task.add_done_callback(_retrieve_exception)
+        # shielded: cancelling one waiting request must not cancel the load for the others
         return await asyncio.shield(self._loads[state.name])
 
     async def _load(self, state: PrecisionState) -> Engine:
         state.state, state.reason = "loading", None
         state.progress = LoadProgress("waiting", 0, 0)
         try:
-            # one at a time: a second one would count on the same room; and while it loads, ``transformers``
-            # sets torch's default dtype for the whole process, and then back to what it found
+            # one load at a time: a second one would count on the same free memory, and ``transformers`` sets
+            # torch's default dtype for the whole process while it loads, then restores what it found
             async with self._loading:
                 await self._make_room(state)
                 model = await self._in_thread(state)
                 engine = self._engine_of(model)
-                await engine.start()  # on a GPU it captures, and what it then holds is counted in, too
+                await engine.start()  # on a GPU this captures graphs, whose memory counts too
         except Exception as error:
             state.state, state.failed_at = "failed", time.monotonic()
-            foreseen = isinstance(error, LoaderError | ServiceError)
-            state.reason = str(error) if foreseen else type(error).__name__
-            told = None if foreseen else error  # with its traceback; clients get its name alone
-            _log.warning("%s could not be loaded: %s", state.name, state.reason, exc_info=told)
+            expected = isinstance(error, LoaderError | ServiceError)
+            state.reason = str(error) if expected else type(error).__name__  # clients see no more of a bug
+            traceback = None if expected else error
+            _log.warning("%s could not be loaded: %s", state.name, state.reason, exc_info=traceback)
             if isinstance(error, ServiceError):
-                state.state = "unloaded"  # no room now; there may be some later
+                state.state = "unloaded"  # there may be room later
                 raise
             raise NotReady(f"{state.name} could not be loaded: {state.reason}") from error
         finally:
@@ -153,7 +146,7 @@ class Pool:
         )
 
     async def _in_thread(self, state: PrecisionState) -> LoadedModel:
-        """Loads in a daemon thread: nothing can interrupt a load, and it must not keep the process alive."""
+        """Loads on a daemon thread: a load can't be interrupted and must not keep the process alive."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[LoadedModel] = loop.create_future()
         spec = memory.within(self._settings.memory_budget, self.used_bytes(), self.spec)
@@ -177,15 +170,15 @@ class Pool:
         return await future
 
     async def _make_room(self, state: PrecisionState) -> None:
-        """Unloads idle precisions, least recently used first, until the new one fits."""
+        """Unloads idle precisions, least recently used first; raises ``NotReady`` if that is not enough."""
         needed = memory.needed_bytes(state.name, self.spec)
         while needed > (free := self._free_bytes()):
-            if not (idle := self._idle()):
+            if not (idle := self.idle()):
                 raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
             await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
 
-    def _idle(self) -> list[PrecisionState]:
-        """What may be unloaded. Never the default: without it the server is not ready, and nobody asks it."""
+    def idle(self) -> list[PrecisionState]:
+        """Precisions that may be unloaded; never the default, without which the server is not ready."""
         return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
 
     def _free_bytes(self) -> int:
@@ -194,10 +187,10 @@ class Pool:
         return free if budget is None else min(free, budget - self.used_bytes())
 
     async def load(self, precision: str) -> AsyncGenerator[LoadProgress]:
-        """Loads it, reporting progress; ends when it is ready.
+        """Loads a precision and yields its progress; ends when it is ready.
 
         Raises:
-            Unavailable, NotReady: as ``use``; also when the server is to end, which no load keeps up.
+            Unavailable, NotReady: as ``use``; ``NotReady`` also once the server drains.
         """
         state = self.state(precision)
         if state.engine is not None:
@@ -213,10 +206,10 @@ class Pool:
                 await asyncio.wait([task], timeout=0.1)
             task.result()
         finally:
-            task.cancel()  # if who watched has gone; the load itself goes on
+            task.cancel()  # where the reader left; the load itself, shielded, continues
 
     async def unload(self, precision: str) -> None:
-        """Drops it; what it is generating ends with an error. Unloading what isn't loaded does nothing."""
+        """Stops the precision's engine, if it is loaded; running sequences end with an error."""
         state = self.state(precision)
         engine, state.engine = state.engine, None
         if engine is None:
@@ -226,47 +219,24 @@ class Pool:
         self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
         _log.info("%s unloaded", state.name)
 
-    # life
-
     def start(self) -> None:
-        """Begins loading the start-up precisions, the default first, one after another."""
-        self._background.append(asyncio.create_task(self._load_first()))
-        if self._settings.idle_unload_seconds is not None:
-            self._background.append(
-                asyncio.create_task(self._unload_idle(self._settings.idle_unload_seconds))
-            )
-
-    async def _load_first(self) -> None:
-        for name in self._settings.first_precisions():
-            state = self._states[name]
-            if state.state == "unavailable":
-                _log.warning("%s can't run on this host: %s", name, state.reason)
-                continue
-            with contextlib.suppress(ServiceError):  # told in the state, and logged
-                async with self.use(name):
-                    pass
-            if name == self.default and state.state == "failed":
-                self._lifecycle.fail(f"{name} could not be loaded: {state.reason}", EXIT_FAILED)
-
-    async def _unload_idle(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(min(seconds / 4, 10))
-            for state in self._idle():
-                engine = None if state.users else state.engine  # it may have got a user while another ended
-                if engine and time.perf_counter() - engine.last_used > seconds:
-                    await self.unload(state.name)
+        """Starts loading the start-up precisions in turn, the default first, and unloading idle ones."""
+        first = load_first(self, self._settings.first_precisions(), self._lifecycle)
+        self._background.append(asyncio.create_task(first))
+        if (seconds := self._settings.idle_unload_seconds) is not None:
+            self._background.append(asyncio.create_task(unload_idle(self, seconds)))
 
     async def stop(self) -> None:
-        """Stops the engines. A load under way is left to its daemon thread."""
+        """Stops the engines. A running load is left to its daemon thread."""
         for task in (*self._background, *self._loads.values()):
             task.cancel()
         for engine in self.engines:
-            # a thread that hangs is not waited for: the process is to end and be started again
+            # after a fatal error the thread may hang: the process exits and is restarted
             await engine.stop(0.0 if self._lifecycle.fatal else _STOP_SECONDS)
 
 
-def _heard(load: "asyncio.Task[Engine]") -> None:
-    """Its fault is in the log and in the state, even where all who waited have gone."""
+def _retrieve_exception(load: "asyncio.Task[Engine]") -> None:
+    """Retrieves the exception, which is already logged, so that asyncio doesn't report it again."""
     if not load.cancelled():
         load.exception()
 

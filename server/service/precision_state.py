@@ -1,10 +1,11 @@
-"""What is known of one precision while the server runs."""
+"""The state of one precision: whether it is loaded, its engine, and the leases of it."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from loaders.base import Availability
 from server.engine.engine import Engine
 from server.errors import Unavailable
 
@@ -13,7 +14,7 @@ State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far a load has come; total 0 where it isn't known."""
+    """Progress of a load; ``total`` is 0 if it is unknown."""
 
     stage: str
     current: int
@@ -22,7 +23,7 @@ class LoadProgress:
 
 @dataclass
 class PrecisionState:
-    """One precision of the registry as it stands now."""
+    """One precision of the registry."""
 
     name: str
     state: State = "unloaded"
@@ -35,30 +36,34 @@ class PrecisionState:
     failed_at: float = 0.0
 
     def refusal(self) -> Unavailable:
-        """What to raise where the precision can't run here."""
+        """The error for requests of a precision that this host can't run."""
         mend = f" (mend it with: {self.install})" if self.install else ""
         return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
 
 
-class Lease(AbstractAsyncContextManager[Engine]):
-    """The use of one precision's engine, which is not unloaded as idle meanwhile.
+def first_state(name: str, able: Availability) -> PrecisionState:
+    """``unloaded``, or ``unavailable`` with the reason where this host can't run it."""
+    if able.ok:
+        return PrecisionState(name)
+    return PrecisionState(name, "unavailable", able.reason, able.install)
 
-    Entering waits until the engine is loaded; releasing never waits, so that no cancellation can keep it
-    from its end.
+
+class Lease(AbstractAsyncContextManager[Engine]):
+    """The use of one precision's engine, which is not unloaded as idle while it is held.
 
     Args:
-        state: the precision, whose users are counted.
-        loaded: loads it where it is not.
+        state: the precision; counts its users.
+        loaded: returns the engine once it is loaded.
     """
 
     def __init__(self, state: PrecisionState, loaded: Callable[[PrecisionState], Awaitable[Engine]]) -> None:
         self._state, self._loaded, self._held = state, loaded, False
 
-    async def __aenter__(self) -> Engine:
-        """The engine.
+    async def acquire(self) -> Engine:
+        """The engine, once it is loaded.
 
         Raises:
-            ServiceError: it can't be had; nothing is held then.
+            ServiceError: it can't be loaded; nothing is held then.
         """
         self._held = True
         self._state.users += 1
@@ -69,10 +74,15 @@ class Lease(AbstractAsyncContextManager[Engine]):
             raise
 
     def release(self) -> None:
-        """Any number of times."""
+        """Gives the engine back. It never awaits, so that no cancellation can interrupt it; any number of
+        calls."""
         if self._held:
             self._held = False
             self._state.users -= 1
+
+    async def __aenter__(self) -> Engine:
+        """As ``acquire``."""
+        return await self.acquire()
 
     async def __aexit__(self, *_: object) -> None:
         self.release()

@@ -1,4 +1,4 @@
-"""Watches the engines: a worker that died or hangs ends its requests and, by its exit code, the process."""
+"""Watches the engines: a worker that hangs fails its requests and makes the process exit with an error."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ _PERIOD = 0.5  # seconds
 
 
 async def watch(pool: Pool, lifecycle: Lifecycle, hang_timeout: float) -> None:
-    """Runs until cancelled. ``hang_timeout``: seconds that one step may take before it is given up."""
+    """Fails every engine whose step takes longer than ``hang_timeout`` seconds, until cancelled."""
     while True:
         await asyncio.sleep(_PERIOD)
         for engine in pool.engines:

@@ -51,7 +51,7 @@ def test_scoring_fails_cleanly(make_client: Callable[..., TestClient], loads: Lo
     assert client.post("/generate", json={"inputs": PROMPT, "max_new_tokens": 2}).status_code == 200
     app = client.app
     assert isinstance(app, FastAPI)
-    assert app.state.service.in_flight == 0
+    assert app.state.service.places.in_flight == 0
 
 
 def test_a_token_that_the_model_rules_out(make_client: Callable[..., TestClient], loads: Loads) -> None:

@@ -113,7 +113,7 @@ def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
                 assert reply.status_code == 503
                 assert "worker" in reply.json()["error"]
             assert (await client.get("/health/live")).status_code == 200
-            assert app.state.service.in_flight == 0
+            assert app.state.service.places.in_flight == 0
 
     app = make_app()
     asyncio.run(main())
@@ -131,7 +131,7 @@ def test_a_worker_that_waits_for_one_that_hangs_is_not_ready(
             await until(lambda: gate.prompts)
             assert (await client.get("/health")).status_code == 200
             waiting = asyncio.create_task(client.post("/generate", json={"inputs": PROMPT}))
-            await until(lambda: app.state.service.in_flight == 2)
+            await until(lambda: app.state.service.places.in_flight == 2)
             await asyncio.sleep(0.4)
             reply = await client.get("/health")
             assert reply.status_code == 503

@@ -65,7 +65,7 @@ def test_each_is_what_it_is_alone(family: str, tmp_path: Path) -> None:
                 assert [shown(reply) for reply in together] == alone
                 assert len({text for text, *_ in alone}) > len(alone) / 2  # the wishes were heard
                 assert await large_batches(client, precision)
-            await until(lambda: not app.state.service.in_flight)
+            await until(lambda: not app.state.service.places.in_flight)
 
     folder = checkpoints.save(
         {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[family](), tmp_path / "m"

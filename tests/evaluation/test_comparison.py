@@ -18,7 +18,7 @@ from loaders.quality.prompt import longest_prompt
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, Timeline
 from server.errors import GenerationFailed
-from server.evaluation.comparison import Comparison, Wish, first_divergence
+from server.evaluation.comparison import Comparison, ComparisonRequest, first_divergence
 from server.service.text.codec import TextCodec
 from tests import checkpoints
 from tests.conftest import until
@@ -65,8 +65,8 @@ def with_engines(
     asyncio.run(main())
 
 
-def wish(count: int = 12, prompt: str = PROMPT, stop: tuple[str, ...] = ()) -> Wish:
-    return Wish(CODEC.encode(prompt), SamplingParams(max_new_tokens=count), stop)
+def request(count: int = 12, prompt: str = PROMPT, stop: tuple[str, ...] = ()) -> ComparisonRequest:
+    return ComparisonRequest(CODEC.encode(prompt), SamplingParams(max_new_tokens=count), stop)
 
 
 def fakes(**precisions: FakeRunner) -> dict[str, LoadedModel]:
@@ -93,7 +93,7 @@ def test_figures_equal_the_obvious_computation(tmp_path: Path, prefill_chunk: in
     expected = {name: by_hand(models["fp32"], models[name], ids) for name in names}
 
     async def check(engines: Engines) -> None:
-        comparison = Comparison(wish(), CODEC, engines.use)
+        comparison = Comparison(request(), CODEC, engines.use)
         rows = [await comparison.run(name) for name in names]
         for row in rows:
             perplexity, kl, same = expected[row.precision]
@@ -139,7 +139,7 @@ def test_the_running_go_on_while_a_prompt_is_scored() -> None:
         async with engines.use("fp32") as engine:
             stream = engine.generate(CODEC.encode("ab"), SamplingParams(max_new_tokens=150))
             await anext(stream)
-            comparison = Comparison(wish(1, PROMPT * 3), CODEC, engines.use)
+            comparison = Comparison(request(1, PROMPT * 3), CODEC, engines.use)
             before = stream.timeline.tokens
             await comparison.run("fp32")
             assert stream.timeline.tokens - before >= len(CODEC.encode(PROMPT * 3)) // 8
@@ -150,7 +150,7 @@ def test_the_running_go_on_while_a_prompt_is_scored() -> None:
 
 def test_a_prompt_of_one_token_has_no_perplexity() -> None:
     async def check(engines: Engines) -> None:
-        row = await Comparison(wish(3, "a"), CODEC, engines.use).run("fp32")
+        row = await Comparison(request(3, "a"), CODEC, engines.use).run("fp32")
         assert row.prompt.prompt_perplexity is None
         assert (row.prompt.mean_kl, row.prompt.top1_agreement) == (0.0, 1.0)
 
@@ -162,7 +162,7 @@ def test_a_stop_string_ends_the_text() -> None:
     stop = text[5:8]
 
     async def check(engines: Engines) -> None:
-        row = await Comparison(wish(12, PROMPT, (stop,)), CODEC, engines.use).run("fp32")
+        row = await Comparison(request(12, PROMPT, (stop,)), CODEC, engines.use).run("fp32")
         assert row.written.text == text[: text.index(stop)]
         assert row.written.finish_reason == "stop_sequence"
         assert len(row.written.ids) == text.index(stop) + 3
@@ -177,7 +177,7 @@ def test_generations_are_told_of_and_scoring_is_not() -> None:
         told.append((precision, outcome, timeline.tokens, prompt_tokens))
 
     async def check(engines: Engines) -> None:
-        comparison = Comparison(wish(5), CODEC, engines.use, observe)
+        comparison = Comparison(request(5), CODEC, engines.use, observe)
         await comparison.run("fp32")
         await comparison.run("int8")
 
@@ -194,7 +194,7 @@ def test_one_that_fails_is_named_and_the_next_goes_on() -> None:
     bad.poison = broken
 
     async def check(engines: Engines) -> None:
-        comparison = Comparison(wish(5), CODEC, engines.use)
+        comparison = Comparison(request(5), CODEC, engines.use)
         with pytest.raises(GenerationFailed, match="int8: the model gives logits that are not numbers"):
             await comparison.run("int8")  # as the reference
         assert (await comparison.run("fp32")).prompt.mean_kl == 0.0
@@ -227,7 +227,7 @@ def test_one_that_is_given_up_frees_its_slot() -> None:
     runner.delay = 0.01
 
     async def check(engines: Engines) -> None:
-        running = asyncio.create_task(Comparison(wish(100), CODEC, engines.use).run("fp32"))
+        running = asyncio.create_task(Comparison(request(100), CODEC, engines.use).run("fp32"))
         await until(lambda: len(runner.batches) > 3)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

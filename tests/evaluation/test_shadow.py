@@ -160,7 +160,7 @@ def test_nothing_is_replayed_while_requests_run(make_app: MakeApp) -> None:
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
-            with app.state.service.place():
+            with app.state.service.places.reserved():
                 await ask(client)
                 await asyncio.sleep(0.2)
                 assert (await told(client))["waiting"] == 1
@@ -178,7 +178,7 @@ def test_more_than_may_wait_are_dropped_the_oldest_first(
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
-            with app.state.service.place():
+            with app.state.service.places.reserved():
                 for _ in range(5):
                     await ask(client)
             assert (await compared(client, 2))["requests"] == {"compared": 2, "dropped": 3, "failed": 0}
@@ -206,7 +206,7 @@ def test_what_was_unloaded_is_not_loaded_again_for_a_replay(make_app: MakeApp, l
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
-            with app.state.service.place():
+            with app.state.service.places.reserved():
                 await ask(client)
                 await client.post("/precisions/bf16/unload")
             await until(lambda: app.state.shadow.figures()["precisions"].get("bf16"))

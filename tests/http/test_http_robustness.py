@@ -29,7 +29,7 @@ def still_serves(client: TestClient) -> None:
     reply = client.post("/generate", json={"inputs": PROMPT, "max_new_tokens": 3})
     assert reply.json()["generated_text"] == greedy(3)
     app: Any = client.app
-    assert app.state.service.in_flight == 0
+    assert app.state.service.places.in_flight == 0
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -198,9 +198,9 @@ def test_a_client_that_leaves_frees_its_place(
         service, runner = app.state.service, loads.runners["fp32"]
         rude = send(address, path, json.dumps({"inputs": PROMPT, "max_new_tokens": 200}).encode())
         wait_until(lambda: runner.held)
-        assert service.in_flight == 1
+        assert service.places.in_flight == 1
         rude.close()
-        wait_until(lambda: service.in_flight == 0 and not runner.held, seconds=2)
+        wait_until(lambda: service.places.in_flight == 0 and not runner.held, seconds=2)
 
 
 def test_a_slow_body_is_cut_off(make_app: Callable[..., FastAPI]) -> None:

@@ -40,7 +40,7 @@ def test_where_no_place_is_free_nothing_is_read(make_app: MakeApp, loads: Loads)
             client.headers.update(KEY)
             gate, asked = Gate(loads.runners["fp32"]), {"inputs": PROMPT, "max_new_tokens": 5}
             held = asyncio.create_task(client.post("/generate", json=asked))
-            await until(lambda: app.state.service.in_flight == 1)
+            await until(lambda: app.state.service.places.in_flight == 1)
             for path in ("/generate", "/", "/models/anybody/anything", "/v1/chat/completions"):
                 assert (await client.post(path, content=b"{ no JSON")).status_code == 429
             assert (
@@ -75,7 +75,7 @@ def test_one_more_than_there_are_places_is_refused_before_anything_is_computed(
             gate = Gate(loads.runners["fp32"])
             body = {"inputs": PROMPT, "max_new_tokens": 5}
             held = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(3)]
-            await until(lambda: app.state.service.in_flight == 3)
+            await until(lambda: app.state.service.places.in_flight == 3)
             with monkeypatch.context() as patch:
                 patch.setattr(app.state.codec, "encode", pytest.fail)
                 over = await client.post(path, json={"prompt": PROMPT})
@@ -211,7 +211,7 @@ def test_a_client_that_leaves_the_queue_is_never_computed(make_app: MakeApp, loa
         leaving = send(address, path, json.dumps({"inputs": "second"}).encode())
         wait_until(lambda: engine.waiting == 1)
         leaving.close()
-        wait_until(lambda: app.state.service.in_flight == 1)
+        wait_until(lambda: app.state.service.places.in_flight == 1)
         gate.opened.set()
         said = b""
         while greedy(5, "first").encode() not in said:
@@ -231,7 +231,7 @@ def test_a_client_that_leaves_in_prefill(make_app: MakeApp, loads: Loads, path: 
         leaving = send(address, path, json.dumps({"inputs": "x" * 240}).encode())
         wait_until(lambda: prompts)
         leaving.close()
-        wait_until(lambda: app.state.service.in_flight == 0)
+        wait_until(lambda: app.state.service.places.in_flight == 0)
         wait_until(lambda: engine.running + engine.waiting == 0 and not runner.held)
         assert sum(prompts) < 240
 

@@ -67,7 +67,7 @@ def test_a_text_that_fails_in_the_tokenizer_is_one_requests_error(
     assert (error["message"] if path.startswith("/v1") else error) == FAILS
     assert "xxx" not in caplog.text
     app: Any = client.app
-    assert app.state.service.in_flight == 0
+    assert app.state.service.places.in_flight == 0
     still_serves(client)
 
 
@@ -93,7 +93,7 @@ def test_tokens_that_the_tokenizer_fails_to_decode(
     assert tail.status_code == 500
     assert tail.json()["error"]["message"] == "the model's tokenizer fails to decode these tokens"
     monkeypatch.undo()
-    wait_until(lambda: app.state.service.in_flight == 0)
+    wait_until(lambda: app.state.service.places.in_flight == 0)
     wait_until(lambda: not any(engine.model.runner.held for engine in app.state.pool.engines))
     still_serves(client)
 

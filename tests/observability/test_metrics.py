@@ -134,7 +134,7 @@ def test_gauges_rise_and_return_to_nothing(make_app: MakeApp, loads: Loads) -> N
             gate = Gate(loads.runners["fp32"])
             body = {"inputs": "abc", "max_new_tokens": 3}
             tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(5)]
-            await until(lambda: app.state.service.in_flight == 5 and gate.prompts)
+            await until(lambda: app.state.service.places.in_flight == 5 and gate.prompts)
             busy = await scraped(client)
             assert busy.value("requests_running") + busy.value("requests_waiting") == 5
             assert 1 <= busy.value("requests_running") <= 2

@@ -162,7 +162,7 @@ def test_a_failed_request_is_marked(traced: Callable[..., list[Any]], loads: Any
 
 def test_a_refusal_is_a_span_too(traced: Callable[..., list[Any]]) -> None:
     def ask(client: TestClient) -> None:
-        with client.app.state.service.place():  # type: ignore[attr-defined]
+        with client.app.state.service.places.reserved():  # type: ignore[attr-defined]
             assert client.post("/generate", json={"inputs": "secret words"}).status_code == 429
 
     (span,) = traced(ask, max_concurrent_requests=1)
@@ -180,7 +180,7 @@ def test_a_refusal_below_the_framework_is_a_span_of_its_trace(traced: Callable[.
             app = client.app
             return app.state.early_refusal.judge(head.encode() + b"\r\n")  # type: ignore
 
-        with client.app.state.service.place():  # type: ignore[attr-defined]
+        with client.app.state.service.places.reserved():  # type: ignore[attr-defined]
             assert isinstance(asyncio.run(judge()), Refusal)
 
     (span,) = traced(ask, max_concurrent_requests=1)

@@ -193,7 +193,7 @@ def test_fifty_first_requests_and_an_admin_are_one_load(make_app: MakeApp, loads
             body = {"inputs": PROMPT, "max_new_tokens": 3, "precision": "8bit"}
             tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(50)]
             admin = asyncio.create_task(client.post("/precisions/int8/load"))
-            await until(lambda: app.state.service.in_flight == 50 and loads.begun.is_set())
+            await until(lambda: app.state.service.places.in_flight == 50 and loads.begun.is_set())
             loads.go.set()
             replies = [(await task).json() for task in tasks]
             assert [(one["precision"], one["generated_text"]) for one in replies] == [

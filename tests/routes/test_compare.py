@@ -203,7 +203,7 @@ def test_it_holds_one_place_and_gives_it_back(make_app: Callable[..., FastAPI], 
             body = {"inputs": PROMPT, "max_new_tokens": 40}
             first = asyncio.create_task(client.post("/compare", json=body))
             await until(lambda: len(runner.batches) > 3)
-            assert app.state.service.in_flight == 1
+            assert app.state.service.places.in_flight == 1
             refused = await client.post("/compare", json=body)
             assert (refused.status_code, "retry-after" in refused.headers) == (429, True)
             assert (await first).status_code == 200

@@ -157,7 +157,7 @@ async def nothing_is_held(app: FastAPI, tasks: set[asyncio.Task[Any]], case: obj
     def held() -> list[Any]:
         engines = state.pool.engines
         return [
-            state.service.in_flight,
+            state.service.places.in_flight,
             [one.name for one in state.pool.states() if one.users],
             sum(engine.running + engine.waiting for engine in engines),
             [engine.precision for engine in engines if engine.model.runner.held],

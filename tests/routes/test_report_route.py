@@ -350,10 +350,10 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
             process = psutil.Process(reports._process.pid)
             second = await client.post("/report", json={"plots": False})
             assert (second.status_code, second.json()["error_type"]) == (429, "overloaded")
-            with service.place():
+            with service.places.reserved():
                 await until(lambda: process.status() == psutil.STATUS_STOPPED)
             await until(lambda: process.status() != psutil.STATUS_STOPPED)
-            with service.place():
+            with service.places.reserved():
                 await until(lambda: process.status() == psutil.STATUS_STOPPED)
                 await events.aclose()  # killed, although it stands still
             assert not process.is_running()

@@ -96,9 +96,9 @@ def test_a_client_that_leaves_while_its_text_is_tokenized(make_app: Callable[...
             tokenize, app.state.codec.tokenize = app.state.codec.tokenize, slowly
             leaving = Client(app, "/tokenize", {"inputs": PROMPT})
             await until(begun.is_set)
-            assert app.state.service.in_flight == 1
+            assert app.state.service.places.in_flight == 1
             leaving.leave()
-            await until(lambda: app.state.service.in_flight == 0)  # the thread is still at it
+            await until(lambda: app.state.service.places.in_flight == 0)  # the thread is still at it
             go.set()
             app.state.codec.tokenize = tokenize
             await at_rest(app, client)
@@ -115,10 +115,10 @@ def test_a_place_is_held_until_the_answer_is_sent_or_its_reader_leaves(
         slow.sendall(request_for("/tokenize", {"inputs": TEXT}))
         slow.recv(1000)
         for _ in range(20):
-            assert app.state.service.in_flight == 1
+            assert app.state.service.places.in_flight == 1
             slow.recv(1000)
         slow.close()
-        wait_until(lambda: app.state.service.in_flight == 0)
+        wait_until(lambda: app.state.service.places.in_flight == 0)
         still_serves(address, app)
 
 
@@ -135,5 +135,5 @@ def test_a_reader_that_goes_on_for_ever_is_cut_off(make_app: Callable[..., FastA
         except ConnectionResetError:
             pass
         assert not said.endswith(b"0\r\n\r\n")  # the last chunk
-        wait_until(lambda: app.state.service.in_flight == 0)
+        wait_until(lambda: app.state.service.places.in_flight == 0)
         still_serves(address, app)

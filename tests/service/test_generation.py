@@ -1,7 +1,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, closing
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class House:
         self.lifecycle = Lifecycle()
 
     def nothing_is_held(self) -> bool:
-        return not self.service.in_flight and not self.pool.users
+        return not self.service.places.in_flight and not self.pool.users
 
 
 def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **options: Any) -> None:
@@ -82,7 +82,7 @@ def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **optio
         pool, outcomes, lifecycle = OneEngine(engine), Outcomes(), Lifecycle()
         settings = Settings(**options)
         codec = TextCodec(byte_tokenizer())
-        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, lifecycle)
+        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, lifecycle, None)
         house = House(service, runner, pool, outcomes)
         house.lifecycle = lifecycle
         try:
@@ -94,12 +94,17 @@ def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **optio
     asyncio.run(main())
 
 
+async def open_one(house: House, request: GenerationRequest) -> Continuation:
+    """Holds nothing if it raises; the caller closes what it returns."""
+    with ExitStack() as held:
+        (opened,) = await house.service.open_all([request], held)
+        held.pop_all()
+    return opened
+
+
 async def complete(house: House, **request: Any) -> Continuation:
-    continuation = await house.service.open(GenerationRequest(**request))
-    try:
+    with closing(await open_one(house, GenerationRequest(**request))) as continuation:
         return await continuation.run()
-    finally:
-        await continuation.aclose()
 
 
 def test_text_comes_in_pieces_that_join(tmp_path: Path) -> None:
@@ -151,9 +156,27 @@ def test_what_is_refused_holds_nothing(
 ) -> None:
     async def check(house: House) -> None:
         with pytest.raises(error):
-            await house.service.open(GenerationRequest(**request_))
+            await open_one(house, GenerationRequest(**request_))
         assert house.nothing_is_held()
         assert (await complete(house, prompt="abc", max_new_tokens=2)).finish_reason == "length"
+
+    with_service(tmp_path, check)
+
+
+def test_a_tokenizer_that_fails_on_the_prompt_leaves_nothing_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise GenerationFailed("the model's tokenizer fails to decode these tokens")
+
+    async def check(house: House) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(house.service.codec, "incremental", fail)
+            with pytest.raises(GenerationFailed):
+                await open_one(house, GenerationRequest("abc"))
+        assert house.nothing_is_held()
+        await until(house.pool.engine_rests)
+        assert house.outcomes.seen == [("fp32", GenerationFailed.error_type, 0)]
 
     with_service(tmp_path, check)
 
@@ -184,7 +207,7 @@ def test_places_are_counted_and_given_back(tmp_path: Path) -> None:
             with pytest.raises(Overloaded):
                 await house.service.open_all(requests, held)
             opened[0].close()
-            third = await house.service.open(GenerationRequest("abc", max_new_tokens=1))
+            third = await open_one(house, GenerationRequest("abc", max_new_tokens=1))
         third.close()
         third.close()
         assert [outcome for _, outcome, _ in house.outcomes.seen] == ["overloaded"] * 2 + ["cancelled"] * 3
@@ -204,7 +227,7 @@ def test_a_draining_server_takes_nothing_new(tmp_path: Path) -> None:
     async def check(house: House) -> None:
         house.lifecycle.drain()
         with pytest.raises(NotReady):
-            await house.service.open(GenerationRequest("abc"))
+            await open_one(house, GenerationRequest("abc"))
 
     with_service(tmp_path, check)
 
@@ -231,7 +254,7 @@ def test_a_reader_that_was_slower_gets_all_that_is_there_at_once(tmp_path: Path)
             gate.wait(10)
 
         house.runner.on_decode = held
-        continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
+        continuation = await open_one(house, GenerationRequest(prompt=[65, 66], max_new_tokens=12))
         chunks = []
         async with aclosing(continuation.chunks()) as coming:
             async for chunk in coming:
@@ -252,7 +275,7 @@ def test_a_burst_ends_at_a_stop_string(tmp_path: Path) -> None:
         whole = await complete(house, prompt=[65, 66], max_new_tokens=12)
         stop = whole.text[4:6]
         request = GenerationRequest(prompt=[65, 66], max_new_tokens=12, stop=(stop,))
-        continuation = await house.service.open(request)
+        continuation = await open_one(house, request)
         await until(house.pool.engine_rests)
         (chunk,) = [chunk async for chunk in continuation.chunks()]
         assert chunk[-1].finish == "stop_sequence"
@@ -270,11 +293,11 @@ def test_what_was_generated_before_a_fault_is_told_before_it(tmp_path: Path) -> 
                 raise RuntimeError("a broken kernel")
 
         house.runner.on_decode = fails
-        continuation = await house.service.open(GenerationRequest(prompt=[65, 66], max_new_tokens=12))
+        continuation = await open_one(house, GenerationRequest(prompt=[65, 66], max_new_tokens=12))
         await until(house.pool.engine_rests)
         with pytest.raises(GenerationFailed):
             await continuation.run()
-        await continuation.aclose()
+        continuation.close()
         assert len(continuation.pieces) == 4
 
     with_service(tmp_path, test)

@@ -16,8 +16,8 @@ _GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions"
 _PLACED = _GENERATING | {"/compare", "/tokenize"}
 
 
-class Places(Protocol):
-    """What admission reads and calls of ``server.service.generation.GenerationService``."""
+class PlacesLike(Protocol):
+    """What admission reads and calls of ``server.service.admission.Places``."""
 
     promised: PromisedPlaces
 
@@ -35,7 +35,7 @@ class AdmissionControl:
     """
 
     def __init__(self, auth: Auth, settings: Settings) -> None:
-        self.service: Places | None = None
+        self.places: PlacesLike | None = None
         """Set by the lifespan; while None, no request is refused for want of a place."""
         self._auth, self._body_limit = auth, settings.payload_limit
 
@@ -61,17 +61,17 @@ class AdmissionControl:
         unauthorized, error = self._auth.refusal(scope), self._closed()
         if error is not None:
             return unauthorized or self._counted(error, scope)
-        if unauthorized is not None or not is_whole or self.service is None:
+        if unauthorized is not None or not is_whole or self.places is None:
             return None
-        return self.service.promised.promise()
+        return self.places.promised.promise()
 
     def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
-        if self.service is not None and _is_among(_GENERATING, scope):
-            self.service.observe_unread(error)
+        if self.places is not None and _is_among(_GENERATING, scope):
+            self.places.observe_unread(error)
         return error
 
     def _closed(self) -> ServiceError | None:
-        return None if self.service is None else self.service.refusal(1)
+        return None if self.places is None else self.places.refusal(1)
 
 
 def takes_a_place(scope: Scope) -> bool:

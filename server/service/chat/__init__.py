@@ -1,1 +1,1 @@
-"""Conversations as text, by the model's chat template."""
+"""Conversations rendered as text by the model's chat template."""

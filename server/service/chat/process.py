@@ -1,7 +1,7 @@
-"""The process in which a model's chat template runs: an order in, an answer out, each a length and JSON.
+"""The process that runs a model's chat template: it reads orders and writes answers, each a length and JSON.
 
-A template is a program of the model's author. Here it has little memory and writes no files, and the server
-ends the process when its time is up; should the server itself be gone, a timer does.
+A template is a program by the model's author. This process limits its memory and forbids it to write files.
+The server kills the process when a rendering takes too long; if the server is gone, a timer ends it.
 """
 
 import json
@@ -18,13 +18,13 @@ from jinja2 import TemplateSyntaxError
 from server.service.chat.template import ChatTemplate, RoleDropped, TemplateRefusal, TooLong
 
 LENGTH = struct.Struct(">I")
-"""Stands before every message."""
-_PATIENCE = 1.5  # times as long as the server, which has ended the process by then if it is there
+"""The length that precedes every message."""
+_PATIENCE = 1.5  # times the server's own limit, so that the timer fires only without a server
 _LONGEST_REFUSAL = 300  # characters
 
 
 def main() -> None:
-    """Reads ``{"template", "variables", "characters", "memory_bytes", "seconds"}``, then orders to the end.
+    """Reads ``{"template", "variables", "characters", "memory_bytes", "seconds"}``, then orders until EOF.
 
     An order ``{"messages"}`` is answered by ``{"text"}`` or ``{"failed", …}``; ``{}`` compiles only.
     """
@@ -53,13 +53,16 @@ def _compile(setup: Mapping[str, Any]) -> ChatTemplate:
 def _failure(error: Exception, source: str) -> dict[str, Any]:
     match error:
         case TemplateRefusal():
-            # what stands in the template is its author's word; anything else may be part of the messages
-            said = str(error)[:_LONGEST_REFUSAL]
-            return {"failed": "refused", "said": said if said.isprintable() and said in source else ""}
+            # only text from the template is passed on; anything else may be part of the messages
+            reason = str(error)[:_LONGEST_REFUSAL]
+            return {
+                "failed": "refused",
+                "reason": reason if reason.isprintable() and reason in source else "",
+            }
         case RoleDropped():
             return {"failed": "dropped", "index": error.index, "role": error.role}
         case TemplateSyntaxError():
-            return {"failed": "syntax", "line": error.lineno, "said": str(error.message)[:_LONGEST_REFUSAL]}
+            return {"failed": "syntax", "line": error.lineno, "reason": str(error.message)[:_LONGEST_REFUSAL]}
         case TooLong():
             return {"failed": "length"}
         case MemoryError():
@@ -68,7 +71,7 @@ def _failure(error: Exception, source: str) -> dict[str, Any]:
 
 
 def _receive(stream: BinaryIO) -> Any:
-    """The next message; None where there will be none."""
+    """The next message; None at end of file."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
@@ -84,5 +87,5 @@ def _send(stream: BinaryIO, message: Any) -> None:
 
 
 def _limit(kind: int, most: int) -> None:
-    with suppress(ValueError, OSError):  # a system without it, or an even lower limit
+    with suppress(ValueError, OSError):  # the system lacks this limit, or has a lower one
         resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))

@@ -1,4 +1,4 @@
-"""Conversations as text, by the model's chat template, which runs in processes of its own."""
+"""Renders conversations by the model's chat template, in separate processes."""
 
 import asyncio
 import json
@@ -16,27 +16,27 @@ from server.errors import DeadlinePassed, Invalid, NotReady
 from server.service.chat.process import LENGTH
 
 SUBJECT = "the model's chat template "
-"""Begins every message about one."""
-_SECONDS = 5.0  # for one conversation; a usual one takes a fraction of a millisecond
-_PROCESSES = 2  # so that one conversation that takes its time doesn't keep all others waiting
-_MEMORY = 256 * 2**20  # bytes of address space, of which Python and Jinja need a tenth
-_ESCAPED = 12  # bytes in JSON of a character, at most
-_KEPT = ("TZ", "LD_LIBRARY_PATH")  # of the environment: no key, no token
-# a path of its own, so that nothing of the environment's site is run
+"""The beginning of every error message about a template."""
+_SECONDS = 5.0  # limit of one rendering, which usually takes a fraction of a millisecond
+_PROCESSES = 2  # so that one slow rendering doesn't block all others
+_MEMORY = 256 * 2**20  # bytes of address space; Python and Jinja need a tenth of it
+_ESCAPED = 12  # most bytes of one character in JSON
+_KEPT = ("TZ", "LD_LIBRARY_PATH")  # environment variables that are passed on: no key, no token
+# sets ``sys.path`` itself, so that no code of site-packages runs at start
 _START = "import sys; sys.path[:] = {path!r}; from server.service.chat.process import main; main()"
 _ROOT = str(Path(__file__).resolve().parents[3])
 _log = logging.getLogger(__name__)
 
 
 class ChatRenderer:
-    """Processes that render one template, started when they are needed. Event loop only.
+    """Renders one template in processes that are started on demand. Event loop only.
 
     Args:
         template: its source.
-        variables: what it sees besides the messages: the special tokens by name.
-        payload_limit: bytes of the largest body.
-        seconds: most that a conversation may take, beside the wait for its turn.
-        memory_bytes: most that a process may use, beside what the messages take.
+        variables: its variables besides the messages: the special tokens by name.
+        payload_limit: bytes of the largest request body.
+        seconds: limit of one rendering, without the wait for a process.
+        memory_bytes: memory limit of a process, without the messages.
     """
 
     def __init__(
@@ -61,22 +61,22 @@ class ChatRenderer:
         self._alive: set[_TemplateProcess] = set()
 
     async def render(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str:
-        """The conversation as text, ready for the assistant's turn.
+        """The conversation as text, up to the beginning of the assistant's message.
 
         Args:
-            deadline: of ``time.perf_counter()``.
+            deadline: in ``time.perf_counter()`` seconds.
 
         Raises:
-            Invalid: the template refuses the messages, leaves one out, fails, or takes too much.
+            Invalid: the template refuses the messages, drops one, fails, or exceeds a limit.
             DeadlinePassed
         """
         return await self._in_turn({"messages": messages}, deadline)
 
     async def check(self) -> None:
-        """Whether the template can be compiled.
+        """Compiles the template.
 
         Raises:
-            Invalid
+            Invalid: it can't be compiled.
         """
         await self._in_turn({}, time.perf_counter() + 10 * self._seconds)
 
@@ -96,7 +96,7 @@ class ChatRenderer:
         return text
 
     async def _ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer of an idle process or a new one, which is ended unless it answers."""
+        """The answer of an idle process or a new one; a process that doesn't answer is killed."""
         process = await self._process()
         try:
             async with asyncio.timeout(self._seconds):
@@ -129,7 +129,7 @@ class ChatRenderer:
 
 
 class _TemplateProcess:
-    """``server.service.chat.process`` at the other end of two pipes."""
+    """A child process that runs ``server.service.chat.process``, connected by two pipes."""
 
     def __init__(self, process: Process, setup: Mapping[str, Any]) -> None:
         self._process = process
@@ -138,7 +138,7 @@ class _TemplateProcess:
 
     @classmethod
     async def start(cls, setup: Mapping[str, Any]) -> "_TemplateProcess":
-        """It inherits no file, no key, and none of a terminal's signals. Raises ``OSError``."""
+        """Starts a process that inherits no file, no key and no terminal signal. Raises ``OSError``."""
         path = [folder for folder in (*sys.path, _ROOT) if os.path.isabs(folder)]
         command = [sys.executable, "-I", "-S", "-B", "-c", _START.format(path=path)]
         keep = {name: os.environ[name] for name in _KEPT if name in os.environ}
@@ -152,7 +152,7 @@ class _TemplateProcess:
         return self._process.returncode is None
 
     async def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises ``EOFError``, ``OSError`` or ``ValueError`` where the process has ended or gone wrong."""
+        """The answer. Raises ``EOFError``, ``OSError`` or ``ValueError`` if the process ended or failed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         for message in (*self._unsent, order):
@@ -176,14 +176,14 @@ class _TemplateProcess:
 
 
 def _error(answer: Mapping[str, Any], memory_bytes: int) -> Invalid:
-    said = f": {answer['said']}" if answer.get("said") else ""
+    reason = f": {answer['reason']}" if answer.get("reason") else ""
     match answer["failed"]:
         case "refused":
-            text = f"refuses these messages{said}"
+            text = f"refuses these messages{reason}"
         case "dropped":
             text = f"drops message {answer['index'] + 1}: it has no place there for the role {answer['role']}"
         case "syntax":
-            text = f"is not valid: line {answer['line']}{said}"
+            text = f"is not valid: line {answer['line']}{reason}"
         case "length":
             text = "makes too long a text of these messages"
         case "memory":

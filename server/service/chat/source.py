@@ -1,4 +1,4 @@
-"""Which chat template serves: a file's or the tokenizer's own."""
+"""Selects the chat template: a file's or the tokenizer's own."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def read_template(file: Path) -> str:
     """A template from a file.
 
     Raises:
-        ValueError: it can't be read, or is no text; the message doesn't name it.
+        ValueError: it can't be read, or is not text; the message doesn't name the file.
     """
     try:
         with open(file, "rb", opener=_without_waiting) as opened:
@@ -37,12 +37,12 @@ def read_template(file: Path) -> str:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a FIFO that nothing writes to as well."""
+    """Opens without blocking, even a FIFO without a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """A tokenizer's own template, of several the default one; None if it has none."""
+    """The tokenizer's own template, the default one of several; None if it has none."""
     found = getattr(tokenizer, "chat_template", None)
     if isinstance(found, Mapping):
         found = found.get("default")
@@ -50,10 +50,10 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def make_renderer(tokenizer: Any, file: Path | None, payload_limit: int) -> ChatRenderer | None:
-    """By the template in ``file``, or else by the tokenizer's own; None where there is neither.
+    """The renderer of the template in ``file``, or else of the tokenizer's own; None without either.
 
     Args:
-        payload_limit: bytes of the largest body.
+        payload_limit: bytes of the largest request body.
 
     Raises:
         ValueError: the file is unusable.

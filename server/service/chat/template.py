@@ -1,8 +1,8 @@
 """A model's chat template: messages → the text of a conversation.
 
-The environment is that of ``transformers``' ``apply_chat_template``. Its module takes most of a second and
-180 MB of address space to import; this one runs in a process of its own (``server.service.chat.process``) and
-needs Jinja alone.
+The environment equals that of ``transformers``' ``apply_chat_template``, whose module needs most of a second
+and 180 MB of address space to import. This module runs in a separate process
+(``server.service.chat.process``) and imports only Jinja.
 """
 
 import json
@@ -22,19 +22,19 @@ from jinja2.utils import Namespace
 Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MARK = "4815162342{:05d}"
-"""Content of a trial message: digits, which survive trimming, quoting and a change of case."""
+"""Content of a trial message: digits, which trimming, quoting and a change of case leave as they are."""
 _MARKS = re.compile(r"4815162342\d{5}")
 
 
 class TemplateRefusal(Exception):
-    """The template called ``raise_exception``; the message is its own."""
+    """The template called ``raise_exception``, with this message."""
 
 
 class RoleDropped(Exception):
-    """The template leaves a message out without saying so.
+    """The template silently drops a message.
 
     Args:
-        index: of that message.
+        index: index of the dropped message.
         role: its role.
     """
 
@@ -51,9 +51,9 @@ class ChatTemplate:
     """A compiled template.
 
     Args:
-        source: in Jinja's language.
-        variables: what it sees besides the messages: the special tokens by name.
-        most: characters of a text.
+        source: a Jinja template.
+        variables: its variables besides the messages: the special tokens by name.
+        most: the most characters of a rendered text.
 
     Raises:
         jinja2.TemplateSyntaxError
@@ -66,12 +66,12 @@ class ChatTemplate:
         self._served_roles = lru_cache(256)(self._find_roles)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation, ready for the assistant's turn.
+        """The conversation as text, up to the beginning of the assistant's message.
 
-        A ``developer`` message is rendered as ``system`` where the template doesn't know it.
+        A ``developer`` message is rendered as ``system`` if the template doesn't know ``developer``.
 
         Raises:
-            TemplateRefusal, RoleDropped, TooLong: and whatever else a program raises.
+            TemplateRefusal, RoleDropped, TooLong: and any other exception that the template causes.
         """
         roles = self._served_roles(tuple(message["role"] for message in messages))
         return self._render(
@@ -79,12 +79,12 @@ class ChatTemplate:
         )
 
     def _find_roles(self, roles: tuple[str, ...]) -> tuple[str, ...]:
-        """The roles under which the template renders every message of such a conversation."""
+        """The roles with which the template renders every message of such a conversation."""
         candidates = self._candidates(roles)
         dropped = [self._dropped(candidate) for candidate in candidates]
         if [] in dropped:
             return candidates[dropped.index([])]
-        if None in dropped:  # it says why when it is rendered
+        if None in dropped:  # rendering then raises the reason
             return candidates[dropped.index(None)]
         index = next(indices[0] for indices in dropped if indices)
         raise RoleDropped(index, roles[index])
@@ -96,9 +96,9 @@ class ChatTemplate:
         return [roles, as_system] if self._knows_developer else [as_system, roles]
 
     def _dropped(self, roles: Sequence[str]) -> list[int] | None:
-        """Indices of the messages that a trial conversation of these roles lacks; None where it fails.
+        """Indices of the messages that are missing from a rendered trial conversation; None if that fails.
 
-        The trial has contents of its own: a template may rightly shorten a client's, as by its reasoning.
+        The trial doesn't use the client's contents, which a template may shorten on purpose (reasoning).
         """
         marks = [_MARK.format(index) for index in range(len(roles))]
         trial = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -121,14 +121,14 @@ class ChatTemplate:
                     raise TooLong
                 pieces.append(piece)
         except TemplateError as error:
-            if type(error) is TemplateError:  # not one of Jinja's own kinds
+            if type(error) is TemplateError:  # not one of Jinja's own subclasses
                 raise TemplateRefusal(str(error.message)) from None
             raise
         return "".join(pieces)
 
 
 def _prepared(message: Message) -> dict[str, Any]:
-    """Without what is null, which templates would print; reasoning under both names that templates read."""
+    """The message without nulls, which templates would print, with its reasoning under both usual names."""
     given = {name: value for name, value in message.items() if value is not None}
     reasoning = next((given[name] for name in _REASONING if name in given), None)
     if reasoning is None:
@@ -137,7 +137,7 @@ def _prepared(message: Message) -> dict[str, Any]:
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What templates may use."""
+    """The sandboxed Jinja environment of every template."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
@@ -149,7 +149,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %}`` marks what the assistant says, for training; its contents are rendered as ever."""
+    """``{% generation %}`` marks the assistant's text for training; its contents are rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -169,7 +169,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes for HTML."""
+    """Unlike Jinja's own filter, doesn't escape HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -184,7 +184,7 @@ def _strftime_now(format: str) -> str:
 
 
 class _Dict:
-    """``dict`` without the attributes of the type."""
+    """``dict`` without the type's attributes."""
 
     def __call__(self, *arguments: Any, **named: Any) -> dict[Any, Any]:
         return dict(*arguments, **named)
@@ -194,9 +194,9 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Jinja's, without private attributes."""
+    """Jinja's namespace without private attributes."""
 
-    def __init__(*arguments: Any, **named: Any) -> None:  # so that ``self`` may be an attribute's name
+    def __init__(*arguments: Any, **named: Any) -> None:  # so that ``self`` may be the name of an attribute
         self, given = arguments[0], dict(*arguments[1:], **named)
         for name in given:
             _check_public(name)

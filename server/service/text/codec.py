@@ -15,13 +15,13 @@ from server.service.text.token_length import token_length
 from server.service.text.vocabulary import Vocabulary, VocabularyToken, cleans_up
 
 _log = logging.getLogger(__name__)
-_LONG = 4000  # characters, which take a millisecond or two to encode: longer ones don't keep the event loop
-_SLOW = 0.1  # seconds, by which a tokenizer's pattern has shown that it explodes
+_LONG = 4000  # characters, a millisecond or two of encoding; longer texts don't block the event loop
+_SLOW = 0.1  # seconds for a text of up to ``_LONG``: then the pattern backtracks catastrophically
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """A token of a text and the characters start … stop − 1 that it stands for."""
+    """A token of a text and its characters, ``start`` … ``stop`` − 1."""
 
     id: int
     text: str
@@ -30,7 +30,7 @@ class TokenSpan:
 
 
 class TextCodec:
-    """A tokenizer as the service needs it.
+    """A tokenizer: encodes prompts and decodes generated tokens.
 
     Args:
         tokenizer: a ``transformers`` tokenizer.
@@ -42,48 +42,48 @@ class TextCodec:
         self._clean: Callable[[str], str] | None = (
             tokenizer.clean_up_tokenization if cleans_up(tokenizer) else None
         )
-        self._explodes = False
+        self._backtracks = False
         self.token_length = token_length(tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises ``Invalid`` where the tokenizer fails on the text."""
+        """The text's token ids. Raises ``Invalid`` where the tokenizer fails on it."""
         ids: list[int] = self._encoded(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
     def is_quick(self, text: str) -> bool:
-        """Whether the event loop may wait while it is encoded: short, and no short one has taken long yet."""
-        return len(text) <= _LONG and not self._explodes
+        """Whether the event loop may encode it: it is short, and no short text has taken long so far."""
+        return len(text) <= _LONG and not self._backtracks
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out. Raises ``GenerationFailed`` where the tokenizer fails."""
+        """The text of ids without special tokens. Raises ``GenerationFailed`` where the tokenizer fails."""
         text = self.vocabulary.decode(list(ids))
         return text if self._clean is None else self._clean(text)
 
     def token(self, id_: int) -> VocabularyToken:
-        """One token by itself."""
+        """One token of the vocabulary."""
         return self.vocabulary[id_]
 
     @property
     def beginning(self) -> list[int]:
-        """What a text begins with that has no tokens: the tokenizer's first, else its end token, if any."""
+        """What an empty prompt is replaced by: the beginning-of-text token, else the end token, if any."""
         ids = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         return [id_ for id_ in ids if id_ is not None][:1]
 
     def token_text(self, id_: int) -> str:
-        """What one token adds to a text; of a special one its name."""
+        """The text that one token adds; of a special token its name."""
         return self.vocabulary[id_].text
 
     def is_special(self, id_: int) -> bool:
         return self.vocabulary[id_].special
 
     def tokenize(self, text: str) -> Iterator[TokenSpan]:
-        """Raises ``Invalid`` as ``encode`` does."""
+        """The text's tokens with their offsets. Raises ``Invalid`` as ``encode`` does."""
         encoding = self._encoded(text, return_offsets_mapping=True)
         for id_, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             yield TokenSpan(id_, text[start:stop], start, stop)
 
     def _encoded(self, text: str, **options: Any) -> Any:
-        begun = time.thread_time()  # other threads' work is not the tokenizer's
+        begun = time.thread_time()  # without the time of other threads
         try:
             return self._tokenizer(text, verbose=False, **options)
         except BaseException as error:
@@ -92,19 +92,19 @@ class TextCodec:
             _log.warning("the tokenizer failed on %d characters (%s)", len(text), type(error).__name__)
             raise Invalid("the model's tokenizer fails on this text", param="inputs") from None
         finally:
-            self._explodes |= len(text) <= _LONG and time.thread_time() - begun > _SLOW
+            self._backtracks |= len(text) <= _LONG and time.thread_time() - begun > _SLOW
 
     def incremental(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> "IncrementalDecoder":
         return IncrementalDecoder(self.vocabulary, Detokenizer(self.vocabulary, prompt, self._clean), stop)
 
     def offsets(self, prompt: Sequence[int] = ()) -> TextOffsets:
-        """Where the tokens that follow a prompt begin in their text."""
+        """Offsets, in the generated text, of the tokens that follow a prompt."""
         return TextOffsets(self.vocabulary, prompt, self._clean)
 
     def shares(self, prompt: Sequence[int], ids: Sequence[int]) -> list[str]:
-        """What each of the ids that follow a prompt adds to the text: joined, they are all of it.
+        """The text that each of the ids adds after a prompt; joined, they are the whole text.
 
-        Special tokens add nothing; a character made by several tokens is the last one's.
+        Special tokens add nothing; a character of several tokens is the last one's.
         """
         text = continued(self.vocabulary, prompt, ids)
         text = text if self._clean is None else self._clean(text)
@@ -118,7 +118,7 @@ class TextCodec:
 
 
 class IncrementalDecoder:
-    """Turns tokens into text as they come, up to a stop string."""
+    """Decodes tokens one by one, up to a stop string."""
 
     def __init__(self, vocabulary: Vocabulary, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
         self._vocabulary, self._detokenizer = vocabulary, detokenizer
@@ -126,16 +126,16 @@ class IncrementalDecoder:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string was found."""
         return self._stop.found
 
     def push(self, id_: int) -> str:
-        """The text that this token releases, up to a stop string if that completes one."""
+        """The text that this token releases, up to a stop string if it completes one."""
         token = self._vocabulary[id_]
-        if token.hidden and self._stops:  # its name comes after what is held back
+        if token.hidden and self._stops:  # its name follows the text that is held back
             return self._stop.push(self._detokenizer.settle(), token.text)
         return self._stop.push(self._detokenizer.push(id_))
 
     def finish(self) -> str:
-        """Whatever was held back, now that nothing more will come."""
+        """The rest of the text, which was held back for tokens that might follow."""
         return self._stop.push(self._detokenizer.finish(), final=True)

@@ -1,9 +1,9 @@
-"""Threads on which long texts are encoded: few at a time, first come, first served.
+"""Threads that encode long texts: few at a time, first come, first served.
 
 A tokenizer takes a second for half a million characters and can't be interrupted. With a thread for every
 request a dozen long texts would take all cores, and each thread's heap (glibc has one for every thread)
-would keep what it once needed. These are daemon threads: the end of the process doesn't wait for a text
-that is being encoded for a client who may have gone.
+would keep the memory of its longest text. They are daemon threads, so that the process can exit while a text
+is being encoded.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from loaders import malloc as heap
+from loaders import malloc
 
 _THREADS = 2
 _QUIET = 1.0  # seconds without work, after which memory goes back to the system
@@ -47,14 +47,14 @@ class _Job:
 
 
 class EncodingThreads:
-    """Started when first needed. ``run`` and ``close`` are called on the event loop."""
+    """Threads that start with the first jobs. ``run`` and ``close`` are called on the event loop."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._started = 0
 
     async def run(self, work: Callable[[], _T]) -> _T:
-        """The work's result. Cancelled while it waits, it is never done; later, its result is dropped."""
+        """The work's result. A job cancelled in the queue never runs; one cancelled later still finishes."""
         loop = asyncio.get_running_loop()
         job = _Job(work, loop.create_future(), loop)
         self._jobs.put(job)
@@ -65,7 +65,7 @@ class EncodingThreads:
         return result
 
     def close(self) -> None:
-        """Ends the threads, each after what it is doing."""
+        """Ends each thread after its current job."""
         for _ in range(self._started):
             self._jobs.put(None)
 
@@ -75,11 +75,11 @@ class EncodingThreads:
             try:
                 job = self._jobs.get(timeout=_QUIET if untrimmed else None)
             except queue.Empty:
-                heap.trim()
+                malloc.trim()
                 untrimmed = False
                 continue
             if job is None:
                 return
             job.run()
-            del job  # or it, its text and its tokens stay until the next one comes
+            del job  # or its text and tokens stay in memory until the next job
             untrimmed = True

@@ -1,4 +1,4 @@
-"""Where tokens begin in their text, counted in characters."""
+"""Offsets of generated tokens in their text, in characters."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ from server.service.text.detokenizer import CleanUp, Tokens, tail
 
 
 class TextOffsets:
-    """Offsets of tokens as they come; a token that continues a character begins where that does.
+    """Computes the offsets of tokens one by one; a token inside a character has the character's offset.
 
     Args:
         tokens: the vocabulary.
-        prompt: ids that the text continues; its characters are not counted.
-        clean: the tokenizer's clean-up of spaces, if it has one.
+        prompt: ids that the text continues; offsets begin after it.
+        clean: the tokenizer's ``clean_up_tokenization``, if it applies one.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TextOffsets:
         else:
             self._end_run()
         offset = self._offset()
-        # many decoders drop the space before a text's first token
+        # many decoders strip the space before the first token of a text
         first = not self._begun and not token.fallback and token.data[:1] == b" "
         data = self._tokens.decode([id_]).encode() if first else token.data
         self._begun = True
@@ -51,7 +51,7 @@ class TextOffsets:
         return self._count + (0 if self._clean is None else self._clean.held_characters)
 
     def _end_run(self) -> None:
-        """Of a run of bytes that is not UTF-8 each reads as U+FFFD."""
+        """In a run of byte tokens that is not UTF-8, each byte is decoded as U+FFFD."""
         if not self._run:
             return
         try:

@@ -1,7 +1,7 @@
-"""From a prompt to token ids, and from a text to its tokens, at a bounded cost.
+"""Prompts → token ids, and texts → tokens with offsets, at a bounded cost.
 
-A text that can't fit by its length is refused unencoded. A short one is encoded at once; a longer one on the
-few threads of ``EncodingThreads``, for as long as its request has time and its client is there.
+A text whose length shows that it can't fit is refused before it is encoded. A short text is encoded on the
+event loop, a longer one by ``EncodingThreads``, until the request's deadline.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from server.service.text.codec import TextCodec, TokenSpan
 from server.service.text.encoding_threads import EncodingThreads
 
 NO_TEMPLATE = "this model has no chat template; use /v1/completions"
-_SHORT = 400  # characters, which are encoded in no time
+_SHORT = 400  # characters that the event loop encodes without yielding first
 _T = TypeVar("_T")
 
 
 class Tokens:
-    """A text's tokens, each in twelve bytes: as objects they take thirty times as much."""
+    """A text's tokens in twelve bytes each; as Python objects they need thirty times as much."""
 
     def __init__(self, text: str, spans: Iterator[TokenSpan]) -> None:
         self._text = text
@@ -37,20 +37,20 @@ class Tokens:
         return len(self._ids)
 
     def spans(self, first: int, count: int) -> Iterator[TokenSpan]:
-        """From the first on, so many or as many as there are."""
+        """The tokens ``first`` … ``first + count`` − 1, as far as there are any."""
         part = slice(first, first + count)
         for id_, start, stop in zip(self._ids[part], self._starts[part], self._stops[part], strict=True):
             yield TokenSpan(id_, self._text[start:stop], start, stop)
 
 
 class PromptEncoder:
-    """Of one model. Event loop only.
+    """Encodes the prompts of one model. Event loop only.
 
     Args:
-        codec: its tokenizer.
-        vocabulary: how many token ids it has.
-        max_input_tokens: of a prompt that is to be continued.
-        max_total_tokens: of a prompt that is only scored.
+        codec: the model's tokenizer.
+        vocabulary: the number of its token ids.
+        max_input_tokens: limit of a prompt that is continued.
+        max_total_tokens: limit of a prompt that is only scored.
         chat: renders conversations; None where the model has no chat template.
     """
 
@@ -70,10 +70,10 @@ class PromptEncoder:
         """The prompt's ids, all of them in the vocabulary; at least one.
 
         Args:
-            deadline: of ``time.perf_counter()``; what has not been encoded by then is given up.
+            deadline: in ``time.perf_counter()`` seconds.
 
         Raises:
-            Invalid: also ``PromptTooLong``, where the text's length tells that it can't fit.
+            Invalid: also ``PromptTooLong``, where the text's length shows that it can't fit.
             DeadlinePassed
         """
         if (request.truncate or 0) > self._max_total:
@@ -86,7 +86,7 @@ class PromptEncoder:
         return ids[-request.truncate :] if request.truncate else ids
 
     async def tokenize(self, text: str, deadline: float) -> Tokens:
-        """Its tokens and where each stands, however many.
+        """The text's tokens with offsets, without a limit of their number.
 
         Raises:
             DeadlinePassed
@@ -96,7 +96,7 @@ class PromptEncoder:
         )
 
     def close(self) -> None:
-        """Nothing is encoded any more."""
+        """Stops the encoding threads; no other method may be called afterwards."""
         self._threads.close()
 
     async def _ids(self, request: GenerationRequest, deadline: float) -> list[int]:
@@ -106,7 +106,7 @@ class PromptEncoder:
         if isinstance(prompt, str):
             return await self._encoded(prompt, request)
         text = await self._rendered(prompt, deadline)
-        return await self._encoded(text, request, add_special_tokens=False)  # the template wrote them
+        return await self._encoded(text, request, add_special_tokens=False)  # the template has written them
 
     async def _rendered(self, conversation: Conversation, deadline: float) -> str:
         if self._chat is None:
@@ -123,7 +123,7 @@ class PromptEncoder:
                 self._check_length(length.fewest(text), request)
         if self._codec.is_quick(text):
             if len(text) > _SHORT:
-                await asyncio.sleep(0)  # a request may have a hundred of them, one after another
+                await asyncio.sleep(0)  # a request may have a hundred prompts, encoded one after another
             return self._codec.encode(text, add_special_tokens)
         return await self._threads.run(partial(self._codec.encode, text, add_special_tokens))
 
@@ -131,7 +131,7 @@ class PromptEncoder:
         most = self._max_total if request.max_new_tokens == 0 else self._max_input
         if fewest > most:
             read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
-            raise PromptTooLong(  # in words by which client libraries know it
+            raise PromptTooLong(  # client libraries recognise this wording
                 f"This model's maximum context length is {self._max_total} tokens, of which the {read} may "
                 f"have {most}. However, your {read} resulted in at least {fewest} tokens.",
                 param="inputs",

@@ -1,35 +1,35 @@
-"""Stop strings in a text that comes in pieces; they may name special tokens, which the text doesn't show."""
+"""Stop strings in a text that arrives in pieces; they may contain the names of special tokens."""
 
 from collections.abc import Sequence
 
-# what a character is: one of the text; the first of a hidden name; another of it
+# kinds of characters: of the text; the first of a hidden name; another of a hidden name
 _SHOWN, _NAME, _INSIDE = "s", "n", "i"
 
 
 class StopStrings:
-    """Releases text up to the first stop string and holds back what may yet begin one.
+    """Releases text up to the first stop string; holds back text that may be the beginning of one.
 
-    A string is looked for in the text as it is shown, and in the text with the special tokens' names in it,
-    of which it must have all or nothing: ``end`` is not found in ``<|im_end|>``.
+    Strings are searched in the visible text, and in the text with the names of special tokens. There a match
+    contains whole names only: ``end`` does not match inside ``<|im_end|>``.
 
     Args:
-        strings: none is empty.
+        strings: not empty ones.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
-        self._held = ""  # not released yet, the names of special tokens among it
-        self._kinds = ""  # what each of its characters is; nothing where no name is among them
+        self._held = ""  # text that is not released yet, with the names of special tokens
+        self._kinds = ""  # the kind of each of its characters; empty while it has no name
         self.found = False
-        """Whether one has come."""
+        """Whether a stop string was found."""
 
     def push(self, text: str, name: str = "", final: bool = False) -> str:
-        """The shown text that is certain to come before any stop string.
+        """The visible text that is certain to precede every stop string.
 
         Args:
-            text: what is shown next.
-            name: of a special token that comes after it.
-            final: nothing more will come: what was held back is released.
+            text: the next visible text.
+            name: of a special token that follows ``text``.
+            final: the text ends here: all that is held back is released.
         """
         if not self._strings:
             return text
@@ -65,7 +65,7 @@ class StopStrings:
             cut = len(self._held)
         else:
             cut = min(_certain(self._held, self._strings), places[_certain(shown, self._strings)])
-            while self._kinds[cut : cut + 1] == _INSIDE:  # no string begins inside a name
+            while self._kinds[cut : cut + 1] == _INSIDE:  # no match begins inside a name
                 cut += 1
         released = shown[: self._kinds.count(_SHOWN, 0, cut)]
         self._held, self._kinds = self._held[cut:], self._kinds[cut:] if _NAME in self._kinds[cut:] else ""
@@ -73,7 +73,7 @@ class StopStrings:
 
 
 def _first(text: str, kinds: str, strings: Sequence[str]) -> int | None:
-    """Where the first of the strings begins; one that would begin or end inside a name doesn't count."""
+    """The index of the first match; matches that begin or end inside a name don't count."""
     found = []
     for string in strings:
         at = text.find(string)
@@ -85,12 +85,12 @@ def _first(text: str, kinds: str, strings: Sequence[str]) -> int | None:
 
 
 def _certain(text: str, strings: Sequence[str]) -> int:
-    """How much of a text none of the strings can begin in."""
+    """Characters before the first that may be the beginning of a string."""
     return len(text) - max(_overlap(text, string) for string in strings)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,8 +1,8 @@
-"""How much text one token can stand for at most: by it a far too long text is refused before it is encoded.
+"""The most text that one token can stand for, by which far too long texts are refused before encoding.
 
-Only where that is certain. A tokenizer may shrink a text without bound before it looks up any token: drop
-white space or control characters, or put one unknown token in the place of a whole word. Of such a one
-nothing is said; its texts are encoded whatever their length.
+Some tokenizers have no such bound: they drop white space or control characters before they look up tokens,
+or replace a whole word by one unknown token. For these, ``token_length`` returns None, and texts of any
+length are encoded.
 """
 
 import json
@@ -14,24 +14,24 @@ from tokenizers import models
 from transformers import TokenizersBackend
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_MARGIN = 64  # tokens at the begin of a text's end, which may be others than in the whole text
+_MARGIN = 64  # tokens after a cut, which may differ from those of the whole text
 _LOOK_BACK = 4096  # characters
-_COMPOSED = 4  # characters that one composed by NFC or NFKC stands for, at most
-_KEEPING_NORMALIZERS = {"Prepend", "Lowercase", "NFD", "NFKD", "ByteLevel"}  # no fewer characters than before
+_COMPOSED = 4  # most characters that NFC or NFKC compose into one
+_KEEPING_NORMALIZERS = {"Prepend", "Lowercase", "NFD", "NFKD", "ByteLevel"}  # these never shorten a text
 _KEEPING_PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts"}
-_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 doesn't use
+_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that never occur in UTF-8
 
 
 @dataclass(frozen=True)
 class TokenLength:
-    """Of one tokenizer.
+    """The bound of one tokenizer.
 
     Args:
-        most: characters, or bytes of UTF-8, of the longest token.
-        in_bytes: whether it is bytes.
-        dropped: bytes that the vocabulary lacks, as some do of control characters, and that leave no token.
-        swallowing: tokens that take along the white space beside them, however much; nothing is known of a
-            text that has one of them.
+        most: length of the longest token, in characters or bytes of UTF-8.
+        in_bytes: whether ``most`` counts bytes.
+        dropped: bytes without a token, such as control characters in some vocabularies; they are not encoded.
+        swallowing: tokens that include any amount of white space beside them; a text that has one of them has
+            no bound.
     """
 
     most: int
@@ -40,7 +40,7 @@ class TokenLength:
     swallowing: tuple[str, ...] = ()
 
     def fewest(self, text: str) -> int:
-        """Tokens that the text has at least."""
+        """A lower bound of the text's tokens."""
         if any(token in text for token in self.swallowing):
             return 0
         return math.ceil(self._size(text) / self.most)
@@ -51,14 +51,14 @@ class TokenLength:
         return len(text.encode("utf-8", "surrogatepass").translate(None, self.dropped))
 
     def end(self, text: str, tokens: int) -> str:
-        """An end of the text whose last tokens, so many, are those of the whole text.
+        """A suffix of the text whose last ``tokens`` tokens are those of the whole text.
 
-        That holds wherever the tokenizer splits a text at white space and none is longer than some thousand
-        characters without any: the tokens at the seam may differ, and are not among the last.
+        This holds if the tokenizer splits at white space and the text has some every few thousand characters:
+        only the tokens beside the cut may differ, and these are not among the last.
         """
         kept = (tokens + _MARGIN) * self.most
         at = len(text) - kept
-        if at <= _LOOK_BACK or self.fewest(text[at:]) < tokens + _MARGIN:  # spaces swallowed, bytes dropped
+        if at <= _LOOK_BACK or self.fewest(text[at:]) < tokens + _MARGIN:  # swallowed spaces, dropped bytes
             return text
         for seam in range(at, at - _LOOK_BACK, -1):
             if text[seam].isspace() and not (text[seam - 1].isspace() or text[seam + 1].isspace()):
@@ -67,13 +67,13 @@ class TokenLength:
 
 
 def token_length(tokenizer: Any) -> TokenLength | None:
-    """Of a ``transformers`` tokenizer; None where its tokens have no certain length."""
-    beneath = getattr(tokenizer, "backend_tokenizer", None)
-    if beneath is None or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
+    """The bound of a ``transformers`` tokenizer; None if it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
         return None
-    if not isinstance(beneath.model, models.BPE):
+    if not isinstance(backend.model, models.BPE):
         return None
-    normalizers, splitters = _parts(beneath.normalizer), _parts(beneath.pre_tokenizer)
+    normalizers, splitters = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
     if normalizers is None or splitters is None or not all(_keeps_text(one) for one in splitters):
         return None
     shrinks = math.prod(_shrinks(one) for one in normalizers)
@@ -81,13 +81,13 @@ def token_length(tokenizer: Any) -> TokenLength | None:
     byte_level = any(one["type"] == "ByteLevel" for one in (*normalizers, *splitters))
     in_bytes = byte_level and not normalizers
     dropped = _missing_bytes(vocabulary) if byte_level else b""
-    covered = (in_bytes or not dropped) if byte_level else _covers_everything(beneath.model, vocabulary)
+    covered = (in_bytes or not dropped) if byte_level else _covers_everything(backend.model, vocabulary)
     if not math.isfinite(shrinks) or not covered:
         return None
-    added = list(beneath.get_added_tokens_decoder().values())
+    added = list(backend.get_added_tokens_decoder().values())
     texts = [one.content for one in added]
-    if beneath.normalizer is not None:
-        texts += [beneath.normalizer.normalize_str(text) for text in texts]
+    if backend.normalizer is not None:
+        texts += [backend.normalizer.normalize_str(text) for text in texts]
     sizes = [len(text.encode()) if in_bytes else len(text) for text in texts]
     most = max(*map(len, vocabulary), *sizes)
     swallowing = tuple(one.content for one in added if one.lstrip or one.rstrip)
@@ -95,7 +95,7 @@ def token_length(tokenizer: Any) -> TokenLength | None:
 
 
 def _parts(component: Any) -> list[dict[str, Any]] | None:
-    """A normalizer's or pre-tokenizer's parts, as in tokenizer.json; None where it is written in Python."""
+    """The parts of a normalizer or pre-tokenizer as in tokenizer.json; None if it is written in Python."""
     if component is None:
         return []
     try:
@@ -110,7 +110,7 @@ def _flat(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _shrinks(normalizer: dict[str, Any]) -> float:
-    """How many characters of its text one character of its result stands for, at most."""
+    """The most characters of the input that one character of the output can stand for."""
     kind, pattern = normalizer["type"], normalizer.get("pattern", {})
     if kind in _KEEPING_NORMALIZERS:
         return 1
@@ -122,7 +122,7 @@ def _shrinks(normalizer: dict[str, Any]) -> float:
 
 
 def _keeps_text(splitter: dict[str, Any]) -> bool:
-    """Whether all the text that it splits is there afterwards."""
+    """Whether the parts contain all of the text that was split."""
     if splitter["type"] in ("Split", "Punctuation"):
         return bool(splitter["behavior"] != "Removed")
     return splitter["type"] in _KEEPING_PRE_TOKENIZERS
@@ -134,7 +134,7 @@ def _missing_bytes(vocabulary: dict[str, int]) -> bytes:
 
 
 def _covers_everything(model: models.BPE, vocabulary: dict[str, int]) -> bool:
-    """Whether no chunk of text is dropped, or becomes one unknown token."""
+    """Whether no text is dropped, and none becomes a single unknown token."""
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         return True
     return model.unk_token is not None and not model.fuse_unk

@@ -1,6 +1,6 @@
-"""A tokenizer's tokens one by one: the text and the bytes of each, and how a list of ids is decoded.
+"""The tokens of a tokenizer, with the text and the bytes of each, and the decoding of ids.
 
-The bytes come from the vocabulary, since decoding a token that is part of a character gives U+FFFD.
+The bytes come from the vocabulary, since a part of a character is decoded as U+FFFD.
 """
 
 import json
@@ -24,14 +24,14 @@ class VocabularyToken(NamedTuple):
     """One token of the vocabulary.
 
     Args:
-        id: its place there.
-        text: what it adds to a text that it continues; a special token's name; U+FFFD for half a character.
-        data: the UTF-8 bytes that it adds to a text, perhaps of part of a character; none if it is hidden.
-        special: it controls the model and is no text.
-        hidden: it is left out of texts: special, or unknown to the tokenizer.
-        partial: its bytes are no text by themselves.
-        fallback: one byte, which makes a character together with the fallback tokens around it.
-        waits: what follows decides how it reads: a fallback one, or a beginning of a word that is marked so.
+        id: its index there.
+        text: its text after another token; a special token's name; U+FFFD for part of a character.
+        data: the UTF-8 bytes that it adds, possibly part of a character; empty if it is hidden.
+        special: it is a control token, not text.
+        hidden: decoding skips it: it is special, or unknown to the tokenizer.
+        partial: its bytes alone are not valid UTF-8.
+        fallback: a byte-fallback token: one byte of a character.
+        waits: its text depends on the next token: it is a fallback token, or a marked beginning of a word.
     """
 
     id: int
@@ -45,9 +45,9 @@ class VocabularyToken(NamedTuple):
 
 
 class Vocabulary(dict[int, VocabularyToken]):
-    """The tokens of a ``transformers`` tokenizer by their ids, looked at when they are first asked for.
+    """The tokens of a ``transformers`` tokenizer by id, each computed on first access.
 
-    Any id can be asked for: one that the tokenizer doesn't know is hidden and has no text.
+    Every id has an entry: one that is unknown to the tokenizer is hidden and has no text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -59,7 +59,7 @@ class Vocabulary(dict[int, VocabularyToken]):
         self._anchor = self._find_anchor()
 
     def decode(self, ids: list[int]) -> str:
-        """Ids → text, special tokens left out, before the tokenizer's clean-up of spaces.
+        """Ids → text without special tokens, before ``clean_up_tokenization``.
 
         Raises:
             GenerationFailed: the tokenizer fails on them.
@@ -90,17 +90,17 @@ class Vocabulary(dict[int, VocabularyToken]):
         return VocabularyToken(id_, text, text.encode(), waits=waits)
 
     def _piece(self, id_: int) -> str | None:
-        """The token as it stands in the vocabulary."""
-        beneath = getattr(self._tokenizer, "backend_tokenizer", None)
-        if beneath is None and id_ >= len(self._tokenizer):
+        """The token's string in the vocabulary; None if the tokenizer doesn't know the id."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None and id_ >= len(self._tokenizer):
             return None
-        look_up = self._tokenizer.convert_ids_to_tokens if beneath is None else beneath.id_to_token
+        look_up = self._tokenizer.convert_ids_to_tokens if backend is None else backend.id_to_token
         found: str | None = look_up(id_)
         return found
 
     def _continuing(self, id_: int) -> tuple[str, bool]:
-        """Its text behind another token, since many decoders drop the space before a text's first; and
-        whether that changes with what follows."""
+        """The token's text after another token, since many decoders strip the space before the first one;
+        and whether the next token changes it."""
         before = self.decode(self._anchor)
         last = self.decode([*self._anchor, id_])
         if not last.startswith(before):
@@ -111,7 +111,7 @@ class Vocabulary(dict[int, VocabularyToken]):
         return followed[len(before) : len(followed) - len(before.lstrip())], True
 
     def _find_anchor(self) -> list[int]:
-        """Some token that is a word; none where there is no such token."""
+        """A token that is a word, as a list; empty if there is none."""
         try:
             ids: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         except BaseException as error:
@@ -122,7 +122,7 @@ class Vocabulary(dict[int, VocabularyToken]):
 
 
 def cleans_up(tokenizer: Any) -> bool:
-    """Whether its decoding ends with ``clean_up_tokenization``, which removes spaces before punctuation."""
+    """Whether its ``decode`` applies ``clean_up_tokenization``, which deletes spaces before punctuation."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     model = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
@@ -131,20 +131,20 @@ def cleans_up(tokenizer: Any) -> bool:
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Where ``transformers`` adds nothing but the clean-up to what the tokenizer beneath it does, that one is
-    called: twice for every token of every stream, its checks cost more than its work."""
-    beneath = getattr(tokenizer, "backend_tokenizer", None)
-    if beneath is not None and type(tokenizer)._decode is TokenizersBackend._decode:
-        return partial(beneath.decode, skip_special_tokens=True)
+    """``tokenizer.decode``, or the backend's ``decode`` where ``transformers`` only adds the clean-up to it:
+    called twice for every token of a stream, the checks of ``transformers`` cost more than the decoding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and type(tokenizer)._decode is TokenizersBackend._decode:
+        return partial(backend.decode, skip_special_tokens=True)
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _special(tokenizer: Any) -> dict[int, str]:
-    """Names of the tokens that decoding leaves out: those with a role, and all that are declared special."""
+    """Names of the tokens that decoding skips: those with a role, and all that are declared special."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     try:
         added = tokenizer.added_tokens_decoder
-    except (AttributeError, NotImplementedError):  # not every kind of tokenizer has it
+    except (AttributeError, NotImplementedError):  # some tokenizers lack it
         added = {}
     return {**named, **{id_: token.content for id_, token in added.items() if token.special}}
 
@@ -158,7 +158,7 @@ def _decoder_types(tokenizer: Any) -> set[str]:
 
 
 def _alphabet() -> dict[str, int]:
-    """Byte-level BPE's character for each byte: itself if printable, else one from U+0100 on."""
+    """Byte-level BPE's character → its byte: itself if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     moved = ((chr(0x100 + at), byte) for at, byte in enumerate(others))
@@ -171,7 +171,7 @@ _BYTES = _alphabet()
 def _byte_level(piece: str, alphabet: Mapping[str, int]) -> bytes:
     try:
         return bytes(alphabet[character] for character in piece)
-    except KeyError:  # an added token, which stands there as it reads
+    except KeyError:  # an added token, which is in the vocabulary as plain text
         return piece.encode()
 
 

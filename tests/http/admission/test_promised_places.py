@@ -63,7 +63,7 @@ def test_no_promised_place_is_lost(make_app: MakeApp, is_kept: bool, leaves: boo
                         connection.sendall(request_for(path, body, *headers))
                         if not leaves:
                             connection.recv(1)
-                    wait_until(lambda: (service.promised.count, service.in_flight) == (0, 0))
+                    wait_until(lambda: (service.places.promised.count, service.places.in_flight) == (0, 0))
 
 
 def test_a_refused_connection_that_lingers_keeps_no_place(make_app: MakeApp) -> None:
@@ -72,4 +72,4 @@ def test_a_refused_connection_that_lingers_keeps_no_place(make_app: MakeApp) -> 
     with serving(app) as address, connected(address) as connection:
         connection.sendall(request_for("/generate", BODY, *many))
         assert status_of(connection.recv(65536)) == 431
-        assert app.state.service.promised.count == 0
+        assert app.state.service.places.promised.count == 0

@@ -47,7 +47,7 @@ def full(app: FastAPI, loads: Loads) -> Iterator[str]:
         )
         client.start()
         try:
-            wait_until(lambda: app.state.service.in_flight == 1)
+            wait_until(lambda: app.state.service.places.in_flight == 1)
             yield address
         finally:
             gate.opened.set()

@@ -203,7 +203,7 @@ def test_where_all_are_served_a_newcomer_is_refused_at_once(three: tuple[str, Fa
         streams = [stack.enter_context(connected(address)) for _ in range(3)]
         for stream in streams:
             stream.sendall(request_for("/generate_stream", body, "Connection: close"))
-        wait_until(lambda: app.state.service.in_flight == 3)
+        wait_until(lambda: app.state.service.places.in_flight == 3)
         newcomer = stack.enter_context(connected(address))
         newcomer.sendall(request_for("/generate", body))  # which stays unread
         head, _, said = received(newcomer).partition(b"\r\n\r\n")

@@ -76,7 +76,7 @@ def status_of(reply: bytes) -> int:
 def still_serves(address: str, app: FastAPI) -> None:
     reply = httpx.post(f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 3})
     assert reply.json()["generated_text"] == greedy(3)
-    assert app.state.service.in_flight == 0
+    assert app.state.service.places.in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_reader_that_stops_is_given_up_and_its_batch_mate_is_not(make_app: Mak
         wait_until(lambda: runner.held)
         mate = httpx.post(f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 200}, timeout=30)
         assert mate.json()["generated_text"] == greedy(200)
-        wait_until(lambda: app.state.service.in_flight == 0 and not runner.held)
+        wait_until(lambda: app.state.service.places.in_flight == 0 and not runner.held)
         assert longest < 250, "it was computed to its end for nobody"
         still_serves(address, app)
 
@@ -190,9 +190,9 @@ def test_a_large_answer_holds_a_place_until_it_is_read(make_app: MakeApp) -> Non
         stopped.sendall(request_for("/v1/completions", body))
         stopped.recv(1, socket.MSG_PEEK)  # the answer has begun: all is computed
         assert app.state.pool.state("fp32").engine.running == 0
-        assert app.state.service.in_flight == 1
+        assert app.state.service.places.in_flight == 1
         stopped.close()
-        wait_until(lambda: app.state.service.in_flight == 0)
+        wait_until(lambda: app.state.service.places.in_flight == 0)
         still_serves(address, app)
 
 

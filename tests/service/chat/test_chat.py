@@ -125,7 +125,7 @@ def test_a_client_that_leaves_ends_the_process(make_app: Callable[..., FastAPI],
             gone.set()
             await answering
             await until(lambda: not mine())
-            assert app.state.service.in_flight == 0
+            assert app.state.service.places.in_flight == 0
             await at_rest(app, client)
 
     asyncio.run(check())

@@ -120,12 +120,12 @@ def test_two_are_encoded_at_a_time_and_none_whose_client_has_left(make_app: Make
                 Client(app, "/generate", asked),
                 Client(app, "/v1/completions", {"prompt": [LONG] * 3}),
             ]
-            await until(lambda: service.in_flight == 6)
+            await until(lambda: service.places.in_flight == 6)
             short = await client.post("/generate", json={"inputs": "abc", "max_new_tokens": 2})
             assert short.status_code == 200
             for one in leaving:
                 one.leave()
-            await until(lambda: service.in_flight == 2)
+            await until(lambda: service.places.in_flight == 2)
             gate.opened.set()
             for reply in await asyncio.gather(*staying):
                 assert reply.json()["usage"] == {"prompt_tokens": 2, "generated_tokens": 2}
