@@ -34,10 +34,10 @@ class Runner(Protocol):
 
     def score(self, ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits (len(ids), vocabulary) of a text no longer than ``context``; no slot used."""
-        ...
+        return self.score_together([ids], len(ids))[0]
 
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
-        """``score`` of texts of one length, in one pass and after the last ``kept`` ids of each alone.
+        """Teacher-forced logits of texts of one length, in one pass, after the last ``kept`` ids of each.
 
         Returns (len(texts), kept, vocabulary) logits.
         """

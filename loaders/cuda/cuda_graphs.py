@@ -149,9 +149,3 @@ def _out_of_capture(device: int) -> None:
     draw from it; a copy of its state is in none."""
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
-
-
-def in_short(error: Exception) -> str:
-    """Why a capture failed, in one line: CUDA's errors go on with advice for debugging."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")

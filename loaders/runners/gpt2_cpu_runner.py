@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from loaders import kernels
 from loaders.base import ModelSpec
 from loaders.layers.native_linear import NativeLinear
-from loaders.runner import Logits
+from loaders.runner import Logits, Runner
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def _norm(layer: Any) -> kernels.Norm:
     return kernels.Norm(layer.weight.detach(), layer.bias.detach())
 
 
-class GPT2CPURunner:
-    """Implements ``loaders.runner.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts.
+class GPT2CPURunner(Runner):
+    """The runner of a model that ``supports`` accepts; implements ``MixedRunner`` as well.
 
     Where keys or values turn out not to fit into float16, the cache becomes float32 and the pass is computed
     again. What did fit stays rounded as it was, so that sequences that never needed it see no difference.
@@ -129,9 +129,6 @@ class GPT2CPURunner:
         for other in slots:
             self._lengths[other] += 1
         return logits
-
-    def score(self, ids: Sequence[int]) -> Tensor:
-        return self.score_together([ids], len(ids))[0]
 
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
         self._check(len(texts[0]))

@@ -11,14 +11,14 @@ from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import release_unused
 from loaders.layers.attention_masks import Masks
 from loaders.layers.longrope import LongRope
-from loaders.runner import Logits
+from loaders.runner import Logits, Runner
 from loaders.runners.slot_cache import PassingCache, SlotCache
 
 _AGAIN = 512  # tokens of a slot that are computed again in a pass
 
 
-class TransformersRunner:
-    """Implements ``loaders.runner.Runner`` and ``LengthRunner``.
+class TransformersRunner(Runner):
+    """Implements ``LengthRunner`` and ``ReportingRunner`` as well.
 
     Positions and masks are explicit, so rows never see each other.
     """
@@ -57,10 +57,6 @@ class TransformersRunner:
         self._commit(slots, [[id_] for id_ in ids])
         assert output is not None
         return output[:, 0].float()
-
-    @torch.inference_mode()
-    def score(self, ids: Sequence[int]) -> Tensor:
-        return self.score_together([ids], len(ids))[0]
 
     @torch.inference_mode()
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:

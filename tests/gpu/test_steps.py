@@ -148,7 +148,7 @@ def test_what_is_told_is_what_was_taken_and_closing_gives_it_back(load: Load) ->
     release_unused()
     weights = sum(parameter.nbytes for parameter in runner.module.parameters())
     told = weights + runner.kv_cache_bytes + runner.working_bytes
-    assert isinstance(runner._graphs, CudaGraphs)
+    assert isinstance(runner._graphs._graphs, CudaGraphs)
     assert abs(told - (torch.cuda.memory_reserved() - before)) < 32 * 2**20
     runner.close()
     release_unused()

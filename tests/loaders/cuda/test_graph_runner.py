@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loaders.base import ModelSpec
 from loaders.cuda import buckets
-from loaders.cuda.graph_runner import GraphRunner, Key
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.memory import fitting_slots, spread
+from loaders.cuda.step_graphs import Key
 from loaders.errors import OutOfMemory
 from loaders.runner import DeviceRunner
 from server.engine.engine import Engine
