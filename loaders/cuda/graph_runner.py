@@ -1,9 +1,9 @@
-"""The Runner of a GPU: steps of a few fixed sizes over tensors made once, captured and then replayed.
+"""The Runner of a GPU: steps of a few fixed sizes over static tensors, captured and then replayed.
 
-A decode step computes the first 1, 2, 4 … slots, row i being slot i; rows of slots that don't decode write to
-a place that nobody reads. A prompt is computed in chunks of a few fixed lengths. All are captured when the
-first call comes, on the thread that makes all calls; where that fails they run as they are, over the same
-tensors, and ``report`` says why.
+A decode step computes the first 1, 2, 4 … slots, and row i is slot i; padding rows, of slots that don't
+decode, write to a dummy slot. A prompt is computed in chunks of a few fixed lengths. All steps are captured
+on the first call, on the thread that makes all calls; if that fails they run eagerly over the same tensors,
+and ``report`` gives the reason.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,14 +32,14 @@ class GraphRunner(Runner):
 
     Args:
         model: in evaluation mode, all of it on one device.
-        graphs: what captures; None runs every step as it is.
-        why_not: what ``report`` says where ``graphs`` is None.
-        free: bytes that the KV cache may be a part of; what it takes then follows from ``spec.slots``.
+        graphs: captures the steps; None runs every step eagerly.
+        why_not: the reason that ``report`` gives when ``graphs`` is None.
+        free: bytes on the device; with it, the number of slots is limited to what fits a part of them.
 
     Raises:
-        Unsuitable: its state is not keys and values of one shape, or depends on the length of a text.
-        CheckpointError: its state is not keys and values at all.
-        OutOfMemory: there is no room for one sequence.
+        Unsuitable: the state is not keys and values of one shape, or depends on the length of a text.
+        CheckpointError: the state is not keys and values at all.
+        OutOfMemory: the device has no memory for one sequence.
     """
 
     def __init__(
@@ -130,29 +130,29 @@ class GraphRunner(Runner):
 
     @property
     def working_bytes(self) -> int:
-        """Inputs, logits, and what the graphs hold."""
+        """Bytes of logits, column indices, and the graphs' memory."""
         tensors = (self._logits, self._last, self._columns)
         return sum(t.nbytes for t in tensors) + self._graphs.nbytes
 
     @property
     def module(self) -> PreTrainedModel:
-        """The model below, for who looks at its weights."""
+        """The wrapped model."""
         if self._model is None:
             raise RuntimeError("the runner is closed")
         return self._model
 
     @property
     def captured(self) -> bool:
-        """Whether its steps are replayed; False before the first call."""
+        """Whether steps are replayed; False before the first call."""
         return bool(self._graphs.replays)
 
     @property
     def captured_steps(self) -> Mapping[Key, Replay]:
-        """What is replayed; for who measures a step."""
+        """The replays, for measurements of single steps."""
         return self._graphs.replays
 
     def report(self) -> Mapping[str, Any]:
-        """What ``/stats`` shows of it."""
+        """For ``/stats``."""
         return {
             "forward": self._step.name if self._step else None,
             "slots": self.slots,
@@ -168,7 +168,7 @@ class GraphRunner(Runner):
         logits = self._logits[: len(slots)]
         if not self._decoding.in_order:
             logits = self._logits.index_select(0, self._decoding.chosen)
-        for slot in slots:  # last: a step that failed is tried again, and then writes to the same places
+        for slot in slots:  # last, so that retrying a failed step writes to the same positions
             self._lengths[slot] += 1
         return logits
 
@@ -177,7 +177,7 @@ class GraphRunner(Runner):
         tokens = buckets.smallest(self._graphs.chunks, len(ids))
         visible = buckets.smallest(self._graphs.contexts, start + len(ids))
         self._prompt.fill(self._live, slot, ids, start, tokens)
-        if logits == "all":  # seldom wanted, and large
+        if logits == "all":  # rare, and large
             found = self._compute_prompt(tokens, visible, logits)
             assert found is not None
             kept: Tensor | None = found[0, : len(ids)].float()
@@ -196,7 +196,7 @@ class GraphRunner(Runner):
 
     def _decode_step(self, rows: int, visible: int) -> None:
         inputs = self._decoding
-        self._live.look(inputs.where[:rows], rows, visible)
+        self._live.begin(inputs.where[:rows], rows, visible)
         logits = self._forward(inputs.ids[:rows, None], inputs.positions[:rows, None], visible, "all")
         assert logits is not None
         self._logits[:rows].copy_(logits[:, 0])
@@ -208,7 +208,7 @@ class GraphRunner(Runner):
 
     def _compute_prompt(self, tokens: int, visible: int, logits: Logits) -> Tensor | None:
         inputs = self._prompt
-        self._live.look(inputs.where[:tokens], inputs.slot, visible)
+        self._live.begin(inputs.where[:tokens], inputs.slot, visible)
         keep = inputs.last if logits == "last" else logits
         return self._forward(inputs.ids[None, :tokens], inputs.positions[None, :tokens], visible, keep)
 
@@ -230,11 +230,11 @@ class GraphRunner(Runner):
 
 @torch.inference_mode()
 def _probe(step: Step, device: torch.device) -> Shape:
-    """What one token leaves in the cache, from a pass over a single one."""
+    """The keys and values of one token, from a forward pass over a single token."""
     probe, zero = ShapeProbe(), torch.zeros((1, 1), dtype=torch.int64, device=device)
     try:
         step(zero, zero, zero[0], probe, "none")
-    except torch.OutOfMemoryError as error:  # a RuntimeError, but no word about the architecture
+    except torch.OutOfMemoryError as error:  # a RuntimeError that says nothing about the architecture
         raise OutOfMemory("no room on the device for a forward pass") from error
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise Unsuitable(f"its forward pass takes no cache of ours ({type(error).__name__})") from error

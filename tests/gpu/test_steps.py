@@ -118,7 +118,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stream, the allocator and the libraries must have recovered from the broken capture."""
-    think = LeanGPT2._think
+    think = LeanGPT2._mlp
 
     def waits(self: LeanGPT2, layer: Any, hidden: Tensor) -> Tensor:
         return think(self, layer, hidden) + 0.0 * float(hidden.sum())
@@ -126,7 +126,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
     good = load("fp32")
     expected = run(good, work_for(16), 5)
     with monkeypatch.context() as patched:
-        patched.setattr(LeanGPT2, "_think", waits)
+        patched.setattr(LeanGPT2, "_mlp", waits)
         broken = load("fp32")
         found = run(broken, work_for(16), 5)
     assert not broken.captured

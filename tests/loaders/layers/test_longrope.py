@@ -107,7 +107,7 @@ def test_a_step_that_failed_while_computing_again_is_made_good(monkeypatch: pyte
     model = phi3()
     runner = TransformersRunner(phi3(), spec_of(model))
     runner.prefill(0, LONG[:ORIGINAL])
-    monkeypatch.setattr("loaders.runners.transformers_runner._AGAIN", 16)
+    monkeypatch.setattr("loaders.runners.transformers_runner._RECOMPUTED", 16)
     forward, calls = runner._forward, []
 
     def failing(*arguments: object) -> object:
