@@ -21,8 +21,7 @@ _CHECK_SLOTS = 2  # slots that the check of an architecture needs
 
 
 def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
-    """Returns the lean runner if it supports the architecture and the layers, else ``transformers``' own
-    forward.
+    """The lean runner if it supports the architecture and the layers, else ``TransformersRunner``.
 
     Raises:
         CheckpointError: no runner can batch the architecture.
@@ -56,10 +55,9 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
 
 
 def _check_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
-    """Checks the architecture with a small, temporary cache, uncaptured: captures belong to the engine's
-    thread."""
+    """Checks the architecture on a small temporary cache, uncaptured: the engine's thread captures."""
     few = replace(spec, slots=min(spec.slots, _CHECK_SLOTS))
-    runner = GraphRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
+    runner = GraphRunner(model, few, None, why_not="a check", free=_free(model, spec))
     try:
         check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     finally:
