@@ -1,4 +1,4 @@
-"""The interface of a loaded model, token ids in and logits out over KV slots, and its optional extensions."""
+"""What computes for a loaded model: token ids in, logits out, over KV slots; and what some can beside it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable

@@ -13,13 +13,13 @@ def columns_for(context: int) -> int:
     return -(-context // _ALIGNMENT) * _ALIGNMENT
 
 
-def batch_sizes(slots: int, steady: bool) -> tuple[int, ...]:
+def batch_sizes(slots: int, batch_invariant: bool) -> tuple[int, ...]:
     """Rows of the captured decode steps, ascending: powers of two up to all slots.
 
     Args:
-        steady: only all slots at once, so that the result of a row doesn't depend on the batch.
+        batch_invariant: only all slots at once, so that the result of a row doesn't depend on the batch.
     """
-    if steady:
+    if batch_invariant:
         return (slots,)
     sizes = [1]
     while sizes[-1] * 2 < slots:
@@ -36,14 +36,14 @@ def contexts(context: int) -> tuple[int, ...]:
     return (*sizes, whole)
 
 
-def prompt_sizes(context: int, steady: bool) -> tuple[int, ...]:
+def prompt_sizes(context: int, batch_invariant: bool) -> tuple[int, ...]:
     """Tokens of the prefill steps, ascending; longer prompts take several of the largest.
 
     Args:
-        steady: one size, so that the result of a token doesn't depend on the chunks of its prompt.
+        batch_invariant: one size, so that the result of a token doesn't depend on the chunks of its prompt.
     """
     largest = min(_PROMPT, columns_for(context))
-    if steady:
+    if batch_invariant:
         return (largest,)
     return (*(size for size in (16, 32, 64) if size < largest), largest)
 

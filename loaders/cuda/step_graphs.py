@@ -20,7 +20,7 @@ class StepGraphs:
         graphs: captures; None runs every step eagerly.
         why_not: the reason that ``report`` gives when ``graphs`` is None.
         slots, context: of the runner.
-        steady: one size of each kind, so that the result of a row doesn't depend on the batch.
+        batch_invariant: one size of each kind, so that the result of a row doesn't depend on the batch.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class StepGraphs:
         why_not: str | None,
         slots: int,
         context: int,
-        steady: bool,
+        batch_invariant: bool,
         device: torch.device,
     ) -> None:
-        self.batches = buckets.batch_sizes(slots, steady)
+        self.batches = buckets.batch_sizes(slots, batch_invariant)
         self.contexts = buckets.contexts(context)
-        self.chunks = buckets.prompt_sizes(context, steady)
+        self.chunks = buckets.prompt_sizes(context, batch_invariant)
         self.nbytes = 0
         self._graphs, self._why_not, self._device = graphs, why_not, device
         self._replays: dict[Key, Replay] = {}

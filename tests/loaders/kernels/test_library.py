@@ -15,11 +15,9 @@ pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()
 
 @pytest.mark.parametrize("name", structures.SHARED)
 def test_a_structure_of_another_size_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(structures.SHARED[name]):  # type: ignore[misc]
-        _fields_ = (("added", structures.I64),)
-
-    sizes = [ctypes.sizeof(structures.SHARED[name]), ctypes.sizeof(Longer)]
-    monkeypatch.setitem(structures.SHARED, name, Longer)
+    longer = type("Longer", (structures.SHARED[name],), {"_fields_": [("added", structures.I64)]})
+    sizes = [ctypes.sizeof(structures.SHARED[name]), ctypes.sizeof(longer)]
+    monkeypatch.setitem(structures.SHARED, name, longer)
     expected = f"structure '{name}' has {sizes[0]} bytes in C, {sizes[1]} in Python"
     with pytest.raises(structures.StructureMismatch, match=expected):
         kernels.load(kernels.runnable()[0])
