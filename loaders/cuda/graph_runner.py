@@ -237,9 +237,7 @@ def _probe(step: Step, device: torch.device) -> Shape:
     except torch.OutOfMemoryError as error:  # a RuntimeError that says nothing about the architecture
         raise OutOfMemory("no room on the device for a forward pass") from error
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise Unsuitable(
-            f"its forward pass does not accept a static cache ({type(error).__name__})"
-        ) from error
+        raise Unsuitable(f"its forward pass takes no static cache ({type(error).__name__})") from error
     return probe.shape()
 
 

@@ -19,7 +19,7 @@ class StepGraphs:
     Args:
         graphs: captures; None runs every step eagerly.
         why_not: the reason that ``report`` gives when ``graphs`` is None.
-        slots, context: of the runner.
+        slots, context, device: of the runner.
         batch_invariant: one size of each kind, so that the result of a row doesn't depend on the batch.
     """
 

@@ -26,21 +26,21 @@ typedef struct {
     char *scratch;         /* per thread: CHANNELS dequantized rows of weights */
 } gemm;
 
-static void allocate_gemm(gemm *p, const matrix *m, int64_t rows, int threads, workspace *from) {
-    p->m = m;
-    p->rows = rows;
-    p->type = computes_in(m->format);
-    p->packed.stride = packed_stride(m);
-    p->packed.data = allocate(from, rows * p->packed.stride);
-    p->packed.scales = allocate(from, rows * sizeof(float));
-    p->scratch = allocate(from, threads * CHANNELS * p->packed.stride);
+static void allocate_gemm(gemm *g, const matrix *m, int64_t rows, int threads, workspace *from) {
+    g->m = m;
+    g->rows = rows;
+    g->type = computes_in(m->format);
+    g->packed.stride = packed_stride(m);
+    g->packed.data = allocate(from, rows * g->packed.stride);
+    g->packed.scales = allocate(from, rows * sizeof(float));
+    g->scratch = allocate(from, threads * CHANNELS * g->packed.stride);
 }
 
 /* Phase 1; a chunk is a row. */
 static void pack(void *job, int64_t row, const worker *by) {
-    gemm *p = job;
+    gemm *g = job;
     (void)by;
-    pack_row(&p->packed, p->m, p->x, row);
+    pack_row(&g->packed, g->m, g->x, row);
 }
 
 /* Calls a microkernel with the number of rows as a constant. */
@@ -131,24 +131,24 @@ static void compute_group(tile *t, enum format type, int64_t row, int64_t end, c
     compute_rows(t, type, row, end);
 }
 
-static inline int64_t output_chunks(const gemm *p) {
-    return (p->m->outputs + CHANNELS * CHUNK_GROUPS - 1) / (CHANNELS * CHUNK_GROUPS);
+static inline int64_t output_chunks(const gemm *g) {
+    return (g->m->outputs + CHANNELS * CHUNK_GROUPS - 1) / (CHANNELS * CHUNK_GROUPS);
 }
 
 /* Phase 2; a chunk is CHUNK_GROUPS groups of outputs of BLOCK_ROWS rows, ordered by rows, then outputs. */
 static void multiply(void *job, int64_t chunk, const worker *by) {
-    const gemm *p = job;
-    int64_t row = chunk / output_chunks(p) * BLOCK_ROWS, end = row + BLOCK_ROWS;
-    int64_t output = chunk % output_chunks(p) * CHANNELS * CHUNK_GROUPS, last = output + CHANNELS * CHUNK_GROUPS;
-    char *scratch = p->scratch + by->thread * CHANNELS * p->packed.stride;
-    for (; output < last && output < p->m->outputs; output += CHANNELS) {
-        int64_t left = p->m->outputs - output;
-        tile t = {.m = p->m, .x = &p->packed, .residual = p->residual, .y = p->y, .output = output,
+    const gemm *g = job;
+    int64_t row = chunk / output_chunks(g) * BLOCK_ROWS, end = row + BLOCK_ROWS;
+    int64_t output = chunk % output_chunks(g) * CHANNELS * CHUNK_GROUPS, last = output + CHANNELS * CHUNK_GROUPS;
+    char *scratch = g->scratch + by->thread * CHANNELS * g->packed.stride;
+    for (; output < last && output < g->m->outputs; output += CHANNELS) {
+        int64_t left = g->m->outputs - output;
+        tile t = {.m = g->m, .x = &g->packed, .residual = g->residual, .y = g->y, .output = output,
                   .channels = left < CHANNELS ? (int)left : CHANNELS};
-        compute_group(&t, p->type, row, end < p->rows ? end : p->rows, scratch);
+        compute_group(&t, g->type, row, end < g->rows ? end : g->rows, scratch);
     }
 }
 
-static inline int64_t gemm_chunks(const gemm *p) {
-    return (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS * output_chunks(p);
+static inline int64_t gemm_chunks(const gemm *g) {
+    return (g->rows + BLOCK_ROWS - 1) / BLOCK_ROWS * output_chunks(g);
 }

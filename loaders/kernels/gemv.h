@@ -5,7 +5,9 @@
 
 enum { PREFETCH_DISTANCE = 4096 }; /* bytes; covers the latency of memory */
 
-static inline __attribute__((always_inline)) void prefetch_ahead(const void *at) { prefetch((const char *)at + PREFETCH_DISTANCE); }
+static inline __attribute__((always_inline)) void prefetch_ahead(const void *at) {
+    prefetch((const char *)at + PREFETCH_DISTANCE);
+}
 
 static void gemv_float(const tile *t, int64_t row) {
     const float *x = (const float *)x_row(t, row);

@@ -63,13 +63,13 @@ typedef struct block {
 } block;
 
 /* All products share one buffer for packed activations: they are computed one after another. */
-static void allocate_next_gemm(gemm *p, const matrix *m, int64_t rows, const float *x, const float *residual, float *y,
+static void allocate_next_gemm(gemm *g, const matrix *m, int64_t rows, const float *x, const float *residual, float *y,
                                int threads, workspace *from, int64_t *end) {
     workspace again = *from;
-    allocate_gemm(p, m, rows, threads, &again);
-    p->x = x;
-    p->residual = residual;
-    p->y = y;
+    allocate_gemm(g, m, rows, threads, &again);
+    g->x = x;
+    g->residual = residual;
+    g->y = y;
     *end = again.used > *end ? again.used : *end;
 }
 
@@ -172,10 +172,10 @@ static void attend_head(void *job, int64_t chunk, const worker *by) {
     int64_t width = s->model->width, dim = head_dim(s), slot = slot_head(s, row, head);
     float *scores = s->scores + by->thread * (s->longest + LANES);
     int64_t next_row = row + 1 < s->rows.count ? row + 1 : 0, next_head = next_row ? head : (head + 1) % s->model->heads;
-    (s->cache.kind == HALF ? attend_half : attend_float)(s->qkv + row * 3 * width + head * dim, b->keys + slot, b->values + slot,
-                                                 s->rows.positions[row] + 1, dim,
-                                                 b->keys + slot_head(s, next_row, next_head), scores,
-                                                 s->attended + row * width + head * dim);
+    const char *next = b->keys + slot_head(s, next_row, next_head);
+    (s->cache.kind == HALF ? attend_half : attend_float)(s->qkv + row * 3 * width + head * dim, b->keys + slot,
+                                                         b->values + slot, s->rows.positions[row] + 1, dim, next,
+                                                         scores, s->attended + row * width + head * dim);
 }
 
 enum { PHASES_PER_LAYER = 10, OTHER_PHASES = 3 };

@@ -13,20 +13,20 @@ const int64_t bitdial_sizeof_matrix = sizeof(matrix);
  * Returns 0; -1 if out of memory; PHASES_MISCOUNTED. */
 int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {
     workspace space = {0};
-    gemm p = {.x = x, .residual = residual, .y = y};
+    gemm g = {.x = x, .residual = residual, .y = y};
     int few = rows * m->inputs <= FEW_VALUES, status = 0;
     int64_t phases = few ? 1 : 2, counters = sizeof(counter) * counter_count(phases, threads);
-    allocate_gemm(&p, m, rows, threads, &space);
+    allocate_gemm(&g, m, rows, threads, &space);
     allocate(&space, counters);
     if (!reserve(&space)) return -1;
-    allocate_gemm(&p, m, rows, threads, &space);
+    allocate_gemm(&g, m, rows, threads, &space);
     counter *first = memset(allocate(&space, counters), 0, counters);
-    for (int64_t row = 0; few && row < rows; row++) pack(&p, row, NULL);
+    for (int64_t row = 0; few && row < rows; row++) pack(&g, row, NULL);
 #pragma omp parallel num_threads(threads) reduction(min : status)
     {
         worker me = start_worker(first, phases, omp_get_thread_num(), threads);
-        if (!few) parallel_for(&me, rows, pack, &p);
-        parallel_for(&me, gemm_chunks(&p), multiply, &p);
+        if (!few) parallel_for(&me, rows, pack, &g);
+        parallel_for(&me, gemm_chunks(&g), multiply, &g);
         if (!phases_match(&me)) status = PHASES_MISCOUNTED;
     }
     free(space.memory);

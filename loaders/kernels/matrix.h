@@ -63,11 +63,13 @@ static void dequantize_four_bit(const matrix *m, int64_t output, float *out) {
 #ifdef __AVX512BF16__
 /* Weights k … k + 127 of a row of codes `w`, in bfloat16 and in the interleaved order; if only 64 are left, the others
  * are finite but arbitrary. `k` is a multiple of 128. */
-static inline __attribute__((always_inline)) void dequantize_interleaved(const matrix *m, const uint8_t *w, int64_t output,
-                                                                  int64_t k, floats table, __m512i values[4]) {
+static inline __attribute__((always_inline)) void dequantize_interleaved(const matrix *m, const uint8_t *w,
+                                                                         int64_t output, int64_t k, floats table,
+                                                                         __m512i values[4]) {
     int both = k + INTERLEAVE <= m->inputs;
     int64_t at = output * m->inputs + k, next = both ? at + INTERLEAVE / 2 : at;
-    lookup128(w + k / 2, both, scaled_tables(table, block_scale(m, at / m->block), block_scale(m, next / m->block)), values);
+    float first = block_scale(m, at / m->block), second = block_scale(m, next / m->block);
+    lookup128(w + k / 2, both, scaled_tables(table, first, second), values);
 }
 
 static const uint16_t *dequantized_bfloat16(const matrix *m, int64_t output, uint16_t *out) {

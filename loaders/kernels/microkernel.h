@@ -179,7 +179,8 @@ MICROKERNEL int8_microkernel(const tile *t, int64_t row, int rows, __m128i corre
     }
     int done = 0;
 #ifdef __AVX512BW__
-    for (; done + 4 <= rows; done += 4) store_four_int8_rows(t, row + done, (const integers(*)[CHANNELS])sums + done, correction);
+    for (; done + 4 <= rows; done += 4)
+        store_four_int8_rows(t, row + done, (const integers(*)[CHANNELS])sums + done, correction);
 #endif
     for (; done < rows; done++) store_int8_sums(t, row + done, _mm_sub_epi32(hsum4i(sums[done]), correction));
 }

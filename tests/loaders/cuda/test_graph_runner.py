@@ -246,16 +246,16 @@ def test_the_graphs_here_behave_as_a_cards() -> None:
 
 
 def test_sizes_that_are_captured() -> None:
-    assert buckets.batch_sizes(16, steady=False) == (1, 2, 4, 8, 16)
-    assert buckets.batch_sizes(12, steady=False) == (1, 2, 4, 8, 12)
-    assert buckets.batch_sizes(1, steady=False) == (1,)
-    assert buckets.batch_sizes(64, steady=True) == (64,)
+    assert buckets.batch_sizes(16, batch_invariant=False) == (1, 2, 4, 8, 16)
+    assert buckets.batch_sizes(12, batch_invariant=False) == (1, 2, 4, 8, 12)
+    assert buckets.batch_sizes(1, batch_invariant=False) == (1,)
+    assert buckets.batch_sizes(64, batch_invariant=True) == (64,)
     assert buckets.contexts(1024) == (256, 512, 1024)
     assert buckets.contexts(100) == (112,)
     assert buckets.contexts(32768) == (256, 512, 1024, 2048, 8192, 32768)
-    assert buckets.prompt_sizes(1024, steady=False) == (16, 32, 64, 128)
-    assert buckets.prompt_sizes(1024, steady=True) == (128,)
-    assert buckets.prompt_sizes(20, steady=False) == (16, 32)
+    assert buckets.prompt_sizes(1024, batch_invariant=False) == (16, 32, 64, 128)
+    assert buckets.prompt_sizes(1024, batch_invariant=True) == (128,)
+    assert buckets.prompt_sizes(20, batch_invariant=False) == (16, 32)
     assert buckets.smallest((1, 2, 4), 3) == 4
     with pytest.raises(ValueError, match="more than"):
         buckets.smallest((1, 2, 4), 5)
