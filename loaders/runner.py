@@ -34,10 +34,10 @@ class Runner(Protocol):
 
     def score(self, ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits (len(ids), vocabulary) of a text no longer than ``context``; uses no slot."""
-        ...
+        return self.score_together([ids], len(ids))[0]
 
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
-        """``score`` of texts of equal length in one pass.
+        """Teacher-forced logits of texts of equal length, in one pass; uses no slot.
 
         Returns the (len(texts), kept, vocabulary) logits after the last ``kept`` ids of each.
         """

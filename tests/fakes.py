@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec, Progress, ignore_progress
-from loaders.runner import Logits
+from loaders.runner import Logits, Runner
 from tests.checkpoints import VOCABULARY, byte_tokenizer
 
 _FIRST, _LETTERS = 65, 26  # ids of "a" … "z" in the byte alphabet of tests/checkpoints.py
 
 
-class FakeRunner:
+class FakeRunner(Runner):
     """Answers every context with a letter that depends on all of it; the rest of the distribution is flat.
 
     Hooks: ``delay`` seconds a call; ``on_prefill(slot, ids)`` and ``on_decode(slots)`` are called first and
@@ -62,11 +62,9 @@ class FakeRunner:
             assert len(self.held[slot]) <= self.context, "more tokens than the slot holds"
         return self.poison(torch.stack([self._logits(self.held[slot]) for slot in slots]), slots)
 
-    def score(self, ids: Sequence[int]) -> Tensor:
-        return torch.stack([self._logits(ids[: end + 1]) for end in range(len(ids))])
-
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
-        return torch.stack([self.score(ids)[-kept:] for ids in texts])
+        rows = [[self._logits(ids[:end]) for end in range(1, 1 + len(ids))][-kept:] for ids in texts]
+        return torch.stack([torch.stack(row) for row in rows])
 
     def free(self, slot: int) -> None:
         self.held.pop(slot, None)

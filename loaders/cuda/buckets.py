@@ -1,10 +1,10 @@
-"""Which of the captured sizes serves a step. Plain numbers; every size is decided before anything runs."""
+"""The sizes of captured steps, and the one that a step uses; all are fixed before the first step."""
 
 from collections.abc import Sequence
 
-_ALIGNMENT = 16  # columns: what attention kernels take without padding the mask
+_ALIGNMENT = 16  # columns: attention kernels take a multiple of it without padding the mask
 _SHORTEST = 256  # columns of the shortest view of the cache
-_DENSE = 2048  # beyond it sizes grow by a factor of four: long contexts would make too many graphs
+_DENSE = 2048  # above it sizes grow by a factor of four, since long contexts would need too many graphs
 _PROMPT = 128
 
 
@@ -13,13 +13,13 @@ def columns_for(context: int) -> int:
     return -(-context // _ALIGNMENT) * _ALIGNMENT
 
 
-def batch_sizes(slots: int, steady: bool) -> tuple[int, ...]:
+def batch_sizes(slots: int, batch_invariant: bool) -> tuple[int, ...]:
     """Rows of the captured decode steps, ascending: powers of two up to all slots.
 
     Args:
-        steady: only all slots at once, so that a row is computed alike whatever else runs.
+        batch_invariant: only all slots at once, so that the result of a row doesn't depend on the batch.
     """
-    if steady:
+    if batch_invariant:
         return (slots,)
     sizes = [1]
     while sizes[-1] * 2 < slots:
@@ -28,7 +28,7 @@ def batch_sizes(slots: int, steady: bool) -> tuple[int, ...]:
 
 
 def contexts(context: int) -> tuple[int, ...]:
-    """Columns that a step may look at, ascending; the last are all."""
+    """Numbers of columns that a step may attend to, ascending; the last is all of them."""
     whole, sizes, size = columns_for(context), [], _SHORTEST
     while size < whole:
         sizes.append(size)
@@ -36,23 +36,23 @@ def contexts(context: int) -> tuple[int, ...]:
     return (*sizes, whole)
 
 
-def prompt_sizes(context: int, steady: bool) -> tuple[int, ...]:
+def prompt_sizes(context: int, batch_invariant: bool) -> tuple[int, ...]:
     """Tokens of the prefill steps, ascending; longer prompts take several of the largest.
 
     Args:
-        steady: one size, so that the way a prompt is cut doesn't change how its tokens are computed.
+        batch_invariant: one size, so that the result of a token doesn't depend on the chunks of its prompt.
     """
     largest = min(_PROMPT, columns_for(context))
-    if steady:
+    if batch_invariant:
         return (largest,)
     return (*(size for size in (16, 32, 64) if size < largest), largest)
 
 
 def smallest(sizes: Sequence[int], wanted: int) -> int:
-    """The first of the ascending sizes that is large enough.
+    """The first of the ascending sizes that is at least ``wanted``.
 
     Raises:
-        ValueError: none is.
+        ValueError: there is none.
     """
     for size in sizes:
         if size >= wanted:

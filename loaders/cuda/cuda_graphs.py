@@ -1,7 +1,7 @@
-"""Capturing GPU work once and replaying it: one launch in place of hundreds.
+"""Captures GPU work as CUDA graphs and replays it: one launch instead of hundreds.
 
-``Graphs`` is the seam. What is replayed reads and writes the tensors that it was captured with, whatever has
-become of the names that they had; so everything that changes from step to step lies in tensors made once.
+``Graphs`` is the interface that tests replace. A replay reads and writes the memory of the tensors that it
+was captured with; so all that changes from step to step is in static tensors.
 """
 
 import contextlib
@@ -12,19 +12,19 @@ from typing import Any, Protocol
 import torch
 
 Replay = Callable[[], None]
-_WARM_UPS = 2  # runs before a capture: libraries choose kernels and take workspaces then
-_ONE_AT_A_TIME = threading.Lock()  # a process captures one graph at a time; engines have a thread each
+_WARM_UPS = 2  # runs before a capture, in which libraries choose kernels and allocate workspaces
+_ONE_AT_A_TIME = threading.Lock()  # a process captures one graph at a time; each engine has its own thread
 _NO_POOL = (0, 0)
 _streams: dict[int, Any] = {}
 
 
 def release_unused() -> None:
-    """Waits for what this thread has launched, and gives memory that nobody uses back to the driver.
+    """Waits for the work launched by this thread, and returns the allocator's unused memory to the driver.
 
-    Never while a thread captures. For the same reason it waits for its stream: waiting for the whole device
+    Not while a thread captures. It synchronizes only its stream for the same reason: synchronizing the device
     would break a capture on any of its streams.
 
-    Raises: what the device has to say of work that failed.
+    Raises: the device's error, if earlier work failed.
     """
     with _ONE_AT_A_TIME:
         torch.cuda.current_stream().synchronize()
@@ -32,17 +32,17 @@ def release_unused() -> None:
 
 
 def forget(replays: MutableMapping[Any, Replay]) -> None:
-    """Lets graphs go, never while a thread captures.
+    """Frees graphs, not while a thread captures.
 
-    torch's generator keeps a list of the graphs that there are, and a capture adds to it without a lock and
-    without the interpreter's.
+    torch's generator keeps a list of all graphs; a capture appends to it without a lock and without the
+    GIL.
     """
     with _ONE_AT_A_TIME:
         replays.clear()
 
 
 def _stream_of(device: torch.device) -> Any:
-    """All captures of a device are on one: cuBLAS keeps a workspace for each stream that it has ever met."""
+    """The one stream of all captures on a device: cuBLAS keeps a workspace for every stream it has seen."""
     index = device.index or 0
     with _ONE_AT_A_TIME:
         if index not in _streams:
@@ -51,38 +51,38 @@ def _stream_of(device: torch.device) -> Any:
 
 
 class Graphs(Protocol):
-    """What captures work of one thread."""
+    """Captures the work of one thread."""
 
     def capture(self, work: Callable[[], object]) -> Replay:
-        """Runs ``work`` a few times, records it, and returns what repeats it on the same tensors.
+        """Runs ``work`` a few times, captures it, and returns a function that replays it on the same tensors.
 
-        Raises: whatever it is that can't be captured raises; nothing of it is left behind.
+        Raises: the error of work that can't be captured; the thread's state is as before the call.
         """
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that the graphs hold: what lies between input and output, and workspaces."""
+        """Bytes of device memory that the graphs hold: intermediate tensors and workspaces."""
         ...
 
 
 class CudaGraphs:
-    """CUDA graphs of one engine: all share one memory pool, for no two of them run at a time.
+    """CUDA graphs of one engine; they share one memory pool, since no two of them run at a time.
 
     Args:
-        device: whose work is captured.
+        device: of the captured work.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _stream_of(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._there_before: int | None = None
+        self._bytes_before: int | None = None
 
     def capture(self, work: Callable[[], object]) -> Replay:
         with _ONE_AT_A_TIME, torch.cuda.device(self._device):
-            if self._there_before is None:
-                self._there_before = self._taken(_NO_POOL)
+            if self._bytes_before is None:
+                self._bytes_before = self._reserved(_NO_POOL)
             self._warm_up(work)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other engines compute, and other precisions load, while this one captures
@@ -97,11 +97,11 @@ class CudaGraphs:
 
     @property
     def nbytes(self) -> int:
-        """The pool, and the libraries' workspaces that came with the captures; those outlive it."""
-        return self._taken(tuple(self._pool)) + self._taken(_NO_POOL) - (self._there_before or 0)
+        """The pool, and the libraries' workspaces allocated by the captures; those are never freed."""
+        return self._reserved(tuple(self._pool)) + self._reserved(_NO_POOL) - (self._bytes_before or 0)
 
-    def _taken(self, pool: tuple[int, ...]) -> int:
-        """Bytes that the allocator holds for the captures' stream in a pool."""
+    def _reserved(self, pool: tuple[int, ...]) -> int:
+        """Bytes that the allocator has reserved for the capture stream in a pool."""
         return sum(
             int(segment["total_size"])
             for segment in torch.cuda.memory_snapshot()
@@ -109,7 +109,7 @@ class CudaGraphs:
         )
 
     def _warm_up(self, work: Callable[[], object]) -> None:
-        """On the stream of the capture: cuBLAS keeps a workspace for each stream."""
+        """Runs ``work`` on the capture stream, since cuBLAS keeps a workspace for each stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
@@ -118,10 +118,10 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def _recovering(self) -> Iterator[list[BaseException]]:
-        """After a capture that failed: the thread's own stream, allocator and generator as before it.
+        """After a failed capture, restores the thread's stream, allocator and generator.
 
-        ``torch.cuda.graph`` does none of it where ending the capture raises, as it does after most faults.
-        What it raises then takes the place of the fault, which is therefore to be put into the list.
+        ``torch.cuda.graph`` restores none of them if ending the capture raises, as it does after most
+        faults. That error replaces the original, which the caller therefore appends to the yielded list.
         """
         before = torch.cuda.current_stream()
         faults: list[BaseException] = []
@@ -130,28 +130,22 @@ class CudaGraphs:
         except BaseException:
             torch.cuda.set_stream(before)
             with contextlib.suppress(Exception):
-                self._let_go()
+                self._release_pool()
             with contextlib.suppress(Exception):
-                _out_of_capture(self._device.index or 0)
+                _reset_generator(self._device.index or 0)
             if not faults:
                 raise
-            raise faults.pop() from None  # in no list any more, with all the tensors of its traceback
+            raise faults.pop() from None  # popped, so that no list keeps the tensors of its traceback alive
 
-    def _let_go(self) -> None:
-        """Ends what the capture began: a graph that was never made keeps its share of the pool."""
+    def _release_pool(self) -> None:
+        """Ends the capture's allocations: a graph that was never instantiated keeps its part of the pool."""
         pool = self._device.index or 0, self._pool
-        torch._C._cuda_endAllocateToPool(*pool)  # raises where the capture had ended after all
+        torch._C._cuda_endAllocateToPool(*pool)  # raises if the capture had already ended
         torch._C._cuda_releasePool(*pool)
 
 
-def _out_of_capture(device: int) -> None:
-    """torch before 2.13 takes the generator for one in a capture until the next one succeeds, and refuses to
-    draw from it; a copy of its state is in none."""
+def _reset_generator(device: int) -> None:
+    """torch before 2.13 treats the generator as capturing until the next capture succeeds, and refuses to
+    draw from it; a copy of its state is not capturing."""
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
-
-
-def in_short(error: Exception) -> str:
-    """Why a capture failed, in one line: CUDA's errors go on with advice for debugging."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")

@@ -1,7 +1,7 @@
-"""One forward pass in a form that can be captured: tensors in, logits out, no look at their contents.
+"""Forward passes that can be captured: tensors in, logits out, without reading their contents on the host.
 
-Two of them: the lean one of GPT-2, some eleven kernels a layer, and the one that leaves the computing to
-``transformers``. Both keep their state in a ``StaticCache`` that was told beforehand where to look.
+There are two: a lean one of GPT-2, about eleven kernels per layer, and one that calls ``transformers``.
+Both keep their state in a ``StaticCache``, whose ``begin`` is called before each pass.
 """
 
 from typing import Any, Literal, Protocol
@@ -15,7 +15,7 @@ from loaders.cuda.static_cache import ShapeProbe, StaticCache
 from loaders.layers.attention_masks import Masks, additive
 
 Keep = Literal["none", "all"] | Tensor
-"""Of which tokens there are to be logits; a (1,) int64 tensor names one."""
+"""The tokens that get logits; a (1,) int64 tensor is the index of one."""
 
 
 class Step(Protocol):
@@ -26,29 +26,29 @@ class Step(Protocol):
     def __call__(
         self, ids: Tensor, positions: Tensor, columns: Tensor, cache: StaticCache | ShapeProbe, keep: Keep
     ) -> Tensor | None:
-        """(rows, tokens or 1, vocabulary) logits, in whatever type the head computes; None if none are kept.
+        """(rows, tokens or 1, vocabulary) logits, in the dtype of the head; None if none are kept.
 
         Args:
             ids: (rows, tokens), int64, as are ``positions``.
-            columns: (visible,) 0, 1, 2 …, those of the cache that are looked at.
+            columns: (visible,) 0, 1, 2 …, the columns of the cache that are attended to.
         """
         ...
 
 
 def step_for(model: PreTrainedModel) -> Step:
-    """The lean one where it knows the architecture.
+    """The lean step if it supports the architecture, else ``transformers``' own.
 
     Raises:
-        CheckpointError: no step can serve it.
+        CheckpointError: neither supports it.
     """
     return LeanGPT2(model) if LeanGPT2.serves(model) else TransformersStep(model)
 
 
 class LeanGPT2:
-    """GPT-2 (Radford et al. 2019) by its own layers' products, quantized or not, with little between them.
+    """GPT-2 (Radford et al. 2019) over the model's own linear layers, quantized or not.
 
-    ``transformers`` computes GELU's tanh form in eight kernels; here it is one, and so is storing keys and
-    values.
+    ``transformers`` computes GELU's tanh form in eight kernels; here it is one kernel, and so is the store
+    of keys and values.
     """
 
     name = "lean GPT-2"
@@ -78,7 +78,7 @@ class LeanGPT2:
         hidden = body.wte(ids) + body.wpe(positions)
         for index, block in enumerate(body.h):
             hidden = hidden + self._attend(index, block.attn, block.ln_1(hidden), mask, cache)
-            hidden = hidden + self._think(block.mlp, block.ln_2(hidden))
+            hidden = hidden + self._mlp(block.mlp, block.ln_2(hidden))
         if isinstance(keep, str):
             return None if keep == "none" else self._head(body.ln_f(hidden))
         return self._head(body.ln_f(hidden.index_select(1, keep)))  # type: ignore[no-any-return]
@@ -93,12 +93,12 @@ class LeanGPT2:
         found = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return layer.c_proj(found.transpose(1, 2).reshape(rows, tokens, width))  # type: ignore[no-any-return]
 
-    def _think(self, layer: Any, hidden: Tensor) -> Tensor:
+    def _mlp(self, layer: Any, hidden: Tensor) -> Tensor:
         return layer.c_proj(functional.gelu(layer.c_fc(hidden), approximate="tanh"))  # type: ignore[no-any-return]
 
 
 class TransformersStep:
-    """Any causal LM whose state is keys and values per token, by its own forward pass."""
+    """The forward pass of any ``transformers`` causal LM whose state is keys and values per token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.name = f"transformers' {type(model).__name__}"

@@ -1,12 +1,11 @@
-"""The Runner of a GPU: steps of a few fixed sizes over tensors made once, captured and then replayed.
+"""The Runner of a GPU: steps of a few fixed sizes over static tensors, captured and then replayed.
 
-A decode step computes the first 1, 2, 4 … slots, row i being slot i; rows of slots that don't decode write to
-a place that nobody reads. A prompt is computed in chunks of a few fixed lengths. All are captured when the
-first call comes, on the thread that makes all calls; where that fails they run as they are, over the same
-tensors, and ``report`` says why.
+A decode step computes the first 1, 2, 4 … slots, and row i is slot i; padding rows, of slots that don't
+decode, write to a dummy slot. A prompt is computed in chunks of a few fixed lengths. All steps are captured
+on the first call, on the thread that makes all calls; if that fails they run eagerly over the same tensors,
+and ``report`` gives the reason.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,32 +16,30 @@ from transformers import PreTrainedModel
 
 from loaders.base import ModelSpec
 from loaders.cuda import buckets
-from loaders.cuda.cuda_graphs import Graphs, Replay, forget, in_short, release_unused
+from loaders.cuda.cuda_graphs import Graphs, Replay, release_unused
 from loaders.cuda.forward import Step, step_for
 from loaders.cuda.memory import fitting_slots
 from loaders.cuda.static_cache import Shape, ShapeProbe, StaticCache, Unsuitable
 from loaders.cuda.static_inputs import DecodeInputs, PromptInputs
+from loaders.cuda.step_graphs import Key, StepGraphs
 from loaders.errors import OutOfMemory
 from loaders.layers.longrope import depends_on_length
-from loaders.runner import Logits
-
-Key = tuple[Any, ...]
-"""A step: ("decode", rows, columns) or ("prefill", tokens, columns, logits)."""
+from loaders.runner import Logits, Runner
 
 
-class GraphRunner:
-    """Implements ``loaders.runner.Runner`` and ``DeviceRunner``.
+class GraphRunner(Runner):
+    """Implements ``DeviceRunner`` and ``ReportingRunner`` as well.
 
     Args:
         model: in evaluation mode, all of it on one device.
-        graphs: what captures; None runs every step as it is.
-        why_not: what ``report`` says where ``graphs`` is None.
-        free: bytes that the KV cache may be a part of; what it takes then follows from ``spec.slots``.
+        graphs: captures the steps; None runs every step eagerly.
+        why_not: the reason that ``report`` gives when ``graphs`` is None.
+        free: bytes on the device; with it, the number of slots is limited to what fits a part of them.
 
     Raises:
-        Unsuitable: its state is not keys and values of one shape, or depends on the length of a text.
-        CheckpointError: its state is not keys and values at all.
-        OutOfMemory: there is no room for one sequence.
+        Unsuitable: the state is not keys and values of one shape, or depends on the length of a text.
+        CheckpointError: the state is not keys and values at all.
+        OutOfMemory: the device has no memory for one sequence.
     """
 
     def __init__(
@@ -59,7 +56,6 @@ class GraphRunner:
             raise Unsuitable("LongRoPE rotates each row by its own length")
         self._model: PreTrainedModel | None = model
         self._step: Step | None = step_for(model)
-        self._graphs, self._why_not = graphs, why_not
         self._device = model.device
         shape = _probe(self._step, self._device)
         columns = buckets.columns_for(self.context)
@@ -68,23 +64,21 @@ class GraphRunner:
         self.slots = spec.slots if free is None else fitting_slots(spec.slots, slot_bytes, free)
         self._cache: StaticCache | None = StaticCache(shape, self.slots, columns)
         self._lengths = [0] * self.slots
-        self._batches = buckets.batch_sizes(self.slots, spec.batch_invariant)
-        self._contexts = buckets.contexts(self.context)
-        self._chunks = buckets.prompt_sizes(self.context, spec.batch_invariant)
+        self._graphs = StepGraphs(
+            graphs, why_not, self.slots, self.context, spec.batch_invariant, self._device
+        )
         self._decoding = DecodeInputs(self._cache, self._device)
-        self._prompt = PromptInputs(self._cache, self._chunks[-1], self._device)
+        self._prompt = PromptInputs(self._cache, self._graphs.chunks[-1], self._device)
         self._columns = torch.arange(columns, dtype=torch.int64, device=self._device)
         self._logits = torch.zeros((self.slots, self.vocabulary), dtype=torch.float32, device=self._device)
         self._last = torch.zeros((1, self.vocabulary), dtype=torch.float32, device=self._device)
-        self._replays: dict[Key, Replay] = {}
-        self._prepared, self._graph_bytes = False, 0
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
-        self._prepare()
+        self._graphs.prepare(self._work)
         self._check(self._lengths[slot] + len(ids))
         found = []
-        for part, is_last in _parts(ids, self._chunks[-1]):
+        for part, is_last in _parts(ids, self._graphs.chunks[-1]):
             wanted: Logits = "none" if logits == "last" and not is_last else logits
             found.append(self._chunk(slot, part, wanted))
         if logits == "none":
@@ -93,24 +87,17 @@ class GraphRunner:
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
-        self._prepare()
+        self._graphs.prepare(self._work)
         held = [self._lengths[slot] for slot in slots]
         self._decoding.fill(self._live, slots, ids, held)
         return self._decode(slots, 1 + max(held))
 
     @torch.inference_mode()
     def decode_from(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
-        self._prepare()
+        self._graphs.prepare(self._work)
         held = [self._lengths[slot] for slot in slots]
         self._decoding.fill_from(self._live, slots, tokens, held)
         return self._decode(slots, 1 + max(held))
-
-    @torch.inference_mode()
-    def score(self, ids: Sequence[int]) -> Tensor:
-        self._check(len(ids))
-        inputs = torch.tensor([ids], dtype=torch.int64, device=self._device)
-        logits: Tensor = self.module(input_ids=inputs, use_cache=False).logits
-        return logits[0].float()
 
     @torch.inference_mode()
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
@@ -126,13 +113,11 @@ class GraphRunner:
         self._lengths[slot] = 0
 
     def close(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # a graph must not go while it runs
-        forget(self._replays)
-        self._graphs = self._model = self._step = self._cache = None
+        self._graphs.close()
+        self._model = self._step = self._cache = None
         self._logits = self._last = self._columns = torch.empty(0, dtype=torch.float32)
-        self._graph_bytes = 0
-        self._give_back()
+        if self._device.type == "cuda":
+            release_unused()
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -145,59 +130,54 @@ class GraphRunner:
 
     @property
     def working_bytes(self) -> int:
-        """Inputs, logits, and what the graphs hold."""
+        """Bytes of logits, column indices, and the graphs' memory."""
         tensors = (self._logits, self._last, self._columns)
-        return sum(t.nbytes for t in tensors) + self._graph_bytes
+        return sum(t.nbytes for t in tensors) + self._graphs.nbytes
 
     @property
     def module(self) -> PreTrainedModel:
-        """The model below, for who looks at its weights."""
+        """The wrapped model."""
         if self._model is None:
             raise RuntimeError("the runner is closed")
         return self._model
 
     @property
     def captured(self) -> bool:
-        """Whether its steps are replayed; False before the first call."""
-        return bool(self._replays)
+        """Whether steps are replayed; False before the first call."""
+        return bool(self._graphs.replays)
 
     @property
     def captured_steps(self) -> Mapping[Key, Replay]:
-        """What is replayed; for who measures a step."""
-        return self._replays
+        """The replays, for measurements of single steps."""
+        return self._graphs.replays
 
     def report(self) -> Mapping[str, Any]:
-        """What ``/stats`` shows of it."""
+        """For ``/stats``."""
         return {
             "forward": self._step.name if self._step else None,
             "slots": self.slots,
-            "captured": self.captured,
-            "not_captured_because": self._why_not,
-            "graphs": len(self._replays),
-            "graph_bytes": self._graph_bytes,
-            "batch_sizes": list(self._batches),
-            "batch_invariant": len(self._batches) == 1,
+            **self._graphs.report(),
         }
 
     # steps
 
     def _decode(self, slots: Sequence[int], longest: int) -> Tensor:
         self._check(longest)
-        rows = buckets.smallest(self._batches, 1 + max(slots))
-        self._run(("decode", rows, buckets.smallest(self._contexts, longest)))
+        rows = buckets.smallest(self._graphs.batches, 1 + max(slots))
+        self._run(("decode", rows, buckets.smallest(self._graphs.contexts, longest)))
         logits = self._logits[: len(slots)]
         if not self._decoding.in_order:
             logits = self._logits.index_select(0, self._decoding.chosen)
-        for slot in slots:  # last: a step that failed is tried again, and then writes to the same places
+        for slot in slots:  # last, so that retrying a failed step writes to the same positions
             self._lengths[slot] += 1
         return logits
 
     def _chunk(self, slot: int, ids: Sequence[int], logits: Logits) -> Tensor | None:
         start = self._lengths[slot]
-        tokens = buckets.smallest(self._chunks, len(ids))
-        visible = buckets.smallest(self._contexts, start + len(ids))
+        tokens = buckets.smallest(self._graphs.chunks, len(ids))
+        visible = buckets.smallest(self._graphs.contexts, start + len(ids))
         self._prompt.fill(self._live, slot, ids, start, tokens)
-        if logits == "all":  # seldom wanted, and large
+        if logits == "all":  # rare, and large
             found = self._compute_prompt(tokens, visible, logits)
             assert found is not None
             kept: Tensor | None = found[0, : len(ids)].float()
@@ -208,8 +188,7 @@ class GraphRunner:
         return kept
 
     def _run(self, key: Key) -> None:
-        replay = self._replays.get(key)
-        (replay or self._work(key))()
+        (self._graphs.get(key) or self._work(key))()
 
     def _work(self, key: Key) -> Replay:
         kind, *arguments = key
@@ -217,7 +196,7 @@ class GraphRunner:
 
     def _decode_step(self, rows: int, visible: int) -> None:
         inputs = self._decoding
-        self._live.look(inputs.where[:rows], rows, visible)
+        self._live.begin(inputs.where[:rows], rows, visible)
         logits = self._forward(inputs.ids[:rows, None], inputs.positions[:rows, None], visible, "all")
         assert logits is not None
         self._logits[:rows].copy_(logits[:, 0])
@@ -229,7 +208,7 @@ class GraphRunner:
 
     def _compute_prompt(self, tokens: int, visible: int, logits: Logits) -> Tensor | None:
         inputs = self._prompt
-        self._live.look(inputs.where[:tokens], inputs.slot, visible)
+        self._live.begin(inputs.where[:tokens], inputs.slot, visible)
         keep = inputs.last if logits == "last" else logits
         return self._forward(inputs.ids[None, :tokens], inputs.positions[None, :tokens], visible, keep)
 
@@ -237,39 +216,6 @@ class GraphRunner:
         if self._step is None:
             raise RuntimeError("the runner is closed")
         return self._step(ids, positions, self._columns[:visible], self._live, keep)
-
-    # capturing
-
-    def _prepare(self) -> None:
-        """Captures every step, largest first so that the smaller ones fit the memory of the larger."""
-        if self._prepared:
-            return
-        self._prepared = True
-        if self._graphs is None:
-            return
-        try:
-            for key in self._keys():
-                self._replays[key] = self._graphs.capture(self._work(key))
-        except Exception as error:
-            self._why_not = in_short(error)
-        if self._why_not is not None:  # out of the except block, whose traceback holds tensors
-            forget(self._replays)
-            self._give_back()
-            return
-        with contextlib.suppress(Exception):  # a figure, which no graph is worth
-            self._graph_bytes = self._graphs.nbytes
-
-    def _give_back(self) -> None:
-        if self._device.type == "cuda":
-            release_unused()
-
-    def _keys(self) -> Iterator[Key]:
-        for visible in reversed(self._contexts):
-            for rows in reversed(self._batches):
-                yield "decode", rows, visible
-            for tokens in reversed(self._chunks):
-                yield "prefill", tokens, visible, "last"
-                yield "prefill", tokens, visible, "none"
 
     @property
     def _live(self) -> StaticCache:
@@ -284,14 +230,14 @@ class GraphRunner:
 
 @torch.inference_mode()
 def _probe(step: Step, device: torch.device) -> Shape:
-    """What one token leaves in the cache, from a pass over a single one."""
+    """The keys and values of one token, from a forward pass over a single token."""
     probe, zero = ShapeProbe(), torch.zeros((1, 1), dtype=torch.int64, device=device)
     try:
         step(zero, zero, zero[0], probe, "none")
-    except torch.OutOfMemoryError as error:  # a RuntimeError, but no word about the architecture
+    except torch.OutOfMemoryError as error:  # a RuntimeError that says nothing about the architecture
         raise OutOfMemory("no room on the device for a forward pass") from error
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise Unsuitable(f"its forward pass takes no cache of ours ({type(error).__name__})") from error
+        raise Unsuitable(f"its forward pass takes no static cache ({type(error).__name__})") from error
     return probe.shape()
 
 

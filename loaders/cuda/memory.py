@@ -1,4 +1,4 @@
-"""The card's memory: what is free of it, and how much of that a KV cache may take. Bytes everywhere."""
+"""Device memory: what is free, and how much of that a KV cache may take. All figures are bytes."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from loaders.base import ModelSpec
 from loaders.cuda import buckets
 from loaders.errors import OutOfMemory
 
-_MARGIN = 0.9  # of what is free; the rest is for activations, graphs and others
-_SHARE = 0.5  # of that, for the keys and values of one precision: others are loaded beside it
+_MARGIN = 0.9  # of free memory; the rest is for activations, graphs and other processes
+_SHARE = 0.5  # of that, for the KV cache of one precision, so that others can be loaded
 
 
 def smallest_cache(config: Any, tokens: int) -> int:
-    """Keys and values of one sequence in float32, and of the rows of nobody: what a model can't run without.
+    """The smallest KV cache: one sequence in float32, and the dummy slot of padding rows.
 
     Args:
-        config: the model's, of ``transformers``; 0 where it doesn't tell its heads.
-        tokens: most of one sequence.
+        config: the model's, of ``transformers``; the result is 0 if it has no number of heads.
+        tokens: most tokens of one sequence.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -30,13 +30,13 @@ def smallest_cache(config: Any, tokens: int) -> int:
 
 
 def card_free(device: int | torch.device | None = None) -> int:
-    """Free on a card: what the driver has, and what torch's allocator holds but doesn't use."""
+    """Free memory of a device: the driver's, and what torch's allocator has reserved but not allocated."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def refusals() -> int:
-    """How often a card's allocator had no room, whoever asked, since the process began; 0 without a card."""
+    """Allocations that failed on any device since the process started; 0 without a GPU."""
     if not torch.cuda.is_initialized():
         return 0
     cards = range(torch.cuda.device_count())
@@ -44,12 +44,12 @@ def refusals() -> int:
 
 
 def cards_free() -> list[int]:
-    """Of every card that can be seen."""
+    """Free memory of every visible device."""
     return [card_free(index) for index in range(torch.cuda.device_count())]
 
 
 def device_map(spec: ModelSpec, needed: int) -> str:
-    """Where ``from_pretrained`` is to put the weights: the device, or ``auto``, which is several cards.
+    """The ``device_map`` of ``from_pretrained``: the device, or ``auto`` for several GPUs.
 
     Args:
         needed: estimated bytes of the weights.
@@ -60,17 +60,17 @@ def device_map(spec: ModelSpec, needed: int) -> str:
 
 
 def spread(needed: int, free: list[int]) -> str:
-    """``cuda`` if the first card has room; ``auto``, which fills one after the other, if only all have."""
+    """``cuda`` if the first GPU has room; ``auto``, which fills one after the other, if only all have."""
     return "auto" if len(free) > 1 and needed > free[0] * _MARGIN else "cuda"
 
 
 def fitting_slots(wanted: int, slot_bytes: int, free: int) -> int:
-    """How many KV slots there will be: all that are wanted, or as many as half of what is free holds.
+    """The number of KV slots: ``wanted``, or as many as fit half of the free memory.
 
     Raises:
-        OutOfMemory: there is no room for a single one.
+        OutOfMemory: not even one fits.
     """
-    fit = int(free * _MARGIN * _SHARE) // slot_bytes - 1  # one more is written to by rows of nobody
+    fit = int(free * _MARGIN * _SHARE) // slot_bytes - 1  # one more is the dummy slot of padding rows
     if fit < 1:
         fit = int(free * _MARGIN) // slot_bytes - 1
         wanted = 1

@@ -1,7 +1,7 @@
-"""A KV cache of fixed tensors for steps that are captured: every address and shape is known beforehand.
+"""A KV cache of static tensors for captured steps: every address and shape is fixed.
 
-One tensor (layers, 2, slots + 1, columns, heads, width) holds it all. The slot behind the last is never read:
-rows of a step that belong to nobody write there.
+One tensor (layers, 2, slots + 1, columns, heads, width) holds all of it. The last slot is a dummy, which
+is never read: padding rows of a captured step write to it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from loaders.layers.float16_range import overflow_as_nan
 
 
 class Unsuitable(LoaderError):
-    """A model that the captured runner can't serve; the message says why."""
+    """A model that ``GraphRunner`` can't serve; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shape:
 
 
 class ShapeProbe(Cache):
-    """Stands in for a cache in one forward pass, and notes what the layers hand it."""
+    """Takes the place of a cache in one forward pass and records the shapes of keys and values."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -47,7 +47,7 @@ class ShapeProbe(Cache):
         return keys, values
 
     def put(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``StaticCache.put``, of one row."""
+        """``StaticCache.put`` of one row."""
         keys, values = states.unbind(1)  # (tokens, heads, width)
         return self.update(keys[None].transpose(1, 2), values[None].transpose(1, 2), layer)  # type: ignore[no-any-return]
 
@@ -58,7 +58,7 @@ class ShapeProbe(Cache):
         return query_length, 0
 
     def shape(self) -> Shape:
-        """Raises: Unsuitable: layers differ, or keys and values do."""
+        """Raises Unsuitable if layers, or keys and values, differ in shape."""
         if not self._seen or len(set(self._seen)) > 1 or self._seen[0][0] != self._seen[0][1]:
             raise Unsuitable("its layers don't all keep keys and values of one shape on one device")
         (heads, width), _, dtype, device = self._seen[0]
@@ -78,26 +78,26 @@ class StaticCache(Cache):
         self._count, self._visible = 0, columns
 
     def place(self, slot: int, position: int) -> int:
-        """Where a token goes, as ``look`` wants it."""
+        """The index of a token's position, for ``begin``."""
         return slot * self.columns + position
 
     def padding_index(self, row: int) -> int:
-        """Where a row of nobody's goes; different rows to different places, as far as there are any."""
+        """The index in the dummy slot that a padding row writes to; rows share one only if they must."""
         return self.slots * self.columns + row % self.columns
 
-    def look(self, where: Tensor, rows: int | Tensor, visible: int) -> None:
-        """Announces a pass; the tensors are read as it computes, so that a captured one finds new contents.
+    def begin(self, where: Tensor, rows: int | Tensor, visible: int) -> None:
+        """Sets up a forward pass. It reads the tensors while computing, so a replay sees their new contents.
 
         Args:
-            where: (rows × tokens,) int64, the places of the new tokens.
-            rows: the pass is about the first so many slots, or about the one that a (1,) int64 tensor names.
-            visible: columns that it looks at.
+            where: (rows × tokens,) int64, the indices of the new tokens.
+            rows: the number of slots, from the first; or one slot, as a (1,) int64 tensor.
+            visible: the number of columns that it attends to.
         """
         self._where, self._visible = where, visible
         self._count, self._rows = (rows, self._rows) if isinstance(rows, int) else (0, rows)
 
     def put(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (rows × tokens, 2, heads, width) keys and values; returns what the rows hold.
+        """Stores (rows × tokens, 2, heads, width) keys and values; returns all that the rows hold.
 
         Returns keys and values, each (rows, heads, visible, width).
         """
@@ -107,7 +107,7 @@ class StaticCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As ``transformers`` calls it: (rows, heads, tokens, width) keys and values apart."""
+        """``put`` for ``transformers``: keys and values as two tensors, (rows, heads, tokens, width)."""
         for store, states in zip(self._flat[layer_idx], (key_states, value_states), strict=True):
             store.index_copy_(0, self._where, overflow_as_nan(states).transpose(1, 2).flatten(0, 1))
         return self._held(layer_idx)
@@ -121,15 +121,15 @@ class StaticCache(Cache):
         return keys, values
 
     def clear(self, slot: int, tokens: int) -> None:
-        """Zeroes what a slot held. A masked key weighs 0, and 0 × NaN is NaN: what a broken sequence left
-        would reach the slot's next one."""
+        """Zeroes a slot. A masked key has weight 0, and 0 × NaN is NaN: NaNs of a broken sequence would
+        reach the next one in the slot."""
         self._all[:, :, slot, :tokens].zero_()
 
     @property
     def nbytes(self) -> int:
         return self._all.nbytes
 
-    # What forward passes may ask of a cache; with explicit positions and masks the answers are not used.
+    # Called by forward passes; with explicit positions and masks the results are not used.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, called on tensors: matrix products, and the whole of a GPT-2 step."""
+"""The compiled CPU kernels: matrix products, a whole GPT-2 step, and the reduction of logits."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from loaders.kernels.summary import Summary, summarize
 __all__ = ["GPT2", "BeyondHalf", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm"]
 __all__ += ["PackedMatrix", "Summary", "describe", "find", "get", "load", "runnable", "summarize", "supports"]
 
-# what each library's instructions are called by the operating system, best first
+# the CPU flags that each library needs, as in /proc/cpuinfo; best first
 _NEEDS = {
     "avx512-bf16": {"avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"},
     "avx512": {"avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"},
@@ -26,7 +26,7 @@ _NEEDS = {
 
 @lru_cache(maxsize=1)
 def find() -> Library | str:
-    """The library for this CPU, tried out; or the reason why there is none."""
+    """The library for this CPU, after a trial product; or the reason why there is none."""
     if os.environ.get("BITDIAL_KERNELS") == "torch":
         return "switched off by BITDIAL_KERNELS=torch"
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
@@ -44,7 +44,11 @@ def runnable() -> list[str]:
 
 
 def load(target: str) -> Library | str:
-    """The library compiled for ``target``, tried out; or the reason why it can't be had."""
+    """The library compiled for ``target``, after a trial product; or the reason why it can't be used.
+
+    Raises:
+        StructureMismatch: the library and this package differ in a shared structure.
+    """
     path = compiled(target)
     if not path.exists():
         return "not compiled (python -m loaders.kernels.build does it, given a C compiler)"
@@ -57,7 +61,7 @@ def load(target: str) -> Library | str:
 
 
 def _cpu_flags() -> set[str]:
-    """The instruction sets that this CPU has and the kernel lets programs use."""
+    """The instruction sets that this CPU has and the operating system enables."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -71,23 +75,27 @@ def get() -> Library | None:
 
 
 def describe() -> str:
-    """For ``/stats``: which kernels compute, and why not the compiled ones."""
+    """For ``/stats``: which kernels compute, and if not the compiled ones, the reason."""
     found = find()
     return f"compiled ({found.name})" if isinstance(found, Library) else f"torch (compiled ones: {found})"
 
 
 def _try_out(found: Library) -> None:
-    """A small integer product against torch's: a CPU that lacks an instruction must not answer wrongly."""
+    """Compares a small integer product with torch's.
+
+    Raises:
+        ArithmeticError: it is wrong, as on a CPU without one of the instructions.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (9, 64), generator=generator, dtype=torch.int8)
     x = torch.randint(-127, 128, (5, 64), generator=generator).float()
-    x[:, 0] = 127  # so that each row's scale is 1
+    x[:, 0] = 127  # the largest value of each row: its scale is 1
     product = PackedMatrix(found, "int8", weight, scales=torch.ones(9, dtype=torch.float32))(x)
     if not torch.equal(product, x @ weight.float().T):
         raise ArithmeticError("a trial product is wrong")
 
 
 def supports(kind: Format, inputs: int) -> bool:
-    """Whether the compiled kernels multiply rows of that many inputs in this format."""
+    """Whether the compiled kernels support a matrix of this format with that many inputs."""
     found = get()
     return found is not None and found.supports(kind, inputs)

@@ -1,7 +1,7 @@
 """Compiles the CPU kernels beside their source: ``python -m loaders.kernels.build``.
 
-Run once when installing, where there is a C compiler; nothing is compiled while serving. Without the
-libraries, or on another kind of CPU, torch's own kernels serve.
+Runs once at installation, if there is a C compiler; nothing is compiled while serving. Without the
+libraries, or on another kind of CPU, torch's own kernels compute.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ TARGETS = {
 
 
 class BuildError(Exception):
-    """The kernels can't be compiled here; the message says why."""
+    """The kernels can't be compiled here; the message gives the reason."""
 
 
 def compiled(target: str) -> Path:
-    """Where the compiled library for ``target`` is kept; the name tells the source it was made from."""
+    """The path of the compiled library for ``target``; its name contains a hash of the sources and flags."""
     digest = hashlib.sha256(repr(TARGETS[target]).encode())
     for name in SOURCES + HEADERS:
         digest.update((FOLDER / name).read_bytes())
@@ -36,10 +36,10 @@ def compiled(target: str) -> Path:
 
 
 def build() -> list[Path]:
-    """Compiles what isn't there yet, and removes what older sources left; returns what is new.
+    """Compiles the missing libraries and removes those of older sources; returns the new paths.
 
     Raises:
-        BuildError: no compiler, or it refused.
+        BuildError: there is no compiler, or it failed.
     """
     wanted = {target: compiled(target) for target in TARGETS}
     for old in set(FOLDER.glob("kernels-*.so")) - set(wanted.values()):
@@ -55,14 +55,14 @@ def _compile(flags: list[str], path: Path) -> None:
     if compiler is None:
         raise BuildError("there is no C compiler (install gcc, or name one: CC=…)")
     with tempfile.TemporaryDirectory() as folder:
-        # compiled with OpenMP but linked without: the runtime that torch brought along serves
+        # compiled with OpenMP but linked without: the symbols are those of the runtime that torch has loaded
         options = ["-O3", *flags, "-fopenmp", "-fPIC", "-Wall", "-Wextra"]
         objects = [f"{folder}/{name}.o" for name in SOURCES]
         for name, compiled in zip(SOURCES, objects, strict=True):
             _run([compiler, *options, "-c", "-o", compiled, str(FOLDER / name)])
         linked = f"{folder}/kernels.so"
         _run([compiler, "-shared", "-o", linked, *objects, "-lm"])
-        # renamed into place: nobody ever loads half a file
+        # renamed into place: no process loads an incomplete file
         shutil.copyfile(linked, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
@@ -84,5 +84,5 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":  # as a script, too: nothing here needs torch
+if __name__ == "__main__":  # also runs as a script: this module needs no torch
     sys.exit(main())

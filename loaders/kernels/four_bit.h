@@ -1,8 +1,8 @@
-/* Four-bit codes → the values of a table of 16. */
+/* Lookup of four-bit codes in a table of 16 values. */
 #pragma once
 #include <string.h>
 
-#include "wide.h"
+#include "simd.h"
 
 #ifdef __AVX512BW__
 
@@ -12,35 +12,35 @@ typedef struct {
 
 static inline four_bit_table four_bit_values(const float *table) { return (four_bit_table){_mm512_loadu_ps(table)}; }
 
-/* 8 bytes, the first of two codes in the upper half of each → 16 values in order. */
-static inline __m512 look_up16(const uint8_t *bytes, const four_bit_table *table) {
+/* 8 bytes, each with its first code in the upper half → 16 values in order. */
+static inline __m512 lookup16(const uint8_t *bytes, const four_bit_table *table) {
     __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)bytes));
-    /* a permutation looks at the lowest four bits of each lane alone */
+    /* a permutation uses only the lowest four bits of each lane */
     __m512i codes = _mm512_or_si512(_mm512_slli_epi64(pairs, 32), _mm512_srli_epi64(pairs, 4));
     return _mm512_permutexvar_ps(codes, table->values);
 }
 
 /* 16 bytes → 32 values in order. */
-static inline void look_up(const uint8_t *bytes, const four_bit_table *table, floats values[2]) {
-    values[0] = look_up16(bytes, table);
-    values[1] = look_up16(bytes + 8, table);
+static inline void lookup(const uint8_t *bytes, const four_bit_table *table, floats values[2]) {
+    values[0] = lookup16(bytes, table);
+    values[1] = lookup16(bytes + 8, table);
 }
 
 #ifdef __AVX512BF16__
-/* In bfloat16, weights are looked up in the order in which codes come out of memory soonest: of 128, those in the upper
- * half of each first byte of two, then in its lower half, then those of the second byte. x is put in that order, too. */
-enum { SPREAD = 128 };
+/* In bfloat16, 128 weights at a time are interleaved in the order that needs the fewest instructions to unpack: the upper
+ * halves of the even bytes, then their lower halves, then those of the odd bytes. Activations are packed in this order. */
+enum { INTERLEAVE = 128 };
 
-/* The table's values for two blocks, scaled, rounded to bfloat16. */
-static inline __m512i two_tables(floats table, float first, float second) {
-    __m512bh rounded = _mm512_cvtne2ps_pbh(times(table, all(second)), times(table, all(first)));
+/* The table multiplied by the scales of two blocks, in bfloat16. */
+static inline __m512i scaled_tables(floats table, float first, float second) {
+    __m512bh rounded = _mm512_cvtne2ps_pbh(mul(table, broadcast(second)), mul(table, broadcast(first)));
     __m512i tables;
     memcpy(&tables, &rounded, sizeof tables);
     return tables;
 }
 
-/* 32 bytes of the first block and 32 of the second, if there is one → 4 × 32 bfloat16 values. */
-static inline __attribute__((always_inline)) void look_up128(const uint8_t *bytes, int both, __m512i tables,
+/* 32 bytes of the first block and, if `both`, 32 of the second → 4 × 32 bfloat16 values. */
+static inline __attribute__((always_inline)) void lookup128(const uint8_t *bytes, int both, __m512i tables,
                                                              __m512i values[4]) {
     const __m512i nibble = _mm512_set1_epi16(15);
     const __m512i table_of = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
@@ -53,8 +53,8 @@ static inline __attribute__((always_inline)) void look_up128(const uint8_t *byte
 
 #else
 
-/* The table's 16 floats as four planes of bytes, lowest first, each in both halves of a register: a byte shuffle then
- * looks up 32 codes at once, where a permutation of floats takes twice the time for eight. */
+/* The table's 16 floats as four planes of bytes, lowest first, each in both halves of a register: a byte shuffle
+ * then looks up 32 codes at once; a permutation of floats takes twice the time for eight. */
 typedef struct {
     __m256i planes[4];
 } four_bit_table;
@@ -74,9 +74,9 @@ static inline four_bit_table four_bit_values(const float *table) {
     return found;
 }
 
-/* 16 bytes, the first of two codes in the upper half of each → 32 values in order. */
-static inline void look_up(const uint8_t *bytes, const four_bit_table *table, floats values[4]) {
-    /* Unpacking works within halves of a register: codes 0-3, 8-11, … go to the lower one, 4-7, 12-15, … to the upper. */
+/* 16 bytes, each with its first code in the upper half → 32 values in order. */
+static inline void lookup(const uint8_t *bytes, const four_bit_table *table, floats values[4]) {
+    /* Unpacking works within the halves of a register: codes 0-3, 8-11, … go to the lower, 4-7, 12-15, … to the upper. */
     const __m256i halves = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,
                                             2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m256i nibble = _mm256_set1_epi8(15);

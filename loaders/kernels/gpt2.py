@@ -7,42 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loaders.kernels.library import I64, Library, P
-from loaders.kernels.matrix import MatrixStruct, PackedMatrix
+from loaders.kernels import structures
+from loaders.kernels.library import Library, check_status
+from loaders.kernels.matrix import PackedMatrix
+from loaders.kernels.structures import I64, P
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", MatrixStruct), ("bias", MatrixStruct)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("before_attention", _Norm),
-        ("before_mlp", _Norm),
-        *((name, P) for name in ("qkv", "attention_out", "up", "down")),
-    ]
-
-
-class _Model(ctypes.Structure):
-    """``gpt2`` of gpt2.c, as the structures around it."""
-
-    _fields_ = [
-        *((name, I64) for name in ("width", "heads", "layer_count")),
-        *((name, P) for name in ("tokens", "positions", "layers")),
-        ("last", _Norm),
-        ("head", P),
-        ("epsilon", ctypes.c_float),
-    ]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [*((name, P) for name in ("ids", "slots", "positions")), ("count", I64)]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [("keys", P), ("values", P), ("context", I64), ("kind", I64)]
 
 
 @dataclass(frozen=True)
@@ -66,14 +36,14 @@ class Layer:
 
 
 class BeyondHalf(ArithmeticError):
-    """Keys or values of a pass do not fit into float16; its results are of no use."""
+    """Keys or values of a pass do not fit into float16; its results are invalid."""
 
 
 class KeyValues:
     """Keys and values of every layer; (slots, heads, context, dim) each, contiguous, float32 or float16.
 
     Args:
-        rounded: float32 that holds, wherever float16 would do, what float16 holds.
+        rounded: float32 tensors whose values are rounded to float16 wherever they fit.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rounded: bool = False) -> None:
@@ -83,7 +53,9 @@ class KeyValues:
         self._values = (P * count)(*(values.data_ptr() for _, values in layers))
         half = count > 0 and layers[0][0].dtype == torch.float16
         kind = 1 if half else 2 * rounded  # FLOAT, HALF, ROUNDED of attention.h
-        self.struct = _Cache(ctypes.addressof(self._keys), ctypes.addressof(self._values), context, kind)
+        self.struct = structures.Cache(
+            ctypes.addressof(self._keys), ctypes.addressof(self._values), context, kind
+        )
 
 
 def _check_shapes(
@@ -117,14 +89,14 @@ def _check_shapes(
 
 
 class GPT2:
-    """The model's tensors as the kernels read them, none copied.
+    """A GPT-2 that refers to the model's tensors, without a copy.
 
     Args:
         tokens, positions: (vocabulary, width), (context, width) embeddings of any float type.
         head: (vocabulary, width).
 
     Raises:
-        ValueError: shapes that the kernels don't compute; they look at none of them.
+        ValueError: shapes that the kernels don't support; C checks none of them.
     """
 
     def __init__(
@@ -140,9 +112,9 @@ class GPT2:
     ) -> None:
         _check_shapes(heads, tokens, positions, layers, last, head)
         self._library, self._head = library, head
-        self._kept: list[PackedMatrix] = [head]  # what the structures point to must live as long as they do
-        self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
-        self._model = _Model(
+        self._kept: list[PackedMatrix] = [head]  # the structures point into these
+        self._layers = (structures.Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        self._model = structures.Model(
             tokens.shape[1],
             heads,
             len(layers),
@@ -163,18 +135,18 @@ class GPT2:
         ids: Sequence[int],
         wanted: int,
     ) -> Tensor:
-        """Computes a row for each id and appends its keys and values; its bits depend on its own past alone.
+        """Computes one row per id and appends its keys and values; a row's bits depend on its own past alone.
 
         Args:
-            slots, positions: where each row stands; rows of one slot side by side, in rising order.
-            wanted: the last so many rows get logits.
+            slots, positions: of each row; rows of one slot are adjacent, in ascending order.
+            wanted: logits are returned for this many last rows.
 
         Returns: (wanted, vocabulary) float32.
 
         Raises:
-            IndexError: an id or a position that the model has no embedding for.
-            MemoryError: the scratch memory can't be had.
-            BeyondHalf: the cache is float16, and does not hold this pass's keys or values.
+            IndexError: an id or a position without an embedding.
+            MemoryError: the scratch memory can't be allocated.
+            BeyondHalf: the cache is float16, and this pass's keys or values do not fit.
         """
         count = len(ids)
         if not (min(ids) >= 0 and max(ids) < self._vocabulary and min(positions) >= 0):
@@ -183,7 +155,7 @@ class GPT2:
             raise IndexError("a position outside the context")
         array = I64 * count
         held = [array(*values) for values in (ids, slots, positions)]
-        rows = _Rows(*map(ctypes.addressof, held), count)
+        rows = structures.TokenRows(*map(ctypes.addressof, held), count)
         logits = torch.empty(wanted, self._head.outputs, dtype=torch.float32)
         threads = torch.get_num_threads()
         status = self._library.gpt2(
@@ -194,25 +166,24 @@ class GPT2:
             logits.data_ptr(),
             threads,
         )
-        if status < 0:
-            raise MemoryError("not enough memory for a forward pass")
+        check_status(status, "a forward pass")
         if status:
             raise BeyondHalf("keys or values do not fit into float16")
         return logits
 
-    def _layer(self, layer: Layer) -> _Layer:
+    def _layer(self, layer: Layer) -> structures.Layer:
         matrices = (layer.qkv, layer.attention_out, layer.up, layer.down)
         self._kept.extend(matrices)
-        return _Layer(
+        return structures.Layer(
             self._norm(layer.before_attention),
             self._norm(layer.before_mlp),
             *(ctypes.addressof(matrix.struct) for matrix in matrices),
         )
 
-    def _norm(self, norm: Norm) -> _Norm:
-        return _Norm(self._matrix(norm.weight[None]), self._matrix(norm.bias[None]))
+    def _norm(self, norm: Norm) -> structures.Norm:
+        return structures.Norm(self._matrix(norm.weight[None]), self._matrix(norm.bias[None]))
 
-    def _matrix(self, tensor: Tensor) -> MatrixStruct:
+    def _matrix(self, tensor: Tensor) -> structures.Matrix:
         packed = PackedMatrix(self._library, _DTYPES[tensor.dtype], tensor)  # type: ignore[arg-type]
         self._kept.append(packed)
         return packed.struct

@@ -1,12 +1,14 @@
-"""A compiled library: what it can do, and its functions as ctypes sees them."""
+"""A compiled library and the ctypes signatures of its functions."""
 
 import ctypes
 from pathlib import Path
 from typing import Literal
 
+from loaders.kernels.structures import I64, P, compare_sizes
+
 Format = Literal["float32", "bfloat16", "float16", "four-bit", "int8"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "float16", "four-bit", "int8")
-P, I64 = ctypes.c_void_p, ctypes.c_int64
+MISCOUNTED = -2  # PHASES_MISCOUNTED of thread_team.h
 
 
 class Library:
@@ -14,12 +16,17 @@ class Library:
 
     Args:
         path: the file.
-        name: what to call it to a user.
+        name: shown to users.
+
+    Raises:
+        OSError, AttributeError: it can't be loaded, or lacks a function.
+        StructureMismatch: its structures are not those of Python.
     """
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         loaded = ctypes.CDLL(str(path))  # releases the GIL for the length of a call
+        compare_sizes(loaded)
         self.linear, self.gpt2 = loaded.bitdial_linear, loaded.bitdial_gpt2
         self.linear.argtypes = [P, P, I64, P, P, ctypes.c_int]
         self.gpt2.argtypes = [P, P, P, I64, P, ctypes.c_int]
@@ -30,9 +37,21 @@ class Library:
         self._multiple, self._computes_in = loaded.bitdial_multiple, loaded.bitdial_computes_in
 
     def supports(self, kind: Format, inputs: int) -> bool:
-        """Whether rows of that many inputs can be multiplied in this format."""
+        """Whether a matrix of this format can have that many inputs."""
         return inputs > 0 and inputs % int(self._multiple(FORMATS.index(kind))) == 0
 
     def computes_in(self, kind: Format) -> Format:
-        """The type that weights kept in ``kind`` are multiplied in; sums are float32, of int8 int32."""
+        """The type in which weights of ``kind`` are multiplied; sums are float32, or int32 for int8."""
         return FORMATS[int(self._computes_in(FORMATS.index(kind)))]
+
+
+def check_status(status: int, call: str) -> None:
+    """
+    Raises:
+        MemoryError: the scratch memory of ``call`` could not be allocated.
+        RuntimeError: its phases are not as many as its counters are for; its results are invalid.
+    """
+    if status == MISCOUNTED:
+        raise RuntimeError(f"the thread team of {call} ran another number of phases than it has counters for")
+    if status < 0:
+        raise MemoryError(f"not enough memory for {call}")

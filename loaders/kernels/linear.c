@@ -1,37 +1,42 @@
-/* A matrix product by itself, for the linear layers of any architecture, on x86-64 CPUs with AVX2, FMA and F16C. */
+/* A single matrix product, for the linear layers of any architecture, on x86-64 CPUs with AVX2, FMA and F16C. */
 #include <omp.h>
 #include <string.h>
 
-#include "product.h"
+#include "gemm.h"
 
-enum { FEW_VALUES = 16384 }; /* as many are prepared by one thread sooner than by several that wait for each other */
+enum { FEW_VALUES = 16384 }; /* packed by one thread: faster than several that wait for each other */
 
-/* y (rows, outputs) = x (rows, inputs) · Wᵀ + bias (+ residual, which may be y itself). 0, or -1: out of memory. */
+/* Compared by Python with its own structure when the library is loaded. */
+const int64_t bitdial_sizeof_matrix = sizeof(matrix);
+
+/* y (rows, outputs) = x (rows, inputs) · Wᵀ + bias (+ residual, which may be y itself).
+ * Returns 0; -1 if out of memory; PHASES_MISCOUNTED. */
 int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *residual, float *y, int threads) {
     workspace space = {0};
-    product p = {.x = x, .residual = residual, .y = y};
-    lay_out_product(&p, m, rows, threads, &space);
-    int64_t tallies = sizeof(tally) * tallies_of(2, threads);
-    take(&space, tallies);
-    if (!claim(&space)) return -1;
-    lay_out_product(&p, m, rows, threads, &space);
-    tally *first = memset(take(&space, tallies), 0, tallies);
-    int few = rows * m->inputs <= FEW_VALUES;
-    for (int64_t row = 0; few && row < rows; row++) prepare(&p, row, NULL);
-#pragma omp parallel num_threads(threads)
+    gemm g = {.x = x, .residual = residual, .y = y};
+    int few = rows * m->inputs <= FEW_VALUES, status = 0;
+    int64_t phases = few ? 1 : 2, counters = sizeof(counter) * counter_count(phases, threads);
+    allocate_gemm(&g, m, rows, threads, &space);
+    allocate(&space, counters);
+    if (!reserve(&space)) return -1;
+    allocate_gemm(&g, m, rows, threads, &space);
+    counter *first = memset(allocate(&space, counters), 0, counters);
+    for (int64_t row = 0; few && row < rows; row++) pack(&g, row, NULL);
+#pragma omp parallel num_threads(threads) reduction(min : status)
     {
-        worker me = {first, omp_get_thread_num(), threads};
-        if (!few) share(&me, rows, prepare, &p);
-        share(&me, chunks_of(&p), multiply, &p);
+        worker me = start_worker(first, phases, omp_get_thread_num(), threads);
+        if (!few) parallel_for(&me, rows, pack, &g);
+        parallel_for(&me, gemm_chunks(&g), multiply, &g);
+        if (!phases_match(&me)) status = PHASES_MISCOUNTED;
     }
     free(space.memory);
-    return 0;
+    return status;
 }
 
-/* How many inputs a row of that format must be a multiple of. */
+/* The number that the inputs of a row must be a multiple of. */
 int64_t bitdial_multiple(int64_t format) {
     if (format == INT8) return INT8_STEP;
-    if (computes_in(format) == FLOAT32) return format == FOUR_BIT ? 32 : WIDE;
+    if (computes_in(format) == FLOAT32) return format == FOUR_BIT ? 32 : SIMD_WIDTH;
     return format == FOUR_BIT ? 64 : 32;
 }
 

@@ -1,10 +1,10 @@
-/* A weight matrix in any of its formats, and one row of it widened. */
+/* A weight matrix in any of its storage formats, and the dequantization of one row. */
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 #include "four_bit.h"
-#include "wide.h"
+#include "simd.h"
 
 enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8 };
 
@@ -12,10 +12,10 @@ enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8 };
 typedef struct {
     int64_t format, outputs, inputs;
     const void *data;
-    const float *scales;     /* INT8: one an output. FOUR_BIT: one a block of inputs, or NULL if they are nested */
+    const float *scales;     /* INT8: one per output. FOUR_BIT: one per block of inputs, or NULL if nested */
     const void *bias;        /* (outputs,) or NULL */
     int64_t bias_format;     /* FLOAT32, BFLOAT16 or FLOAT16 */
-    const float *table;      /* FOUR_BIT: the 16 values a code stands for */
+    const float *table;      /* FOUR_BIT: the values of the 16 codes */
     int64_t block;           /* FOUR_BIT: weights that share a scale; divides inputs */
     const uint8_t *codes;    /* FOUR_BIT, nested scales: scale = nested_table[code] * nested_scales[i / 256] + offset */
     const float *nested_table, *nested_scales;
@@ -46,53 +46,55 @@ static inline float block_scale(const matrix *m, int64_t block) {
     return m->nested_table[m->codes[block]] * m->nested_scales[block / 256] + m->nested_offset;
 }
 
-static void widen_four_bit(const matrix *m, int64_t output, float *out) {
+static void dequantize_four_bit(const matrix *m, int64_t output, float *out) {
     const uint8_t *w = (const uint8_t *)row_of(m, output);
     int64_t block = output * m->inputs / m->block;
     four_bit_table table = four_bit_values(m->table);
     for (int64_t start = 0; start < m->inputs; start += m->block, block++) {
-        floats scale = all(block_scale(m, block));
+        floats scale = broadcast(block_scale(m, block));
         for (int64_t k = start; k < start + m->block; k += 32) {
-            floats values[32 / WIDE];
-            look_up(w + k / 2, &table, values);
-            for (int i = 0; i < 32 / WIDE; i++) store(out + k + i * WIDE, times(values[i], scale));
+            floats values[32 / SIMD_WIDTH];
+            lookup(w + k / 2, &table, values);
+            for (int i = 0; i < 32 / SIMD_WIDTH; i++) store(out + k + i * SIMD_WIDTH, mul(values[i], scale));
         }
     }
 }
 
 #ifdef __AVX512BF16__
-/* Weights k … k + 127 of a row of bytes in bfloat16, spread; where only 64 are left, what follows them are zeros' codes
- * or anything else that is finite. `k` is a multiple of 128. */
-static inline __attribute__((always_inline)) void spread_four_bit(const matrix *m, const uint8_t *w, int64_t output,
-                                                                  int64_t k, floats table, __m512i values[4]) {
-    int both = k + SPREAD <= m->inputs;
-    int64_t at = output * m->inputs + k, next = both ? at + SPREAD / 2 : at;
-    look_up128(w + k / 2, both, two_tables(table, block_scale(m, at / m->block), block_scale(m, next / m->block)), values);
+/* Weights k … k + 127 of a row of codes `w`, in bfloat16 and in the interleaved order; if only 64 are left, the others
+ * are finite but arbitrary. `k` is a multiple of 128. */
+static inline __attribute__((always_inline)) void dequantize_interleaved(const matrix *m, const uint8_t *w,
+                                                                         int64_t output, int64_t k, floats table,
+                                                                         __m512i values[4]) {
+    int both = k + INTERLEAVE <= m->inputs;
+    int64_t at = output * m->inputs + k, next = both ? at + INTERLEAVE / 2 : at;
+    float first = block_scale(m, at / m->block), second = block_scale(m, next / m->block);
+    lookup128(w + k / 2, both, scaled_tables(table, first, second), values);
 }
 
-static const uint16_t *rounded_four_bit(const matrix *m, int64_t output, uint16_t *out) {
+static const uint16_t *dequantized_bfloat16(const matrix *m, int64_t output, uint16_t *out) {
     const uint8_t *w = (const uint8_t *)row_of(m, output);
     floats table = load(m->table);
-    for (int64_t k = 0; k < m->inputs; k += SPREAD) {
+    for (int64_t k = 0; k < m->inputs; k += INTERLEAVE) {
         __m512i values[4];
-        spread_four_bit(m, w, output, k, table, values);
+        dequantize_interleaved(m, w, output, k, table, values);
         for (int i = 0; i < 4; i++) _mm512_storeu_si512(out + k + 32 * i, values[i]);
     }
     return out;
 }
 #endif
 
-/* Row `output` in float32: where it lies, or widened into `scratch`. */
-static const float *widened(const matrix *m, int64_t output, float *scratch) {
+/* Row `output` in float32: the matrix's own memory, or dequantized into `scratch`. */
+static const float *dequantized(const matrix *m, int64_t output, float *scratch) {
     const uint16_t *halves = (const uint16_t *)row_of(m, output);
     switch (m->format) {
     case BFLOAT16:
-        for (int64_t k = 0; k < m->inputs; k += WIDE) store(scratch + k, from_bfloat16(halves + k));
+        for (int64_t k = 0; k < m->inputs; k += SIMD_WIDTH) store(scratch + k, load_bfloat16(halves + k));
         return scratch;
     case FLOAT16:
-        for (int64_t k = 0; k < m->inputs; k += WIDE) store(scratch + k, from_half(halves + k));
+        for (int64_t k = 0; k < m->inputs; k += SIMD_WIDTH) store(scratch + k, load_half(halves + k));
         return scratch;
-    case FOUR_BIT: widen_four_bit(m, output, scratch); return scratch;
+    case FOUR_BIT: dequantize_four_bit(m, output, scratch); return scratch;
     default: return (const float *)row_of(m, output);
     }
 }

@@ -1,4 +1,4 @@
-"""A weight matrix as the kernels read it, multiplied by itself."""
+"""A weight matrix in the layout of the kernels, and its product with rows of activations."""
 
 import ctypes
 from dataclasses import dataclass
@@ -6,33 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loaders.kernels.library import FORMATS, I64, Format, Library, P
+from loaders.kernels import structures
+from loaders.kernels.library import FORMATS, Format, Library, check_status
 
-_BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # places in FORMATS
-
-
-class MatrixStruct(ctypes.Structure):
-    """``matrix`` of matrix.h."""
-
-    _fields_ = [
-        *((name, I64) for name in ("format", "outputs", "inputs")),
-        *((name, P) for name in ("data", "scales", "bias")),
-        ("bias_format", I64),
-        ("table", P),
-        ("block", I64),
-        *((name, P) for name in ("codes", "nested_table", "nested_scales")),
-        ("nested_offset", ctypes.c_float),
-    ]
+_BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # indices into FORMATS
 
 
 @dataclass
 class FourBit:
-    """How the codes of a four-bit matrix become weights.
+    """The quantization state of a four-bit matrix.
 
     Args:
-        table: (16,) float32, what each code stands for.
-        block: weights that share a scale.
-        scales: (weights / block,) float32; or, nested, uint8 codes into ``nested_table``.
+        table: (16,) float32, the value of each code.
+        block: number of weights per scale.
+        scales: (weights / block,) float32; or, if nested, uint8 codes into ``nested_table``.
         nested_table: (256,) float32.
         nested_scales: one float32 per 256 scales.
         nested_offset: added to each nested scale.
@@ -48,13 +35,13 @@ class FourBit:
 
 @dataclass
 class PackedMatrix:
-    """A weight matrix of the given tensors, none copied.
+    """A weight matrix that refers to the given tensors, without a copy.
 
     Args:
-        library: whose functions multiply it.
-        kind: how ``data`` is to be read.
-        data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of two weights
-            in the upper half.
+        library: multiplies it.
+        kind: the format of ``data``.
+        data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of each two
+            weights in the upper half.
         scales: int8: (outputs,) float32.
         bias: (outputs,) of any float type, or None.
     """
@@ -71,7 +58,9 @@ class PackedMatrix:
         assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors)
         self.outputs = self.data.shape[0]
         self.inputs = self.data.shape[1] * (2 if self.kind == "four-bit" else 1)
-        self.struct = MatrixStruct(FORMATS.index(self.kind), self.outputs, self.inputs, self.data.data_ptr())
+        self.struct = structures.Matrix(
+            FORMATS.index(self.kind), self.outputs, self.inputs, self.data.data_ptr()
+        )
         self.struct.scales, self.struct.bias = _address(self.scales), _address(self.bias)
         self.struct.bias_format = 0 if self.bias is None else _BIAS_FORMATS[self.bias.dtype]
         if self.four_bit is not None:
@@ -89,14 +78,18 @@ class PackedMatrix:
             self.struct.nested_offset = state.nested_offset
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(rows, outputs) = x Wᵀ + bias (+ residual) of (rows, inputs) float32; each row by itself."""
+        """Returns x Wᵀ + bias (+ residual), (rows, outputs), of (rows, inputs) float32; rows are independent.
+
+        Raises:
+            MemoryError
+        """
         rows = x.shape[0]
         y = torch.empty(rows, self.outputs, dtype=torch.float32)
         if not rows:
             return y
-        given, threads = _address(residual), torch.get_num_threads()
-        if self.library.linear(self._address, x.data_ptr(), rows, given, y.data_ptr(), threads):
-            raise MemoryError("not enough memory for a matrix product")
+        added, threads = _address(residual), torch.get_num_threads()
+        status = self.library.linear(self._address, x.data_ptr(), rows, added, y.data_ptr(), threads)
+        check_status(status, "a matrix product")
         return y
 
 

@@ -1,28 +1,28 @@
-/* What a transformer does with one row by itself: layer normalization, the activation. */
+/* The operations of a transformer on a single row: layer normalization and the activation. */
 #pragma once
 #include <math.h>
 
 #include "matrix.h"
 
-/* Weight and bias of a layer normalization: matrices of one row, in whatever format they are kept. */
+/* Weight and bias of a layer normalization: matrices of one row, in any format. */
 typedef struct {
     matrix weight, bias;
 } norm;
 
 /* out = (x - mean) / √(variance + epsilon) · weight + bias; `scratch` holds 2 · count floats. */
-static void normalize(const norm *n, const float *x, int64_t count, float epsilon, float *scratch, float *out) {
-    const float *weight = widened(&n->weight, 0, scratch), *bias = widened(&n->bias, 0, scratch + count);
-    floats total = all(0), squares = all(0);
-    for (int64_t k = 0; k < count; k += WIDE) total = plus(total, load(x + k));
-    floats mean = all(sum(total) / (float)count);
-    for (int64_t k = 0; k < count; k += WIDE) {
-        floats off = minus(load(x + k), mean);
-        squares = multiply_add(off, off, squares);
+static void apply_norm(const norm *n, const float *x, int64_t count, float epsilon, float *scratch, float *out) {
+    const float *weight = dequantized(&n->weight, 0, scratch), *bias = dequantized(&n->bias, 0, scratch + count);
+    floats total = broadcast(0), squares = broadcast(0);
+    for (int64_t k = 0; k < count; k += SIMD_WIDTH) total = add(total, load(x + k));
+    floats mean = broadcast(hsum(total) / (float)count);
+    for (int64_t k = 0; k < count; k += SIMD_WIDTH) {
+        floats off = sub(load(x + k), mean);
+        squares = fmadd(off, off, squares);
     }
-    floats inverse = all(1.0f / sqrtf(sum(squares) / (float)count + epsilon));
-    for (int64_t k = 0; k < count; k += WIDE) {
-        floats normed = times(minus(load(x + k), mean), inverse);
-        store(out + k, multiply_add(normed, load(weight + k), load(bias + k)));
+    floats inverse = broadcast(1.0f / sqrtf(hsum(squares) / (float)count + epsilon));
+    for (int64_t k = 0; k < count; k += SIMD_WIDTH) {
+        floats normed = mul(sub(load(x + k), mean), inverse);
+        store(out + k, fmadd(normed, load(weight + k), load(bias + k)));
     }
 }
 
@@ -34,10 +34,10 @@ static void gelu(float *x, int64_t count) {
         __m256 v = _mm256_loadu_ps(x + k), square = _mm256_mul_ps(v, v);
         __m256 inner = _mm256_fmadd_ps(square, _mm256_set1_ps(0.044715f), one);
         __m256 twice_u = _mm256_mul_ps(_mm256_mul_ps(v, inner), _mm256_set1_ps(1.5957691216057308f));
-        /* e to a negative power alone, so that nothing overflows: 1 / (1 + e⁻ᵃ), or e⁻ᵃ / (1 + e⁻ᵃ) left of 0 */
+        /* only negative exponents, so that nothing overflows: 1 / (1 + e⁻ᵃ), or e⁻ᵃ / (1 + e⁻ᵃ) below 0 */
         __m256 e = exp8(_mm256_or_ps(twice_u, minus_zero));
-        __m256 above = _mm256_blendv_ps(one, e, twice_u);
-        __m256 share_kept = _mm256_div_ps(above, _mm256_add_ps(one, e));
-        _mm256_storeu_ps(x + k, _mm256_mul_ps(v, share_kept));
+        __m256 numerator = _mm256_blendv_ps(one, e, twice_u);
+        __m256 sigmoid = _mm256_div_ps(numerator, _mm256_add_ps(one, e));
+        _mm256_storeu_ps(x + k, _mm256_mul_ps(v, sigmoid));
     }
 }

@@ -1,22 +1,22 @@
-/* What a sampler needs of rows of logits: where each is largest, and the logarithm of the sum of their exponentials. */
+/* The input of a sampler from rows of logits: the argmax of each, and the logarithm of the sum of exponentials. */
 #include <float.h>
 #include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 
-#include "vector.h"
+#include "avx2.h"
 
 enum {
-    STRETCH = 4096, /* floats taken together; it is read twice, the second time out of the nearest cache */
-    MANY = 512      /* stretches that are worth waking other threads for: one takes half a microsecond to two */
+    SEGMENT = 4096,         /* floats; read twice, the second time from the first-level cache */
+    PARALLEL_SEGMENTS = 512 /* more are computed by several threads: a segment takes half a microsecond to two */
 };
 
-/* A stretch of a row: its largest value (NaN if there is any) and Σ e^(value - largest). */
+/* Part of a row: the largest value (NaN if there is a NaN) and Σ e^(value - largest). */
 typedef struct {
     float largest, total;
-} part;
+} segment;
 
-/* A tail shorter than a register is filled up with what adds nothing. */
+/* Eight values; past the end, -INFINITY, which adds nothing. */
 static inline __m256 eight(const float *x, int64_t at, int64_t count) {
     if (at + LANES <= count) return _mm256_loadu_ps(x + at);
     float filled[LANES];
@@ -24,51 +24,52 @@ static inline __m256 eight(const float *x, int64_t at, int64_t count) {
     return _mm256_loadu_ps(filled);
 }
 
-static part summed_up(const float *x, int64_t count, int totals) {
+static segment summarize_segment(const float *x, int64_t count, int totals) {
     __m256 most = _mm256_set1_ps(-INFINITY), unordered = _mm256_setzero_ps(), total = _mm256_setzero_ps();
     for (int64_t at = 0; at < count; at += LANES) {
         __m256 v = eight(x, at, count);
         unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
         most = _mm256_max_ps(v, most);
     }
-    part found = {largest8(most), 0};
+    segment found = {hmax8(most), 0};
     if (_mm256_movemask_ps(unordered)) found.largest = NAN;
     if (!totals || !(fabsf(found.largest) <= FLT_MAX)) return found;
     __m256 largest = _mm256_set1_ps(found.largest);
     for (int64_t at = 0; at < count; at += LANES)
         total = _mm256_add_ps(total, exp8(_mm256_sub_ps(eight(x, at, count), largest)));
-    found.total = sum8(total);
+    found.total = hsum8(total);
     return found;
 }
 
-/* ids (rows,): where each row of logits (rows, count) is largest, the first place if there are several; largest (rows,):
- * the value there, NaN if the row holds one. logs (rows,), unless it is NULL: log Σ e^value. A row's stretches and the
- * order of its sums depend on `count` alone. 0, or -1: out of memory. */
+/* ids (rows,): the first argmax of each row of logits (rows, count). largest (rows,): the value there, NaN if the row has
+ * one. logs (rows,) or NULL: log Σ e^value. Segments and the order of sums depend on `count` alone. Returns 0; -1 if out of
+ * memory. */
 int bitdial_summarize(const float *logits, int64_t rows, int64_t count, int64_t *ids, float *largest, float *logs,
                       int threads) {
-    int64_t stretches = (count + STRETCH - 1) / STRETCH;
-    part *parts = malloc(sizeof(part) * rows * stretches);
-    if (!parts) return -1;
-#pragma omp parallel for num_threads(threads) if (rows * stretches > MANY)
-    for (int64_t i = 0; i < rows * stretches; i++) {
-        int64_t start = i % stretches * STRETCH, left = count - start;
-        parts[i] = summed_up(logits + i / stretches * count + start, left < STRETCH ? left : STRETCH, logs != NULL);
+    int64_t per_row = (count + SEGMENT - 1) / SEGMENT;
+    segment *segments = malloc(sizeof(segment) * rows * per_row);
+    if (!segments) return -1;
+#pragma omp parallel for num_threads(threads) if (rows * per_row > PARALLEL_SEGMENTS)
+    for (int64_t i = 0; i < rows * per_row; i++) {
+        int64_t start = i % per_row * SEGMENT, left = count - start;
+        const float *from = logits + i / per_row * count + start;
+        segments[i] = summarize_segment(from, left < SEGMENT ? left : SEGMENT, logs != NULL);
     }
     for (int64_t row = 0; row < rows; row++) {
-        const part *of = parts + row * stretches;
+        const segment *of = segments + row * per_row;
         const float *x = logits + row * count;
         int64_t best = 0, id = 0;
-        for (int64_t i = 0; i < stretches && !isnan(of[best].largest); i++)
+        for (int64_t i = 0; i < per_row && !isnan(of[best].largest); i++)
             if (of[i].largest > of[best].largest || isnan(of[i].largest)) best = i;
         largest[row] = of[best].largest;
-        for (id = best * STRETCH; id < count - 1 && x[id] != largest[row];) id++;
+        for (id = best * SEGMENT; id < count - 1 && x[id] != largest[row];) id++;
         ids[row] = isnan(largest[row]) ? 0 : id;
         if (!logs) continue;
         double total = 0;
-        for (int64_t i = 0; i < stretches; i++)
+        for (int64_t i = 0; i < per_row; i++)
             if (of[i].total > 0) total += of[i].total * exp((double)of[i].largest - largest[row]);
         logs[row] = (float)(largest[row] + log(total));
     }
-    free(parts);
+    free(segments);
     return 0;
 }

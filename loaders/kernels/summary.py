@@ -1,4 +1,4 @@
-"""Rows of logits, summed up: where each is largest, and what its probabilities are relative to."""
+"""Argmax, maximum and logsumexp of rows of logits."""
 
 import ctypes
 from dataclasses import dataclass
@@ -7,26 +7,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.kernels.library import I64, Library
+from loaders.kernels.library import Library
+from loaders.kernels.structures import I64
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One entry a row."""
+    """One entry per row."""
 
     ids: list[int]
-    """Where it is largest: the first place, if there are several; meaningless in a row with a NaN."""
+    """The first argmax; meaningless in a row with a NaN."""
     largest: list[float]
-    """The logit there. A row that holds a NaN has NaN, one with an infinity above zero that."""
+    """The logit there: NaN in a row with a NaN, else +inf in a row with one."""
     log_totals: list[float] | None
-    """log Σ e^logit: a logit less this is its natural log-probability. None if not asked for."""
+    """log Σ e^logit: a logit minus this is its natural log-probability. None if not requested."""
 
 
 def summarize(logits: Tensor, log_totals: bool, library: Library | None) -> Summary:
     """
     Args:
         logits: (rows, vocabulary) float32, on the CPU.
-        library: computes in one pass, of many rows on every thread; None: numpy and torch do.
+        library: computes all three in one pass, many rows on every thread; None: numpy and torch compute.
 
     Raises:
         MemoryError
@@ -35,12 +36,12 @@ def summarize(logits: Tensor, log_totals: bool, library: Library | None) -> Summ
         return _without_kernels(logits, log_totals)
     logits = logits.contiguous()
     rows, vocabulary = logits.shape
-    # no tensors: after a step the caches hold weights, and every call into torch is slow the first time
+    # no tensors: after a step the CPU caches hold weights, and the first call into torch code is slow
     ids, floats = (I64 * rows)(), ctypes.c_float * rows
     largest, logs = floats(), floats() if log_totals else None
     threads = torch.get_num_threads()
     if library.summarize(logits.data_ptr(), rows, vocabulary, ids, largest, logs, threads):
-        raise MemoryError("not enough memory to look at the logits")
+        raise MemoryError("not enough memory to reduce the logits")
     return Summary(list(ids), list(largest), None if logs is None else list(logs))
 
 

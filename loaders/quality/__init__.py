@@ -1,10 +1,9 @@
 """Quality of loaded models against a reference, on the same text, from their logits.
 
-One teacher-forced pass of every model, a batch of windows at a time. The reference's and one candidate's
-logits of a batch, or of a chunk of one long window, are held at a time, and are bounded (see ``passes``);
-memory does not depend on the text. All models given are resident together; at least the reference and one
-candidate must be, since a divergence needs both distributions: measure one candidate after the other where
-memory is short.
+Each model makes one teacher-forced pass over the text, a batch of windows at a time. Memory doesn't depend
+on the text: only the logits of the reference and of one candidate exist at a time, those of a batch or of a
+chunk of one long window (see ``passes``). A divergence needs both distributions, so the reference and at
+least one candidate are loaded together; where memory is short, measure one candidate after another.
 """
 
 import math
@@ -48,10 +47,10 @@ class Quality:
     """One model against the reference.
 
     Args:
-        precision, reference: which models.
+        precision, reference: of the two models.
         text: its name.
         tokens: of the text.
-        scored: tokens that count, all but those at the beginning of a window with no context.
+        scored: tokens with a prediction: all but the first of each window without context.
         window, stride: in tokens.
         batch: windows computed together, at most.
         perplexity, reference_perplexity: per token: exp of the mean −ln p.
@@ -61,10 +60,10 @@ class Quality:
             differences −ln q + ln p (delta method), by blocks of 64 tokens; None for a text of one block.
         mean_kl, median_kl, p99_kl, max_kl: KL divergence from the reference, nats a token.
         mean_kl_error: standard error of the mean, by the same blocks.
-        top1_agreement: share of the tokens at which both find the same one the most probable.
+        top1_agreement: fraction of the tokens for which both have the same most probable token.
         rms_delta_p: root mean square difference of the true token's probability.
-        greedy: how long greedy continuations agree; None if not measured.
-        seconds, reference_seconds: forward passes over the text.
+        greedy: length of the agreement of greedy continuations; None if not measured.
+        seconds, reference_seconds: of the forward passes over the text.
     """
 
     precision: str
@@ -92,8 +91,8 @@ class Quality:
     reference_seconds: float
 
 
-class _Tally:
-    """What is known of one candidate so far."""
+class _Totals:
+    """The figures of one candidate, accumulated."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.model, self.scorer = scorer.model, scorer
@@ -146,15 +145,15 @@ def measure(
     prompts: int = greedy.PROMPTS,
     progress: Progress = ignore_progress,
 ) -> list[Quality]:
-    """Each candidate against the reference on ``text``.
+    """Measures each candidate against the reference on ``text``.
 
     Args:
-        tokenizer: of the checkpoint that all of them come from.
-        window: tokens of a pass; the models' context if None.
-        stride: tokens between passes; half the window if None.
-        batch: windows computed together; as many as pay if None, and never more than memory is bounded to.
-        prompts: taken from the text at even distances and continued greedily; 0: none.
-        progress: told ("scoring", tokens, tokens of the text as estimated), then ("continuing", …).
+        tokenizer: of the checkpoint of all models.
+        window: tokens per window; the models' context if None.
+        stride: tokens between windows; half the window if None.
+        batch: windows per pass; by default as many as speed it up. Bounded by memory.
+        prompts: number of prompts to continue greedily, evenly spaced in the text.
+        progress: called with ("scoring", tokens, estimated tokens of the text), then ("continuing", …).
 
     Raises:
         QualityError: the text is empty, too short or not UTF-8; window or stride don't fit; logits are NaN.
@@ -162,12 +161,12 @@ def measure(
     passes = Passes.of([reference, *candidates], window, stride, batch)
     stream = TokenStream(text, tokenizer, vocabulary=reference.runner.vocabulary)
     scorer = Scorer(reference, passes)
-    # the reference is not computed a second time to be held against itself
-    tallies = [_Tally(scorer if model is reference else Scorer(model, passes)) for model in candidates]
+    # the reference as a candidate is not computed twice
+    totals = [_Totals(scorer if model is reference else Scorer(model, passes)) for model in candidates]
     chosen = greedy.Prompts(prompts, passes.window)
-    if not _score(scorer, tallies, stream, passes, chosen, progress):
+    if not _score(scorer, totals, stream, passes, chosen, progress):
         raise QualityError(f"{text.name} has {stream.tokens} tokens; at least two are needed")
-    continued = _continue(reference, tallies, chosen, progress) if prompts else [None] * len(tallies)
+    continued = _continue(reference, totals, chosen, progress) if prompts else [None] * len(totals)
     shared: dict[str, Any] = {
         "reference": reference.precision,
         "text": text.name,
@@ -177,23 +176,23 @@ def measure(
         "reference_seconds": scorer.seconds,
     }
     return [
-        Quality(**shared, **tally.figures(stream), greedy=length)
-        for tally, length in zip(tallies, continued, strict=True)
+        Quality(**shared, **one.figures(stream), greedy=length)
+        for one, length in zip(totals, continued, strict=True)
     ]
 
 
 def _score(
     reference: Scorer,
-    tallies: Sequence[_Tally],
+    totals: Sequence[_Totals],
     stream: TokenStream,
     passes: Passes,
     chosen: greedy.Prompts,
     progress: Progress,
 ) -> int:
-    """Passes over the text; how many of its tokens were scored, which is all but the first."""
+    """Passes over the text; returns the number of scored tokens, all but the first."""
     scored = 0
     for several in batches(windows(stream, passes.window, passes.stride), passes.batch):
-        _compare(reference, tallies, several)
+        _compare(reference, totals, several)
         for one in several:
             chosen.offer(one)
             scored += len(one.scored)
@@ -201,31 +200,31 @@ def _score(
     return scored
 
 
-def _compare(reference: Scorer, tallies: Sequence[_Tally], batch: Sequence[Window]) -> None:
-    """Adds a batch to every tally. No logits outlive it."""
+def _compare(reference: Scorer, totals: Sequence[_Totals], batch: Sequence[Window]) -> None:
+    """Adds a batch to all totals; its logits are freed on return."""
     targets = torch.tensor([id_ for window in batch for id_ in window.scored])
-    others = [None if tally.scorer is reference else tally.scorer.logits(batch) for tally in tallies]
-    parts: list[list[TokenFigures]] = [[] for _ in tallies]
+    others = [None if one.scorer is reference else one.scorer.logits(batch) for one in totals]
+    parts: list[list[TokenFigures]] = [[] for _ in totals]
     for expected in reference.logits(batch):
         following, targets = targets[: len(expected)], targets[len(expected) :]
         for part, other in zip(parts, others, strict=True):
             found = expected if other is None else next(other)
             with _few_threads():
                 part.append(compare(expected, found, following))
-            del found  # not beside the next candidate's
-        del expected  # not beside the next one
-    for tally, part in zip(tallies, parts, strict=True):
-        # window by window: blocks of tokens that resemble each other don't reach over its end
+            del found  # freed before the next candidate's
+        del expected  # freed before the next one
+    for one, part in zip(totals, parts, strict=True):
+        # per window: blocks of correlated tokens end with it
         for figures in TokenFigures.joined(part).split([len(window.scored) for window in batch]):
-            tally.add(figures)
+            one.add(figures)
 
 
 @contextmanager
 def _few_threads() -> Iterator[None]:
-    """One, where there are two at most.
+    """Sets torch's threads to one if there are at most two.
 
-    The comparison is a dozen short operations again and again, after each of which threads wait for each
-    other. Two were no faster than one, and twenty times slower beside another busy process.
+    The comparison is many short operations, after each of which threads synchronize. Two were no faster than
+    one, and twenty times slower beside another busy process.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads <= 2 else threads)
@@ -236,16 +235,16 @@ def _few_threads() -> Iterator[None]:
 
 
 def _continue(
-    reference: LoadedModel, tallies: Sequence[_Tally], prompts: greedy.Prompts, progress: Progress
+    reference: LoadedModel, totals: Sequence[_Totals], prompts: greedy.Prompts, progress: Progress
 ) -> list[GreedyDivergence | None]:
-    chosen, total = prompts.chosen(), len(tallies) + 1
-    # the same rows together in every model: a batch may matter to the rounding of some kernels
-    rows = min(model.runner.slots for model in (reference, *(tally.model for tally in tallies)))
+    chosen, total = prompts.chosen(), len(totals) + 1
+    # the same batches for every model, since the rounding of some kernels depends on the batch
+    rows = min(model.runner.slots for model in (reference, *(one.model for one in totals)))
     progress("continuing", 0, total)
     expected = greedy.continuations(reference.runner, chosen, prompts.tokens, rows)
     found: list[GreedyDivergence | None] = []
-    for tally in tallies:
+    for one in totals:
         progress("continuing", len(found) + 1, total)
-        found.append(greedy.divergence(tally.model.runner, chosen, expected, rows))
+        found.append(greedy.divergence(one.model.runner, chosen, expected, rows))
     progress("continuing", total, total)
     return found

@@ -1,4 +1,4 @@
-"""The text every CPython carries, split into training and held-out documents.
+"""The text in every CPython installation, split into training and held-out documents.
 
 The bundled model is trained on it (``scripts/train_bundled.py``), and quality is measured on its
 held-out part, so no text needs to be committed or downloaded. A document is held out by its *name*
@@ -35,7 +35,7 @@ class Document:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document of this name is kept from training; about one in sixteen is."""
+    """Whether the document of this name is held out; about one in sixteen is."""
     digest = hashlib.sha256(name.encode()).digest()
     return digest[0] % HELD_OUT_ONE_IN == 0
 
@@ -49,12 +49,12 @@ def topics() -> Iterator[Document]:
 
 
 def library(wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Document]:
-    """For each standard-library file its docstrings and its source, under the same name.
+    """Yields for each standard-library file its docstrings and its source, under the same name.
 
-    One name for both, because the docstrings stand in the source too: held out together or not at all.
+    Both have one name, since the source contains the docstrings: they are held out together or not at all.
 
     Args:
-        wanted: which documents, by name; files that are not wanted are not even read.
+        wanted: selects documents by name; other files are not read.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -76,7 +76,7 @@ def library(wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Docum
 
 
 def _docstrings(tree: ast.Module, module: str) -> str:
-    """Every docstring below its signature, as ``help()`` would lay them out."""
+    """Every docstring below its signature, as in ``help()``."""
     parts: list[str] = []
     if text := ast.get_docstring(tree):
         parts.append(f"{module}\n\n{text}")
@@ -89,7 +89,7 @@ def _docstrings(tree: ast.Module, module: str) -> str:
 
 
 def held_out_text() -> str:
-    """The held-out prose (topics and docstrings): the default text quality is measured on."""
+    """The held-out prose, topics and docstrings: the default text of quality measurements."""
     documents = [
         *(document for document in topics() if is_held_out(document.name)),
         *(document for document in library(is_held_out) if document.kind == "docstrings"),
@@ -98,7 +98,7 @@ def held_out_text() -> str:
 
 
 def training_documents() -> list[Document]:
-    """Every document that is not held out, without the paragraphs that held-out ones contain too.
+    """Every document that is not held out, without the paragraphs that also occur in held-out ones.
 
     Help topics quote each other (``for`` is a section of ``compound``); a paragraph seen in training
     would make the held-out perplexity look better than it is.
@@ -122,7 +122,7 @@ def training_documents() -> list[Document]:
 
 def _paragraphs(text: str) -> Iterator[str]:
     for piece in re.split(r"\n\s*\n", text):
-        if len(normal := _normal(piece)) >= 30:  # shorter ones ("Examples:") are common property
+        if len(normal := _normal(piece)) >= 30:  # shorter ones ("Examples:") occur everywhere
             yield normal
 
 

@@ -1,4 +1,4 @@
-"""How far one model's distributions are from another's, token by token, summed up in constant memory."""
+"""The divergence of two models' distributions per token, aggregated in constant memory."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 from loaders.quality.text import QualityError
 
 BLOCK = 64  # tokens
-_CHUNK = 2**17  # logits that a thread turns into float64 at a time: 1 MB, which stay in a core's cache
+_CHUNK = 2**17  # logits that a thread converts to float64 at a time: 1 MB, which fit a core's cache
 _CHUNK_ON_A_DEVICE = 2**24
 
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Per scored token, (n,) float64 on the host.
+    """Figures per scored token, (n,) float64 on the host.
 
     Args:
         reference_nll, nll: −ln p of the true token, in nats.
         kl: Σ p ln(p / q) over the vocabulary, in nats; p is the reference's distribution, q the other's.
-        agrees: 1 where both find the same token the most probable, else 0.
+        agrees: 1 if both have the same most probable token, else 0.
         delta_p: q − p of the true token.
     """
 
@@ -36,7 +36,7 @@ class TokenFigures:
         return cls(*map(torch.cat, zip(*(part._columns() for part in parts), strict=True)))
 
     def split(self, sizes: Sequence[int]) -> "Iterator[TokenFigures]":
-        """So many tokens each."""
+        """Parts of ``sizes`` tokens."""
         parts = zip(*(column.split(sizes) for column in self._columns()), strict=True)
         return (TokenFigures(*part) for part in parts)
 
@@ -45,7 +45,7 @@ class TokenFigures:
 
 
 def compare(reference: Tensor, other: Tensor, targets: Tensor) -> TokenFigures:
-    """Both (n, vocabulary) logits, against the n ids that followed.
+    """Compares (n, vocabulary) logits of two models, given the n ids that follow.
 
     In float64: the divergence of nearly equal distributions is a difference of nearly equal numbers.
     """
@@ -61,7 +61,7 @@ def _compare_chunk(reference: Tensor, other: Tensor, targets: Tensor) -> tuple[T
     log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     true_p, true_q = (log.gather(1, targets[:, None])[:, 0] for log in (log_p, log_q))
     p = log_p.exp()
-    # p ln(p / q) is 0 where p is, whatever q
+    # p ln(p / q) is 0 if p is, for any q
     kl = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum(-1).clamp_min_(0.0)
     agrees = (reference.argmax(-1) == other.argmax(-1)).double()
     return -true_p, -true_q, kl, agrees, true_q.exp() - true_p.exp()
@@ -71,7 +71,7 @@ def exponential(mean: float) -> float:
     """e to a mean −ln p: a perplexity; to a mean difference: a ratio of two.
 
     Raises:
-        QualityError: no float64 is so large.
+        QualityError: it overflows float64.
     """
     try:
         return math.exp(mean)
@@ -80,11 +80,11 @@ def exponential(mean: float) -> float:
 
 
 class Mean:
-    """Mean of a stream of values, and its standard error by blocks of ``BLOCK`` successive ones.
+    """Mean of a stream of values, and its standard error from blocks of ``BLOCK`` successive values.
 
-    Successive tokens' values resemble each other: taken as independent, they gave an error a fifth too small
-    on real text. So it is that of a mean over clusters (Cochran 1977, §9A: a ratio estimate):
-    √(Σ (block sum − block length · mean)² · blocks / (blocks − 1)) / count.
+    Values of successive tokens are correlated: treated as independent, they gave an error a fifth too small
+        on real text. So it is the error of a mean over clusters (Cochran 1977, §9A: a ratio estimate): √(Σ
+        (block sum − block length · mean)² · blocks / (blocks − 1)) / count.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Mean:
         self._blocks, self._sums_squared, self._sums_by_lengths, self._lengths_squared = 0, 0.0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
-        """(n,) float64; blocks don't reach from one call into the next."""
+        """(n,) float64; blocks don't span calls."""
         blocks = values.split(BLOCK)
         sums = torch.stack([block.sum() for block in blocks])
         lengths = torch.tensor([len(block) for block in blocks], dtype=torch.float64)
@@ -118,9 +118,9 @@ class Mean:
 
 
 class Quantiles:
-    """Quantiles of a stream of values ≥ 0 to within 0.25 %: a histogram of bins that grow by 0.5 %.
+    """Quantiles of a stream of values ≥ 0 to within 0.25 %, from a histogram with bins that grow by 0.5 %.
 
-    Below 1e-12 a value counts as 0.
+    Values below 1e-12 count as 0.
     """
 
     _LEAST, _GROWTH = 1e-12, math.log(1.005)

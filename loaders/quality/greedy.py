@@ -1,4 +1,4 @@
-"""How long two models write the same: greedy continuations of the same prompts, token by token."""
+"""Greedy continuations of the same prompts by two models, and how long they agree."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,19 +8,19 @@ from loaders.quality.text import Window
 from loaders.runner import Runner
 
 PROMPT, CONTINUATION, PROMPTS = 32, 64, 16
-_APART = 128  # tokens of text between the prompts that are considered
+_SPACING = 128  # tokens of text between candidate prompts
 
 
 @dataclass(frozen=True)
 class GreedyDivergence:
-    """When the continuations part. The end-of-text token is continued like any other.
+    """The length of the agreement. Generation continues after an end-of-text token.
 
     Args:
-        prompts: compared.
-        tokens: generated after each.
-        diverged: prompts whose continuations differ within them.
-        mean_tokens: the same tokens before the first that differs, all of them where none does; mean.
-        median_tokens: their median.
+        prompts: number of prompts.
+        tokens: generated per prompt.
+        diverged: prompts whose continuations differ.
+        mean_tokens: mean number of tokens before the first difference; all tokens if there is none.
+        median_tokens: the median.
     """
 
     prompts: int
@@ -31,11 +31,11 @@ class GreedyDivergence:
 
 
 class Prompts:
-    """Picks evenly spaced prompts from a text whose length is not known; it holds at most twice as many.
+    """Picks evenly spaced prompts from a text of unknown length; holds at most twice as many.
 
     Args:
-        count: how many at most.
-        context: tokens that the models hold.
+        count: most prompts to pick.
+        context: of the models, in tokens.
     """
 
     def __init__(self, count: int, context: int) -> None:
@@ -46,9 +46,9 @@ class Prompts:
 
     def offer(self, window: Window) -> None:
         fresh = window.ids if window.first == 1 else window.scored
-        for start in range(0, len(fresh), _APART):
+        for start in range(0, len(fresh), _SPACING):
             prompt = fresh[start : start + self._length]
-            if len(prompt) == self._length or not self._seen:  # a short text is one short prompt
+            if len(prompt) == self._length or not self._seen:  # a short text gives one short prompt
                 self._consider(prompt)
 
     def _consider(self, prompt: list[int]) -> None:
@@ -71,7 +71,7 @@ def continuations(runner: Runner, prompts: Sequence[list[int]], tokens: int, row
 def divergence(
     runner: Runner, prompts: Sequence[list[int]], expected: Sequence[list[int]], rows: int
 ) -> GreedyDivergence:
-    """The same on another model, as far as it is needed to see where it parts from ``expected``."""
+    """Continues the prompts with another model until every row differs from ``expected``, or to the end."""
     tokens = len(expected[0])
     same = [
         length
@@ -94,7 +94,7 @@ def _same_tokens(steps: Iterable[list[int]], expected: Sequence[list[int]]) -> l
 
 
 def _steps(runner: Runner, prompts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
-    """The next token of every prompt, step by step; all rows stay to the end, so that batches are equal."""
+    """Yields the next token of every prompt per step; no row ends early, so all batches are equal."""
     slots = list(range(len(prompts)))
     try:
         ids = []

@@ -1,4 +1,4 @@
-"""How a text goes through a model: in windows, some of them together, and how much memory that may take."""
+"""The passes of a model over a text: batches of windows, bounded in memory."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,18 +13,18 @@ from loaders.quality.text import QualityError, Window
 from loaders.runner import DeviceRunner, LengthRunner
 
 MOST_LOGITS = 2**26
-"""Of one model that are held at a time, in float32: 256 MB, and as much of the one it is held against."""
+"""Logits of one model held at a time, in float32: 256 MB, and as much for the other model."""
 MOST_TOKENS = 2**14
-"""Of one pass, whatever is asked for: what a model keeps of each on the way through its layers."""
+"""Most tokens of a pass, whatever ``batch`` is; bounds the activations."""
 PAYS, PAYS_ON_A_DEVICE = 2**10, 2**13
-"""Tokens of one pass, above which more hardly pay: on two cores, measured; on an accelerator, supposed."""
+"""Tokens of a pass above which more bring little speed: measured on two cores, assumed for accelerators."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How a text is cut: windows of ``window`` tokens, each ``stride`` further on than the one before.
+    """Windows of ``window`` tokens, ``stride`` apart, at most ``batch`` per pass.
 
-    At most ``batch`` of them are computed together, and ``rows`` tokens have their logits at a time.
+    At most ``rows`` tokens have logits at a time.
     """
 
     window: int
@@ -36,10 +36,10 @@ class Passes:
     def of(
         cls, models: Sequence[LoadedModel], window: int | None, stride: int | None, batch: int | None = None
     ) -> "Passes":
-        """What fits all the models: by default their context, half of that, and as many as pay.
+        """Passes that fit all models: by default their context, half of it, and as many as speed it up.
 
         Raises:
-            QualityError: it does not fit.
+            QualityError: they do not fit.
         """
         context = min(model.runner.context for model in models)
         window = context if window is None else window
@@ -56,24 +56,24 @@ class Passes:
 
 
 def _paying(models: Sequence[LoadedModel], window: int) -> int:
-    """Windows that are worth computing together."""
+    """Windows per pass beyond which more bring little speed."""
     if any(model.details.get("outlier_threshold") for model in models):
-        return 1  # int8 picks its outlier columns over the whole pass: windows would change each other
+        return 1  # int8 finds outlier columns over the whole pass: windows would affect each other
     on_a_device = all(isinstance(model.runner, DeviceRunner) for model in models)
     return (PAYS_ON_A_DEVICE if on_a_device else PAYS) // window
 
 
 class Scorer:
-    """One model's passes over the windows, and the seconds that they took."""
+    """Computes the windows with one model and adds up the seconds."""
 
     def __init__(self, model: LoadedModel, passes: Passes) -> None:
         self.model, self.seconds = model, 0.0
         self._rows = passes.rows
 
     def logits(self, batch: Sequence[Window]) -> Iterator[Tensor]:
-        """Those that predict the scored tokens of all windows in turn, (tokens, vocabulary) a piece.
+        """Yields (tokens, vocabulary) logits that predict the scored tokens, window after window.
 
-        The pieces' sizes are the same for every model. They are the caller's alone: none is held here.
+        The sizes of the pieces are the same for every model. No reference to a piece is kept here.
         """
         for piece in self._pieces(batch):
             yield self._timed(piece)
@@ -87,7 +87,7 @@ class Scorer:
         return found
 
     def _pieces(self, batch: Sequence[Window]) -> Iterator[Callable[[], Tensor]]:
-        texts = [window.ids[:-1] for window in batch]  # nothing is predicted by the last token
+        texts = [window.ids[:-1] for window in batch]  # the last token predicts nothing
         first, kept = batch[0].first - 1, len(batch[0].scored)
         if len(batch) * kept <= self._rows:
             yield lambda: self.model.runner.score_together(texts, kept).flatten(0, 1)
@@ -97,7 +97,7 @@ class Scorer:
                 yield partial(self._chunk, ids, first, start)
 
     def _chunk(self, ids: Sequence[int], first: int, start: int) -> Tensor:
-        """Of a window with more logits than may be held at a time, by way of a slot."""
+        """Computes part of a window with more logits than may be held at a time, in a slot."""
         runner, rows = self.model.runner, self._rows
         if start == first:
             if isinstance(runner, LengthRunner):

@@ -1,7 +1,7 @@
-"""One prompt through several models: each one's distributions against the reference's, as logits come.
+"""The distributions of several models on one prompt against those of a reference, chunk by chunk.
 
-The reference's logits are kept (prompt × vocabulary, float32); the others' are looked at and let go, chunk
-by chunk, so that a prompt can be computed in chunks between other work.
+The logits of the reference are kept (prompt × vocabulary, float32); those of the others are compared and
+freed chunk by chunk, so that a prompt can be computed in chunks between other work.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,22 @@ from loaders.quality.divergence import TokenFigures, compare, exponential
 from loaders.quality.text import QualityError
 
 MOST_LOGITS = 2**28
-"""Of a reference's that are kept: a gigabyte."""
+"""Logits of a reference that are kept at most: 1 GiB."""
 
 
 def longest_prompt(vocabulary: int) -> int:
-    """Tokens of a prompt whose logits may be kept."""
+    """Most tokens of a prompt whose logits may be kept."""
     return max(1, MOST_LOGITS // vocabulary)
 
 
 @dataclass(frozen=True)
 class PromptFigures:
-    """One model on one prompt.
+    """The figures of one model on one prompt.
 
     Args:
         prompt_perplexity: per token, all but the first; None for a prompt of one token.
-        mean_kl, max_kl: divergence from the reference's distributions after each prompt token, the last
-            included, in nats.
-        top1_agreement: share of the prompt's tokens after which both find the same one the most probable.
+        mean_kl, max_kl: divergence from the reference after each prompt token, including the last, in nats.
+        top1_agreement: fraction of the prompt's tokens after which both have the same most probable token.
     """
 
     prompt_perplexity: float | None
@@ -40,7 +39,7 @@ class PromptFigures:
 
 
 class ReferenceLogits:
-    """Collects what the reference computes.
+    """Collects the logits of the reference.
 
     Args:
         ids: the prompt.
@@ -65,12 +64,12 @@ class ReferenceLogits:
 
 
 class Against:
-    """One model's logits as they come, against the reference's, which are complete."""
+    """Compares a model's logits, chunk by chunk, with the complete ones of the reference."""
 
     def __init__(self, reference: ReferenceLogits) -> None:
         self._reference = reference
         ids = reference.ids
-        self._targets = torch.tensor([*ids[1:], 0])  # nothing follows the last: its target doesn't count
+        self._targets = torch.tensor([*ids[1:], 0])  # the last has no next token: its target is ignored
         self._done = 0
         self._figures: list[TokenFigures] = []
 
@@ -82,7 +81,7 @@ class Against:
 
     def figures(self) -> PromptFigures:
         """Raises:
-        QualityError: logits that are not numbers, or so far apart that there is no perplexity.
+        QualityError: logits are not finite, or the perplexity overflows.
         """
         kl = torch.cat([figures.kl for figures in self._figures])
         nll = torch.cat([figures.nll for figures in self._figures])[:-1]

@@ -1,4 +1,4 @@
-"""The text that quality is measured on, as a stream of tokens cut into windows: never whole in memory."""
+"""The text that quality is measured on: a stream of tokens in windows, never whole in memory."""
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
@@ -15,17 +15,17 @@ BLOCK = 2**18  # bytes read and encoded at a time
 
 
 class QualityError(Exception):
-    """Nothing could be measured; the message is fit to be shown to a user."""
+    """The measurement failed; the message can be shown to users."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in UTF-8 that can be read from its beginning any number of times.
+    """A UTF-8 text that can be read any number of times.
 
     Args:
-        name: what to call it to a user.
+        name: shown to users.
         size: in bytes.
-        open: the bytes from the first on.
+        open: returns a stream at the first byte.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Text:
     open: Callable[[], BinaryIO]
 
     def pieces(self, block: int = BLOCK) -> Iterator[str]:
-        """The text in pieces of about ``block`` bytes, each cut before a space that follows a word.
+        """Yields pieces of about ``block`` bytes, each cut before a space that follows a word.
 
-        No token of a byte-level BPE reaches over such a place, so that the pieces' tokens are the text's. A
-        tokenizer that marks the beginning of a text (``▁``) marks each piece's.
+        No token of a byte-level BPE crosses such a cut, so the tokens of the pieces are those of the text. A
+        tokenizer that marks the beginning of a text (``▁``) marks the beginning of every piece.
 
         Raises:
             QualityError: it is not UTF-8, or can't be read.
@@ -59,13 +59,13 @@ class Text:
 
 
 def held_out() -> Text:
-    """The default: Python documentation that the bundled model was not trained on."""
+    """The default text: Python documentation that the bundled model was not trained on."""
     data = corpus.held_out_text().encode()
     return Text("held-out Python documentation", len(data), lambda: BytesIO(data))
 
 
 def text_file(path: Path) -> Text:
-    """Any file of text.
+    """A text file of the user.
 
     Raises:
         QualityError: there is no such file.
@@ -79,13 +79,13 @@ def text_file(path: Path) -> Text:
 
 
 class TokenStream:
-    """The token ids of a text, piece by piece, and how much of it has been read.
+    """Iterates over the token ids of a text, encoding it piece by piece.
 
     Args:
-        vocabulary: the model's; a tokenizer may know more tokens than it.
+        vocabulary: of the model; a tokenizer may have more tokens.
 
     Raises:
-        QualityError: the text has a token that the model has not; while iterating.
+        QualityError: while iterating, the text has a token that the model lacks, or the tokenizer fails.
     """
 
     def __init__(self, text: Text, tokenizer: Any, block: int = BLOCK, vocabulary: int | None = None) -> None:
@@ -95,9 +95,8 @@ class TokenStream:
         """Encoded so far."""
 
     def __iter__(self) -> Iterator[int]:
-        """Raises ``QualityError`` where the tokenizer fails."""
         for number, piece in enumerate(self._text.pieces(self._block)):
-            # a tokenizer's own first token (BOS) belongs at the text's beginning only
+            # a special first token (BOS) belongs only at the beginning of the text
             encoded = self._encoded(piece, add_special_tokens=number == 0)
             largest = max(encoded["input_ids"], default=0)
             if self._vocabulary is not None and largest >= self._vocabulary:
@@ -120,18 +119,18 @@ class TokenStream:
             ) from error
 
     def expected_tokens(self) -> int:
-        """Of the whole text, by what has been encoded of it; exact at the end."""
+        """Estimated tokens of the whole text; exact once all of it is encoded."""
         return round(self.tokens * max(1.0, self._text.size / self.bytes)) if self.bytes else 0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A chunk of the text that is computed in one pass.
+    """Tokens of the text that are computed in one pass.
 
     Args:
         ids: its tokens.
-        first: index of the first one that counts; those before it were scored by an earlier window, and are
-            context here. At least 1: nothing predicts a window's first token.
+        first: index of the first scored token; an earlier window has scored those before it.
+            At least 1: nothing predicts the first token of a window.
     """
 
     ids: list[int]
@@ -143,9 +142,9 @@ class Window:
 
 
 def windows(ids: Iterable[int], length: int, stride: int) -> Iterator[Window]:
-    """Windows of ``length`` tokens, each ``stride`` further on; every token counts once.
+    """Yields windows of ``length`` tokens, ``stride`` apart; every token is scored once.
 
-    The last window may be shorter. At a stride equal to the length, each window's first token is not scored.
+    The last window may be shorter. If stride equals length, the first token of each window isn't scored.
     """
     stream = iter(ids)
     held, first = list(islice(stream, length)), 1
@@ -157,9 +156,9 @@ def windows(ids: Iterable[int], length: int, stride: int) -> Iterator[Window]:
 
 
 def batches(found: Iterable[Window], most: int) -> Iterator[list[Window]]:
-    """Windows that can be computed together, since all of a batch are as long and count from the same token.
+    """Yields batches of windows of equal length and equal ``first``.
 
-    Those of a text are, but for the first and the last.
+    All windows of a text are equal but the first and the last.
     """
     for _, alike in groupby(found, key=lambda window: (len(window.ids), window.first)):
         while batch := list(islice(alike, most)):
@@ -167,7 +166,7 @@ def batches(found: Iterable[Window], most: int) -> Iterator[list[Window]]:
 
 
 def _last_word_end(text: str) -> int:
-    """Where the last word with a space behind it ends; the text's end if there is none."""
+    """The end of the last word that a space follows; the end of the text if there is none."""
     at = text.rfind(" ")
     while at > 0 and text[at - 1].isspace():
         at = text.rfind(" ", 0, at)

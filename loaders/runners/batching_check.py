@@ -1,7 +1,7 @@
-"""Whether an architecture can be batched at all, found out by trying it on the loaded model.
+"""Checks on the loaded model that its architecture can be batched.
 
-Positions and masks go into every forward pass explicitly. An architecture that takes none, or makes its own
-from the cache's length (GPT-Neo's local attention, ALiBi), would answer fluently and wrongly.
+Every forward pass gets explicit positions and masks. An architecture that ignores them, or derives its own
+from the cache's length (GPT-Neo's local attention, ALiBi), would generate fluent but wrong text.
 """
 
 from random import Random
@@ -13,36 +13,38 @@ from loaders.errors import CheckpointError, in_short
 from loaders.runner import Runner
 
 _LONG, _SHORT = 24, 5  # tokens of the two rows
-_FARTHEST = 1024  # of a window of attention that is looked beyond
-_APART = 0.25  # relative error of logits: rounding makes 0.013 at most (bf16), lost positions 0.5 and more
+_FARTHEST = 1024  # longest attention window that the check exceeds
+_TOLERANCE = (
+    0.25  # relative error of logits: rounding makes 0.013 at most (bf16), lost positions 0.5 and more
+)
 
 
 def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> None:
-    """Two rows of different lengths beside each other, in chunks, against one pass of each alone.
+    """Compares two rows of different lengths, batched and in chunks, with one pass of each alone.
 
     Args:
         config: the ``transformers`` configuration.
         name: of the architecture, for the error.
-        dtype: what the model computes in.
+        dtype: of the computation.
 
     Raises:
-        CheckpointError: the results differ, or the forward pass refuses what it is given.
+        CheckpointError: the results differ, or the forward pass raises.
     """
     try:
-        apart = _difference(runner, _texts(runner, config))
+        deviation = _difference(runner, _texts(runner, config))
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # whatever a forward pass makes of arguments that it doesn't expect
+    except Exception as error:  # a forward pass may raise anything for arguments that it doesn't expect
         raise CheckpointError(f"{name} can't be batched here ({in_short(error)})") from error
-    if apart >= _APART:
+    if deviation >= _TOLERANCE:
         raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
-    if not apart < _APART:
+    if not deviation < _TOLERANCE:
         beyond = " (beyond the range of float16? fp32 and bf16 have more)" if dtype == torch.float16 else ""
         raise CheckpointError(f"{name} can't be served: its logits are not numbers{beyond}")
 
 
 def check_numbers(runner: Runner, name: str) -> None:
-    """One token through a runner that needs no other trial.
+    """Computes one token; for runners that need no other check.
 
     Raises:
         CheckpointError: its logits are not numbers.

@@ -1,8 +1,8 @@
-"""The Runner of GPT-2 on a CPU: a step is one call; ``transformers``' forward makes a thousand.
+"""The Runner of GPT-2 on a CPU: a step is one call into C; ``transformers``' forward makes a thousand calls.
 
-Every token is a row: (slot, position, id). Prompt chunks and decode steps are the same computation on other
-rows, and each row's result depends on that row's past alone; so neither batch-mates nor the way a prompt is
-cut change a bit of it. ``transformers``' forward is the reference that it is tested against.
+Every token is a row: (slot, position, id). Prompt chunks and decode steps are the same computation on
+    different rows, and each row's result depends on its past alone; so neither the batch nor the chunks of
+    a prompt change a bit of it. Tests compare it with ``transformers``' forward.
 """
 
 import logging
@@ -18,13 +18,13 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from loaders import kernels
 from loaders.base import ModelSpec
 from loaders.layers.native_linear import NativeLinear
-from loaders.runner import Logits
+from loaders.runner import Logits, Runner
 
 _log = logging.getLogger(__name__)
 
 
 def serves(config: Any) -> bool:
-    """Whether a model of that configuration is a GPT-2 as its paper has it, of a shape the kernels take."""
+    """Whether the configuration is a standard GPT-2 of a shape that the kernels support."""
     return bool(
         config.model_type == "gpt2"
         and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
@@ -37,7 +37,7 @@ def serves(config: Any) -> bool:
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Whether it can be run: what ``serves`` accepts, with every linear layer on the compiled kernels."""
+    """Whether ``serves`` accepts the model and every linear layer is on the compiled kernels."""
     if type(model) is not GPT2LMHeadModel or not serves(model.config):
         return False
     layers = [m for block in model.transformer.h for m in _linears(block)]
@@ -49,7 +49,7 @@ def _linears(block: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _cache_type(model: GPT2LMHeadModel, spec: ModelSpec) -> type[np.floating[Any]]:
-    """float16 unless the weights are float32: beside rounded weights it costs nothing."""
+    """float16 unless the weights are float32: beside the rounding of weights, its own is negligible."""
     if spec.kv_dtype != "auto":
         return np.float16 if spec.kv_dtype == "fp16" else np.float32
     exact = all(linear.kind == "float32" for block in model.transformer.h for linear in _linears(block))
@@ -57,7 +57,7 @@ def _cache_type(model: GPT2LMHeadModel, spec: ModelSpec) -> type[np.floating[Any
 
 
 def _pages(shape: tuple[int, ...], kind: type[np.floating[Any]]) -> Tensor:
-    """calloc: zero pages that take no memory until they are written, which torch.zeros would do at once."""
+    """Zeros from calloc: pages are committed when written; torch.zeros would write all of them."""
     return torch.from_numpy(np.zeros(math.prod(shape), kind)).view(shape)
 
 
@@ -84,17 +84,17 @@ def _norm(layer: Any) -> kernels.Norm:
     return kernels.Norm(layer.weight.detach(), layer.bias.detach())
 
 
-class GPT2CPURunner:
-    """Implements ``loaders.runner.Runner`` and ``MixedRunner`` for a model that ``supports`` accepts.
+class GPT2CPURunner(Runner):
+    """The runner of a model that ``supports`` accepts; implements ``MixedRunner`` as well.
 
-    Where keys or values turn out not to fit into float16, the cache becomes float32 and the pass is computed
-    again. What did fit stays rounded as it was, so that sequences that never needed it see no difference.
+    If keys or values don't fit into float16, the cache becomes float32 and the pass is computed again. What
+    does fit stays rounded to float16, so that no bit changes for other sequences.
     """
 
     def __init__(self, model: GPT2LMHeadModel, spec: ModelSpec) -> None:
         self.slots, self.context = spec.slots, spec.max_tokens
         self.vocabulary = spec.checkpoint.vocabulary
-        self._model: GPT2LMHeadModel | None = model  # None once closed, as is what computes
+        self._model: GPT2LMHeadModel | None = model  # None once closed, like _compute
         self._compute: kernels.GPT2 | None = _pack(model)
         self._config: Any = model.config
         self._lengths = [0] * spec.slots
@@ -130,9 +130,6 @@ class GPT2CPURunner:
             self._lengths[other] += 1
         return logits
 
-    def score(self, ids: Sequence[int]) -> Tensor:
-        return self.score_together([ids], len(ids))[0]
-
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
         self._check(len(texts[0]))
         return self._widening(lambda: self._scored(texts, kept))
@@ -140,7 +137,7 @@ class GPT2CPURunner:
     def _scored(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
         count, length = len(texts), len(texts[0])
         alone, skipped = self._key_values(count, length), length - kept
-        if skipped:  # in a pass of its own: of a pass, the rows without logits are the first ones
+        if skipped:  # a separate pass, since in a pass the rows without logits come first
             self._chunks(alone, texts, 0, skipped, wanted=0)
         logits = self._chunks(alone, texts, skipped, length, wanted=count * kept)
         return logits.view(count, kept, self.vocabulary)
@@ -148,26 +145,26 @@ class GPT2CPURunner:
     def _chunks(
         self, cache: kernels.KeyValues, texts: Sequence[Sequence[int]], start: int, end: int, wanted: int
     ) -> Tensor:
-        """The same chunk of every text, the text's number being its slot."""
+        """Computes the same chunk of every text; text i is in slot i."""
         slots = [slot for slot in range(len(texts)) for _ in range(start, end)]
         ids = [id_ for text in texts for id_ in text[start:end]]
         return self._live(cache, slots, [*range(start, end)] * len(texts), ids, wanted)
 
     def free(self, slot: int) -> None:
-        self._lengths[slot] = 0  # a row never looks beyond what its own sequence wrote
+        self._lengths[slot] = 0  # a row attends only to what its own sequence wrote
 
     def close(self) -> None:
         self._model = self._compute = None
         self._cache = kernels.KeyValues([])
 
     def report(self) -> Mapping[str, Any]:
-        """What ``/stats`` shows of it."""
+        """For ``/stats``."""
         kind = np.dtype(self._cache_type).name
         return {"kv_cache_dtype": f"{kind}, since float16 did not hold it" if self._widened else kind}
 
     @property
     def module(self) -> GPT2LMHeadModel:
-        """What holds the weights."""
+        """The model with the weights."""
         if self._model is None:
             raise RuntimeError("the runner is closed")
         return self._model
@@ -179,7 +176,7 @@ class GPT2CPURunner:
     def _pass(
         self, slots: Sequence[int], positions: Sequence[int], ids: Sequence[int], wanted: int
     ) -> Tensor:
-        """Over the slots; not yet counted in ``_lengths``."""
+        """A pass over the slots, which doesn't update ``_lengths``."""
         return self._widening(lambda: self._live(self._cache, slots, positions, ids, wanted))
 
     def _widening(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -190,7 +187,7 @@ class GPT2CPURunner:
             return compute()
 
     def _widen(self) -> None:
-        """A cache in float32, of what the slots hold; twice the memory from now on."""
+        """Replaces the cache by one in float32 with the same contents and twice the memory."""
         _log.warning("keys or values do not fit into float16: the KV cache is float32 from now on")
         narrow, before = self._cache.layers, self._cache_type
         self._cache_type, self._widened = np.float32, True

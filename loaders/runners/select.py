@@ -17,15 +17,15 @@ from loaders.runners import gpt2_cpu_runner as gpt2_runner
 from loaders.runners.batching_check import check_numbers, check_rows
 from loaders.runners.transformers_runner import TransformersRunner
 
-_TRIED = 2  # slots that trying an architecture out takes
+_CHECK_SLOTS = 2  # slots that the check of an architecture needs
 
 
 def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
-    """The lean one where it knows the architecture and the layers, else ``transformers``' own forward.
+    """The lean runner if it supports the architecture and the layers, else ``TransformersRunner``.
 
     Raises:
         CheckpointError: no runner can batch the architecture.
-        OutOfMemory: there is no room for the KV cache.
+        OutOfMemory: the device has no memory for the KV cache.
     """
     if spec.device == "cuda":
         return _on_a_card(model, spec)
@@ -33,43 +33,43 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
         runner = gpt2_runner.GPT2CPURunner(model, spec)
         check_numbers(runner, spec.checkpoint.architecture)
         return runner
-    return _tried_out(TransformersRunner(model, spec), spec)
+    return _checked(TransformersRunner(model, spec), spec)
 
 
 def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
-        return _tried_out(
+        return _checked(
             TransformersRunner(model, spec, f"the model is spread over {len(places)} devices"), spec
         )
-    # cuDNN's attention chooses its kernel by the length of the context, which a row's result would depend on
+    # cuDNN's attention selects its kernel by context length, and a row's result would depend on it
     torch.backends.cuda.enable_cudnn_sdp(False)
-    why_not = _not_to_be_captured(model, spec)
+    why_not = _why_not_captured(model, spec)
     graphs = None if why_not else CudaGraphs(model.device)
     try:
         if not LeanGPT2.serves(model):
-            _try_steps(model, spec)
+            _check_steps(model, spec)
         return GraphRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
     except (Unsuitable, CheckpointError) as error:
-        return _tried_out(TransformersRunner(model, spec, str(error)), spec)
+        return _checked(TransformersRunner(model, spec, str(error)), spec)
 
 
-def _try_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
-    """With a small cache that goes again, and uncaptured: that is for the thread that will make the calls."""
-    few = replace(spec, slots=min(spec.slots, _TRIED))
-    runner = GraphRunner(model, few, None, why_not="it is tried out", free=_free(model, spec))
+def _check_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Checks the architecture on a small temporary cache, uncaptured: the engine's thread captures."""
+    few = replace(spec, slots=min(spec.slots, _CHECK_SLOTS))
+    runner = GraphRunner(model, few, None, why_not="a check", free=_free(model, spec))
     try:
         check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     finally:
         runner.close()
 
 
-def _tried_out(runner: TransformersRunner, spec: ModelSpec) -> TransformersRunner:
+def _checked(runner: TransformersRunner, spec: ModelSpec) -> TransformersRunner:
     check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
     return runner
 
 
-def _not_to_be_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:
+def _why_not_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:
     if not spec.cuda_graphs:
         return "CUDA_GRAPHS is off"
     if spec.int8_threshold and getattr(model, "is_loaded_in_8bit", False):
@@ -81,7 +81,7 @@ def _not_to_be_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:
 
 
 def _free(model: PreTrainedModel, spec: ModelSpec) -> int:
-    """What the KV cache may be a part of."""
+    """Bytes available to the KV cache and the steps."""
     free = card_free(model.device)
     if spec.room is None:
         return free

@@ -1,8 +1,8 @@
 """The KV cache of continuous batching: one slot per sequence, rows at their own positions.
 
-``transformers``' own forward passes drive it unchanged: each layer hands its new keys and values to
-``update``, which writes them into the slots in play and returns what those slots hold. No left padding, no
-copying when a sequence joins or leaves.
+``transformers``' own forward passes use it unchanged: each layer passes its new keys and values to
+``update``, which writes them into the slots of the pass and returns all that those slots hold. There is no
+left padding, and no copy when a sequence joins or leaves.
 """
 
 import math
@@ -20,8 +20,8 @@ from loaders.layers.float16_range import overflow_as_nan
 class SlotCache(Cache):
     """Keys and values of ``slots`` sequences of up to ``context`` tokens.
 
-    Per layer two tensors (slots, kv heads, context, head dim), made when the layer first speaks, in the dtype
-    it speaks in. The host commits their pages only as they are written.
+    Per layer two tensors (slots, kv heads, context, head dim), allocated on the layer's first update, in its
+    dtype. The host commits their pages only as they are written.
     """
 
     def __init__(self, slots: int, context: int) -> None:
@@ -36,7 +36,11 @@ class SlotCache(Cache):
         self._start = self._end = 0
 
     def enter(self, slots: Sequence[int], tokens: int, device: torch.device) -> None:
-        """Announces that the next forward pass appends ``tokens`` tokens to each of ``slots``."""
+        """Sets up the next forward pass, which appends ``tokens`` tokens to each of ``slots``.
+
+        Raises:
+            ValueError: they don't fit.
+        """
         starts = [self.lengths[slot] for slot in slots]
         self._end = max(starts) + tokens
         if self._end > self.context:
@@ -50,13 +54,13 @@ class SlotCache(Cache):
             self._index = torch.tensor(slots, device=device), torch.tensor(starts, device=device)
 
     def commit(self, slots: Sequence[int], tokens: int) -> None:
-        """The forward pass succeeded: the slots are that much longer. A failed one is simply overwritten."""
+        """Adds the tokens of a successful pass to the lengths; those of a failed one are overwritten."""
         for slot in slots:
             self.lengths[slot] += tokens
 
     def clear(self, slot: int) -> None:
-        """Empties a slot. Zeroed, because a masked key weighs 0 and 0 × NaN is NaN: what a broken sequence
-        left behind would reach the next one through the padding."""
+        """Empties and zeroes a slot: a masked key has weight 0, and 0 × NaN is NaN, so NaNs of a broken
+        sequence would reach the next one through the padding."""
         for tensor in (*self._keys, *self._values):
             if tensor is not None:
                 tensor[slot, :, : self.lengths[slot]] = 0
@@ -80,7 +84,7 @@ class SlotCache(Cache):
         shape = (self.slots, states.shape[1], self.context, states.shape[3])
         if states.is_cuda:
             return states.new_zeros(shape)
-        # calloc: zero pages that take no memory until they are written, which torch.zeros would do at once
+        # calloc: zero pages, committed when written; torch.zeros would write all of them
         count = math.prod(shape) * states.element_size()
         return torch.from_numpy(np.zeros(count, np.uint8)).view(states.dtype).view(shape)
 
@@ -98,7 +102,7 @@ class SlotCache(Cache):
 
     @property
     def end(self) -> int:
-        """Keys visible to the longest row of the pass announced last."""
+        """Number of keys visible to the longest row of the current pass."""
         return self._end
 
     def nbytes(self) -> int:
@@ -108,7 +112,7 @@ class SlotCache(Cache):
     def drop(self) -> None:
         self._keys, self._values = [], []
 
-    # What forward passes may ask of a cache; with explicit positions and masks the answers are not used.
+    # Called by forward passes; with explicit positions and masks the results are not used.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._start
@@ -121,7 +125,7 @@ class SlotCache(Cache):
 
 
 class PassingCache(Cache):
-    """Stands in for a cache where none is needed, so that keys and values beyond float16 are noticed."""
+    """Takes the place of a cache when none is needed, so that float16 overflows become NaN."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -139,7 +143,7 @@ class PassingCache(Cache):
 
 
 def _as_slice(slots: Sequence[int]) -> slice | None:
-    """The slots as a slice where they are consecutive: a view then replaces a copy of the cache."""
+    """The slots as a slice if they are consecutive, so that a view replaces a copy of the cache."""
     first = slots[0]
     if all(slot == first + i for i, slot in enumerate(slots)):
         return slice(first, first + len(slots))

@@ -1,4 +1,4 @@
-"""The Runner of every ``transformers`` causal LM: its own forward pass over a slot cache."""
+"""The Runner of any ``transformers`` causal LM: the model's own forward pass over a slot cache."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,26 +11,26 @@ from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import release_unused
 from loaders.layers.attention_masks import Masks
 from loaders.layers.longrope import LongRope
-from loaders.runner import Logits
+from loaders.runner import Logits, Runner
 from loaders.runners.slot_cache import PassingCache, SlotCache
 
-_AGAIN = 512  # tokens of a slot that are computed again in a pass
+_RECOMPUTED = 512  # tokens per pass when a slot is computed again
 
 
-class TransformersRunner:
-    """Implements ``loaders.runner.Runner`` and ``LengthRunner``.
+class TransformersRunner(Runner):
+    """Implements ``LengthRunner`` and ``ReportingRunner`` as well.
 
-    Positions and masks are explicit, so rows never see each other.
+    Positions and masks are explicit, so rows don't affect each other.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ModelSpec, why_not: str | None = None) -> None:
         """``model`` is in evaluation mode and on its device, or on several.
 
         Args:
-            why_not: on a GPU, what keeps its steps from being captured.
+            why_not: on a GPU, the reason why steps are not captured.
 
         Raises:
-            CheckpointError: the architecture keeps other state than keys and values per token.
+            CheckpointError: the architecture has other state than keys and values per token.
         """
         self._longrope = LongRope.of(model, spec.slots, spec.max_tokens)
         self.slots, self.context = spec.slots, spec.max_tokens
@@ -44,12 +44,12 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
-        self._settle([slot], len(ids))
+        self._recompute_if_needed([slot], len(ids))
         return self._append(slot, ids, logits)
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
-        self._settle(slots, 1)
+        self._recompute_if_needed(slots, 1)
         self._enter(slots, 1)
         positions = torch.tensor([[self._cache.lengths[slot]] for slot in slots], device=self._device)
         tokens = torch.tensor(ids, device=self._device)[:, None]
@@ -57,10 +57,6 @@ class TransformersRunner:
         self._commit(slots, [[id_] for id_ in ids])
         assert output is not None
         return output[:, 0].float()
-
-    @torch.inference_mode()
-    def score(self, ids: Sequence[int]) -> Tensor:
-        return self.score_together([ids], len(ids))[0]
 
     @torch.inference_mode()
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
@@ -108,14 +104,14 @@ class TransformersRunner:
         return self._cache.nbytes()
 
     def report(self) -> Mapping[str, Any]:
-        """What ``/stats`` shows of it; on a CPU nothing is ever captured, and nothing is said of it."""
+        """For ``/stats``; empty on a CPU, where nothing is captured."""
         if self._why_not is None:
             return {}
         return {"slots": self.slots, "captured": False, "not_captured_because": self._why_not}
 
     @property
     def module(self) -> PreTrainedModel:
-        """The model below, for who looks at its weights."""
+        """The wrapped model."""
         return self._live
 
     @property
@@ -124,13 +120,13 @@ class TransformersRunner:
             raise RuntimeError("the runner is closed")
         return self._model
 
-    def _settle(self, slots: Sequence[int], tokens: int) -> None:
-        """Makes what the slots hold fit for that many more tokens each."""
+    def _recompute_if_needed(self, slots: Sequence[int], tokens: int) -> None:
+        """Recomputes what the slots hold, if ``tokens`` more need other rotary frequencies."""
         if self._longrope is None:
             return
         for slot in slots:
             self.expect(slot, len(self._longrope.held(slot)) + tokens)
-            while not self.catch_up(slot, _AGAIN):
+            while not self.catch_up(slot, _RECOMPUTED):
                 pass
 
     def _append(self, slot: int, ids: Sequence[int], logits: Logits, again: bool = False) -> Tensor | None:
@@ -152,7 +148,7 @@ class TransformersRunner:
             self._longrope.append(slots, ids)
 
     def _forward(self, ids: Tensor, positions: Tensor, logits: Logits) -> Tensor | None:
-        """(rows, tokens or 1, vocabulary) logits of a pass over the slots that the cache was told of."""
+        """(rows, tokens or 1, vocabulary) logits of a pass over the entered slots."""
         columns = torch.arange(self._cache.end, dtype=torch.int64, device=self._device)
         arguments = {
             "input_ids": ids,
@@ -161,7 +157,7 @@ class TransformersRunner:
             "past_key_values": self._cache,
             "use_cache": True,
         }
-        if logits == "none":  # the body alone: the head is the largest matrix of a small model
+        if logits == "none":  # without the head, which is the largest matrix of a small model
             self._live.base_model(**arguments)
             return None
         output: Tensor = self._live(**arguments, logits_to_keep=1 if logits == "last" else 0).logits

@@ -210,7 +210,7 @@ def test_the_check_of_steps_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) 
                 replay()
                 runner._logits[0] += 1e-3
 
-            runner._replays[key] = off
+            runner._graphs._replays[key] = off
     assert not correctness._equals_eager(runner, spec)
     plain = GraphRunner(model, spec, None, why_not="wanted so")
     decode = plain.decode

@@ -118,7 +118,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stream, the allocator and the libraries must have recovered from the broken capture."""
-    think = LeanGPT2._think
+    think = LeanGPT2._mlp
 
     def waits(self: LeanGPT2, layer: Any, hidden: Tensor) -> Tensor:
         return think(self, layer, hidden) + 0.0 * float(hidden.sum())
@@ -126,7 +126,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
     good = load("fp32")
     expected = run(good, work_for(16), 5)
     with monkeypatch.context() as patched:
-        patched.setattr(LeanGPT2, "_think", waits)
+        patched.setattr(LeanGPT2, "_mlp", waits)
         broken = load("fp32")
         found = run(broken, work_for(16), 5)
     assert not broken.captured
@@ -148,7 +148,7 @@ def test_what_is_told_is_what_was_taken_and_closing_gives_it_back(load: Load) ->
     release_unused()
     weights = sum(parameter.nbytes for parameter in runner.module.parameters())
     told = weights + runner.kv_cache_bytes + runner.working_bytes
-    assert isinstance(runner._graphs, CudaGraphs)
+    assert isinstance(runner._graphs._graphs, CudaGraphs)
     assert abs(told - (torch.cuda.memory_reserved() - before)) < 32 * 2**20
     runner.close()
     release_unused()

@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loaders.base import ModelSpec
 from loaders.cuda import buckets
-from loaders.cuda.graph_runner import GraphRunner, Key
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.memory import fitting_slots, spread
+from loaders.cuda.step_graphs import Key
 from loaders.errors import OutOfMemory
 from loaders.runner import DeviceRunner
 from server.engine.engine import Engine
@@ -245,16 +246,16 @@ def test_recorded_graphs_behave_as_cuda_graphs() -> None:
 
 
 def test_captured_sizes() -> None:
-    assert buckets.batch_sizes(16, steady=False) == (1, 2, 4, 8, 16)
-    assert buckets.batch_sizes(12, steady=False) == (1, 2, 4, 8, 12)
-    assert buckets.batch_sizes(1, steady=False) == (1,)
-    assert buckets.batch_sizes(64, steady=True) == (64,)
+    assert buckets.batch_sizes(16, batch_invariant=False) == (1, 2, 4, 8, 16)
+    assert buckets.batch_sizes(12, batch_invariant=False) == (1, 2, 4, 8, 12)
+    assert buckets.batch_sizes(1, batch_invariant=False) == (1,)
+    assert buckets.batch_sizes(64, batch_invariant=True) == (64,)
     assert buckets.contexts(1024) == (256, 512, 1024)
     assert buckets.contexts(100) == (112,)
     assert buckets.contexts(32768) == (256, 512, 1024, 2048, 8192, 32768)
-    assert buckets.prompt_sizes(1024, steady=False) == (16, 32, 64, 128)
-    assert buckets.prompt_sizes(1024, steady=True) == (128,)
-    assert buckets.prompt_sizes(20, steady=False) == (16, 32)
+    assert buckets.prompt_sizes(1024, batch_invariant=False) == (16, 32, 64, 128)
+    assert buckets.prompt_sizes(1024, batch_invariant=True) == (128,)
+    assert buckets.prompt_sizes(20, batch_invariant=False) == (16, 32)
     assert buckets.smallest((1, 2, 4), 3) == 4
     with pytest.raises(ValueError, match="more than"):
         buckets.smallest((1, 2, 4), 5)

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from loaders.cuda.graph_runner import GraphRunner, Key
+from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.pinned import send_into
+from loaders.cuda.step_graphs import Key
 from tests import checkpoints
 from tests.loaders.cuda.test_graph_runner import specified
 from tests.recorded_graphs import RecordedGraphs

@@ -80,7 +80,7 @@ def expected(model: GPT2LMHeadModel, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 96])
 def test_sequences_side_by_side(library: Library, dim: int) -> None:
-    """Two prompts of different lengths in one call, then a token more for each, in the other order."""
+    """Two prompts of different lengths in one call, then one more token of each, in the other order."""
     model = reference(dim)
     compute, cache = packed(library, model), empty_cache(dim)
     one, two = ids_of(CONTEXT), ids_of(7)

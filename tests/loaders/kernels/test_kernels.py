@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against the same products in float64; every row by itself, bit for bit."""
+"""The compiled CPU kernels against products in float64; each row against itself in a batch, bit for bit."""
 
 import math
 
@@ -21,7 +21,7 @@ BLOCK = 64
 def packed(
     library: Library, kind: kernels.Format, outputs: int, inputs: int, bias: Tensor | None = None
 ) -> tuple[PackedMatrix, Tensor]:
-    """A random matrix in that format, and the float32 weights that are multiplied."""
+    """A random matrix in that format, and its dequantized float32 weights."""
     weight = torch.randn(outputs, inputs) * 0.1
     if kind == "int8":
         scales = torch.rand(outputs) + 0.01
@@ -44,7 +44,7 @@ def four_bit_weights(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 
 def as_multiplied(library: Library, kind: kernels.Format, x: Tensor) -> Tensor:
-    """What a product sees of ``x``: rounded to the type it computes in, for int8 by each row's own range."""
+    """``x`` rounded to the type of the computation, for int8 by the range of each row."""
     computed = library.computes_in(kind)
     if computed != "int8":
         return x.to(DTYPES[computed]).float()
@@ -84,7 +84,7 @@ def test_products(
 def test_a_row_is_the_same_in_any_batch(library: Library, kind: kernels.Format) -> None:
     matrix, _ = packed(library, kind, 133, 256)
     x = torch.randn(23, 256)
-    x[7] *= 1e4  # an outlier among batch-mates
+    x[7] *= 1e4  # an outlier in the batch
     together = matrix(x)
     for row in range(23):
         assert torch.equal(matrix(x[row : row + 1].clone())[0], together[row])
@@ -108,7 +108,7 @@ def test_a_nan_row_leaves_other_rows_unchanged(library: Library, kind: kernels.F
 
 
 def test_nested_scales(library: Library) -> None:
-    """Scales that are codes themselves: table[code] × scale of 256 + offset."""
+    """Quantized scales: table[code] × scale of 256 + offset."""
     outputs, inputs = 40, 512
     codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
     count = outputs * inputs // BLOCK

@@ -1,4 +1,4 @@
-"""Rows of logits summed up by the kernels and without them: the largest, and the logarithm of their total."""
+"""Argmax, maximum and logsumexp of logits, by the kernels and by torch."""
 
 import math
 
@@ -16,7 +16,7 @@ EXTREMES = [-1e30, 1e30, -200.0, 0.0, 3.0]
 
 @pytest.fixture(params=["torch", *kernels.runnable()])
 def computes(request: pytest.FixtureRequest) -> Library | None:
-    """Each library that this CPU runs, and None: none."""
+    """Each library that this CPU runs, and None, which is torch."""
     if request.param == "torch":
         return None
     found = kernels.load(request.param)

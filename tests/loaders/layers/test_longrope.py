@@ -107,7 +107,7 @@ def test_a_step_that_fails_in_recomputing_is_repeated(monkeypatch: pytest.Monkey
     model = phi3()
     runner = TransformersRunner(phi3(), spec_of(model))
     runner.prefill(0, LONG[:ORIGINAL])
-    monkeypatch.setattr("loaders.runners.transformers_runner._AGAIN", 16)
+    monkeypatch.setattr("loaders.runners.transformers_runner._RECOMPUTED", 16)
     forward, calls = runner._forward, []
 
     def failing(*arguments: object) -> object:

@@ -271,8 +271,8 @@ def test_windows_that_do_not_fit(
 
 def test_nan_logits_are_an_error(small_spec: ModelSpec, tmp_path: Path) -> None:
     class Broken(FakeRunner):
-        def score(self, ids: Sequence[int]) -> torch.Tensor:
-            return super().score(ids) * float("nan")
+        def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> torch.Tensor:
+            return super().score_together(texts, kept) * float("nan")
 
     tokenizer = load_tokenizer(small_spec.checkpoint)
     with pytest.raises(QualityError, match="int8 gives logits that are not numbers"):

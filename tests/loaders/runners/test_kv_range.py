@@ -127,7 +127,7 @@ def test_a_model_whose_keys_overflow_float16_is_not_served_in_it(tmp_path: Path)
 def test_a_static_cache_marks_overflow_as_nan() -> None:
     shape = Shape(layers=1, heads=1, width=2, dtype=torch.float16, device=torch.device("cpu"))
     cache = StaticCache(shape, slots=1, columns=4)
-    cache.look(torch.tensor([0]), 1, 2)
+    cache.begin(torch.tensor([0]), 1, 2)
     keys, values = cache.put(
         0, torch.tensor([[[[-torch.inf, 1.0]], [[2.0, torch.inf]]]], dtype=torch.float16)
     )

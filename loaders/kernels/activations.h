@@ -1,0 +1,104 @@
+/* Packed activations: rows of float32 converted to the type in which the product is computed. */
+#pragma once
+#include <string.h>
+
+#include "matrix.h"
+
+/* The type in which weights of a format are multiplied. Sums are float32, or int32 for INT8. */
+static inline enum format computes_in(enum format stored) {
+    if (stored == INT8) return INT8;
+#ifdef __AVX512BF16__
+    if (stored == BFLOAT16 || stored == FOUR_BIT) return BFLOAT16;
+#endif
+    return FLOAT32;
+}
+
+typedef struct {
+    char *data;
+    int64_t stride; /* bytes from row to row */
+    float *scales;  /* INT8: one per row */
+} packed_activations;
+
+/* Whether activations and dequantized weights are in the order of lookup128. */
+static inline int is_interleaved(const matrix *m) { return m->format == FOUR_BIT && computes_in(FOUR_BIT) == BFLOAT16; }
+
+/* Values in a packed row: the inputs, and padding with zeros. */
+static inline int64_t packed_count(const matrix *m) {
+    return is_interleaved(m) ? (m->inputs + 127) / 128 * 128 : m->inputs;
+}
+
+/* 64 bytes more than a row needs: rows a multiple of 4 KiB apart would map to the same sets of the first-level cache. */
+static inline int64_t packed_stride(const matrix *m) {
+    enum format type = computes_in(m->format);
+    return packed_count(m) * (type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1) + 64;
+}
+
+#ifdef __AVX512BF16__
+static inline __m512i rounded32(const float *x) {
+    __m512bh values = _mm512_cvtne2ps_pbh(load(x + SIMD_WIDTH), load(x));
+    __m512i found;
+    memcpy(&found, &values, sizeof found);
+    return found;
+}
+
+static void round_row(const float *x, int64_t count, uint16_t *out) {
+    for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, rounded32(x + k));
+}
+
+/* The same in the order of lookup128: the i-th of four parts has the values i, i + 4, i + 8, … of 128. */
+static void interleave_row(const float *x, int64_t count, uint16_t *out) {
+    static const uint16_t every_fourth[32] = {0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+                                              0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60};
+    for (int64_t k = 0; k < count; k += INTERLEAVE) {
+        __m512i in[4] = {rounded32(x + k), rounded32(x + k + 32), _mm512_setzero_si512(), _mm512_setzero_si512()};
+        if (k + INTERLEAVE <= count) in[2] = rounded32(x + k + 64), in[3] = rounded32(x + k + 96);
+        for (int i = 0; i < 4; i++) {
+            __m512i which = _mm512_add_epi16(_mm512_loadu_si512(every_fourth), _mm512_set1_epi16((short)i));
+            __m512i first = _mm512_permutex2var_epi16(in[0], which, in[1]);
+            __m512i second = _mm512_permutex2var_epi16(in[2], which, in[3]);
+            _mm512_storeu_si512(out + k + 32 * i, _mm512_mask_mov_epi16(first, 0xFFFF0000, second));
+        }
+    }
+}
+#endif
+
+/* Quantizes a row to int8 by its largest magnitude; returns the scale. AVX-512: the integers have zero point 128. */
+static float quantize_row(const float *x, int64_t count, void *out) {
+    floats largest = broadcast(0), poison = broadcast(0);
+    for (int64_t k = 0; k < count; k += SIMD_WIDTH) {
+        floats values = load(x + k);
+        largest = maximum(largest, absolute(values));
+        poison = fmadd(values, broadcast(0), poison); /* NaN if a value is not finite */
+    }
+    float lanes[SIMD_WIDTH], range = 0;
+    store(lanes, largest);
+    for (int i = 0; i < SIMD_WIDTH; i++) range = lanes[i] > range ? lanes[i] : range;
+    floats inverse = broadcast(range > 0 ? 127.0f / range : 0.0f);
+    for (int64_t k = 0; k < count; k += SIMD_WIDTH) {
+#ifdef __AVX512BW__
+        __m128i narrow = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(load(x + k), inverse)));
+        _mm_storeu_si128((void *)((char *)out + k), _mm_xor_si128(narrow, _mm_set1_epi8(-128)));
+#else
+        __m256i q = _mm256_cvtps_epi32(mul(load(x + k), inverse));
+        __m128i q16 = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+        _mm_storel_epi64((void *)((char *)out + k), _mm_packs_epi16(q16, q16));
+#endif
+    }
+    return range / 127.0f + hsum(poison);
+}
+
+static void pack_row(packed_activations *to, const matrix *m, const float *x, int64_t row) {
+    char *out = to->data + row * to->stride;
+    int64_t inputs = m->inputs;
+    x += row * inputs;
+    switch (computes_in(m->format)) {
+#ifdef __AVX512BF16__
+    case BFLOAT16:
+        if (is_interleaved(m)) interleave_row(x, inputs, (uint16_t *)out);
+        else round_row(x, inputs, (uint16_t *)out);
+        return;
+#endif
+    case INT8: to->scales[row] = quantize_row(x, inputs, out); return;
+    default: memcpy(out, x, sizeof(float) * inputs);
+    }
+}

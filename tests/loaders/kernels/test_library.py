@@ -1,0 +1,39 @@
+"""What is refused: a library whose structures differ from Python's, a step whose phases are miscounted."""
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+
+from loaders import kernels
+from loaders.kernels import Library, build, structures
+from tests.loaders.kernels import test_gpt2_kernel as small
+
+pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
+
+
+@pytest.mark.parametrize("name", structures.SHARED)
+def test_a_structure_of_another_size_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = type("Longer", (structures.SHARED[name],), {"_fields_": [("added", structures.I64)]})
+    sizes = [ctypes.sizeof(structures.SHARED[name]), ctypes.sizeof(longer)]
+    monkeypatch.setitem(structures.SHARED, name, longer)
+    expected = f"structure '{name}' has {sizes[0]} bytes in C, {sizes[1]} in Python"
+    with pytest.raises(structures.StructureMismatch, match=expected):
+        kernels.load(kernels.runnable()[0])
+
+
+@pytest.mark.parametrize("phases", [9, 11])
+def test_miscounted_phases_are_an_error(phases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*build.SOURCES, *build.HEADERS]:
+        (tmp_path / name).write_bytes((build.FOLDER / name).read_bytes())
+    source = tmp_path / "gpt2.c"
+    source.write_text(re.sub(r"PHASES_PER_LAYER = \d+", f"PHASES_PER_LAYER = {phases}", source.read_text()))
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    try:
+        build._compile(["-march=x86-64-v3", "-O1"], tmp_path / "miscounted.so")
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    compute = small.packed(Library(tmp_path / "miscounted.so", "miscounted"), small.reference(8))
+    with pytest.raises(RuntimeError, match="another number of phases"):
+        compute(small.empty_cache(8), [0] * 5, range(5), small.ids_of(5), 5)
