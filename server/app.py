@@ -27,6 +27,7 @@ from server.http.methods import HeadAsGet, allowed
 from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestContext
 from server.http.openapi import describe
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.lifecycle import Lifecycle
 from server.observability.metrics import Metrics
 from server.report.auto import resolved
@@ -43,6 +44,11 @@ from server.version import VERSION
 
 if TYPE_CHECKING:
     from server.observability.tracing import Tracing
+
+_MODULES = (generate, openai, compare, report, tokenize, stats, precisions, health, favicon)
+_ROUTERS = (*(module.router for module in _MODULES), generate.root_router)
+ROUTES = tuple(route for router in _ROUTERS for route in router.routes)
+"""Every route of the service, in the order in which they are tried."""
 
 
 def create_app(
@@ -91,11 +97,11 @@ def create_app(
     app.state.settings = settings
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for module in (generate, openai, compare, report, tokenize, stats, precisions, health, favicon):
-        app.include_router(module.router)
-    app.include_router(generate.root_router)
-    describe(app, settings)
-    _add_middleware(app, settings)
+    for router in _ROUTERS:
+        app.include_router(router)
+    routes = RouteTable(ROUTES)
+    describe(app, settings, routes)
+    _add_middleware(app, settings, routes)
     return app
 
 
@@ -153,10 +159,10 @@ def _trace(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tra
     return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
 
 
-def _add_middleware(app: FastAPI, settings: Settings) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, routes: RouteTable) -> None:
     """Middleware, the innermost first."""
     app.add_middleware(HeadAsGet)
-    app.state.admission = AdmissionControl(app.state, Auth(app, settings), settings)
+    app.state.admission = AdmissionControl(app.state, Auth(app, settings, routes), settings, routes)
     app.add_middleware(AdmissionMiddleware, admission=app.state.admission)
     if settings.otlp_endpoint is None:
         app.state.early_refusal = EarlyRefusal(app.state.admission, settings)
@@ -166,7 +172,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         app.state.early_refusal = EarlyRefusal(app.state.admission, settings, trace_context)
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
-    app.add_middleware(Auth, settings=settings)
+    app.add_middleware(Auth, settings=settings, routes=routes)
     if settings.cors_allow_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -175,7 +181,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_headers=["*"],  # clients have their own beside ours; none is taken for an identity
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(RequestContext, settings=settings)
+    app.add_middleware(RequestContext, settings=settings, routes=routes)
 
 
 async def _on_service_error(request: Request, error: Exception) -> Response:

@@ -6,8 +6,8 @@ import logging
 from starlette.types import Scope
 
 from server.http.redaction import Redaction
+from server.http.route_facts import facts_of
 
-_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _METHOD_CHARACTERS, _PATH_CHARACTERS = 20, 200
 _log = logging.getLogger("server.access")
 
@@ -19,7 +19,7 @@ def log_access(scope: Scope, status: int, milliseconds: float, redaction: Redact
         scope: its ``state`` has the request's id and, from ``note_refusal``, the reason of an error.
         redaction: takes the keys out of what the client sent.
     """
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status < 400 else logging.INFO
+    level = logging.DEBUG if facts_of(scope).quiet and status < 400 else logging.INFO
     if not _log.isEnabledFor(level):
         return
     reason = scope["state"].get("refusal")

@@ -1,4 +1,4 @@
-"""Who may come in. Every route needs the key unless it is named here."""
+"""Who may come in. Every route needs the key unless its facts say otherwise."""
 
 import hashlib
 import hmac
@@ -11,9 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import ServiceError, Unauthorized
 from server.http.redaction import Redaction
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.settings.server import Settings
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/favicon.ico"})
 _KEY_NAME = re.compile(
     r"(?:x[-_]?)?(?:(?:api|auth|access|admin|bearer|hf|secret)[-_]?)*(?:key|token)|auth(?:orization)?|bearer",
     re.IGNORECASE,
@@ -25,8 +25,8 @@ _Digests = frozenset[bytes]
 class Auth:
     """Bearer keys, compared as digests. Without any key configured, everything is open."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: Settings, routes: RouteTable) -> None:
+        self.app, self._routes = app, routes
         self._client, self._admin = _digests_of(settings.api_key), _digests_of(settings.admin_api_key)
         self._keys = Redaction(settings.secrets())
 
@@ -38,12 +38,12 @@ class Auth:
 
     def refusal(self, scope: Scope) -> ServiceError | None:
         """Why this request may not pass, None if it may."""
-        if scope["path"] in OPEN_PATHS or not (self._client or self._admin):
+        if not (self._client or self._admin) or (facts := self._routes.of(scope)).public:
             return None
         query = scope["query_string"]
         if _names_a_key(query):
             return Unauthorized(_NOT_THERE)
-        refusal = self._judge(_bearer(scope), is_admin(scope))
+        refusal = self._judge(_bearer(scope), facts.admin)
         if refusal is None and self._keys.is_in(query):
             return Unauthorized(_NOT_THERE)
         return refusal
@@ -64,12 +64,6 @@ _NOT_THERE = "send the key in the Authorization header, not in the address"
 def _names_a_key(query: bytes) -> bool:
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     return any(_KEY_NAME.fullmatch(name.strip()) for name, _ in pairs)
-
-
-def is_admin(scope: Scope) -> bool:
-    """What changes the server for everybody: loading, unloading, the long measurement."""
-    path: str = scope["path"]
-    return scope["method"] not in ("GET", "HEAD") and path.startswith(("/precisions/", "/report"))
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -16,6 +16,7 @@ from server.http.admission.promised_places import hold
 from server.http.redaction import Redaction
 from server.http.request_id import request_id_of
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.http.streaming import ClientGone
 from server.settings.server import Settings
 
@@ -27,8 +28,8 @@ class RequestContext:
     """Outermost: gives the request its id, logs it without its query and without keys, and answers what no
     other part did."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: Settings, routes: RouteTable) -> None:
+        self.app, self._routes = app, routes
         self._redaction = Redaction(settings.secrets())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,6 +37,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         id_ = scope.setdefault("state", {})["request_id"] = request_id_of(scope, self._redaction)
+        self._routes.of(scope)  # remembered: the dialect of error responses, and what is logged
         started, status = time.perf_counter(), 0
 
         async def labelled(message: Message) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from server.errors import ServiceError
-from server.http.auth import OPEN_PATHS
-from server.http.responses import error_body, is_openai
+from server.http.responses import error_body
+from server.http.route_facts import Dialect, RouteFacts, RouteTable
 from server.settings.server import Settings
 
 TAGS = {
@@ -17,19 +17,7 @@ TAGS = {
     "precisions": "What this host can run; loading and unloading.",
     "health": "For supervisors and load balancers. Never needs a key.",
 }
-_JSON, _EVENTS = "application/json", "text/event-stream"
-_MEDIA = {
-    "/report": [_JSON, "text/markdown", "text/html", _EVENTS],
-    "/metrics": ["text/plain"],
-    "/compare": [_JSON, "text/markdown"],
-    "/precisions/{name}/load": [_EVENTS],
-    "/generate_stream": [_EVENTS],
-    "/generate": [_JSON, _EVENTS],
-    "/": [_JSON, _EVENTS],
-    "/v1/completions": [_JSON, _EVENTS],
-    "/v1/chat/completions": [_JSON, _EVENTS],
-}
-"""What an answer may be, where it isn't JSON alone."""
+_JSON = "application/json"
 _TEXT = {"type": "string"}
 _OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _NATIVE_ERROR = {
@@ -48,38 +36,9 @@ _OPENAI_ERROR = {
     },
     "required": ["error"],
 }
-_TIMINGS = {
-    "queue_ms": 0.217, "prefill_ms": 3.335, "decode_ms": 12.97, "total_ms": 16.52, "tokens_per_second": 736.0,
-}  # fmt: skip
-GENERATED = {
-    "generated_text": "s are not a statement",
-    "precision": "int8",
-    "details": None,
-    "usage": {"prompt_tokens": 3, "generated_tokens": 5},
-    "timings": _TIMINGS,
-    "precision_requested": "int8",
-    "fallback_reason": None,
-}
-COMPLETED = {
-    "id": "cmpl-237753b28693441c896d53410ef75a4e",
-    "object": "text_completion",
-    "created": 1795489372,
-    "model": "bundled:nf4",
-    "choices": [{"index": 0, "text": "s are not a", "logprobs": None, "finish_reason": "length"}],
-    "precision": "nf4",
-    "precision_requested": "nf4",
-    "fallback_reason": None,
-    "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
-}
-EXAMPLES: dict[str, Any] = {
-    "/generate": GENERATED,
-    "/": [GENERATED],
-    "/v1/completions": COMPLETED,
-    "/tokenize": [{"id": 451, "text": "The", "start": 0, "stop": 3}],
-}
 
 
-def describe(app: FastAPI, settings: Settings) -> None:
+def describe(app: FastAPI, settings: Settings, routes: RouteTable) -> None:
     """Replaces what the framework says of itself by what this service does."""
     plain = app.openapi
 
@@ -87,7 +46,7 @@ def describe(app: FastAPI, settings: Settings) -> None:
         if app.openapi_schema is None:
             document = plain()
             limited = _with_limits(document, settings)
-            app.openapi_schema = _mended(limited, secured=_needs_key(settings))
+            app.openapi_schema = _mended(limited, routes, secured=_needs_key(settings))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -122,13 +81,14 @@ def _limited(node: Any, kind: str, limit: dict[str, int]) -> Any:
     return {**node, **more, **(limit if node.get("type") == kind else {})}
 
 
-def _mended(document: dict[str, Any], secured: bool) -> dict[str, Any]:
+def _mended(document: dict[str, Any], routes: RouteTable, secured: bool) -> dict[str, Any]:
     # the same routes under a model's name come after the plain ones
     paths = dict(sorted(document["paths"].items(), key=lambda item: item[0].startswith("/models/")))
     for path, operations in paths.items():
-        for operation in operations.values():
-            _mend(path, operation)
-            if path in OPEN_PATHS and secured:
+        for method, operation in operations.items():
+            facts = routes.of({"method": method.upper(), "path": path})  # a template matches its own route
+            _mend(operation, facts)
+            if facts.public and secured:
                 operation["security"] = []
     components: dict[str, Any] = {"schemas": {"Error": _NATIVE_ERROR, "OpenAIError": _OPENAI_ERROR}}
     about = [{"name": name, "description": text} for name, text in TAGS.items()]
@@ -139,18 +99,16 @@ def _mended(document: dict[str, Any], secured: bool) -> dict[str, Any]:
     return mended
 
 
-def _mend(path: str, operation: dict[str, Any]) -> None:
-    bare = path.removeprefix("/models/{model}") or "/"
+def _mend(operation: dict[str, Any], facts: RouteFacts) -> None:
     told: str = operation.get("description", "")
     operation["summary"] = told.split("\n")[0].split(". ")[0].replace("``", "").rstrip(".")
-    dialect = "OpenAIError" if is_openai(path) else "Error"
-    error = {"schema": {"$ref": f"#/components/schemas/{dialect}"}}
-    error["example"] = error_body(ServiceError("…"), path, "17cc6206d8344e6f855346a4f1273a5b")
+    schema = "Error" if facts.dialect is Dialect.NATIVE else "OpenAIError"
+    error = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+    error["example"] = error_body(ServiceError("…"), facts.dialect, "17cc6206d8344e6f855346a4f1273a5b")
     operation["responses"].pop("422", None)  # the framework's own, which is never sent
     operation["responses"]["default"] = {"description": "An error", "content": {_JSON: error}}
     answer = operation["responses"]["200"]
     described = answer["content"][_JSON]
-    if bare in EXAMPLES:
-        described["example"] = EXAMPLES[bare]
-    kinds = _MEDIA.get(bare, [_JSON])
-    answer["content"] = {kind: described if kind == _JSON else {} for kind in kinds}
+    if facts.example is not None:
+        described["example"] = facts.example
+    answer["content"] = {kind: described if kind == _JSON else {} for kind in facts.media_types}

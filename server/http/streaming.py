@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from server.concurrency import cancelled
 from server.errors import ServiceError
 from server.http.responses import _log, error_body, note_refusal, request_id
+from server.http.route_facts import facts_of
 
 T = TypeVar("T")
 
@@ -116,7 +117,8 @@ class EventStream(Stream):
                 yield event_
         except ServiceError as error:
             note_refusal(error, scope)
-            yield event(error_body(error, scope["path"], request_id(scope)))
+            yield event(error_body(error, facts_of(scope).dialect, request_id(scope)))
         except Exception:
             _log.exception("request %s: a fault while streaming", request_id(scope))
-            yield event(error_body(ServiceError("internal error"), scope["path"], request_id(scope)))
+            fault = ServiceError("internal error")
+            yield event(error_body(fault, facts_of(scope).dialect, request_id(scope)))

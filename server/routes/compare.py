@@ -17,6 +17,7 @@ from server.errors import DeadlinePassed, PromptTooLong, ServiceError
 from server.evaluation.comparison import Compared, Comparison, Wish
 from server.evaluation.comparison_table import figures, markdown
 from server.http.body import read_object
+from server.http.route_facts import RouteFacts
 from server.http.streaming import until_disconnect
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
@@ -54,6 +55,7 @@ _BODY = body_of(CompareBody, _EXAMPLE, parameters=Sampling.model_json_schema())
 
 
 @router.post("/compare", openapi_extra=_BODY)
+@RouteFacts(takes_a_place=True, media_types=("application/json", "text/markdown"))
 async def compare(request: Request) -> Response:
     """Continues a prompt in several precisions, and tells how far each is from the reference on it."""
     values, state = merge_parameters(await read_object(request)), request.app.state

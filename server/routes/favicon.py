@@ -3,6 +3,8 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from server.http.route_facts import RouteFacts
+
 router = APIRouter()
 _DIAL = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
@@ -13,5 +15,6 @@ _DIAL = (
 
 
 @router.get("/favicon.ico", include_in_schema=False)
+@RouteFacts(public=True)
 async def favicon() -> Response:
     return Response(_DIAL, media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -11,9 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.engine.sequence import PromptToken, Token, drawn_seed
-from server.errors import NotFound
 from server.http.body import read_object
-from server.http.responses import is_openai
+from server.http.route_facts import RouteFacts
 from server.http.streaming import event
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
@@ -41,11 +41,31 @@ _BODY = body_of(GenerateBody, _EXAMPLE, parameters=_parameters, prompt=_prompt)
 _schema = _BODY["requestBody"]["content"]["application/json"]["schema"]
 del _schema["required"]
 _schema["oneOf"] = [{"required": ["inputs"]}, {"required": ["prompt"]}]
+_ANSWER = {
+    "generated_text": "s are not a statement",
+    "precision": "int8",
+    "details": None,
+    "usage": {"prompt_tokens": 3, "generated_tokens": 5},
+    "timings": {
+        "queue_ms": 0.217,
+        "prefill_ms": 3.335,
+        "decode_ms": 12.97,
+        "total_ms": 16.52,
+        "tokens_per_second": 736.0,
+    },
+    "precision_requested": "int8",
+    "fallback_reason": None,
+}
+_EVENTS = "text/event-stream"
+_FACTS = RouteFacts(
+    takes_a_place=True, generates=True, media_types=("application/json", _EVENTS), example=_ANSWER
+)
 _PLAIN, _NAMED = precision_parameters(_BODY), precision_parameters(_BODY, named=True)
 
 
 @router.post("/generate", openapi_extra=_PLAIN)
 @router.post("/models/{model:path}/generate", openapi_extra=_NAMED)
+@_FACTS
 async def generate(request: Request) -> Response:
     """Continues a prompt, in one piece or, with ``stream``, token by token."""
     return await _answer(request)
@@ -53,6 +73,7 @@ async def generate(request: Request) -> Response:
 
 @router.post("/generate_stream", openapi_extra=_PLAIN)
 @router.post("/models/{model:path}/generate_stream", openapi_extra=_NAMED)
+@replace(_FACTS, media_types=(_EVENTS,), example=None)
 async def generate_stream(request: Request) -> Response:
     """Continues a prompt token by token, as server-sent events."""
     return await _answer(request, stream=True)
@@ -64,10 +85,9 @@ root_router = APIRouter(tags=["generate"])
 
 @root_router.post("/", openapi_extra=_PLAIN)
 @root_router.post("/models/{model:path}", openapi_extra=_NAMED)
+@replace(_FACTS, example=[_ANSWER])
 async def compatible(request: Request) -> Response:
     """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
-    if is_openai(request.scope["path"]):  # a route that isn't there, no model of that name
-        raise NotFound("no such route here")
     return await _answer(request, listed=True)
 
 

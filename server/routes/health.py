@@ -3,11 +3,14 @@
 from fastapi import APIRouter, Request
 
 from server.errors import NotReady
+from server.http.route_facts import RouteFacts
 
 router = APIRouter(prefix="/health", tags=["health"])
+_POLLED = RouteFacts(public=True, quiet=True)
 
 
 @router.get("/live")
+@_POLLED
 async def live() -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
@@ -15,6 +18,7 @@ async def live() -> dict[str, str]:
 
 @router.get("")
 @router.get("/ready")
+@_POLLED
 async def ready(request: Request) -> dict[str, str]:
     """The default precision is loaded, warm and making progress; 503 with the reason otherwise."""
     state = request.app.state

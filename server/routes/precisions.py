@@ -11,6 +11,7 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.errors import LoaderError
 from server.errors import BadPrecision, ServiceError
+from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
 from server.routes.schemas import PRECISION_NAMES
 from server.service.pool import Pool
@@ -42,6 +43,7 @@ async def list_precisions(request: Request) -> list[dict[str, Any]]:
 
 
 @router.post("/{name}/load")
+@RouteFacts(admin=True, media_types=("text/event-stream",))
 async def load(request: Request, name: Changed) -> Response:
     """Loads a precision; server-sent events tell the progress."""
     pool: Pool = request.app.state.pool
@@ -53,6 +55,7 @@ async def load(request: Request, name: Changed) -> Response:
 
 
 @router.post("/{name}/unload")
+@RouteFacts(admin=True)
 async def unload(request: Request, name: Changed) -> dict[str, Any]:
     """Drops a precision's weights; what it is generating ends with an error."""
     pool: Pool = request.app.state.pool

@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server.errors import NotFound, Unavailable
 from server.http.body import read_object
+from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
 from server.http.validation import Strict, validate
 from server.report import plots
@@ -42,6 +43,7 @@ class ReportBody(Strict):
 
 
 @router.get("/report")
+@RouteFacts(media_types=(_JSON, _MARKDOWN, _HTML))
 async def kept(request: Request) -> Response:
     """The report that was finished last: JSON, Markdown or a page, by Accept."""
     report = request.app.state.reports.latest()
@@ -60,6 +62,7 @@ _BODY["requestBody"]["required"] = False
 
 
 @router.post("/report", openapi_extra=_BODY)
+@RouteFacts(admin=True, media_types=("text/event-stream",))
 async def make(request: Request) -> Response:
     """Measures every precision in a process of its own; server-sent events tell the progress."""
     state = request.app.state

@@ -16,6 +16,7 @@ from loaders.footprint import quantization_warning
 from loaders.runner import ReportingRunner
 from server.errors import Invalid
 from server.host import memory
+from server.http.route_facts import RouteFacts
 from server.observability.metrics import CONTENT_TYPE, Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
@@ -108,6 +109,7 @@ def _range(interval: Interval) -> list[float] | None:
 
 
 @router.get("/metrics")
+@RouteFacts(quiet=True, media_types=("text/plain",))
 async def prometheus(request: Request) -> Response:
     """Prometheus's text format."""
     metrics: Metrics = request.app.state.metrics

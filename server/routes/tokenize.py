@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from server.errors import PromptTooLong
 from server.http.body import read_object
+from server.http.route_facts import RouteFacts
 from server.http.streaming import Stream, until_disconnect
 from server.http.validation import validate
 from server.routes.schemas import TokenizeBody
@@ -27,6 +28,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @router.post("/tokenize", openapi_extra=body_of(TokenizeBody, {"inputs": "Once upon a time"}))
+@RouteFacts(takes_a_place=True, example=[{"id": 451, "text": "The", "start": 0, "stop": 3}])
 async def tokenize(request: Request) -> Response:
     """The tokens of a text and where each stands in it."""
     values, state = await read_object(request), request.app.state

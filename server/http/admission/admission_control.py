@@ -9,10 +9,8 @@ from starlette.types import Scope
 from server.errors import ServiceError
 from server.http.admission.promised_places import Promise, PromisedPlaces
 from server.http.auth import Auth
+from server.http.route_facts import RouteTable
 from server.settings.server import Settings
-
-_GENERATING = frozenset({"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"})
-_PLACED = _GENERATING | {"/compare", "/tokenize"}
 
 
 class AdmissionControl:
@@ -22,14 +20,16 @@ class AdmissionControl:
         state: the app's; its ``service`` is looked at when a request comes.
         auth: refuses with 401 what has no valid key, before anything else.
         settings: how large a body may be.
+        routes: which requests need a place.
     """
 
-    def __init__(self, state: State, auth: Auth, settings: Settings) -> None:
+    def __init__(self, state: State, auth: Auth, settings: Settings, routes: RouteTable) -> None:
         self._state, self._auth, self._body_limit = state, auth, settings.payload_limit
+        self.routes = routes
 
     def refusal(self, scope: Scope) -> ServiceError | None:
         """Why no place is given to this request, which has passed every earlier check; counts it."""
-        if not takes_a_place(scope) or (error := self._closed()) is None:
+        if not self.routes.takes_a_place(scope) or (error := self._closed()) is None:
             return None
         return self._counted(error, scope)
 
@@ -55,7 +55,7 @@ class AdmissionControl:
         return promised.promise()
 
     def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
-        if _is_among(_GENERATING, scope):
+        if self.routes.of(scope).generates:
             self._state.service.observe_unread(error)
         return error
 
@@ -65,13 +65,3 @@ class AdmissionControl:
             return None
         error: ServiceError | None = service.refusal(1)
         return error
-
-
-def takes_a_place(scope: Scope) -> bool:
-    """Whether the route of this request reserves places."""
-    return scope["method"] == "POST" and _is_among(_PLACED, scope)
-
-
-def _is_among(paths: frozenset[str], scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path in paths or path.startswith("/models/")
