@@ -21,10 +21,10 @@ from server.http.route_facts import RouteFacts
 from server.http.streaming import until_disconnect
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
-from server.routes.precision_choice import known_precision
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool
+from server.service.precision_state import known_precision
 
 router = APIRouter(tags=["comparing"])
 _ALL = "all"

@@ -8,12 +8,11 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-import loaders
-from loaders.errors import LoaderError
 from server.errors import BadPrecision, Invalid, UnknownModel
 from server.report.auto import bounds_of, choose_by_report
 from server.report.choice import Bounds, Choice
 from server.routes.schemas import AutoBounds
+from server.service.precision_state import known_precision
 from server.settings.types import AUTO
 
 ANY_MODEL = "tgi"
@@ -100,12 +99,3 @@ def resolve_precision(request: Request, name: str | None, wish: AutoBounds | Non
     bounds = bounds_of(state.settings) if wish is None else Bounds(**wish.model_dump())
     choice = choose_by_report(state.reports, state.pool.able, bounds)
     return PrecisionChoice(choice.precision, choice)
-
-
-def known_precision(name: object) -> str:
-    if name == AUTO:
-        raise BadPrecision("precision 'auto' is not offered here; name one")
-    try:
-        return loaders.canonical(name)
-    except LoaderError as error:
-        raise BadPrecision(str(error).encode("ascii", "backslashreplace").decode()) from None

@@ -9,31 +9,18 @@ from fastapi.responses import Response
 from pydantic import WithJsonSchema
 
 import loaders
-from loaders.errors import LoaderError
-from server.errors import BadPrecision, ServiceError
+from server.errors import ServiceError
 from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
 from server.routes.schemas import PRECISION_NAMES
 from server.service.pool import Pool
-from server.service.precision_state import PrecisionState
+from server.service.precision_state import PrecisionState, known_precision
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
 PrecisionName = Annotated[str, WithJsonSchema({"type": "string", "enum": PRECISION_NAMES})]
 # in /docs, which takes the first otherwise: every host can run this one, and the server lives without it
 _CHOSEN = {"type": "string", "enum": PRECISION_NAMES, "default": "bf16"}
 Changed = Annotated[str, WithJsonSchema(_CHOSEN)]
-
-
-def known(name: PrecisionName) -> str:
-    """The registry's name.
-
-    Raises:
-        BadPrecision
-    """
-    try:
-        return loaders.canonical(name)
-    except LoaderError as error:
-        raise BadPrecision(str(error)) from None
 
 
 @router.get("")
@@ -48,7 +35,7 @@ async def load(request: Request, name: Changed) -> Response:
     """Loads a precision; server-sent events tell the progress."""
     pool: Pool = request.app.state.pool
     request.app.state.lifecycle.check()
-    state = pool.state(known(name))
+    state = pool.state(known_precision(name))
     if state.state == "unavailable":
         raise state.refusal()
     return EventStream(_progress(pool, state.name), lambda: None, {})
@@ -59,8 +46,8 @@ async def load(request: Request, name: Changed) -> Response:
 async def unload(request: Request, name: Changed) -> dict[str, Any]:
     """Drops a precision's weights; what it is generating ends with an error."""
     pool: Pool = request.app.state.pool
-    await pool.unload(known(name))
-    return _describe(pool.state(known(name)))
+    await pool.unload(known_precision(name))
+    return _describe(pool.state(known_precision(name)))
 
 
 async def _progress(pool: Pool, name: PrecisionName) -> AsyncGenerator[bytes]:

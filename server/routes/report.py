@@ -20,9 +20,9 @@ from server.report import plots
 from server.report.files import as_json
 from server.report.markdown import advice_of, markdown
 from server.report.page import page
-from server.routes.precision_choice import known_precision
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
+from server.service.precision_state import known_precision
 
 router = APIRouter(tags=["comparing"])
 _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"

@@ -21,9 +21,9 @@ from server.observability.metrics import CONTENT_TYPE, Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
-from server.routes.precisions import PrecisionName, known
+from server.routes.precisions import PrecisionName
 from server.service.pool import Pool
-from server.service.precision_state import PrecisionState
+from server.service.precision_state import PrecisionState, known_precision
 from server.version import VERSION
 
 router = APIRouter(tags=["looking"])
@@ -43,7 +43,7 @@ async def stats(
         raise Invalid("layers is true or false", param="layers")
     state = request.app.state
     pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint
-    names = loaders.PRECISIONS if precision is None else [known(precision)]
+    names = loaders.PRECISIONS if precision is None else [known_precision(precision)]
     full = pool.state("fp32").engine
     parameters = next((e.model.footprint.parameters for e in pool.engines), None)
     reference = full.model.footprint.weights_bytes if full else parameters and 4 * parameters

@@ -17,7 +17,6 @@ from loaders.errors import LoaderError
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, Timeline, drawn_seed
 from server.errors import (
-    BadPrecision,
     DeadlinePassed,
     Invalid,
     NotReady,
@@ -37,7 +36,7 @@ from server.service.continuation import (
     GenerationRequest,
     Piece,
 )
-from server.service.precision_state import Lease
+from server.service.precision_state import Lease, known_precision
 from server.service.text.codec import TextCodec
 from server.service.text.prompt_encoder import PromptEncoder
 from server.settings.server import Settings
@@ -264,11 +263,7 @@ class GenerationService:
     async def _find_engine(
         self, request: GenerationRequest, deadline: float
     ) -> tuple[Lease, Engine, str | None]:
-        name = request.precision or self._pool.default
-        try:
-            name = loaders.canonical(name)
-        except LoaderError as error:
-            raise BadPrecision(str(error)) from None
+        name = known_precision(request.precision or self._pool.default)
         try:
             return *await self._lease(name, deadline), None
         except (Unavailable, NotReady) as error:

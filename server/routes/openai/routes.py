@@ -19,11 +19,11 @@ from server.routes.precision_choice import (
     ANY_MODEL,
     PrecisionChoice,
     choose_precision,
-    known_precision,
     precision_of_model,
     resolve_precision,
 )
 from server.routes.shared import body_of, precision_parameters
+from server.service.precision_state import known_precision
 from server.service.text.prompt_encoder import NO_TEMPLATE
 
 router = APIRouter(tags=["openai"])
