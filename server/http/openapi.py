@@ -1,4 +1,4 @@
-"""``/openapi.json`` made true: errors in both dialects, streams, keys; told in the order a reader wants."""
+"""Completes ``/openapi.json``: errors in both dialects, streams, keys, limits that are settings."""
 
 from typing import Any
 
@@ -39,14 +39,14 @@ _OPENAI_ERROR = {
 
 
 def describe(app: FastAPI, settings: Settings, routes: RouteTable) -> None:
-    """Replaces what the framework says of itself by what this service does."""
-    plain = app.openapi
+    """Makes ``app.openapi`` return the framework's document, corrected and completed."""
+    generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = plain()
+            document = generate()
             limited = _with_limits(document, settings)
-            app.openapi_schema = _mended(limited, routes, secured=_needs_key(settings))
+            app.openapi_schema = _completed(limited, routes, secured=_needs_key(settings))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -57,7 +57,7 @@ def _needs_key(settings: Settings) -> bool:
 
 
 def _with_limits(node: Any, settings: Settings) -> Any:
-    """``node`` with the limits that are settings, wherever it describes a body's fields."""
+    """``node`` with the limits from the settings in every schema of a body."""
     if isinstance(node, list):
         return [_with_limits(item, settings) for item in node]
     if not isinstance(node, dict):
@@ -75,37 +75,37 @@ def _with_limits(node: Any, settings: Settings) -> Any:
 
 
 def _limited(node: Any, kind: str, limit: dict[str, int]) -> Any:
-    """A field's schema with ``limit`` on those of its alternatives that are of a ``kind``."""
+    """A field's schema with ``limit`` added to its alternatives of type ``kind``."""
     alternatives = [_limited(one, kind, limit) for one in node.get("anyOf", ())]
     more = {"anyOf": alternatives} if alternatives else {}
     return {**node, **more, **(limit if node.get("type") == kind else {})}
 
 
-def _mended(document: dict[str, Any], routes: RouteTable, secured: bool) -> dict[str, Any]:
-    # the same routes under a model's name come after the plain ones
+def _completed(document: dict[str, Any], routes: RouteTable, secured: bool) -> dict[str, Any]:
+    # the routes under a model's name are listed after the plain ones
     paths = dict(sorted(document["paths"].items(), key=lambda item: item[0].startswith("/models/")))
     for path, operations in paths.items():
         for method, operation in operations.items():
             facts = routes.of({"method": method.upper(), "path": path})  # a template matches its own route
-            _mend(operation, facts)
+            _complete(operation, facts)
             if facts.public and secured:
                 operation["security"] = []
     components: dict[str, Any] = {"schemas": {"Error": _NATIVE_ERROR, "OpenAIError": _OPENAI_ERROR}}
-    about = [{"name": name, "description": text} for name, text in TAGS.items()]
-    mended = {**document, "paths": paths, "components": components, "tags": about}
+    tags = [{"name": name, "description": text} for name, text in TAGS.items()]
+    completed = {**document, "paths": paths, "components": components, "tags": tags}
     if secured:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        mended["security"] = [{"key": []}]
-    return mended
+        completed["security"] = [{"key": []}]
+    return completed
 
 
-def _mend(operation: dict[str, Any], facts: RouteFacts) -> None:
-    told: str = operation.get("description", "")
-    operation["summary"] = told.split("\n")[0].split(". ")[0].replace("``", "").rstrip(".")
+def _complete(operation: dict[str, Any], facts: RouteFacts) -> None:
+    description: str = operation.get("description", "")
+    operation["summary"] = description.split("\n")[0].split(". ")[0].replace("``", "").rstrip(".")
     schema = "Error" if facts.dialect is Dialect.NATIVE else "OpenAIError"
     error = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
     error["example"] = error_body(ServiceError("…"), facts.dialect, "17cc6206d8344e6f855346a4f1273a5b")
-    operation["responses"].pop("422", None)  # the framework's own, which is never sent
+    operation["responses"].pop("422", None)  # FastAPI's own validation error, which is never sent
     operation["responses"]["default"] = {"description": "An error", "content": {_JSON: error}}
     answer = operation["responses"]["200"]
     described = answer["content"][_JSON]

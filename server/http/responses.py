@@ -1,4 +1,4 @@
-"""How answers leave: errors in both dialects, event streams, and work that ends when its client goes."""
+"""Error responses in both dialects: status, headers and body of a ``ServiceError``."""
 
 import logging
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ def error_status(error: ServiceError, dialect: Dialect) -> int:
 
 
 def error_headers(error: ServiceError) -> dict[str, str]:
-    """What an error's answer has beside the headers of every answer."""
+    """The headers that an error adds to its response."""
     out = {}
     if error.status == 401:
         out["WWW-Authenticate"] = "Bearer"
@@ -57,7 +57,7 @@ def error_headers(error: ServiceError) -> dict[str, str]:
 
 
 def note_refusal(error: ServiceError, scope: Scope) -> None:
-    """For the access log, on one line; messages hold no prompt."""
+    """Keeps the error's message for the access log, as one line; messages contain no prompt text."""
     message = "".join(c if c.isprintable() else "\ufffd" for c in error.message)
     scope.setdefault("state", {})["refusal"] = f"{error.error_type}: {message}"
 

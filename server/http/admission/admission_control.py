@@ -1,6 +1,6 @@
-"""Whether a request may take a place, decided from its head alone.
+"""Admission: whether a request gets a place in the queue, decided from its head.
 
-One decision for every way a request comes in: the listening socket, the connection, the ASGI stack.
+The listening socket, the connection and the ASGI middleware all call the same ``AdmissionControl``.
 """
 
 from starlette.datastructures import State
@@ -14,13 +14,13 @@ from server.settings.server import Settings
 
 
 class AdmissionControl:
-    """Answers 429 or 503, before anything is read, to requests that need a place while none is free.
+    """Refuses requests that need a place with 429 or 503 when the queue is full or the server is draining.
 
     Args:
         state: the app's; its ``service`` is looked at when a request comes.
-        auth: refuses with 401 what has no valid key, before anything else.
-        settings: how large a body may be.
-        routes: which requests need a place.
+        auth: a request without a valid key gets 401 rather than 429 or 503.
+        settings: the largest accepted body.
+        routes: which routes need a place.
     """
 
     def __init__(self, state: State, auth: Auth, settings: Settings, routes: RouteTable) -> None:
@@ -28,25 +28,25 @@ class AdmissionControl:
         self.routes = routes
 
     def refusal(self, scope: Scope) -> ServiceError | None:
-        """Why no place is given to this request, which has passed every earlier check; counts it."""
-        if not self.routes.takes_a_place(scope) or (error := self._closed()) is None:
+        """The error of a request that passed every earlier check, None if admitted; counts the error."""
+        if not self.routes.takes_a_place(scope) or (error := self._service_refusal()) is None:
             return None
         return self._counted(error, scope)
 
     def judge(self, scope: Scope, body_bytes: int, is_whole: bool) -> ServiceError | Promise | None:
-        """Of a request for a place that has passed no check yet: the error that refuses it, or its place.
+        """Checks a request for a place before the framework does: returns its error, or a promised place.
 
-        None where the stack behind has to decide: the body is too large or has yet to come (and must not
-        keep a place meanwhile), or the key is not right.
+        None if the middleware has to decide: the body is too large or not received yet (and must not keep
+        a place meanwhile), or the key is not valid.
 
         Args:
-            scope: its head.
-            body_bytes: how long its body is.
-            is_whole: all of the body has come.
+            scope: of its head.
+            body_bytes: length of its body.
+            is_whole: all of the body has been received.
         """
         if body_bytes > self._body_limit:
             return None
-        unauthorized, error = self._auth.refusal(scope), self._closed()
+        unauthorized, error = self._auth.refusal(scope), self._service_refusal()
         if error is not None:
             return unauthorized or self._counted(error, scope)
         if unauthorized is not None or not is_whole or not hasattr(self._state, "service"):
@@ -59,7 +59,7 @@ class AdmissionControl:
             self._state.service.observe_unread(error)
         return error
 
-    def _closed(self) -> ServiceError | None:
+    def _service_refusal(self) -> ServiceError | None:
         service = getattr(self._state, "service", None)  # none before the lifespan has begun
         if service is None:
             return None
