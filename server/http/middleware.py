@@ -37,7 +37,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         id_ = scope.setdefault("state", {})["request_id"] = request_id_of(scope, self._redaction)
-        self._routes.of(scope)  # kept in the scope, for error responses and the access log
+        self._routes.of(scope)  # memoized in the scope, for error responses and the access log
         started, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""``GET /favicon.ico``: browsers ask for it beside ``/docs``, whatever the page says."""
+"""``GET /favicon.ico``: browsers request it with ``/docs``, whatever icon the page names."""
 
 from fastapi import APIRouter
 from starlette.responses import Response

@@ -1,4 +1,4 @@
-"""The dialect of Text Generation Inference: ``/generate``, ``/generate_stream``, ``/``."""
+"""The dialect of Text Generation Inference: ``/generate``, ``/generate_stream`` and ``/``."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -35,13 +35,13 @@ from server.service.text.codec import TextCodec
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
-_prompt = {"type": "string", "minLength": 1, "description": "another name of inputs"}
+_prompt = {"type": "string", "minLength": 1, "description": "alias of inputs"}
 _EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}
 _BODY = body_of(GenerateBody, _EXAMPLE, parameters=_parameters, prompt=_prompt)
 _schema = _BODY["requestBody"]["content"]["application/json"]["schema"]
 del _schema["required"]
 _schema["oneOf"] = [{"required": ["inputs"]}, {"required": ["prompt"]}]
-_ANSWER = {
+_RESPONSE = {
     "generated_text": "s are not a statement",
     "precision": "int8",
     "details": None,
@@ -58,7 +58,7 @@ _ANSWER = {
 }
 _EVENTS = "text/event-stream"
 _FACTS = RouteFacts(
-    takes_a_place=True, generates=True, media_types=("application/json", _EVENTS), example=_ANSWER
+    takes_a_place=True, generates=True, media_types=("application/json", _EVENTS), example=_RESPONSE
 )
 _PLAIN, _NAMED = precision_parameters(_BODY), precision_parameters(_BODY, named=True)
 
@@ -67,7 +67,7 @@ _PLAIN, _NAMED = precision_parameters(_BODY), precision_parameters(_BODY, named=
 @router.post("/models/{model:path}/generate", openapi_extra=_NAMED)
 @_FACTS
 async def generate(request: Request) -> Response:
-    """Continues a prompt, in one piece or, with ``stream``, token by token."""
+    """Continues a prompt; with ``stream``, token by token."""
     return await _answer(request)
 
 
@@ -80,14 +80,14 @@ async def generate_stream(request: Request) -> Response:
 
 
 root_router = APIRouter(tags=["generate"])
-"""To be included last: its path with a model's name matches anything under ``/models``."""
+"""Included last: its path with a model's name matches everything under ``/models``."""
 
 
 @root_router.post("/", openapi_extra=_PLAIN)
 @root_router.post("/models/{model:path}", openapi_extra=_NAMED)
-@replace(_FACTS, example=[_ANSWER])
+@replace(_FACTS, example=[_RESPONSE])
 async def compatible(request: Request) -> Response:
-    """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
+    """As ``/generate``, for clients that post to the base URL; the response is a list of one element."""
     return await _answer(request, listed=True)
 
 
@@ -147,7 +147,7 @@ def _text(body: GenerateBody, done: Continuation) -> str:
 def _sequence(body: GenerateBody, done: Continuation, codec: TextCodec) -> dict[str, Any]:
     prefill = done.prompt_tokens if body.decoder_input_details else []
     texts = codec.shares(done.prompt_ids, [piece.token.id for piece in done.pieces])
-    shown: dict[str, Any] = {
+    details: dict[str, Any] = {
         **_summary(done),
         "prefill": [_prompt_token(token, codec) for token in prefill],
         "tokens": [
@@ -156,8 +156,8 @@ def _sequence(body: GenerateBody, done: Continuation, codec: TextCodec) -> dict[
         ],
     }
     if body.top_n_tokens:
-        shown["top_tokens"] = [_top(piece.token, codec) for piece in done.pieces]
-    return shown
+        details["top_tokens"] = [_top(piece.token, codec) for piece in done.pieces]
+    return details
 
 
 def _summary(done: Continuation) -> dict[str, Any]:
@@ -206,15 +206,15 @@ async def _events(body: GenerateBody, codec: TextCodec, opened: list[Continuatio
 
 
 def _event(body: GenerateBody, opened: Continuation, codec: TextCodec, piece: Piece) -> bytes:
-    # the released text, not the bare token's: joined, the events are the text, without any stop string
+    # the released text rather than the token's: joined, the events are the text without any stop string
     data: dict[str, Any] = {"index": piece.index, "token": _token(piece, piece.text)}
     if body.top_n_tokens:
         data["top_tokens"] = _top(piece.token, codec)
-    last = _ending(body, opened) if piece.finish else {"generated_text": None, "details": None}
+    last = _final_fields(body, opened) if piece.finish else {"generated_text": None, "details": None}
     return event(data | last)
 
 
-def _ending(body: GenerateBody, done: Continuation) -> dict[str, Any]:
+def _final_fields(body: GenerateBody, done: Continuation) -> dict[str, Any]:
     return {
         "generated_text": _text(body, done),
         "details": {**_summary(done), "input_length": len(done.prompt_ids)},

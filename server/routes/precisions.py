@@ -1,4 +1,4 @@
-"""GET /precisions; POST /precisions/{name}/load and /unload for the admin."""
+"""``GET /precisions``; ``POST /precisions/{name}/load`` and ``/unload`` with the administrator's key."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,21 +18,21 @@ from server.service.precision_state import PrecisionState, known_precision
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
 PrecisionName = Annotated[str, WithJsonSchema({"type": "string", "enum": PRECISION_NAMES})]
-# in /docs, which takes the first otherwise: every host can run this one, and the server lives without it
-_CHOSEN = {"type": "string", "enum": PRECISION_NAMES, "default": "bf16"}
-Changed = Annotated[str, WithJsonSchema(_CHOSEN)]
+# the value that /docs fills in: every host can run this one, and the server can do without it
+_IN_DOCS = {"type": "string", "enum": PRECISION_NAMES, "default": "bf16"}
+TargetName = Annotated[str, WithJsonSchema(_IN_DOCS)]
 
 
 @router.get("")
 async def list_precisions(request: Request) -> list[dict[str, Any]]:
-    """Every precision of the registry and its state on this host."""
+    """Every precision and its state on this host."""
     return [_describe(state) for state in request.app.state.pool.states()]
 
 
 @router.post("/{name}/load")
 @RouteFacts(admin=True, media_types=("text/event-stream",))
-async def load(request: Request, name: Changed) -> Response:
-    """Loads a precision; server-sent events tell the progress."""
+async def load(request: Request, name: TargetName) -> Response:
+    """Loads a precision, with its progress as server-sent events."""
     pool: Pool = request.app.state.pool
     request.app.state.lifecycle.check()
     state = pool.state(known_precision(name))
@@ -43,8 +43,8 @@ async def load(request: Request, name: Changed) -> Response:
 
 @router.post("/{name}/unload")
 @RouteFacts(admin=True)
-async def unload(request: Request, name: Changed) -> dict[str, Any]:
-    """Drops a precision's weights; what it is generating ends with an error."""
+async def unload(request: Request, name: TargetName) -> dict[str, Any]:
+    """Frees a precision's weights; its running requests end with an error."""
     pool: Pool = request.app.state.pool
     await pool.unload(known_precision(name))
     return _describe(pool.state(known_precision(name)))

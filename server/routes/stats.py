@@ -1,4 +1,4 @@
-"""GET /stats, /metrics, /info: what is loaded, what it takes, how fast it ran."""
+"""``GET /stats``, ``/metrics`` and ``/info``: what is loaded, its memory, latency and throughput."""
 
 import math
 import platform
@@ -35,9 +35,9 @@ _STARTED = time.monotonic()
 async def stats(
     request: Request, precision: PrecisionName | None = None, layers: Switch | None = None
 ) -> dict[str, Any]:
-    """Memory counted from live tensors; latencies of requests that ran. ``?precision=`` narrows it.
+    """Memory counted from live tensors, and latencies of requests that ran; ``?precision=`` selects one.
 
-    ``?layers=true`` adds the proof of every loaded precision's quantization, layer by layer.
+    ``?layers=true`` adds a quantization report of every loaded precision, layer by layer.
     """
     if layers not in (None, "true", "false"):
         raise Invalid("layers is true or false", param="layers")
@@ -79,7 +79,7 @@ async def stats(
 
 
 def _report(reports: Reports) -> dict[str, Any]:
-    """The kept one in short, or how to make one."""
+    """A summary of the kept report, or how to make one."""
     if (report := reports.latest()) is None:
         return {"finished": None, "note": reports.how_to_make_one(), "recommendation": None, "precisions": {}}
     advice = advice_of(report.document)
@@ -111,7 +111,7 @@ def _range(interval: Interval) -> list[float] | None:
 @router.get("/metrics")
 @RouteFacts(quiet=True, media_types=("text/plain",))
 async def prometheus(request: Request) -> Response:
-    """Prometheus's text format."""
+    """Metrics in Prometheus's text format."""
     metrics: Metrics = request.app.state.metrics
     for state in request.app.state.pool.states():
         engine = state.engine
@@ -121,7 +121,7 @@ async def prometheus(request: Request) -> Response:
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
-    """What Text Generation Inference's ``/info`` tells, and the precisions."""
+    """The fields of Text Generation Inference's ``/info``, and the precisions."""
     state = request.app.state
     settings, service, pool = state.settings, state.service, state.pool
     return {
@@ -142,7 +142,7 @@ async def info(request: Request) -> dict[str, Any]:
 
 
 def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: int | None) -> dict[str, Any]:
-    """The same keys whatever the state; what only a loaded one has is null for the others."""
+    """The same keys in every state; those of a loaded model are null in the others."""
     ratio, interval, note = _speed(metrics, state.name)
     model = state.engine.model if state.engine else None
     return {
@@ -178,7 +178,7 @@ def _memory(model: LoadedModel, reference: int | None) -> dict[str, Any]:
 
 
 def _details(model: LoadedModel) -> dict[str, Any]:
-    """What the loader says of it, and its runner as it is now."""
+    """The loader's details, and the runner's current report."""
     runner = model.runner
     return {**model.details, **(runner.report() if isinstance(runner, ReportingRunner) else {})}
 
@@ -194,12 +194,12 @@ def _layers(model: LoadedModel) -> dict[str, Any]:
 
 
 def _speed(metrics: Metrics, precision: str) -> tuple[float | None, list[float] | None, str | None]:
-    """Speed against fp32 over steps that decoded one row alone, which are comparable; and what to say.
+    """Speed relative to fp32, from steps that decoded a single row, which are comparable.
 
-    The two ran at different times: of how near their medians lie to each other nothing follows while the
-    middle halves of their steps overlap.
+    The two ran at different times, so the ratio of their medians is not significant while the middle halves
+    of their step times overlap.
 
-    Returns: the ratio of the medians; the least and the largest one between the middle halves; the note.
+    Returns: the ratio of the medians; its range, from the middle halves; a note if it is slower than fp32.
     """
     own, full = metrics.single_row_quartiles(precision), metrics.single_row_quartiles("fp32")
     if own is None or full is None:

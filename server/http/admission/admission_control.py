@@ -17,7 +17,7 @@ class AdmissionControl:
     """Refuses requests that need a place with 429 or 503 when the queue is full or the server is draining.
 
     Args:
-        state: the app's; its ``service`` is looked at when a request comes.
+        state: the app's; its ``service`` is read at every request.
         auth: a request without a valid key gets 401 rather than 429 or 503.
         settings: the largest accepted body.
         routes: which routes need a place.

@@ -1,4 +1,4 @@
-"""The OpenAI dialect: models, completions, chat."""
+"""Routes of the OpenAI dialect: models, completions, chat."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -57,7 +57,7 @@ _GENERATES = RouteFacts(
 @router.get("/models/{model:path}/v1/models", openapi_extra=precision_parameters({}, named=True))
 @_MODELS
 async def models(request: Request) -> Response:
-    """The served model, and once more for each precision that this host can run."""
+    """The served model, and one entry for each precision that this host can run."""
     choose_precision(request, {})
     return JSONResponse({"object": "list", "data": list(_models(request).values())})
 
@@ -75,7 +75,7 @@ async def model(
 
 
 def _entry(name: str, model_id: str) -> str:
-    """The id in the list of models of what goes by ``name``, whichever name a request may use for it."""
+    """The id in the list of models that an accepted model name refers to; other names as they are."""
     precision = precision_of_model(name, model_id)
     with suppress(BadPrecision):
         return model_id if precision is None else f"{model_id}:{known_precision(precision)}"
@@ -103,7 +103,7 @@ async def completions(request: Request) -> Response:
     """Continues one or several prompts."""
     values = await read_object(request)
     body = _validated(request, CompletionBody, values)
-    return await Completion(request, body, _asked(request, values, body)).answer()
+    return await Completion(request, body, _choose(request, values, body)).answer()
 
 
 @router.post("/v1/chat/completions", openapi_extra=precision_parameters(_CHAT))
@@ -112,12 +112,12 @@ async def completions(request: Request) -> Response:
 )
 @replace(_GENERATES, dialect=Dialect.OPENAI_CHAT)
 async def chat(request: Request) -> Response:
-    """Continues a conversation, where the model has a chat template."""
+    """Continues a conversation, if the model has a chat template."""
     values = await read_object(request)
     if request.app.state.chat is None:
         raise BadRequest(NO_TEMPLATE, param="messages")
     body = _validated(request, ChatBody, values)
-    return await Chat(request, body, _asked(request, values, body)).answer()
+    return await Chat(request, body, _choose(request, values, body)).answer()
 
 
 @router.post("/models/{model:path}/v1/{rest:path}", include_in_schema=False)
@@ -127,7 +127,7 @@ async def unknown_route(request: Request) -> Response:
     raise NotFound("no such route here")
 
 
-def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> PrecisionChoice:
+def _choose(request: Request, values: dict[str, Any], body: OpenAIBody) -> PrecisionChoice:
     return resolve_precision(request, choose_precision(request, values, body.model), body.auto)
 
 
