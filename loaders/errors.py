@@ -29,7 +29,9 @@ class CheckpointError(LoaderError):
     pass
 
 
-class UnknownPrecision(LoaderError):
+class UnknownPrecision(LoaderError, ValueError):
+    """A ``ValueError`` as well, so that ``canonical`` is a validator for pydantic."""
+
     def __init__(self, name: object, choices: Sequence[str]) -> None:
         self.choices = list(choices)
         shown = name if isinstance(name, str) and len(name) <= 40 else "that"

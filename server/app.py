@@ -23,6 +23,7 @@ from server.http.methods import HeadAsGet, allowed
 from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestContext
 from server.http.openapi import describe
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.report.choice import Choice
 from server.routes import compare, favicon, generate, health, precisions, report, stats, tokenize
 from server.routes.openai import routes as openai
@@ -31,6 +32,11 @@ from server.settings.server import Settings
 from server.settings.types import AUTO
 from server.state import AppState, build_state
 from server.version import VERSION
+
+_MODULES = (generate, openai, compare, report, tokenize, stats, precisions, health, favicon)
+_ROUTERS = (*(module.router for module in _MODULES), generate.root_router)
+ROUTES = tuple(route for router in _ROUTERS for route in router.routes)
+"""Every route of the service, in the order in which they are tried."""
 
 
 def create_app(
@@ -67,7 +73,8 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    admission = AdmissionControl(Auth(app, settings), settings)
+    routes = RouteTable(ROUTES)
+    admission = AdmissionControl(Auth(app, settings, routes), settings, routes)
     early_refusal = _make_early_refusal(admission, settings)
     app.state.settings, app.state.early_refusal = (
         settings,
@@ -75,11 +82,10 @@ def create_app(
     )  # replaced by the lifespan: see AppState
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for module in (generate, openai, compare, report, tokenize, stats, precisions, health, favicon):
-        app.include_router(module.router)
-    app.include_router(generate.root_router)
-    describe(app, settings)
-    _add_middleware(app, settings, admission)
+    for router in _ROUTERS:
+        app.include_router(router)
+    describe(app, settings, routes)
+    _add_middleware(app, settings, admission, routes)
     return app
 
 
@@ -112,7 +118,9 @@ def _make_early_refusal(admission: AdmissionControl, settings: Settings) -> Earl
     return EarlyRefusal(admission, settings, trace_context)
 
 
-def _add_middleware(app: FastAPI, settings: Settings, admission: AdmissionControl) -> None:
+def _add_middleware(
+    app: FastAPI, settings: Settings, admission: AdmissionControl, routes: RouteTable
+) -> None:
     """Adds the middleware, innermost first."""
     app.add_middleware(HeadAsGet)
     app.add_middleware(AdmissionMiddleware, admission=admission)
@@ -121,7 +129,7 @@ def _add_middleware(app: FastAPI, settings: Settings, admission: AdmissionContro
 
         app.add_middleware(TraceContext)
     app.add_middleware(BodyLimits, settings=settings)
-    app.add_middleware(Auth, settings=settings)
+    app.add_middleware(Auth, settings=settings, routes=routes)
     if settings.cors_allow_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -130,7 +138,7 @@ def _add_middleware(app: FastAPI, settings: Settings, admission: AdmissionContro
             allow_headers=["*"],  # clients send headers of their own; no header identifies a user
             expose_headers=["X-Precision", "X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(RequestContext, settings=settings)
+    app.add_middleware(RequestContext, settings=settings, routes=routes)
 
 
 async def _on_service_error(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""The access log: a line a request, with the reason of a refusal."""
+"""The access log: one line per request, with the error of a refused one."""
 
 import json
 import logging
@@ -6,20 +6,20 @@ import logging
 from starlette.types import Scope
 
 from server.http.redaction import Redaction
+from server.http.route_facts import facts_of
 
-_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _METHOD_CHARACTERS, _PATH_CHARACTERS = 20, 200
 _log = logging.getLogger("server.access")
 
 
 def log_access(scope: Scope, status: int, milliseconds: float, redaction: Redaction) -> None:
-    """One request that has been answered; what supervisors and scrapers repeat for ever at level debug only.
+    """Logs one answered request; a successful poll of a ``quiet`` route at level debug.
 
     Args:
-        scope: its ``state`` has the request's id and, from ``note_refusal``, the reason of an error.
-        redaction: takes the keys out of what the client sent.
+        scope: its ``state`` holds the request id and, from ``note_refusal``, the error.
+        redaction: removes keys from what the client sent.
     """
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status < 400 else logging.INFO
+    level = logging.DEBUG if facts_of(scope).quiet and status < 400 else logging.INFO
     if not _log.isEnabledFor(level):
         return
     reason = scope["state"].get("refusal")
@@ -31,10 +31,10 @@ def log_access(scope: Scope, status: int, milliseconds: float, redaction: Redact
         "duration_ms": round(milliseconds, 1),
         **({} if reason is None else {"reason": reason}),
     }
-    because = "" if reason is None else f" ({reason})"
+    suffix = "" if reason is None else f" ({reason})"
     _log.log(
         level,
         "%s %s %s %d %.1f ms%s",
-        fields["request_id"], fields["method"], json.dumps(fields["path"]), status, milliseconds, because,
+        fields["request_id"], fields["method"], json.dumps(fields["path"]), status, milliseconds, suffix,
         extra={"fields": fields},
     )  # fmt: skip

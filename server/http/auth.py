@@ -1,4 +1,4 @@
-"""Who may come in. Every route needs the key unless it is named here."""
+"""API keys. Every route needs one unless it is declared public (``RouteFacts``)."""
 
 import hashlib
 import hmac
@@ -11,22 +11,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import ServiceError, Unauthorized
 from server.http.redaction import Redaction
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.settings.server import Settings
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/favicon.ico"})
 _KEY_NAME = re.compile(
     r"(?:x[-_]?)?(?:(?:api|auth|access|admin|bearer|hf|secret)[-_]?)*(?:key|token)|auth(?:orization)?|bearer",
     re.IGNORECASE,
 )
-"""What a parameter of the query is called whose value is meant as a key."""
+"""Names of query parameters whose value is meant as a key."""
 _Digests = frozenset[bytes]
 
 
 class Auth:
-    """Bearer keys, compared as digests. Without any key configured, everything is open."""
+    """Checks bearer keys by their digests. Without a configured key every route is open."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: Settings, routes: RouteTable) -> None:
+        self.app, self._routes = app, routes
         self._client, self._admin = _digests_of(settings.api_key), _digests_of(settings.admin_api_key)
         self._keys = Redaction(settings.secrets())
 
@@ -37,18 +37,18 @@ class Auth:
             await self.app(scope, receive, send)
 
     def refusal(self, scope: Scope) -> ServiceError | None:
-        """Why this request may not pass, None if it may."""
-        if scope["path"] in OPEN_PATHS or not (self._client or self._admin):
+        """The 401 of this request, None if its key is valid."""
+        if not (self._client or self._admin) or (facts := self._routes.of(scope)).public:
             return None
         query = scope["query_string"]
         if _names_a_key(query):
-            return Unauthorized(_NOT_THERE)
-        refusal = self._judge(_bearer(scope), is_admin(scope))
+            return Unauthorized(_KEY_IN_QUERY)
+        refusal = self._check_key(_bearer(scope), facts.admin)
         if refusal is None and self._keys.is_in(query):
-            return Unauthorized(_NOT_THERE)
+            return Unauthorized(_KEY_IN_QUERY)
         return refusal
 
-    def _judge(self, token: bytes, admin: bool) -> ServiceError | None:
+    def _check_key(self, token: bytes, admin: bool) -> ServiceError | None:
         if admin:
             return (
                 None if _is_one_of(token, self._admin) else Unauthorized("this needs the administrator's key")
@@ -58,18 +58,12 @@ class Auth:
         return Unauthorized("a valid key is needed: Authorization: Bearer <key>")
 
 
-_NOT_THERE = "send the key in the Authorization header, not in the address"
+_KEY_IN_QUERY = "send the key in the Authorization header, not in the address"
 
 
 def _names_a_key(query: bytes) -> bool:
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     return any(_KEY_NAME.fullmatch(name.strip()) for name, _ in pairs)
-
-
-def is_admin(scope: Scope) -> bool:
-    """What changes the server for everybody: loading, unloading, the long measurement."""
-    path: str = scope["path"]
-    return scope["method"] not in ("GET", "HEAD") and path.startswith(("/precisions/", "/report"))
 
 
 def _bearer(scope: Scope) -> bytes:
@@ -80,7 +74,7 @@ def _bearer(scope: Scope) -> bytes:
 
 
 def _digests_of(key: SecretStr | None) -> _Digests:
-    """Of the bytes that clients may send for a key: most write headers in UTF-8, some in Latin-1."""
+    """Digests of a key as UTF-8 and as Latin-1: clients encode headers either way."""
     text = key.get_secret_value() if key else ""
     return frozenset(
         hashlib.sha256(text.encode(encoding)).digest() for encoding in ("utf-8", "latin-1") if text

@@ -1,4 +1,4 @@
-"""A request's body as a JSON object, or the error that says what is wrong with it."""
+"""A request's body, parsed as a JSON object."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from server.errors import BadRequest, UnsupportedMedia
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """Reads and parses the body, strictly.
+    """Reads the body and parses it strictly.
 
     Raises:
-        UnsupportedMedia: a content type other than JSON, or compressed.
-        BadRequest: not UTF-8, not JSON (NaN and Infinity are not JSON), or not an object.
+        UnsupportedMedia: the content type is not JSON, or the body is compressed.
+        BadRequest: the body is not UTF-8, not JSON (NaN and Infinity included), or not an object.
     """
     media = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
@@ -26,7 +26,7 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 def parse_object(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode(), parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(raw.decode(), parse_constant=_reject_constant, parse_float=_finite_float)
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
     except RecursionError:
@@ -38,11 +38,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _finite(digits: str) -> float:
+def _finite_float(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
         raise ValueError("out of range")

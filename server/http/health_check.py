@@ -1,7 +1,7 @@
-"""Asks the server of this host and ``PORT`` whether it is ready: ``python -m server.http.health_check``.
+"""A container's health check, ``python -m server.http.health_check``: GET ``/health`` on ``HOST``, ``PORT``.
 
-For a container's health check: exit 0 or 1, and one line that says why. It runs every few seconds, so it
-imports neither the settings nor anything else that would import torch.
+Exits with 0 or 1 and prints one line with the reason. It runs every few seconds, so it imports neither the
+settings nor any other module that imports torch.
 """
 
 import http.client
@@ -10,37 +10,37 @@ import os
 import sys
 
 _EVERY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-_TIMEOUT = 4.0  # seconds; less than the container's own limit, so that the line is written
+_TIMEOUT = 4.0  # seconds; below the container's own limit, so that the line is printed
 
 
 def check(host: str, port: int) -> tuple[bool, str]:
-    """Whether ``/health`` says ready, and what it says otherwise.
+    """Whether ``/health`` answers 200, and the status or error that it reports.
 
-    ``http.client`` rather than ``urllib``: a proxy in the environment is not for this.
+    Uses ``http.client``, which ignores the environment's proxies, unlike ``urllib``.
     """
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     try:
         connection.request("GET", "/health")
         answer = connection.getresponse()
-        return answer.status == 200, _said(answer.read())
+        return answer.status == 200, _reported(answer.read())
     except (OSError, http.client.HTTPException) as error:
         return False, f"no answer on {host}, port {port}: {error}"
     finally:
         connection.close()
 
 
-def _said(body: bytes) -> str:
+def _reported(body: bytes) -> str:
     try:
-        told = json.loads(body)
-        return str(told.get("error") or told["status"])
+        fields = json.loads(body)
+        return str(fields.get("error") or fields["status"])
     except (ValueError, AttributeError, KeyError):
         return "not the answer of a bitdial server"
 
 
 def main() -> int:
     host, port = os.environ.get("HOST", ""), os.environ.get("PORT", "") or "8080"
-    ready, said = check(_EVERY_ADDRESS.get(host, host), int(port))
-    print(said)
+    ready, reported = check(_EVERY_ADDRESS.get(host, host), int(port))
+    print(reported)
     return 0 if ready else 1
 
 

@@ -1,4 +1,4 @@
-"""Methods: HEAD wherever GET is, and what an answer of 405 allows."""
+"""HTTP methods: HEAD for every GET route, and the ``Allow`` header of a 405."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,7 @@ _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 class HeadAsGet:
-    """Answers HEAD as the route answers GET: the same status and headers, without the body (RFC 9110,
-    9.3.2)."""
+    """Middleware that answers HEAD with GET's status and headers, without the body (RFC 9110, 9.3.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -29,7 +28,7 @@ class HeadAsGet:
 
 
 def allowed(routes: Iterable[BaseRoute], scope: Scope) -> str:
-    """The ``Allow`` header of a path: the methods of all its routes, of which a router names one route's."""
+    """The ``Allow`` header of a path: the methods of all its routes, where Starlette lists those of one."""
     routes = list(routes)
     found = [
         method

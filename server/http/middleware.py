@@ -1,4 +1,4 @@
-"""Around every request: an id, an access log, an answer to any fault, limits on the body. Pure ASGI."""
+"""ASGI middleware of every request: id, access log, error responses, admission, body limits."""
 
 import asyncio
 import logging
@@ -16,19 +16,20 @@ from server.http.admission.promised_places import hold
 from server.http.redaction import Redaction
 from server.http.request_id import request_id_of
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.http.streaming import ClientGone
 from server.settings.server import Settings
 
 _log = logging.getLogger("server")
-_NOT_FAULTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
+_PASSED_ON = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class RequestContext:
-    """Outermost: gives the request its id, logs it without its query and without keys, and answers what no
-    other part did."""
+    """The outermost middleware: sets the request id and the route's facts, writes the access log (without
+    query and keys), and turns an unhandled exception into a response."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, settings: Settings, routes: RouteTable) -> None:
+        self.app, self._routes = app, routes
         self._redaction = Redaction(settings.secrets())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,9 +37,10 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         id_ = scope.setdefault("state", {})["request_id"] = request_id_of(scope, self._redaction)
+        self._routes.of(scope)  # memoized in the scope, for error responses and the access log
         started, status = time.perf_counter(), 0
 
-        async def labelled(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -46,22 +48,22 @@ class RequestContext:
             await send(message)
 
         try:
-            await self.app(scope, receive, labelled)
+            await self.app(scope, receive, send_with_id)
         except (ClientDisconnect, ClientGone):
             status = status or 499
-            await _answer_nobody(send)
-        except _NOT_FAULTS:
+            await _end_exchange(send)
+        except _PASSED_ON:
             raise
-        except BaseException as error:  # a library in Rust panics with one that is no Exception
+        except BaseException as error:  # a Rust library's panic is not an Exception
             if status:
                 raise
             _log_fault(error, id_)
-            await error_response(_told(error), scope)(scope, receive, labelled)
+            await error_response(_as_service_error(error), scope)(scope, receive, send_with_id)
         finally:
             log_access(scope, status, (time.perf_counter() - started) * 1000, self._redaction)
 
 
-def _told(error: BaseException) -> ServiceError:
+def _as_service_error(error: BaseException) -> ServiceError:
     return error if isinstance(error, ServiceError) else ServiceError("internal error")
 
 
@@ -70,16 +72,16 @@ def _log_fault(error: BaseException, id_: str) -> None:
         _log.error("request %s: an unforeseen fault", id_, exc_info=error)
 
 
-async def _answer_nobody(send: Send) -> None:
-    """Ends the exchange formally; the client has gone."""
+async def _end_exchange(send: Send) -> None:
+    """Completes the ASGI exchange of a client that has disconnected."""
     await send({"type": "http.response.start", "status": 499, "headers": []})
     await send({"type": "http.response.body", "body": b""})
 
 
 class AdmissionMiddleware:
-    """Refuses what needs a place while none is free, before anything of it is read.
+    """Answers 429 or 503 before the body is read when a request needs a place in the queue and none is free.
 
-    ``server.http.connection.early_refusal`` does the same below the framework where it can.
+    ``server.http.connection.early_refusal`` does the same below the framework for plain requests.
     """
 
     def __init__(self, app: ASGIApp, admission: AdmissionControl) -> None:
@@ -97,7 +99,7 @@ class AdmissionMiddleware:
 
 
 class BodyLimits:
-    """A body may be so large, and may take so long to come. A declared length is judged before reading."""
+    """Limits the size of a body and the time to receive it; a declared length is checked before reading."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -114,31 +116,31 @@ class BodyLimits:
 
 
 class _Body:
-    """One request's body under its limits. Once the answer has begun, nobody waits for the rest of it."""
+    """One request's body under its limits, which end when the response has begun."""
 
     def __init__(self, receive: Receive, send: Send, limit: int, seconds: float) -> None:
         self._receive, self._send, self._limit = receive, send, limit
         self._deadline = time.perf_counter() + seconds
-        self._received, self._free = 0, False
+        self._received, self._unlimited = 0, False
 
     async def send(self, message: Message) -> None:
-        self._free = True
+        self._unlimited = True
         await self._send(message)
 
     async def receive(self) -> Message:
-        message = await self._in_time()
+        message = await self._receive_in_time()
         self._received += len(message.get("body", b""))
-        if self._received > self._limit and not self._free:
+        if self._received > self._limit and not self._unlimited:
             raise _too_large(self._limit)
-        self._free = self._free or not message.get("more_body", False)
+        self._unlimited = self._unlimited or not message.get("more_body", False)
         return message
 
-    async def _in_time(self) -> Message:
-        if not self._free:
+    async def _receive_in_time(self) -> Message:
+        if not self._unlimited:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._deadline - time.perf_counter()):
                     return await self._receive()
-        if not self._free:  # it may have become so meanwhile
+        if not self._unlimited:  # the response may have begun meanwhile
             raise RequestTimeout("the body took too long to arrive")
         return await self._receive()
 

@@ -1,12 +1,12 @@
-"""``/openapi.json`` made true: errors in both dialects, streams, keys; told in the order a reader wants."""
+"""Completes ``/openapi.json``: errors in both dialects, streams, keys, limits that are settings."""
 
 from typing import Any
 
 from fastapi import FastAPI
 
 from server.errors import ServiceError
-from server.http.auth import OPEN_PATHS
-from server.http.responses import error_body, is_openai
+from server.http.responses import error_body
+from server.http.route_facts import Dialect, RouteFacts, RouteTable
 from server.settings.server import Settings
 
 TAGS = {
@@ -17,19 +17,7 @@ TAGS = {
     "precisions": "What this host can run; loading and unloading.",
     "health": "For supervisors and load balancers. Never needs a key.",
 }
-_JSON, _EVENTS = "application/json", "text/event-stream"
-_MEDIA = {
-    "/report": [_JSON, "text/markdown", "text/html", _EVENTS],
-    "/metrics": ["text/plain"],
-    "/compare": [_JSON, "text/markdown"],
-    "/precisions/{name}/load": [_EVENTS],
-    "/generate_stream": [_EVENTS],
-    "/generate": [_JSON, _EVENTS],
-    "/": [_JSON, _EVENTS],
-    "/v1/completions": [_JSON, _EVENTS],
-    "/v1/chat/completions": [_JSON, _EVENTS],
-}
-"""What an answer may be, where it isn't JSON alone."""
+_JSON = "application/json"
 _TEXT = {"type": "string"}
 _OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _NATIVE_ERROR = {
@@ -48,46 +36,17 @@ _OPENAI_ERROR = {
     },
     "required": ["error"],
 }
-_TIMINGS = {
-    "queue_ms": 0.217, "prefill_ms": 3.335, "decode_ms": 12.97, "total_ms": 16.52, "tokens_per_second": 736.0,
-}  # fmt: skip
-GENERATED = {
-    "generated_text": "s are not a statement",
-    "precision": "int8",
-    "details": None,
-    "usage": {"prompt_tokens": 3, "generated_tokens": 5},
-    "timings": _TIMINGS,
-    "precision_requested": "int8",
-    "fallback_reason": None,
-}
-COMPLETED = {
-    "id": "cmpl-237753b28693441c896d53410ef75a4e",
-    "object": "text_completion",
-    "created": 1795489372,
-    "model": "bundled:nf4",
-    "choices": [{"index": 0, "text": "s are not a", "logprobs": None, "finish_reason": "length"}],
-    "precision": "nf4",
-    "precision_requested": "nf4",
-    "fallback_reason": None,
-    "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
-}
-EXAMPLES: dict[str, Any] = {
-    "/generate": GENERATED,
-    "/": [GENERATED],
-    "/v1/completions": COMPLETED,
-    "/tokenize": [{"id": 451, "text": "The", "start": 0, "stop": 3}],
-}
 
 
-def describe(app: FastAPI, settings: Settings) -> None:
-    """Replaces what the framework says of itself by what this service does."""
-    plain = app.openapi
+def describe(app: FastAPI, settings: Settings, routes: RouteTable) -> None:
+    """Makes ``app.openapi`` return the framework's document, corrected and completed."""
+    generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = plain()
+            document = generate()
             limited = _with_limits(document, settings)
-            app.openapi_schema = _mended(limited, secured=_needs_key(settings))
+            app.openapi_schema = _completed(limited, routes, secured=_needs_key(settings))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -98,7 +57,7 @@ def _needs_key(settings: Settings) -> bool:
 
 
 def _with_limits(node: Any, settings: Settings) -> Any:
-    """``node`` with the limits that are settings, wherever it describes a body's fields."""
+    """``node`` with the limits from the settings in every schema of a body."""
     if isinstance(node, list):
         return [_with_limits(item, settings) for item in node]
     if not isinstance(node, dict):
@@ -116,41 +75,40 @@ def _with_limits(node: Any, settings: Settings) -> Any:
 
 
 def _limited(node: Any, kind: str, limit: dict[str, int]) -> Any:
-    """A field's schema with ``limit`` on those of its alternatives that are of a ``kind``."""
+    """A field's schema with ``limit`` added to its alternatives of type ``kind``."""
     alternatives = [_limited(one, kind, limit) for one in node.get("anyOf", ())]
     more = {"anyOf": alternatives} if alternatives else {}
     return {**node, **more, **(limit if node.get("type") == kind else {})}
 
 
-def _mended(document: dict[str, Any], secured: bool) -> dict[str, Any]:
-    # the same routes under a model's name come after the plain ones
+def _completed(document: dict[str, Any], routes: RouteTable, secured: bool) -> dict[str, Any]:
+    # the routes under a model's name are listed after the plain ones
     paths = dict(sorted(document["paths"].items(), key=lambda item: item[0].startswith("/models/")))
     for path, operations in paths.items():
-        for operation in operations.values():
-            _mend(path, operation)
-            if path in OPEN_PATHS and secured:
+        for method, operation in operations.items():
+            facts = routes.of({"method": method.upper(), "path": path})  # a template matches its own route
+            _complete(operation, facts)
+            if facts.public and secured:
                 operation["security"] = []
     components: dict[str, Any] = {"schemas": {"Error": _NATIVE_ERROR, "OpenAIError": _OPENAI_ERROR}}
-    about = [{"name": name, "description": text} for name, text in TAGS.items()]
-    mended = {**document, "paths": paths, "components": components, "tags": about}
+    tags = [{"name": name, "description": text} for name, text in TAGS.items()]
+    completed = {**document, "paths": paths, "components": components, "tags": tags}
     if secured:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        mended["security"] = [{"key": []}]
-    return mended
+        completed["security"] = [{"key": []}]
+    return completed
 
 
-def _mend(path: str, operation: dict[str, Any]) -> None:
-    bare = path.removeprefix("/models/{model}") or "/"
-    told: str = operation.get("description", "")
-    operation["summary"] = told.split("\n")[0].split(". ")[0].replace("``", "").rstrip(".")
-    dialect = "OpenAIError" if is_openai(path) else "Error"
-    error = {"schema": {"$ref": f"#/components/schemas/{dialect}"}}
-    error["example"] = error_body(ServiceError("…"), path, "17cc6206d8344e6f855346a4f1273a5b")
-    operation["responses"].pop("422", None)  # the framework's own, which is never sent
+def _complete(operation: dict[str, Any], facts: RouteFacts) -> None:
+    description: str = operation.get("description", "")
+    operation["summary"] = description.split("\n")[0].split(". ")[0].replace("``", "").rstrip(".")
+    schema = "Error" if facts.dialect is Dialect.NATIVE else "OpenAIError"
+    error = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+    error["example"] = error_body(ServiceError("…"), facts.dialect, "17cc6206d8344e6f855346a4f1273a5b")
+    operation["responses"].pop("422", None)  # FastAPI's own validation error, which is never sent
     operation["responses"]["default"] = {"description": "An error", "content": {_JSON: error}}
     answer = operation["responses"]["200"]
     described = answer["content"][_JSON]
-    if bare in EXAMPLES:
-        described["example"] = EXAMPLES[bare]
-    kinds = _MEDIA.get(bare, [_JSON])
-    answer["content"] = {kind: described if kind == _JSON else {} for kind in kinds}
+    if facts.example is not None:
+        described["example"] = facts.example
+    answer["content"] = {kind: described if kind == _JSON else {} for kind in facts.media_types}

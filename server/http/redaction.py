@@ -1,4 +1,4 @@
-"""Keys in places where they don't belong: finding them in text, and keeping them out of what is written."""
+"""Finds API keys in text, and replaces them in what is logged or returned."""
 
 import json
 import re
@@ -7,11 +7,11 @@ from urllib.parse import quote, unquote_to_bytes
 
 REDACTED = "[redacted]"
 _ROUNDS = 3  # of percent-encoding
-_LONG = 8  # characters; a shorter key may be part of an innocent word
+_LONG = 8  # characters; a shorter key may be part of another word
 
 
 class Redaction:
-    """Text without the keys, in the forms in which they get there: plain, percent-encoded, in JSON."""
+    """Replaces keys in text: plain, percent-encoded or escaped in JSON."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = tuple(secrets)
@@ -22,9 +22,9 @@ class Redaction:
         return self._pattern.sub(REDACTED, text) if self._pattern else text
 
     def is_in(self, raw: bytes) -> bool:
-        """Whether a key is anywhere in an address or a header, percent-encoded or not.
+        """Whether an address or a header contains a key, percent-encoded or not.
 
-        The search takes no constant time, unlike ``server.http.auth``'s comparison: it lets no request in.
+        Not in constant time, unlike the comparison in ``server.http.auth``: a match grants no access.
         """
         return any(self._found(text) for text in _decoded(raw))
 
@@ -32,13 +32,13 @@ class Redaction:
         return self._pattern is not None and self._pattern.search(text) is not None
 
     def address(self, path: str) -> str:
-        """A path as it may be shown. One that hides a key in layers of encoding is not shown at all."""
+        """The path without keys; ``REDACTED`` alone if a key is in nested percent-encoding."""
         shown = self(path)
         return REDACTED if self.is_in(shown.encode("utf-8", "surrogateescape")) else shown
 
 
 def _decoded(raw: bytes) -> Iterable[str]:
-    """Raw bytes as text, after no, one, … rounds of percent-decoding; in a query a plus may be a space."""
+    """Raw bytes as text after 0, 1, … rounds of percent-decoding; with a query's plus also as a space."""
     for _ in range(_ROUNDS):
         for encoding in ("utf-8", "latin-1"):
             text = raw.decode(encoding, "replace")

@@ -1,4 +1,4 @@
-"""The id by which a request is known in logs, traces and error bodies."""
+"""The request id in logs, traces, error bodies and ``X-Request-ID``."""
 
 import random
 import re
@@ -11,12 +11,12 @@ _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def request_id_of(scope: Scope, redaction: Redaction) -> str:
-    """The client's own, else a new one."""
+    """The client's id if it is acceptable, otherwise a new one."""
     return own_request_id(scope, redaction) or new_request_id()
 
 
 def own_request_id(scope: Scope, redaction: Redaction) -> str | None:
-    """The client's ``X-Request-ID`` if it is short and plain and no key."""
+    """The client's ``X-Request-ID``; None if it is missing, long, not plain ASCII or contains a key."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _ID.fullmatch(value) and not redaction.is_in(value):
             return str(value.decode("ascii"))
@@ -24,5 +24,5 @@ def own_request_id(scope: Scope, redaction: Redaction) -> str | None:
 
 
 def new_request_id() -> str:
-    """No secret: it needn't come from the system, which takes a while under load."""
+    """A random id. Not a secret, so not from the system's random source, which is slow under load."""
     return f"{random.getrandbits(128):032x}"

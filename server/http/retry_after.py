@@ -1,4 +1,4 @@
-"""When a refused client should come back."""
+"""The ``Retry-After`` header of a refused request."""
 
 import math
 import random
@@ -10,13 +10,13 @@ MOST_SECONDS = 60
 
 
 def retry_after(error: ServiceError, uniform: Callable[[], float] = random.random) -> int | None:
-    """Whole seconds for the header ``Retry-After``, from 1 to 60; None where trying again is no use.
+    """Whole seconds from 1 to 60, None if a retry can't succeed.
 
-    Spread over ``retry_spread`` seconds, so that clients which were refused together don't return together.
+    Spread over ``retry_spread`` seconds, so that clients refused together don't retry together.
 
     Args:
-        error: what the client is answered.
-        uniform: random numbers from 0 to below 1.
+        error: the error in the response.
+        uniform: returns random numbers in [0, 1).
     """
     if error.retry_after is None:
         return None

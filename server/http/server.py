@@ -1,8 +1,8 @@
-"""The process around the app: listening, signals, exit codes.
+"""The server process: listening, signals, exit codes.
 
 The first SIGTERM or SIGINT drains: new requests get a 503, running ones may finish within the grace time.
-The second ends at once. A server that can't go on (``Lifecycle.fail``) exits with a code other than 0, so
-that a supervisor restarts it.
+The second exits at once. After ``Lifecycle.fail`` the process exits with a code other than 0, so that a
+supervisor restarts it.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from server.http.server_config import ServerConfig
 from server.lifecycle import EXIT_FAILED, Lifecycle
 from server.settings.server import Settings
 
-_COLLECT_AFTER = 10_000  # objects more than before; Python's 700 come together within a few refusals
-_FLUSH_SECONDS = 0.5  # for terminal errors on their way to clients
+_COLLECT_AFTER = 10_000  # new objects; Python's default of 700 is reached within a few refusals
+_FLUSH_SECONDS = 0.5  # for final errors to reach clients
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ class ServedState(Protocol):
 
 
 class Process(Server):
-    """Runs the app until it is told to end; ``serve`` returns the exit code."""
+    """Runs the app until a signal or a failure; ``serve_forever`` returns the exit code."""
 
     def __init__(
         self, app: FastAPI, settings: Settings, on_listening: Callable[[int], None] = lambda port: None
@@ -54,15 +54,15 @@ class Process(Server):
         self._signals = 0
 
     def serve_forever(self) -> int:
-        """Blocks until the end; returns the process's exit code."""
-        # imported modules are half a million objects that stay: without this, every full collection walks
-        # over them, and nobody is answered meanwhile
+        """Blocks until the server has stopped; returns the process's exit code."""
+        # imported modules are half a million objects that stay: without freezing them, every full collection
+        # traverses them and stalls the event loop
         gc.collect()
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
         try:
             self.run()
-        except SystemExit:  # the server beneath has said why
+        except SystemExit:  # uvicorn has logged the reason
             _log.error("can't listen on %s, port %d", self._settings.host, self._settings.port)
             return EXIT_FAILED
         return self._lifecycle.exit_code if self.started else EXIT_FAILED
@@ -81,7 +81,7 @@ class Process(Server):
             self._lifecycle.subscribe(self._on_change)
             port = self.servers[0].sockets[0].getsockname()[1] if self.servers else self._settings.port
             self._on_listening(port)
-            if self._lifecycle.fatal is not None:  # sooner than anybody listened
+            if self._lifecycle.fatal is not None:  # before the subscription
                 self._on_change()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -101,16 +101,18 @@ class Process(Server):
             _log.error("%s: ending with code %d", lifecycle.fatal, lifecycle.exit_code)
         grace = _FLUSH_SECONDS if lifecycle.fatal else self._settings.graceful_termination_timeout
         until = time.monotonic() + grace
-        done = await self._answered(grace)
+        done = await self._idle_within(grace)
         if not done and lifecycle.fatal is None:
-            self._state.fail_running("the server is shutting down")  # readers get an error, not a cut
+            self._state.fail_running(
+                "the server is shutting down"
+            )  # clients get an error, not a closed connection
         await asyncio.sleep(_FLUSH_SECONDS if lifecycle.fatal or not done else 0)
-        # all is computed; what was answered may still be on its way to a slow reader
+        # everything is computed; responses may still be on their way to slow clients
         self.config.timeout_graceful_shutdown = max(1, math.ceil(until - time.monotonic()))
         self.should_exit = True
 
-    async def _answered(self, seconds: float) -> bool:
-        """Whether all requests came to their end within that time."""
+    async def _idle_within(self, seconds: float) -> bool:
+        """Whether all requests ended within ``seconds``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._state.in_flight:

@@ -1,4 +1,4 @@
-"""How every server of the app listens, in production and in tests."""
+"""uvicorn's configuration for every server of the app, in production and in tests."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ KEEP_ALIVE_SECONDS = 30
 
 
 class ServerConfig(uvicorn.Config):
-    """How every server of the app listens, in production and in tests."""
+    """Connections by ``Connection``, early refusal, limits and timeouts from the settings."""
 
     def __init__(self, app: FastAPI, settings: Settings, **others: Any) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Answers sent piece by piece, and work that ends when its client goes."""
+"""Streamed responses, server-sent events, and work that is cancelled when the client disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -13,16 +13,17 @@ from starlette.types import Receive, Scope, Send
 from server.concurrency import cancelled
 from server.errors import ServiceError
 from server.http.responses import _log, error_body, note_refusal, request_id
+from server.http.route_facts import facts_of
 
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """Nobody is there any more to answer."""
+    """The client disconnected before the response began."""
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled if the client goes first.
+    """The result of ``work``, which is cancelled if the client disconnects first.
 
     Raises:
         ClientGone
@@ -44,13 +45,13 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-# Unicode's line ends, which many clients take for the stream's: str.splitlines does, and httpx's iter_lines
+# Unicode's line ends, at which many clients split the stream: str.splitlines does, and httpx's iter_lines
 _LINE_ENDS = {"\u0085": rb"\u0085", "\u2028": rb"\u2028", "\u2029": rb"\u2029"}
 
 
 def event(data: Mapping[str, Any] | str) -> bytes:
-    """A server-sent event of JSON, or of a word."""
-    # for every token of every stream: a fifth of what the standard library's encoder takes
+    """Encodes a server-sent event whose data is JSON, or ``data`` itself if it is a string."""
+    # runs for every token of every stream: takes a fifth of the standard library encoder's time
     text = data.encode() if isinstance(data, str) else to_json(data, inf_nan_mode="null")
     if not text.isascii():
         for end, escaped in _LINE_ENDS.items():
@@ -59,14 +60,14 @@ def event(data: Mapping[str, Any] | str) -> bytes:
 
 
 class Stream(Response):
-    """A body sent piece by piece, as its reader takes it. However it ends, ``close`` is called.
+    """A body sent piece by piece at the client's pace. ``close`` is called however it ends.
 
-    A reader that stops reading, or is too slow, is cut off by its connection.
+    A client that reads too slowly is disconnected by ``server.http.connection``.
 
     Args:
         pieces: the body.
-        close: frees what the pieces come from; it doesn't wait, so that no cancellation can prevent it.
-        headers: with the content's length where it is known.
+        close: frees the source of the pieces; synchronous, so that no cancellation can prevent it.
+        headers: with ``content-length`` where it is known.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Stream(Response):
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                with suppress(OSError):  # the reader left
+                with suppress(OSError):  # the client disconnected
                     sending.result()
         finally:
             self._close()  # before anything is awaited
@@ -101,7 +102,7 @@ class Stream(Response):
 
 
 class EventStream(Stream):
-    """Server-sent events, each already encoded; a ``ServiceError`` raised by them becomes the last one."""
+    """A response of encoded server-sent events; a ``ServiceError`` while streaming becomes the last event."""
 
     media_type = "text/event-stream"
 
@@ -116,7 +117,8 @@ class EventStream(Stream):
                 yield event_
         except ServiceError as error:
             note_refusal(error, scope)
-            yield event(error_body(error, scope["path"], request_id(scope)))
+            yield event(error_body(error, facts_of(scope).dialect, request_id(scope)))
         except Exception:
             _log.exception("request %s: a fault while streaming", request_id(scope))
-            yield event(error_body(ServiceError("internal error"), scope["path"], request_id(scope)))
+            fault = ServiceError("internal error")
+            yield event(error_body(fault, facts_of(scope).dialect, request_id(scope)))

@@ -1,4 +1,4 @@
-"""From what a client sent to a model of it, or an error that names the field and the rule."""
+"""Validation of request bodies: pydantic's errors as ``Invalid``, which names the field and the rule."""
 
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ from server.settings.server import Settings
 
 
 class Strict(BaseModel):
-    """No conversions, no unknown fields, no infinities."""
+    """A model without conversions, unknown fields or infinities."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -18,12 +18,12 @@ Body = TypeVar("Body", bound=Strict)
 
 
 def validate(model: type[Body], values: dict[str, Any], settings: Settings, vocabulary: int = 0) -> Body:
-    """``values`` as a ``model``.
+    """``values`` as a validated ``model``.
 
     Raises:
         Invalid: names the field and the rule, never the value.
     """
-    for name in values:  # before pydantic, which would describe every one of a hundred thousand
+    for name in values:  # before pydantic, which would report each of a hundred thousand
         if name not in model.model_fields:
             raise _unknown(printable(name))
     try:
@@ -42,5 +42,5 @@ def _unknown(field: str) -> Invalid:
 
 
 def printable(name: str) -> str:
-    """A client's field name, fit for an error message."""
+    """A client's field name, cut and escaped for an error message."""
     return name[:40].encode("ascii", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""``POST /compare``: one prompt in several precisions, and how far each is from a reference."""
+"""``POST /compare``: one prompt in several precisions, and each one's divergence from a reference."""
 
 import asyncio
 import time
@@ -16,13 +16,14 @@ from server.errors import DeadlinePassed, PromptTooLong, ServiceError
 from server.evaluation.comparison import Compared, Comparison, ComparisonRequest
 from server.evaluation.comparison_table import figures, markdown
 from server.http.body import read_object
+from server.http.route_facts import RouteFacts
 from server.http.streaming import until_disconnect
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
-from server.routes.precision_choice import known_precision
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool
+from server.service.precision_state import known_precision
 from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
@@ -30,18 +31,16 @@ _ALL = "all"
 
 
 class CompareBody(Sampling):
-    """``POST /compare``; the sampling parameters may also stand inside ``parameters``."""
+    """Body of ``POST /compare``; sampling parameters are also accepted inside ``parameters``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
-    precisions: NamesOrAll = Field(
-        None, description="those loaded now, if it is left out", examples=[["fp32", "nf4"]]
-    )
+    precisions: NamesOrAll = Field(None, description="the loaded ones if omitted", examples=[["fp32", "nf4"]])
     reference: str = Field("fp32", json_schema_extra={"enum": PRECISION_NAMES})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a comparison; a precision that failed, of those not named, has its error."""
+    """A comparison's results; with ``"precisions": "all"`` a failed precision has its error."""
 
     reference: str
     prompt_tokens: int
@@ -49,19 +48,21 @@ class Answer:
     rows: dict[str, Compared | ServiceError]
 
 
-_EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}  # of what is loaded already
+# without precisions, so that it loads nothing
+_EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}
 _BODY = body_of(CompareBody, _EXAMPLE, parameters=Sampling.model_json_schema())
 
 
 @router.post("/compare", openapi_extra=_BODY)
+@RouteFacts(takes_a_place=True, media_types=("application/json", "text/markdown"))
 async def compare(request: Request) -> Response:
-    """Continues a prompt in several precisions, and tells how far each is from the reference on it."""
+    """Continues a prompt in several precisions, and measures each one's divergence from the reference."""
     values, state = merge_parameters(await read_object(request)), state_of(request.app)
     body = validate(CompareBody, values, state.settings)
-    answer = await until_disconnect(request, _within_time(state, body))
+    results = await until_disconnect(request, _within_time(state, body))
     if "text/markdown" in request.headers.get("accept", ""):
-        return Response(markdown(answer.reference, answer.rows), media_type="text/markdown")
-    return JSONResponse(_as_json(answer))
+        return Response(markdown(results.reference, results.rows), media_type="text/markdown")
+    return JSONResponse(_as_json(results))
 
 
 async def _within_time(state: AppState, body: CompareBody) -> Answer:
@@ -75,11 +76,11 @@ async def _within_time(state: AppState, body: CompareBody) -> Answer:
 
 async def _compare(state: AppState, body: CompareBody) -> Answer:
     reference = known_precision(body.reference)
-    names = _chosen(state.pool, body.precisions, reference)
+    names = _select(state.pool, body.precisions, reference)
     wish = await _wish(state, body)
     answer = Answer(reference, len(wish.ids), wish.params.seed, {})
     comparison = Comparison(wish, state.codec, state.pool.use, state.service.observe)
-    async with state.comparing:  # one after another: the reference's logits are kept meanwhile
+    async with state.comparing:  # one at a time: the reference's logits are kept in memory meanwhile
         for name in names:
             try:
                 answer.rows[name] = await comparison.run(name)
@@ -90,14 +91,14 @@ async def _compare(state: AppState, body: CompareBody) -> Answer:
     return answer
 
 
-def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str]:
-    """The reference first, each once."""
-    if asked == _ALL:
+def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
+    """Canonical names without duplicates, the reference first."""
+    if precisions == _ALL:
         names = [state.name for state in pool.states() if state.state != "unavailable"]
-    elif asked is None:
+    elif precisions is None:
         names = [state.name for state in pool.states() if state.state == "loaded"]
     else:
-        names = [known_precision(name) for name in asked]
+        names = [known_precision(name) for name in precisions]
     return list(dict.fromkeys([reference, *names]))
 
 

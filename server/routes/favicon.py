@@ -1,7 +1,9 @@
-"""``GET /favicon.ico``: browsers ask for it beside ``/docs``, whatever the page says."""
+"""``GET /favicon.ico``: browsers request it with ``/docs``, whatever icon the page names."""
 
 from fastapi import APIRouter
 from starlette.responses import Response
+
+from server.http.route_facts import RouteFacts
 
 router = APIRouter()
 _DIAL = (
@@ -13,5 +15,6 @@ _DIAL = (
 
 
 @router.get("/favicon.ico", include_in_schema=False)
+@RouteFacts(public=True)
 async def favicon() -> Response:
     return Response(_DIAL, media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})

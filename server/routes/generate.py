@@ -1,7 +1,8 @@
-"""The dialect of Text Generation Inference: ``/generate``, ``/generate_stream``, ``/``."""
+"""The dialect of Text Generation Inference: ``/generate``, ``/generate_stream`` and ``/``."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -11,9 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.engine.sequence import PromptToken, Token, drawn_seed
-from server.errors import NotFound
 from server.http.body import read_object
-from server.http.responses import is_openai
+from server.http.route_facts import RouteFacts
 from server.http.streaming import event
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
@@ -36,39 +36,59 @@ from server.state import state_of
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
-_prompt = {"type": "string", "minLength": 1, "description": "another name of inputs"}
+_prompt = {"type": "string", "minLength": 1, "description": "alias of inputs"}
 _EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}
 _BODY = body_of(GenerateBody, _EXAMPLE, parameters=_parameters, prompt=_prompt)
 _schema = _BODY["requestBody"]["content"]["application/json"]["schema"]
 del _schema["required"]
 _schema["oneOf"] = [{"required": ["inputs"]}, {"required": ["prompt"]}]
+_RESPONSE = {
+    "generated_text": "s are not a statement",
+    "precision": "int8",
+    "details": None,
+    "usage": {"prompt_tokens": 3, "generated_tokens": 5},
+    "timings": {
+        "queue_ms": 0.217,
+        "prefill_ms": 3.335,
+        "decode_ms": 12.97,
+        "total_ms": 16.52,
+        "tokens_per_second": 736.0,
+    },
+    "precision_requested": "int8",
+    "fallback_reason": None,
+}
+_EVENTS = "text/event-stream"
+_FACTS = RouteFacts(
+    takes_a_place=True, generates=True, media_types=("application/json", _EVENTS), example=_RESPONSE
+)
 _PLAIN, _NAMED = precision_parameters(_BODY), precision_parameters(_BODY, named=True)
 
 
 @router.post("/generate", openapi_extra=_PLAIN)
 @router.post("/models/{model:path}/generate", openapi_extra=_NAMED)
+@_FACTS
 async def generate(request: Request) -> Response:
-    """Continues a prompt, in one piece or, with ``stream``, token by token."""
+    """Continues a prompt; with ``stream``, token by token."""
     return await _answer(request)
 
 
 @router.post("/generate_stream", openapi_extra=_PLAIN)
 @router.post("/models/{model:path}/generate_stream", openapi_extra=_NAMED)
+@replace(_FACTS, media_types=(_EVENTS,), example=None)
 async def generate_stream(request: Request) -> Response:
     """Continues a prompt token by token, as server-sent events."""
     return await _answer(request, stream=True)
 
 
 root_router = APIRouter(tags=["generate"])
-"""To be included last: its path with a model's name matches anything under ``/models``."""
+"""Included last: its path with a model's name matches everything under ``/models``."""
 
 
 @root_router.post("/", openapi_extra=_PLAIN)
 @root_router.post("/models/{model:path}", openapi_extra=_NAMED)
+@replace(_FACTS, example=[_RESPONSE])
 async def compatible(request: Request) -> Response:
-    """As ``/generate``, for clients that post to the bare address; the answer is a one-element list."""
-    if is_openai(request.scope["path"]):  # a route that isn't there, no model of that name
-        raise NotFound("no such route here")
+    """As ``/generate``, for clients that post to the base URL; the response is a list of one element."""
     return await _answer(request, listed=True)
 
 
@@ -128,7 +148,7 @@ def _text(body: GenerateBody, done: Continuation) -> str:
 def _sequence(body: GenerateBody, done: Continuation, codec: TextCodec) -> dict[str, Any]:
     prefill = done.prompt_tokens if body.decoder_input_details else []
     texts = codec.shares(done.prompt_ids, [piece.token.id for piece in done.pieces])
-    shown: dict[str, Any] = {
+    details: dict[str, Any] = {
         **_summary(done),
         "prefill": [_prompt_token(token, codec) for token in prefill],
         "tokens": [
@@ -137,8 +157,8 @@ def _sequence(body: GenerateBody, done: Continuation, codec: TextCodec) -> dict[
         ],
     }
     if body.top_n_tokens:
-        shown["top_tokens"] = [_top(piece.token, codec) for piece in done.pieces]
-    return shown
+        details["top_tokens"] = [_top(piece.token, codec) for piece in done.pieces]
+    return details
 
 
 def _summary(done: Continuation) -> dict[str, Any]:
@@ -187,15 +207,15 @@ async def _events(body: GenerateBody, codec: TextCodec, opened: list[Continuatio
 
 
 def _event(body: GenerateBody, opened: Continuation, codec: TextCodec, piece: Piece) -> bytes:
-    # the released text, not the bare token's: joined, the events are the text, without any stop string
+    # the released text rather than the token's: joined, the events are the text without any stop string
     data: dict[str, Any] = {"index": piece.index, "token": _token(piece, piece.text)}
     if body.top_n_tokens:
         data["top_tokens"] = _top(piece.token, codec)
-    last = _ending(body, opened) if piece.finish else {"generated_text": None, "details": None}
+    last = _final_fields(body, opened) if piece.finish else {"generated_text": None, "details": None}
     return event(data | last)
 
 
-def _ending(body: GenerateBody, done: Continuation) -> dict[str, Any]:
+def _final_fields(body: GenerateBody, done: Continuation) -> dict[str, Any]:
     return {
         "generated_text": _text(body, done),
         "details": {**_summary(done), "input_length": len(done.prompt_ids)},

@@ -1,4 +1,4 @@
-"""From a validated body to what the service is asked: one way for both dialects."""
+"""Builds ``GenerationRequest`` from a validated body of either dialect."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,15 @@ from server.routes.schemas import Sampling
 from server.service.generation import Conversation, GenerationRequest
 
 _STRONGEST = 1e20
-"""Repetition penalty: it has long decided everything, and beyond it float32 overflows into no numbers."""
+"""Bound of the repetition penalty: larger ones change no choice, and overflow float32 into NaN."""
 
 
 def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The native body with ``parameters`` spread out and ``prompt`` renamed to ``inputs``."""
+    """The native body with ``parameters`` merged into it and ``prompt`` renamed to ``inputs``.
+
+    Raises:
+        Invalid: ``parameters`` is no object or names a field that it can't hold, or a field is given twice.
+    """
     flat = dict(values)
     parameters = {} if (given := flat.pop("parameters", None)) is None else given
     if not isinstance(parameters, dict):
@@ -37,7 +41,7 @@ def merge_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_request(
     prompt: str | list[int] | Conversation,
-    wishes: Sampling,
+    sampling: Sampling,
     *,
     asked: PrecisionChoice = _DEFAULT,
     fallback: bool | None,
@@ -47,21 +51,26 @@ def make_request(
     prompt_logprobs: bool = False,
     more: OpenAIBody | None = None,
 ) -> GenerationRequest:
-    """One sequence's request; ``more``: the body of the dialect that can ask for more than ``wishes`` say."""
-    length_parameter = "max_new_tokens" if wishes.max_new_tokens is not None else None
+    """The request of one sequence.
+
+    Args:
+        sampling: what both dialects can set.
+        more: the body of the OpenAI dialect, which can set more.
+    """
+    length_parameter = "max_new_tokens" if sampling.max_new_tokens is not None else None
     params = SamplingParams(
-        max_new_tokens=1,  # settled by the service, as the seed is
-        do_sample=wishes.samples,
-        temperature=wishes.temperature or 1.0,
-        top_k=wishes.top_k,
-        top_p=wishes.top_p,
-        typical_p=wishes.typical_p,
-        min_p=wishes.min_p,
-        repetition_penalty=min(max(wishes.repetition_penalty or 1.0, 1 / _STRONGEST), _STRONGEST),
-        frequency_penalty=wishes.frequency_penalty or 0.0,
-        presence_penalty=wishes.presence_penalty or 0.0,
+        max_new_tokens=1,  # placeholder: the service sets the length and the seed
+        do_sample=sampling.samples,
+        temperature=sampling.temperature or 1.0,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        typical_p=sampling.typical_p,
+        min_p=sampling.min_p,
+        repetition_penalty=min(max(sampling.repetition_penalty or 1.0, 1 / _STRONGEST), _STRONGEST),
+        frequency_penalty=sampling.frequency_penalty or 0.0,
+        presence_penalty=sampling.presence_penalty or 0.0,
         logit_bias=more.bias if more else (),
-        ignore_eos=bool(wishes.ignore_eos),
+        ignore_eos=bool(sampling.ignore_eos),
         stop_ids=frozenset((more and more.stop_token_ids) or ()),
         min_new_tokens=(more and more.min_tokens) or 0,
         logprobs=logprobs,
@@ -73,9 +82,9 @@ def make_request(
         params,
         asked.precision,
         bool(fallback),
-        tuple(wishes.stop or ()),
-        wishes.truncate,
-        wishes.max_new_tokens,
+        tuple(sampling.stop or ()),
+        sampling.truncate,
+        sampling.max_new_tokens,
         more.length_parameter if more else length_parameter,
         seed,
         asked.choice,

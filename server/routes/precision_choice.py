@@ -1,4 +1,4 @@
-"""Which precision a request asks for, by field, header or model name."""
+"""The precision of a request: from its body, header, query or model name, or chosen by the report."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -8,25 +8,22 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-import loaders
-from loaders.errors import LoaderError
 from server.errors import BadPrecision, Invalid, UnknownModel
 from server.report.auto import bounds_of, choose_by_report
 from server.report.choice import Bounds, Choice
 from server.routes.schemas import AutoBounds
+from server.service.precision_state import known_precision
 from server.settings.types import AUTO
 from server.state import state_of
 
 ANY_MODEL = "tgi"
-
-
 _ANY_MODEL = (ANY_MODEL, "dummy", "[UNUSED]")
-"""What Hugging Face's clients and their documentation call the served model when only an address is known."""
+"""Model names of Hugging Face's clients and documentation for an endpoint whose model is unknown to them."""
 
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """The precision that a request gets, None for the default; and why, where the server chose it."""
+    """The resolved precision, None for the default, and the reason if the server chose it."""
 
     precision: str | None = None
     choice: Choice | None = None
@@ -36,12 +33,12 @@ _DEFAULT = PrecisionChoice()
 
 
 def model_names(model_id: str) -> tuple[str, ...]:
-    """Names the served model answers to: as configured, and without its owner."""
+    """Names of the served model: as configured, and without its owner."""
     return model_id, model_id.rsplit("/", 1)[-1]
 
 
 def precision_of_model(name: str | None, model_id: str) -> str | None:
-    """The precision a model name asks for: ``gpt2:int8`` → ``int8``, ``gpt2`` → None.
+    """The precision in a model name: ``gpt2:int8`` → ``int8``, ``gpt2`` → None.
 
     Raises:
         UnknownModel: not the served model.
@@ -55,28 +52,28 @@ def precision_of_model(name: str | None, model_id: str) -> str | None:
 
 
 def choose_precision(request: Request, body: Mapping[str, Any], model: str | None = None) -> str | None:
-    """The precision asked for, perhaps ``AUTO``; None where nothing asks for one.
+    """The requested precision, possibly ``AUTO``; None if the request names none.
 
-    It may stand in the body, the header, the query and the model's name (in the path or ``model``).
+    Read from the body, the header, the query and the model's name (in the path or in ``model``).
 
     Raises:
-        BadPrecision: no such precision, or two places disagree.
-        UnknownModel: the name is not the served model's.
+        BadPrecision: no such precision, or two of these places disagree.
+        UnknownModel: not the name of the served model.
     """
     model_id = state_of(request.app).checkpoint.model_id
     names = [name for name in (request.path_params.get("model"), model) if name is not None]
     names = [name for name in names if not _is_address(name, request)]
-    asked: list[object] = [body["precision"]] if "precision" in body else []
-    asked += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
-    asked += [found for name in names if (found := precision_of_model(name, model_id)) is not None]
-    chosen = {name if name == AUTO else known_precision(name): None for name in asked}
-    if len(chosen) > 1:
-        raise BadPrecision(f"the request names different precisions: {', '.join(chosen)}")
-    return next(iter(chosen), None)
+    requested: list[object] = [body["precision"]] if "precision" in body else []
+    requested += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
+    requested += [found for name in names if (found := precision_of_model(name, model_id)) is not None]
+    distinct = {name if name == AUTO else known_precision(name): None for name in requested}
+    if len(distinct) > 1:
+        raise BadPrecision(f"the request names different precisions: {', '.join(distinct)}")
+    return next(iter(distinct), None)
 
 
 def _is_address(name: str, request: Request) -> bool:
-    """Whether a model's name is this server's own address, as ``@huggingface/inference`` sends it."""
+    """Whether a model name is this server's own URL, which ``@huggingface/inference`` sends as the model."""
     with suppress(ValueError):
         address = urlsplit(name)
         host = request.headers.get("host", "")
@@ -84,29 +81,20 @@ def _is_address(name: str, request: Request) -> bool:
     return False
 
 
-def resolve_precision(request: Request, name: str | None, wish: AutoBounds | None) -> PrecisionChoice:
-    """What a request gets that asked for ``name``, with bounds of its own or those of the server.
+def resolve_precision(request: Request, name: str | None, auto: AutoBounds | None) -> PrecisionChoice:
+    """The precision for a request that names ``name``; ``auto`` or the server's bounds resolve ``AUTO``.
 
     Raises:
-        Invalid: bounds beside the name of a precision; or none keeps to them.
-        Unavailable: there is no report to choose by.
+        Invalid: bounds together with a named precision, or no precision satisfies them.
+        Unavailable: there is no report.
     """
     state = state_of(request.app)
-    if name not in (None, AUTO) and wish is not None:
+    if name not in (None, AUTO) and auto is not None:
         raise Invalid('auto goes with precision "auto", not with a named one', param="auto")
-    if name is None and wish is None:
+    if name is None and auto is None:
         return PrecisionChoice(None, state.default_choice)
     if name not in (None, AUTO):
         return PrecisionChoice(name)
-    bounds = bounds_of(state.settings) if wish is None else Bounds(**wish.model_dump())
+    bounds = bounds_of(state.settings) if auto is None else Bounds(**auto.model_dump())
     choice = choose_by_report(state.reports, state.pool.able, bounds)
     return PrecisionChoice(choice.precision, choice)
-
-
-def known_precision(name: object) -> str:
-    if name == AUTO:
-        raise BadPrecision("precision 'auto' is not offered here; name one")
-    try:
-        return loaders.canonical(name)
-    except LoaderError as error:
-        raise BadPrecision(str(error).encode("ascii", "backslashreplace").decode()) from None

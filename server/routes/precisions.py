@@ -1,4 +1,4 @@
-"""GET /precisions; POST /precisions/{name}/load and /unload for the admin."""
+"""``GET /precisions``; ``POST /precisions/{name}/load`` and ``/unload`` with the administrator's key."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -9,56 +9,46 @@ from fastapi.responses import Response
 from pydantic import WithJsonSchema
 
 import loaders
-from loaders.errors import LoaderError
-from server.errors import BadPrecision, ServiceError
+from server.errors import ServiceError
+from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
 from server.routes.schemas import PRECISION_NAMES
 from server.service.pool import Pool
-from server.service.precision_state import PrecisionState
+from server.service.precision_state import PrecisionState, known_precision
 from server.state import state_of
 
 router = APIRouter(prefix="/precisions", tags=["precisions"])
 PrecisionName = Annotated[str, WithJsonSchema({"type": "string", "enum": PRECISION_NAMES})]
-# in /docs, which takes the first otherwise: every host can run this one, and the server lives without it
-_CHOSEN = {"type": "string", "enum": PRECISION_NAMES, "default": "bf16"}
-Changed = Annotated[str, WithJsonSchema(_CHOSEN)]
-
-
-def known(name: PrecisionName) -> str:
-    """The registry's name.
-
-    Raises:
-        BadPrecision
-    """
-    try:
-        return loaders.canonical(name)
-    except LoaderError as error:
-        raise BadPrecision(str(error)) from None
+# the value that /docs fills in: every host can run this one, and the server can do without it
+_IN_DOCS = {"type": "string", "enum": PRECISION_NAMES, "default": "bf16"}
+TargetName = Annotated[str, WithJsonSchema(_IN_DOCS)]
 
 
 @router.get("")
 async def list_precisions(request: Request) -> list[dict[str, Any]]:
-    """Every precision of the registry and its state on this host."""
+    """Every precision and its state on this host."""
     return [_describe(state) for state in state_of(request.app).pool.states()]
 
 
 @router.post("/{name}/load")
-async def load(request: Request, name: Changed) -> Response:
-    """Loads a precision; server-sent events tell the progress."""
-    state = state_of(request.app)
-    state.lifecycle.check()
-    precision = state.pool.state(known(name))
-    if precision.state == "unavailable":
-        raise precision.refusal()
-    return EventStream(_progress(state.pool, precision.name), lambda: None, {})
+@RouteFacts(admin=True, media_types=("text/event-stream",))
+async def load(request: Request, name: TargetName) -> Response:
+    """Loads a precision, with its progress as server-sent events."""
+    pool = state_of(request.app).pool
+    state_of(request.app).lifecycle.check()
+    state = pool.state(known_precision(name))
+    if state.state == "unavailable":
+        raise state.refusal()
+    return EventStream(_progress(pool, state.name), lambda: None, {})
 
 
 @router.post("/{name}/unload")
-async def unload(request: Request, name: Changed) -> dict[str, Any]:
-    """Drops a precision's weights; what it is generating ends with an error."""
+@RouteFacts(admin=True)
+async def unload(request: Request, name: TargetName) -> dict[str, Any]:
+    """Frees a precision's weights; its running requests end with an error."""
     pool = state_of(request.app).pool
-    await pool.unload(known(name))
-    return _describe(pool.state(known(name)))
+    await pool.unload(known_precision(name))
+    return _describe(pool.state(known_precision(name)))
 
 
 async def _progress(pool: Pool, name: PrecisionName) -> AsyncGenerator[bytes]:

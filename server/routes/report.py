@@ -1,4 +1,4 @@
-"""``GET /report``: the kept report. ``POST /report``: a new one, its progress as server-sent events."""
+"""``GET /report``: the kept report. ``POST /report``: a new one, with progress as server-sent events."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,15 +12,16 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server.errors import NotFound, Unavailable
 from server.http.body import read_object
+from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
 from server.http.validation import Strict, validate
 from server.report import plots
 from server.report.files import as_json
 from server.report.markdown import advice_of, markdown
 from server.report.page import page
-from server.routes.precision_choice import known_precision
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
+from server.service.precision_state import known_precision
 from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
@@ -28,25 +29,26 @@ _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"
 
 
 class ReportBody(Strict):
-    """``POST /report``; all of it may be left out."""
+    """Body of ``POST /report``; optional."""
 
     precisions: NamesOrAll = Field(
-        None, description="all that this host can run, if left out", examples=[["fp32", "nf4"]]
+        None, description="all that this host can run if omitted", examples=[["fp32", "nf4"]]
     )
     text: str | None = Field(
-        None, min_length=1, description="what quality is measured on; held-out documentation if left out"
+        None, min_length=1, description="what quality is measured on; held-out documentation if omitted"
     )
-    quality: bool = Field(True, description="false: sizes and speeds alone")
-    plots: bool | None = Field(None, description="drawn where matplotlib is installed, if left out")
-    fresh: bool = Field(False, description="true: measure anew what was measured before")
+    quality: bool = Field(True, description="false: only sizes and speeds")
+    plots: bool | None = Field(None, description="drawn if matplotlib is installed, if omitted")
+    fresh: bool = Field(False, description="true: repeat earlier measurements")
 
 
 @router.get("/report")
+@RouteFacts(media_types=(_JSON, _MARKDOWN, _HTML))
 async def kept(request: Request) -> Response:
-    """The report that was finished last: JSON, Markdown or a page, by Accept."""
-    reports = state_of(request.app).reports
-    if (report := reports.latest()) is None:
-        raise NotFound(reports.how_to_make_one())
+    """The latest finished report: JSON, Markdown or HTML, by ``Accept``."""
+    report = state_of(request.app).reports.latest()
+    if report is None:
+        raise NotFound(state_of(request.app).reports.how_to_make_one())
     kind = preferred(request.headers.get("accept", ""), (_JSON, _MARKDOWN, _HTML))
     if kind == _HTML:
         return HTMLResponse(await asyncio.to_thread(page, report.document, report.folder))
@@ -60,30 +62,31 @@ _BODY["requestBody"]["required"] = False
 
 
 @router.post("/report", openapi_extra=_BODY)
+@RouteFacts(admin=True, media_types=("text/event-stream",))
 async def make(request: Request) -> Response:
-    """Measures every precision in a process of its own; server-sent events tell the progress."""
+    """Measures every precision in a separate process, with its progress as server-sent events."""
     state = state_of(request.app)
     values = await read_object(request) if await request.body() else {}
     body = validate(ReportBody, values, state.settings)
     options = {
-        "precisions": _chosen(state, body.precisions),
+        "precisions": _select(state, body.precisions),
         "quality": body.quality,
-        "plots": _draws(body.plots),
+        "plots": _draws_plots(body.plots),
         "fresh": body.fresh,
     }
     events = state.reports.make(options, body.text)
-    first = await anext(events, None)  # refusals have their own status
-    return EventStream(_told(state, first, events), state.reports.abandon, {})
+    first = await anext(events, None)  # raises a refusal before the 200 is sent
+    return EventStream(_progress(state, first, events), state.reports.abandon, {})
 
 
-async def _told(
+async def _progress(
     state: AppState, first: dict[str, Any] | None, events: AsyncGenerator[Any]
 ) -> AsyncGenerator[bytes]:
     async with aclosing(events):
         if first is not None:
             yield event(first)
-        async for one in events:
-            yield event(one)
+        async for progress in events:
+            yield event(progress)
     report = state.reports.latest()
     advice = None if report is None else advice_of(report.document)
     yield event({
@@ -92,18 +95,22 @@ async def _told(
     })  # fmt: skip
 
 
-def _draws(asked: bool | None) -> bool:
+def _draws_plots(plots_option: bool | None) -> bool:
     try:
-        return plots.to_draw(asked)
+        return plots.to_draw(plots_option)
     except plots.PlotsUnavailable as error:
         raise Unavailable(f'{error}; or send "plots": false') from None
 
 
-def _chosen(state: AppState, asked: Any) -> list[str]:
-    """Those that can run here; one that was named and can't is an error."""
-    if asked is None or asked == "all":
+def _select(state: AppState, precisions: Any) -> list[str]:
+    """Names of the precisions that can run on this host.
+
+    Raises:
+        Unavailable: one that was named can't.
+    """
+    if precisions is None or precisions == "all":
         return [one.name for one in state.pool.states() if one.state != "unavailable"]
-    names = list(dict.fromkeys(known_precision(name) for name in asked))
+    names = list(dict.fromkeys(known_precision(name) for name in precisions))
     for name in names:
         if (one := state.pool.state(name)).state == "unavailable":
             raise one.refusal()
@@ -111,7 +118,7 @@ def _chosen(state: AppState, asked: Any) -> list[str]:
 
 
 def preferred(accept: str, offered: tuple[str, ...]) -> str:
-    """The first of the offered kinds that the header wants most; the first offered where it wants none."""
+    """The offered type with the highest weight in ``accept``; the first offered if none matches."""
     weights: dict[str, float] = {}
     for part in accept.split(","):
         kind, *parameters = (piece.strip().lower() for piece in part.split(";"))

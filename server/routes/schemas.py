@@ -1,6 +1,7 @@
-"""What clients may send: every field and every limit, once. Limits that are settings come as the context.
+"""Request bodies of the native dialect: every field and limit, declared once.
 
-The OpenAI dialect's bodies are in ``server.routes.openai.schemas``.
+Limits that are settings are read from the validation context. The OpenAI dialect's bodies are in
+``server.routes.openai.schemas``.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -32,7 +33,7 @@ def _settings(info: ValidationInfo) -> Settings:
 
 
 def _stop_list(value: Any, info: ValidationInfo) -> Any:
-    """One string or a list of them; a long list is refused before its items are looked at."""
+    """One string or a list of them; a long list is refused before its items are validated."""
     listed = [value] if isinstance(value, str) else value
     most = _settings(info).max_stop_sequences
     if isinstance(listed, list) and len(listed) > most:
@@ -41,7 +42,7 @@ def _stop_list(value: Any, info: ValidationInfo) -> Any:
 
 
 def within_best_of(value: int | None, info: ValidationInfo) -> int | None:
-    """Validates a number of continuations against the setting."""
+    """Validates a number of continuations against ``max_best_of``."""
     most = _settings(info).max_best_of
     if value is not None and value > most:
         raise ValueError(f"at most {most}")
@@ -53,7 +54,7 @@ OpenUnit = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[
     int,
     Field(ge=0, lt=2**64),
-    # no upper limit is described: 2⁶⁴ is more than JavaScript's numbers hold, and tools written in it send it
+    # the schema has no upper limit: 2⁶⁴ exceeds JavaScript's exact integers, and tools written in it send it
     WithJsonSchema({"type": "integer", "format": "uint64", "minimum": 0}),
 ]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -62,7 +63,7 @@ Stop = Annotated[
 ]
 
 
-_MOST_NAMES = 64  # with aliases and repeats
+_MOST_NAMES = 64  # aliases and repetitions included
 
 
 def _names_or_all(value: Any) -> Any:
@@ -82,7 +83,7 @@ NamesOrAll = Annotated[Any, BeforeValidator(_names_or_all, json_schema_input_typ
 
 
 class AutoBounds(Strict):
-    """With precision ``auto``: what the chosen one must keep to, by the kept report."""
+    """Bounds on the kept report's figures, for precision ``auto``."""
 
     max_memory_bytes: int | None = Field(None, ge=1, description="weights and KV cache")
     max_perplexity_increase: float | None = Field(None, ge=0, description="0.02 is two per cent of fp32's")
@@ -111,13 +112,13 @@ class Sampling(Strict):
 
     @property
     def samples(self) -> bool:
-        """Asked for, or implied by a parameter that only sampling uses."""
+        """Whether sampling is requested, or implied by a parameter that only sampling uses."""
         given = (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
         return bool(self.do_sample) or any(value is not None for value in given)
 
 
 class Parameters(Sampling):
-    """How to continue a prompt, and what to tell of it."""
+    """How to continue a prompt, and which details to return."""
 
     best_of: int | None = Field(None, ge=1)
     return_full_text: bool | None = None
@@ -140,7 +141,7 @@ class Parameters(Sampling):
 
 
 class GenerateBody(Parameters):
-    """``POST /generate``; the parameters may also stand inside ``parameters``."""
+    """Body of ``POST /generate``; parameters are also accepted inside ``parameters``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])
     precision: Any = Field(None, examples=["int8"], json_schema_extra={"enum": [*PRECISION_NAMES, AUTO]})
@@ -155,7 +156,11 @@ class GenerateBody(Parameters):
         return self
 
     def check_stream(self) -> None:
-        """What a stream can't do."""
+        """Checks that the body can be streamed.
+
+        Raises:
+            Invalid
+        """
         if (self.best_of or 1) > 1:
             raise Invalid("best_of above 1 can't be streamed", param="best_of")
         if self.decoder_input_details:
@@ -163,6 +168,6 @@ class GenerateBody(Parameters):
 
 
 class TokenizeBody(Strict):
-    """``POST /tokenize``."""
+    """Body of ``POST /tokenize``."""
 
     inputs: str = Field(min_length=1, examples=["Once upon a time"])

@@ -1,4 +1,4 @@
-"""What the generating routes have in common: running, timing, describing bodies in the API document."""
+"""Shared by the generating routes: running and streaming, response headers, bodies in the API document."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -18,19 +18,20 @@ from server.settings.types import AUTO
 from server.state import state_of
 
 SEEDS = 2**64
-_SLICE = 2**16  # bytes, as much as the server beneath keeps unsent before it waits for the reader
+_SLICE = 2**16  # bytes; uvicorn's high-water mark: it buffers no more until the client reads
 
 
 async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
-    """Runs them together to their end and closes them; stops when the client goes."""
+    """Runs the requests concurrently and returns the finished continuations; cancelled on disconnect."""
 
     async def work() -> list[Continuation]:
         opened = await state_of(request.app).service.open_all(wanted, held)
         runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
-            return await asyncio.gather(*runs)  # each read as it comes: a stop string ends it there and then
+            # all are read as their tokens arrive, so that a stop string ends each at once
+            return await asyncio.gather(*runs)
         finally:
-            held.close()  # before anything is awaited: the client's leaving may cancel that
+            held.close()  # before any await, which a disconnect may cancel
             await cancelled(*runs)
 
     with ExitStack() as held:
@@ -42,18 +43,18 @@ async def stream_all(
     wanted: Sequence[GenerationRequest],
     events: Callable[[list[Continuation]], AsyncGenerator[bytes]],
 ) -> EventStream:
-    """Opens them and streams the events made of them; they are closed however the stream ends."""
+    """Opens the requests and streams what ``events`` yields of them; closes them when the stream ends."""
     with ExitStack() as held:
         service = state_of(request.app).service
         opened = await until_disconnect(request, service.open_all(wanted, held))
-        told, coming = opening_headers(opened[0]), events(opened)
-        return EventStream(coming, held.pop_all().close, told)
+        headers, body = opening_headers(opened[0]), events(opened)
+        return EventStream(body, held.pop_all().close, headers)
 
 
-def whole(request: Request, content: Any, told: dict[str, str]) -> Response:
-    """An answer in one piece of JSON. A large one goes out in slices, and holds a place until it is read:
-    else slow readers could keep any number of such answers in memory."""
-    response = JSONResponse(content, headers=told)
+def whole(request: Request, content: Any, extra_headers: dict[str, str]) -> Response:
+    """A JSON response. A large one is sent in slices and holds a place until it is read: otherwise slow
+    clients could keep any number of large responses in memory."""
+    response = JSONResponse(content, headers=extra_headers)
     if len(response.body) <= _SLICE:
         return response
     return Stream(_slices(response.body), state_of(request.app).service.places.hold(), response.headers)
@@ -65,7 +66,7 @@ async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:
 
 
 def timings(done: Continuation) -> dict[str, float]:
-    """Milliseconds, and generated tokens per second from admission on."""
+    """Durations in milliseconds, and generated tokens per second since admission."""
     timeline = done.timeline
     active = timeline.prefill_seconds + timeline.decode_seconds
     return {
@@ -78,19 +79,19 @@ def timings(done: Continuation) -> dict[str, float]:
 
 
 def served(done: Continuation) -> dict[str, Any]:
-    """What served it; where the server chose that, why."""
-    told: dict[str, Any] = {
+    """The precision that served the request, and the reason if the server chose it."""
+    fields: dict[str, Any] = {
         "precision": done.precision,
         "precision_requested": done.precision_requested,
         "fallback_reason": done.fallback_reason,
     }
     if done.choice is not None:
-        told["auto"] = {"decided_by": list(done.choice.decided_by), "reason": done.choice.reason}
-    return told
+        fields["auto"] = {"decided_by": list(done.choice.decided_by), "reason": done.choice.reason}
+    return fields
 
 
 def headers(done: Continuation) -> dict[str, str]:
-    """The figures of a finished request, in milliseconds."""
+    """Response headers of a finished request; times in milliseconds."""
     timeline, count = done.timeline, len(done.pieces)
     inference = timeline.prefill_seconds + timeline.decode_seconds
     return {
@@ -104,7 +105,7 @@ def headers(done: Continuation) -> dict[str, str]:
 
 
 def opening_headers(opened: Continuation) -> dict[str, str]:
-    """What is known before the first token."""
+    """Response headers that are known before the first token."""
     return {"X-Precision": opened.precision, "x-prompt-tokens": str(len(opened.prompt_ids))}
 
 
@@ -116,7 +117,7 @@ def body_of(model: type[BaseModel], example: dict[str, Any], **extra: Any) -> di
     """The ``openapi_extra`` of a route that takes a ``model``; ``extra`` are further properties.
 
     Args:
-        example: a body that any server answers as it stands: /docs sends it.
+        example: a body that every server accepts: /docs sends it.
     """
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
@@ -126,7 +127,7 @@ def body_of(model: type[BaseModel], example: dict[str, Any], **extra: Any) -> di
 
 
 def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[str, Any]:
-    """``extra`` with the other places of a precision; ``named``: the path has a model's name."""
+    """``extra`` with the query and header parameters of a precision; ``named``: and the path's model."""
     choice = {"type": "string", "enum": [*PRECISION_NAMES, AUTO]}
     parameters = [_parameter("query", "precision", choice), _parameter("header", "X-Precision", choice)]
     model = {**_parameter("path", "model", {"type": "string"}), "example": ANY_MODEL}

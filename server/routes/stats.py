@@ -1,4 +1,4 @@
-"""GET /stats, /metrics, /info: what is loaded, what it takes, how fast it ran."""
+"""``GET /stats``, ``/metrics`` and ``/info``: what is loaded, its memory, latency and throughput."""
 
 import math
 import platform
@@ -15,13 +15,14 @@ from loaders.footprint import quantization_warning
 from loaders.runner import ReportingRunner
 from server.errors import Invalid
 from server.host import memory
+from server.http.route_facts import RouteFacts
 from server.observability.metrics import CONTENT_TYPE, Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
-from server.routes.precisions import PrecisionName, known
+from server.routes.precisions import PrecisionName
 from server.service.pool import Pool
-from server.service.precision_state import PrecisionState
+from server.service.precision_state import PrecisionState, known_precision
 from server.state import state_of
 from server.version import VERSION
 
@@ -33,15 +34,15 @@ Switch = Annotated[str, WithJsonSchema({"type": "string", "enum": ["true", "fals
 async def stats(
     request: Request, precision: PrecisionName | None = None, layers: Switch | None = None
 ) -> dict[str, Any]:
-    """Memory counted from live tensors; latencies of requests that ran. ``?precision=`` narrows it.
+    """Memory counted from live tensors, and latencies of requests that ran; ``?precision=`` selects one.
 
-    ``?layers=true`` adds the proof of every loaded precision's quantization, layer by layer.
+    ``?layers=true`` adds a quantization report of every loaded precision, layer by layer.
     """
     if layers not in (None, "true", "false"):
         raise Invalid("layers is true or false", param="layers")
     state = state_of(request.app)
     pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint
-    names = loaders.PRECISIONS if precision is None else [known(precision)]
+    names = loaders.PRECISIONS if precision is None else [known_precision(precision)]
     full = pool.state("fp32").engine
     parameters = next((e.model.footprint.parameters for e in pool.engines), None)
     reference = full.model.footprint.weights_bytes if full else parameters and 4 * parameters
@@ -77,7 +78,7 @@ async def stats(
 
 
 def _report(reports: Reports) -> dict[str, Any]:
-    """The kept one in short, or how to make one."""
+    """A summary of the kept report, or how to make one."""
     if (report := reports.latest()) is None:
         return {"finished": None, "note": reports.how_to_make_one(), "recommendation": None, "precisions": {}}
     advice = advice_of(report.document)
@@ -107,10 +108,11 @@ def _range(interval: Interval) -> list[float] | None:
 
 
 @router.get("/metrics")
+@RouteFacts(quiet=True, media_types=("text/plain",))
 async def prometheus(request: Request) -> Response:
-    """Prometheus's text format."""
-    metrics, pool = state_of(request.app).metrics, state_of(request.app).pool
-    for state in pool.states():
+    """Metrics in Prometheus's text format."""
+    metrics = state_of(request.app).metrics
+    for state in state_of(request.app).pool.states():
         engine = state.engine
         metrics.set_load(state.name, engine.running if engine else 0, engine.waiting if engine else 0)
     return Response(metrics.render(), media_type=CONTENT_TYPE)
@@ -118,7 +120,7 @@ async def prometheus(request: Request) -> Response:
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
-    """What Text Generation Inference's ``/info`` tells, and the precisions."""
+    """The fields of Text Generation Inference's ``/info``, and the precisions."""
     state = state_of(request.app)
     settings, service, pool = state.settings, state.service, state.pool
     return {
@@ -139,7 +141,7 @@ async def info(request: Request) -> dict[str, Any]:
 
 
 def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: int | None) -> dict[str, Any]:
-    """The same keys whatever the state; what only a loaded one has is null for the others."""
+    """The same keys in every state; those of a loaded model are null in the others."""
     ratio, interval, note = _speed(metrics, state.name)
     model = state.engine.model if state.engine else None
     return {
@@ -175,7 +177,7 @@ def _memory(model: LoadedModel, reference: int | None) -> dict[str, Any]:
 
 
 def _details(model: LoadedModel) -> dict[str, Any]:
-    """What the loader says of it, and its runner as it is now."""
+    """The loader's details, and the runner's current report."""
     runner = model.runner
     return {**model.details, **(runner.report() if isinstance(runner, ReportingRunner) else {})}
 
@@ -191,12 +193,12 @@ def _layers(model: LoadedModel) -> dict[str, Any]:
 
 
 def _speed(metrics: Metrics, precision: str) -> tuple[float | None, list[float] | None, str | None]:
-    """Speed against fp32 over steps that decoded one row alone, which are comparable; and what to say.
+    """Speed relative to fp32, from steps that decoded a single row, which are comparable.
 
-    The two ran at different times: of how near their medians lie to each other nothing follows while the
-    middle halves of their steps overlap.
+    The two ran at different times, so the ratio of their medians is not significant while the middle halves
+    of their step times overlap.
 
-    Returns: the ratio of the medians; the least and the largest one between the middle halves; the note.
+    Returns: the ratio of the medians; its range, from the middle halves; a note if it is slower than fp32.
     """
     own, full = metrics.single_row_quartiles(precision), metrics.single_row_quartiles("fp32")
     if own is None or full is None:

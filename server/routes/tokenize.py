@@ -1,4 +1,4 @@
-"""``POST /tokenize``: a text's tokens, as Text Generation Inference shows them."""
+"""``POST /tokenize``: a text's tokens, in the format of Text Generation Inference."""
 
 import asyncio
 import json
@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from server.errors import PromptTooLong
 from server.http.body import read_object
+from server.http.route_facts import RouteFacts
 from server.http.streaming import Stream, until_disconnect
 from server.http.validation import validate
 from server.routes.schemas import TokenizeBody
@@ -20,16 +21,17 @@ from server.service.text.prompt_encoder import Tokens
 from server.state import state_of
 
 router = APIRouter(tags=["looking"])
-_CHARACTERS = 250_000  # of a text, or as many as the longest prompt usually has if that is more
+_CHARACTERS = 250_000  # accepted of a text, or the usual length of the longest prompt if that is more
 _CHARACTERS_A_TOKEN = 8
-_PIECE = 512  # tokens, which take a millisecond to encode
+_PIECE = 512  # tokens, encoded to JSON in a millisecond
 _JSON = "application/json"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @router.post("/tokenize", openapi_extra=body_of(TokenizeBody, {"inputs": "Once upon a time"}))
+@RouteFacts(takes_a_place=True, example=[{"id": 451, "text": "The", "start": 0, "stop": 3}])
 async def tokenize(request: Request) -> Response:
-    """The tokens of a text and where each stands in it."""
+    """The tokens of a text and their offsets in it."""
     values, state = await read_object(request), state_of(request.app)
     body = validate(TokenizeBody, values, state.settings)
     _check_length(len(body.inputs), state.service.max_total_tokens)
@@ -39,7 +41,7 @@ async def tokenize(request: Request) -> Response:
         tokens = await until_disconnect(request, state.service.prompts.tokenize(body.inputs, deadline))
         if len(tokens) <= _PIECE:
             return Response(b"[%b]" % _rendered(tokens, 0), media_type=_JSON)
-        # the place is held until all is sent: answers that are under way are counted, and so is their memory
+        # the place is held until all is sent, which bounds the memory of unsent responses
         return Stream(_pieces(tokens), held.pop_all().close, {"Content-Type": _JSON})
 
 
@@ -55,7 +57,7 @@ async def _pieces(tokens: Tokens) -> AsyncGenerator[bytes]:
     yield b"["
     for first in range(0, len(tokens), _PIECE):
         yield (b"," if first else b"") + _rendered(tokens, first)
-        await asyncio.sleep(0)  # a reader who takes it all at once doesn't keep the event loop
+        await asyncio.sleep(0)  # a fast client doesn't occupy the event loop
     yield b"]"
 
 

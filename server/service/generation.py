@@ -16,7 +16,6 @@ from loaders.errors import LoaderError
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, Timeline, drawn_seed
 from server.errors import (
-    BadPrecision,
     DeadlinePassed,
     Invalid,
     NotReady,
@@ -35,7 +34,7 @@ from server.service.continuation import (
     Conversation,
     GenerationRequest,
 )
-from server.service.precision_state import Lease
+from server.service.precision_state import Lease, known_precision
 from server.service.text.codec import TextCodec
 from server.service.text.prompt_encoder import PromptEncoder
 from server.service.text_stream import Piece
@@ -207,11 +206,7 @@ class GenerationService:
         self, request: GenerationRequest, deadline: float, held: ExitStack
     ) -> tuple[Engine, str | None]:
         """The engine, which ``held`` releases, and the reason if it is the fallback's."""
-        name = request.precision or self._pool.default
-        try:
-            name = loaders.canonical(name)
-        except LoaderError as error:
-            raise BadPrecision(str(error)) from None
+        name = known_precision(request.precision or self._pool.default)
         try:
             return await self._acquire(name, deadline, held), None
         except (Unavailable, NotReady) as error:

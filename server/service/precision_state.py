@@ -5,9 +5,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import loaders
 from loaders.base import Availability
+from loaders.errors import UnknownPrecision
 from server.engine.engine import Engine
-from server.errors import Unavailable
+from server.errors import BadPrecision, Unavailable
+from server.settings.types import AUTO
 
 State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
 
@@ -86,3 +89,17 @@ class Lease(AbstractAsyncContextManager[Engine]):
 
     async def __aexit__(self, *_: object) -> None:
         self.release()
+
+
+def known_precision(name: object) -> str:
+    """The registry's name of a precision or alias.
+
+    Raises:
+        BadPrecision: neither; the message lists the choices.
+    """
+    if name == AUTO:
+        raise BadPrecision("precision 'auto' is not offered here; name one")
+    try:
+        return loaders.canonical(name)
+    except UnknownPrecision as error:
+        raise BadPrecision(str(error).encode("ascii", "backslashreplace").decode()) from None

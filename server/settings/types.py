@@ -34,14 +34,6 @@ def parse_names(value: Any) -> Any:
     return value
 
 
-def known_precision(value: Any) -> Any:
-    """A canonical precision name for any of its aliases; an error that lists the choices otherwise."""
-    try:
-        return loaders.canonical(value)
-    except loaders.LoaderError as error:
-        raise ValueError(str(error)) from None
-
-
 def parse_endpoint(value: Any) -> Any:
     """A collector's address; without a path it gets the one that OTLP prescribes for traces."""
     try:
@@ -70,8 +62,8 @@ def sendable_key(value: SecretStr) -> SecretStr:
 
 
 def known_or_auto(value: Any) -> Any:
-    """As ``known_precision``, or ``AUTO``."""
-    return value if value == AUTO else known_precision(value)
+    """As ``loaders.canonical``, or ``AUTO``."""
+    return value if value == AUTO else loaders.canonical(value)
 
 
 def parse_names_or_all(value: Any) -> Any:
@@ -81,7 +73,7 @@ def parse_names_or_all(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Precision = Annotated[str, BeforeValidator(known_precision)]
+Precision = Annotated[str, BeforeValidator(loaders.canonical)]
 PrecisionOrAuto = Annotated[str, BeforeValidator(known_or_auto)]
 Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names_or_all)]
 """Canonical names, or ``ALL``."""

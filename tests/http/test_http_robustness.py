@@ -13,9 +13,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from server.app import ROUTES as APP_ROUTES
 from server.errors import GenerationFailed, ServiceError, Unloaded
-from server.http.auth import OPEN_PATHS, Auth
+from server.http.auth import Auth
 from server.http.responses import error_response
+from server.http.route_facts import RouteTable
 from server.http.streaming import EventStream
 from server.settings.server import Settings
 from tests.conftest import Loads, serving, wait_until
@@ -103,6 +105,9 @@ def test_an_unforeseen_fault_shows_nothing(client: TestClient, monkeypatch: pyte
     still_serves(client)
 
 
+PUBLIC = {"/health", "/health/live", "/health/ready", "/favicon.ico"}
+
+
 def all_routes(client: TestClient) -> list[tuple[str, str]]:
     app: Any = client.app
     paths: dict[str, dict[str, Any]] = app.openapi()["paths"]
@@ -123,7 +128,7 @@ def test_every_route_but_health_needs_the_key(make_client: Callable[..., TestCli
     routes = all_routes(client)
     assert len(routes) > 12
     for method, path in routes:
-        if path in OPEN_PATHS:
+        if path in PUBLIC:
             continue
         reply = client.request(method, path)
         assert reply.status_code == 401, (method, path)
@@ -159,7 +164,7 @@ def test_a_key_that_is_not_ascii(make_client: Callable[..., TestClient]) -> None
      ({}, b"", True)],
 )  # fmt: skip
 def test_admin_routes(keys: dict[str, str], token: bytes, allowed: bool) -> None:
-    auth = Auth(FastAPI(), Settings(**keys))  # type: ignore[arg-type]
+    auth = Auth(FastAPI(), Settings(**keys), RouteTable(APP_ROUTES))  # type: ignore[arg-type]
     scope = {"type": "http", "method": "POST", "path": "/precisions/int8/load", "query_string": b"",
              "headers": [(b"authorization", token)]}  # fmt: skip
     assert (auth.refusal(scope) is None) is allowed

@@ -6,10 +6,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from server.http.auth import OPEN_PATHS
 from tests.http.connection.test_framing import LAST, LIVE, statuses
 from tests.http.connection.test_slow_clients import connected, received
-from tests.http.test_http_robustness import all_routes
+from tests.http.test_http_robustness import PUBLIC, all_routes
 
 VARYING = {"/stats", "/metrics"}  # two answers differ
 FILLED = {"{model_id}": "fake", "{model}": "fake", "{name}": "fp32", "{id}": "fake"}
@@ -38,7 +37,7 @@ def test_head_answers_as_get_without_the_body(client: TestClient) -> None:
 def test_head_needs_the_key_that_get_needs(make_client: Callable[..., TestClient]) -> None:
     client = make_client(api_key="right")
     for path in gettable(client):
-        assert client.head(path).status_code == (200 if path in OPEN_PATHS else 401), path
+        assert client.head(path).status_code == (200 if path in PUBLIC else 401), path
         right = client.head(path, headers={"Authorization": "Bearer right"}).status_code
         assert right == client.get(path, headers={"Authorization": "Bearer right"}).status_code
 

@@ -19,7 +19,9 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 
-from server.http.openapi import EXAMPLES, TAGS
+from server.app import ROUTES
+from server.http.openapi import TAGS
+from server.http.route_facts import declared
 from tests.conftest import Loads, serving
 from tests.fakes import fake_checkpoint
 from tests.routes.test_report_route import keep_report
@@ -104,6 +106,13 @@ def keys(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: keys(inner) for name, inner in value.items()}
     return [keys(value[0])] if isinstance(value, list) and value else None
+
+
+EXAMPLES = {
+    path: facts.example
+    for route in ROUTES
+    if (facts := declared(route)) and facts.example and not (path := route.path).startswith("/models/")
+}
 
 
 @pytest.mark.parametrize(("path", "example"), EXAMPLES.items())

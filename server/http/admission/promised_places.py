@@ -1,32 +1,32 @@
-"""Places kept for requests that have come but not yet reserved their own.
+"""Places promised to requests that have been received and have not reserved one yet.
 
-Between a request's bytes and its reservation lie some turns of the event loop. Without a promise, all that
-come in one of them would find the same place free, and most would be refused at the end of that way.
+A request reserves its place some iterations of the event loop after its bytes arrive. Without a promise, all
+requests of one iteration would find the same place free, and most would be refused later, at a higher cost.
 """
 
 from contextvars import ContextVar
 
 
 class PromisedPlaces:
-    """Those of one service. Event loop only."""
+    """Counts the promised places of one service. Event loop only."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def promise(self) -> "Promise":
-        """Keeps one place until it is released."""
+        """Promises one place, until the promise is released."""
         self.count += 1
         return Promise(self)
 
 
 class Promise:
-    """One kept place."""
+    """One promised place."""
 
     def __init__(self, places: PromisedPlaces) -> None:
         self._places: PromisedPlaces | None = places
 
     def release(self) -> None:
-        """Gives it back; any number of times."""
+        """Gives the place back; idempotent."""
         if self._places is not None:
             self._places.count -= 1
             self._places = None
@@ -36,11 +36,11 @@ _current: ContextVar[Promise | None] = ContextVar("promise", default=None)
 
 
 def hold(promise: Promise) -> None:
-    """Makes it that of the request which the current context belongs to."""
+    """Attaches the promise to the current context, which is one request's."""
     _current.set(promise)
 
 
 def release_held() -> None:
-    """Releases the promise of the current request, if it has one: it reserves its places now, or ends."""
+    """Releases the current request's promise, if any: when it reserves its places, or ends."""
     if (promise := _current.get()) is not None:
         promise.release()

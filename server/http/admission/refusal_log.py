@@ -1,4 +1,4 @@
-"""The access log of refusals: some lines a second, and how many more there were."""
+"""The access log of refused requests, limited to some lines per second and a count of the others."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ _access = logging.getLogger("server.access")
 
 
 class RefusalLog:
-    """Under overload a line for each refusal would cost more than refusing, and hide all other lines.
+    """Limits the log under overload: a line per refusal would cost more than refusing, and hide others.
 
     Event loop only.
     """
@@ -27,6 +27,7 @@ class RefusalLog:
         self._unlogged: Counter[int] = Counter()
 
     def add(self, scope: Scope, error: ServiceError, status: int, seconds: float) -> None:
+        """Logs one refusal, or counts it if this second's lines are used up."""
         if not self._lines:
             asyncio.get_running_loop().call_later(1.0, self._end_second)
         if self._lines < LINES_PER_SECOND:

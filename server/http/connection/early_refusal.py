@@ -17,13 +17,14 @@ from pydantic_core import to_json
 from starlette.types import Scope
 
 from server.errors import ServiceError
-from server.http.admission.admission_control import AdmissionControl, takes_a_place
+from server.http.admission.admission_control import AdmissionControl
 from server.http.admission.promised_places import Promise
 from server.http.admission.refusal_log import RefusalLog
 from server.http.connection.plain_head import PlainHead, PlainHeads
 from server.http.redaction import Redaction
 from server.http.request_id import new_request_id, own_request_id
 from server.http.responses import error_body, error_headers, error_status
+from server.http.route_facts import Dialect
 from server.settings.server import Settings
 
 TraceContext = Callable[[Scope], AbstractContextManager[None]]
@@ -57,8 +58,10 @@ class EarlyRefusal:
         trace_context: TraceContext = lambda scope: _NO_TRACE,
     ) -> None:
         self._admission, self._trace_context = admission, trace_context
+        self.routes = admission.routes
         # a request of a web page is answered with CORS headers
-        self._heads = PlainHeads(takes_a_place, {b"origin"} if settings.cors_allow_origin else set())
+        not_plain = {b"origin"} if settings.cors_allow_origin else set()
+        self._heads = PlainHeads(self.routes.takes_a_place, not_plain)
         self._redaction = Redaction(settings.secrets())
         self.log = RefusalLog(self._redaction)
 
@@ -82,8 +85,9 @@ class EarlyRefusal:
             found = self._admission.judge(scope, head.body_bytes, missing <= 0)
         if not isinstance(found, ServiceError):
             return found
-        status = error_status(found, head.path)
-        answer = _answer(found, status, head.path, id_, close)
+        dialect = self.routes.of(scope).dialect
+        status = error_status(found, dialect)
+        answer = _answer(found, status, dialect, id_, close)
         self.log.add(scope, found, status, time.perf_counter() - began)
         return Refusal(answer, head.size, head.body_bytes, close)
 
@@ -102,8 +106,8 @@ def _date_line(second: int) -> str:
     return f"date: {formatdate(second, usegmt=True)}"
 
 
-def _answer(error: ServiceError, status: int, path: str, id_: str, close: bool) -> bytes:
-    body = to_json(error_body(error, path, id_))
+def _answer(error: ServiceError, status: int, dialect: Dialect, id_: str, close: bool) -> bytes:
+    body = to_json(error_body(error, dialect, id_))
     more = "".join(f"{name.lower()}: {value}\r\n" for name, value in error_headers(error).items())
     head = (
         f"{_status_line(status)}\r\n{_date_line(int(time.time()))}\r\n{more}"

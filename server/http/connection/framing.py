@@ -13,6 +13,7 @@ import h11
 
 from server.errors import ServiceError
 from server.http.responses import error_body, error_headers, error_status
+from server.http.route_facts import Dialect
 
 HEAD_BYTES = 32 * 1024
 """Most that the line and headers of a request may have."""
@@ -152,9 +153,9 @@ def _body_length(request: h11.Request) -> int | None:
     return None if chunked else int(lengths[0]) if lengths else 0
 
 
-def refusal(connection: RequestParser, error: ServiceError, request_id: str) -> bytes:
+def refusal(connection: RequestParser, error: ServiceError, dialect: Dialect, request_id: str) -> bytes:
     """A whole response, the connection's last, where no app sees the request."""
-    body = json.dumps(error_body(error, connection.path, request_id)).encode()
+    body = json.dumps(error_body(error, dialect, request_id)).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
@@ -162,7 +163,7 @@ def refusal(connection: RequestParser, error: ServiceError, request_id: str) -> 
         "x-request-id": request_id,
         **error_headers(error),
     }
-    status = error_status(error, connection.path)
+    status = error_status(error, dialect)
     events: list[h11.Event] = [h11.Response(status_code=status, headers=list(headers.items()))]
     if connection.method != "HEAD":  # whose answer has no body
         events.append(h11.Data(data=body))

@@ -172,9 +172,10 @@ class Connection(RefusingProtocol):
 
     def _answer(self, error: ServiceError) -> None:
         id_ = new_request_id()
-        self.transport.write(refusal(self.conn, error, id_))
         scope = {"method": self.conn.method or "-", "path": self.conn.path, "state": {"request_id": id_}}
-        self._early_refusal.log.add(scope, error, error_status(error, self.conn.path), 0.0)
+        dialect = self._early_refusal.routes.of(scope).dialect
+        self.transport.write(refusal(self.conn, error, dialect, id_))
+        self._early_refusal.log.add(scope, error, error_status(error, dialect), 0.0)
 
     # the reader
 

@@ -1,1 +1,1 @@
-"""OpenAI's dialect: its routes, schemas and shapes."""
+"""The OpenAI dialect: routes, request schemas and response formats."""

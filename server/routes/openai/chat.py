@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: a conversation's next turn."""
+"""``POST /v1/chat/completions``: the next turn of a conversation."""
 
 import time
 import uuid
@@ -24,7 +24,7 @@ from server.state import state_of
 
 @dataclass
 class Chat:
-    """One request on its way from body to answer."""
+    """One chat request, from its validated body to its response."""
 
     request: Request
     body: ChatBody
@@ -40,15 +40,15 @@ class Chat:
     async def answer(self) -> Response:
         return await (self._stream() if self.body.stream else self._whole())
 
-    def _wanted(self) -> list[GenerationRequest]:
+    def _requests(self) -> list[GenerationRequest]:
         body = self.body
         prompt = Conversation([message.model_dump() for message in body.messages])
         first = drawn_seed() if body.chosen_seed is None else body.chosen_seed
-        wishes = body.parameters(body.max_completion_tokens or body.max_tokens)
+        sampling = body.parameters(body.max_completion_tokens or body.max_tokens)
         return [
             make_request(
                 prompt,
-                wishes,
+                sampling,
                 asked=self.asked,
                 fallback=body.fallback,
                 seed=(first + i) % SEEDS,
@@ -60,7 +60,7 @@ class Chat:
         ]
 
     async def _whole(self) -> Response:
-        done = await run_all(self.request, self._wanted())
+        done = await run_all(self.request, self._requests())
         reply = self._frame("chat.completion", [self._choice(i, one) for i, one in enumerate(done)], done[0])
         reply["usage"] = usage(done[:1], done)
         return whole(self.request, reply, headers(done[0]))
@@ -84,7 +84,7 @@ class Chat:
         }
 
     async def _stream(self) -> Response:
-        return await stream_all(self.request, self._wanted(), self._events)
+        return await stream_all(self.request, self._requests(), self._events)
 
     async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         for index, one in enumerate(opened):
@@ -93,7 +93,7 @@ class Chat:
             async for index, pieces in items:
                 one = opened[index]
                 yield b"".join(chunk for piece in pieces for chunk in self._chunks(index, piece, one))
-        if self.body.tells_usage:
+        if self.body.includes_usage:
             frame = self._frame("chat.completion.chunk", [], opened[0])
             yield event({**frame, "usage": usage(opened[:1], opened)})
         yield event("[DONE]")
@@ -115,6 +115,6 @@ class Chat:
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         frame = self._frame("chat.completion.chunk", [choice], one)
-        if self.body.tells_usage_continuously:
+        if self.body.continuous_usage:
             frame["usage"] = running_usage(one, generated)
         return event(frame)

@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: the prompts, the choices, the stream."""
+"""``POST /v1/completions``: prompts, choices and streams."""
 
 import asyncio
 import time
@@ -30,7 +30,11 @@ Prompt = str | list[int]
 
 
 def prompts_of(value: Any, settings: Settings) -> list[Prompt]:
-    """The prompts of a request: a string, strings, token ids, or lists of token ids."""
+    """The prompts of a request: a string, strings, token ids, or lists of token ids.
+
+    Raises:
+        Invalid
+    """
     if _is_text(value):
         return [value]
     if isinstance(value, list) and value:
@@ -49,7 +53,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A string without lone surrogates, which no tokenizer takes."""
+    """Whether ``value`` is a string without lone surrogates, which no tokenizer accepts."""
     if not isinstance(value, str):
         return False
     try:
@@ -65,7 +69,7 @@ def _are_ids(value: list[Any]) -> bool:
 
 @dataclass
 class Completion:
-    """One request on its way from body to answer."""
+    """One completion request, from its validated body to its response."""
 
     request: Request
     body: CompletionBody
@@ -81,7 +85,7 @@ class Completion:
         self.prompts = prompts_of(self.body.prompt, state.settings)
         self.n = self.body.n or 1
         self.each = max(self.body.best_of or 1, self.n)
-        """Continuations computed for each prompt, of which n are shown."""
+        """Continuations computed for each prompt, of which n are returned."""
         if len(self.prompts) * self.each > self.settings.max_concurrent_requests:
             most = self.settings.max_concurrent_requests
             raise Invalid(f"prompts and n together ask for more than {most} continuations", param="prompt")
@@ -89,15 +93,15 @@ class Completion:
     async def answer(self) -> Response:
         return await (self._stream() if self.body.stream else self._whole())
 
-    def _wanted(self) -> list[GenerationRequest]:
+    def _requests(self) -> list[GenerationRequest]:
         chosen = self.body.chosen_seed
         first = drawn_seed() if chosen is None else chosen
         most = _DEFAULT_TOKENS if self.body.max_tokens is None else self.body.max_tokens
-        wishes = self.body.parameters(most)
+        sampling = self.body.parameters(most)
         return [
             make_request(
                 prompt or self._beginning(),
-                wishes,
+                sampling,
                 asked=self.asked,
                 fallback=self.body.fallback,
                 seed=(first + i) % SEEDS,
@@ -111,12 +115,12 @@ class Completion:
         ]
 
     def _beginning(self) -> Prompt:
-        """What an empty text is continued from, as the model's own documents begin."""
+        """The prompt that stands in for an empty text: the token with which the model's documents begin."""
         return "" if self.codec.encode("") else self.codec.beginning
 
     async def _whole(self) -> Response:
-        done = await run_all(self.request, self._wanted())
-        shown = [
+        done = await run_all(self.request, self._requests())
+        returned = [
             best
             for at in range(0, len(done), self.each)
             for best in sorted(done[at : at + self.each], key=attrgetter("mean_logprob"), reverse=True)[
@@ -124,9 +128,9 @@ class Completion:
             ]
         ]
         choices = []
-        for i, one in enumerate(shown):
+        for i, one in enumerate(returned):
             choices.append(self._choice(i, one))
-            await asyncio.sleep(0)  # a hundred with log-probabilities take half a second: others go on
+            await asyncio.sleep(0)  # a hundred with log-probabilities would block the loop for half a second
         reply = self._frame(choices, done[0])
         reply["usage"] = usage(done[:: self.each], done)
         return whole(self.request, reply, headers(done[0]))
@@ -163,29 +167,29 @@ class Completion:
         return self._prompt_text(index, one) if self.body.echo else ""
 
     async def _stream(self) -> Response:
-        return await stream_all(self.request, self._wanted(), self._events)
+        return await stream_all(self.request, self._requests(), self._events)
 
     async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
-        asked = self.body.logprobs is not None
-        builders = [self._logprobs(index, one) if asked else None for index, one in enumerate(opened)]
+        with_logprobs = self.body.logprobs is not None
+        builders = [self._logprobs(index, one) if with_logprobs else None for index, one in enumerate(opened)]
         begun: set[int] = set()
         async with aclosing(merged(opened)) as items:
             async for index, pieces in items:
-                told: list[bytes] = []
+                chunks: list[bytes] = []
                 for piece in pieces or (None,):
                     first = index not in begun
                     choice = self._delta(index, piece, opened[index], builders[index], first)
                     begun.add(index)
                     counts = self._counts(opened[index], piece)
-                    told.append(event({**self._frame([choice], opened[index]), **counts}))
-                yield b"".join(told)
-        if self.body.tells_usage:
+                    chunks.append(event({**self._frame([choice], opened[index]), **counts}))
+                yield b"".join(chunks)
+        if self.body.includes_usage:
             yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
         yield event("[DONE]")
 
     def _counts(self, one: Continuation, piece: Piece | None) -> dict[str, Any]:
-        """The usage so far, where every chunk is to tell it."""
-        if not self.body.tells_usage_continuously:
+        """The usage so far, if every chunk includes it."""
+        if not self.body.continuous_usage:
             return {}
         return {"usage": running_usage(one, piece.index if piece else 0)}
 
@@ -197,7 +201,7 @@ class Completion:
         builder: CompletionLogprobs | None,
         first: bool,
     ) -> dict[str, Any]:
-        """The choice of one chunk; ``piece`` is None where no token was asked for."""
+        """The choice of one chunk; ``piece`` is None if no token was requested."""
         pieces, logprobs = [piece] if piece else [], None
         if builder is not None:
             prompt = builder.of_prompt(one.prompt_tokens if first and self.body.echo else [])

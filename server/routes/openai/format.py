@@ -1,4 +1,4 @@
-"""The shapes of OpenAI's answers: choices, log-probabilities, usage."""
+"""Parts of OpenAI's responses: finish reasons, log-probabilities, usage."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ def finish(reason: FinishReason | None) -> str | None:
 
 
 def usage(prompts: Iterable[Continuation], generated: Sequence[Continuation]) -> dict[str, int]:
-    """``prompts``: one continuation for each prompt; ``generated``: all of them."""
+    """Token counts. ``prompts``: one continuation for each prompt; ``generated``: all of them."""
     prompt = sum(len(done.prompt_ids) for done in prompts)
     completion = sum(len(done.pieces) for done in generated)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def running_usage(one: Continuation, generated: int) -> dict[str, int]:
-    """A continuation's usage when it has so many tokens."""
+    """A continuation's usage after ``generated`` tokens."""
     prompt = len(one.prompt_ids)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
@@ -31,9 +31,9 @@ class CompletionLogprobs:
     """Builds the four parallel lists of a completion's ``logprobs``, piece by piece.
 
     Args:
-        top: alternatives to each token.
-        prompt: the ids that are continued.
-        prompt_characters: the prompt's text has so many, from which the offsets of what follows go on.
+        top: number of alternatives to each token.
+        prompt: the prompt's token ids.
+        prompt_characters: length of the prompt's text, at which the offsets of the continuation start.
     """
 
     def __init__(self, codec: TextCodec, top: int, prompt: Sequence[int], prompt_characters: int) -> None:
@@ -60,16 +60,16 @@ class CompletionLogprobs:
         if token.logprob is None:
             return None
         own = self._text(token.id)
-        shown: dict[str, float | None] = {}
+        by_text: dict[str, float | None] = {}
         for id_, logprob in with_own(token):
             text = self._text(id_)
-            if id_ != token.id and (text == own or text in shown):  # two tokens may share a text
+            if id_ != token.id and (text == own or text in by_text):  # two tokens may share a text
                 text = f"token_id:{id_}"
-            shown[text] = logprob
-        return shown
+            by_text[text] = logprob
+        return by_text
 
     def _text(self, id_: int) -> str:
-        """As OpenAI has it: a part of a character is written as ``bytes:\\xe2\\x80``."""
+        """As OpenAI does: a partial character is written as ``bytes:\\xe2\\x80``."""
         token = self._vocabulary[id_]
         return f"bytes:{_escaped(token.data)}" if token.partial else token.text
 
@@ -79,7 +79,7 @@ def _escaped(data: bytes) -> str:
 
 
 def with_own(token: Token | PromptToken) -> tuple[TokenLogprob, ...]:
-    """A token's alternatives, itself among them: OpenAI adds it where it is not one of the likeliest."""
+    """A token's alternatives and the token itself, which OpenAI adds if it is not among the likeliest."""
     for id_, _ in token.top:
         if id_ == token.id:
             return token.top
@@ -87,12 +87,12 @@ def with_own(token: Token | PromptToken) -> tuple[TokenLogprob, ...]:
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two ``logprobs`` one after the other."""
+    """Two ``logprobs`` concatenated."""
     return {key: None if first[key] is None else first[key] + second[key] for key in first}
 
 
 def chat_logprobs(pieces: Sequence[Piece], codec: TextCodec) -> dict[str, Any]:
-    """A part of a character is written as ``\\xe2\\x80``; the bytes of all tokens joined are the text's."""
+    """A chat choice's ``logprobs``. A partial character is ``\\xe2\\x80``; all ``bytes`` make the text."""
 
     def entry(id_: int, logprob: float | None) -> dict[str, Any]:
         token = codec.token(id_)

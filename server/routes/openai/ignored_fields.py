@@ -1,7 +1,7 @@
-"""Fields of OpenAI's and vLLM's bodies that change no answer here: accepted as long as they ask for nothing.
+"""Fields of OpenAI's and vLLM's bodies that change no response here, accepted with their default values only.
 
-A client that writes out its defaults must not fail for it; one that asks for what isn't implemented must be
-refused, or it takes a plain answer for the one it asked for.
+A client that sends defaults explicitly must not fail; one that requests a feature that isn't implemented must
+be refused, or it would mistake a plain response for the requested one.
 """
 
 import json
@@ -14,7 +14,7 @@ from server.http.validation import Strict
 
 
 class Only:
-    """Marks a field whose only values, beside null, are ``accepted``; others are refused as not supported."""
+    """Annotates a field that accepts null and ``accepted``, and refuses other values as not supported."""
 
     def __init__(self, *accepted: JsonValue) -> None:
         self._accepted = accepted
@@ -35,7 +35,7 @@ class Only:
 
 
 def _equal(value: Any, accepted: JsonValue) -> bool:
-    """As JSON has it: 1 equals 1.0, and true neither."""
+    """Equality of JSON values: 1 equals 1.0, and true equals neither."""
     return isinstance(value, bool) == isinstance(accepted, bool) and bool(value == accepted)
 
 
@@ -48,9 +48,9 @@ NoTool = Annotated[Any, Only("none", "auto")]
 
 
 class IgnoredFields(Strict):
-    """What completions and chat have in common."""
+    """Ignored fields of completions and chat."""
 
-    # labels, caches and accounting: nothing that the model is asked for, whatever they say
+    # labels, caches and accounting: any value, none affects the model
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -61,10 +61,10 @@ class IgnoredFields(Strict):
     service_tier: Annotated[Any, Only("auto", "default")] = None
     priority: Annotated[Any, Only(0)] = None
 
-    # how to search and what to allow
+    # search and constraints
     use_beam_search: OnlyFalse = None
     early_stopping: OnlyFalse = None
-    length_penalty: float | None = None  # of beam search alone
+    length_penalty: float | None = None  # used by beam search only
     allowed_token_ids: OnlyNull = None
     bad_words: OnlyEmpty = None
     logits_processors: OnlyEmpty = None
@@ -76,10 +76,10 @@ class IgnoredFields(Strict):
     guided_choice: OnlyNull = None
     guided_grammar: OnlyNull = None
 
-    # what to read and what to show
+    # input and output
     truncation_side: Annotated[Any, Only("left")] = None
     skip_special_tokens: OnlyTrue = None
-    spaces_between_special_tokens: bool | None = None  # of tokens that are not shown
+    spaces_between_special_tokens: bool | None = None  # about special tokens, which are skipped
     include_stop_str_in_output: OnlyFalse = None
     prompt_logprobs: OnlyNull = None
     return_tokens_as_token_ids: OnlyFalse = None
@@ -87,18 +87,18 @@ class IgnoredFields(Strict):
 
 
 class IgnoredInCompletions(IgnoredFields):
-    """Those of ``POST /v1/completions``."""
+    """Ignored fields of ``POST /v1/completions``."""
 
     suffix: Annotated[Any, Only("")] = None
     add_special_tokens: OnlyTrue = None
 
 
 class IgnoredInChats(IgnoredFields):
-    """Those of ``POST /v1/chat/completions``."""
+    """Ignored fields of ``POST /v1/chat/completions``."""
 
     tools: OnlyEmpty = None
     tool_choice: NoTool = None
-    parallel_tool_calls: bool | None = None  # of tools, of which there are none
+    parallel_tool_calls: bool | None = None  # without tools it has no effect
     functions: OnlyEmpty = None
     function_call: NoTool = None
     reasoning_effort: Annotated[Any, Only("none")] = None

@@ -1,4 +1,4 @@
-"""Several continuations as one stream, each token when it comes."""
+"""Merges several continuations into one stream, in order of arrival."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -12,7 +12,7 @@ Item = tuple[int, list[Piece]]
 
 
 async def merged(continuations: Sequence[Continuation]) -> AsyncGenerator[Item]:
-    """(index, pieces) of all; one that ends without any token gives a single empty list."""
+    """Yields (index, pieces) of all; a continuation without any token yields a single empty list."""
     if len(continuations) == 1:
         async with aclosing(_from(0, continuations[0])) as items:
             async for item in items:
@@ -50,5 +50,5 @@ async def _pump(index: int, one: Continuation, ready: asyncio.Queue[Item | Excep
         await ready.put(None)
     except asyncio.CancelledError:
         raise
-    except BaseException as error:  # unheard, its reader would wait for ever
+    except BaseException as error:  # otherwise ``merged`` would wait for ever
         await ready.put(error if isinstance(error, Exception) else ServiceError("internal error"))

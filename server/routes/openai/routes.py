@@ -1,14 +1,16 @@
-"""The OpenAI dialect: models, completions, chat."""
+"""Routes of the OpenAI dialect: models, completions, chat."""
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import BadPrecision, BadRequest, UnknownModel
+from server.errors import BadPrecision, BadRequest, NotFound, UnknownModel
 from server.http.body import read_object
+from server.http.route_facts import Dialect, RouteFacts
 from server.http.validation import validate
 from server.routes.openai.chat import Chat
 from server.routes.openai.completions import Completion
@@ -17,11 +19,11 @@ from server.routes.precision_choice import (
     ANY_MODEL,
     PrecisionChoice,
     choose_precision,
-    known_precision,
     precision_of_model,
     resolve_precision,
 )
 from server.routes.shared import body_of, precision_parameters
+from server.service.precision_state import known_precision
 from server.service.text.prompt_encoder import NO_TEMPLATE
 from server.state import state_of
 
@@ -32,16 +34,37 @@ _CHAT = body_of(
     ChatBody, {"messages": [{"role": "user", "content": "Tell me a story."}], "max_completion_tokens": 20}
 )
 
+_COMPLETED = {
+    "id": "cmpl-237753b28693441c896d53410ef75a4e",
+    "object": "text_completion",
+    "created": 1795489372,
+    "model": "bundled:nf4",
+    "choices": [{"index": 0, "text": "s are not a", "logprobs": None, "finish_reason": "length"}],
+    "precision": "nf4",
+    "precision_requested": "nf4",
+    "fallback_reason": None,
+    "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+}
+_MODELS = RouteFacts(dialect=Dialect.OPENAI)
+_GENERATES = RouteFacts(
+    takes_a_place=True,
+    generates=True,
+    dialect=Dialect.OPENAI,
+    media_types=("application/json", "text/event-stream"),
+)
+
 
 @router.get("/v1/models")
 @router.get("/models/{model:path}/v1/models", openapi_extra=precision_parameters({}, named=True))
+@_MODELS
 async def models(request: Request) -> Response:
-    """The served model, and once more for each precision that this host can run."""
+    """The served model, and one entry for each precision that this host can run."""
     choose_precision(request, {})
     return JSONResponse({"object": "list", "data": list(_models(request).values())})
 
 
 @router.get("/v1/models/{id:path}")
+@_MODELS
 async def model(
     request: Request, id: Annotated[str, Path(openapi_examples={ANY_MODEL: {"value": ANY_MODEL}})]
 ) -> Response:
@@ -53,7 +76,7 @@ async def model(
 
 
 def _entry(name: str, model_id: str) -> str:
-    """The id in the list of models of what goes by ``name``, whichever name a request may use for it."""
+    """The id in the list of models that an accepted model name refers to; other names as they are."""
     precision = precision_of_model(name, model_id)
     with suppress(BadPrecision):
         return model_id if precision is None else f"{model_id}:{known_precision(precision)}"
@@ -76,27 +99,36 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
 @router.post(
     "/models/{model:path}/v1/completions", openapi_extra=precision_parameters(_COMPLETION, named=True)
 )
+@replace(_GENERATES, example=_COMPLETED)
 async def completions(request: Request) -> Response:
     """Continues one or several prompts."""
     values = await read_object(request)
     body = _validated(request, CompletionBody, values)
-    return await Completion(request, body, _asked(request, values, body)).answer()
+    return await Completion(request, body, _choose(request, values, body)).answer()
 
 
 @router.post("/v1/chat/completions", openapi_extra=precision_parameters(_CHAT))
 @router.post(
     "/models/{model:path}/v1/chat/completions", openapi_extra=precision_parameters(_CHAT, named=True)
 )
+@replace(_GENERATES, dialect=Dialect.OPENAI_CHAT)
 async def chat(request: Request) -> Response:
-    """Continues a conversation, where the model has a chat template."""
+    """Continues a conversation, if the model has a chat template."""
     values = await read_object(request)
     if state_of(request.app).chat is None:
         raise BadRequest(NO_TEMPLATE, param="messages")
     body = _validated(request, ChatBody, values)
-    return await Chat(request, body, _asked(request, values, body)).answer()
+    return await Chat(request, body, _choose(request, values, body)).answer()
 
 
-def _asked(request: Request, values: dict[str, Any], body: OpenAIBody) -> PrecisionChoice:
+@router.post("/models/{model:path}/v1/{rest:path}", include_in_schema=False)
+@_GENERATES
+async def unknown_route(request: Request) -> Response:
+    """Without it, ``/models/{model}`` would answer 404 for a model of that name, in the native dialect."""
+    raise NotFound("no such route here")
+
+
+def _choose(request: Request, values: dict[str, Any], body: OpenAIBody) -> PrecisionChoice:
     return resolve_precision(request, choose_precision(request, values, body.model), body.auto)
 
 

@@ -1,4 +1,4 @@
-"""What clients of the OpenAI dialect may send: OpenAI's fields, and those that vLLM adds to them."""
+"""Request bodies of the OpenAI dialect: OpenAI's fields and vLLM's additions."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -29,7 +29,7 @@ _PROMPTS: list[JsonValue] = [
     {"type": "array", "items": _IDS, "minItems": 1},
 ]
 _ANY_SEED = -1
-"""What clients send for "draw one"."""
+"""The seed that clients send to request a random one."""
 _MOST_STOP_IDS = 1024
 SignedSeed = Annotated[
     int,
@@ -52,7 +52,7 @@ class StreamOptions(Strict):
 
 
 class OpenAIBody(IgnoredFields):
-    """What completions and chat have in common."""
+    """Fields of completions and chat."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1)
@@ -83,7 +83,7 @@ class OpenAIBody(IgnoredFields):
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _token_ids(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refused at the first that is wrong: there may be as many as fit into a body."""
+        """Raises at the first invalid entry: there may be as many as fit into a body."""
         last = _last_id(info)
         for key, bias in value.items() if isinstance(value, dict) else ():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) <= last):
@@ -101,12 +101,12 @@ class OpenAIBody(IgnoredFields):
         return value
 
     def parameters(self, max_tokens: int | None) -> Parameters:
-        """The same wishes in the native dialect.
+        """These sampling parameters in the native dialect.
 
         Sampling is the default here; temperature 0 is greedy, and so is top_p 0: its nucleus is one token.
         """
         greedy = self.temperature == 0 or self.top_p == 0
-        drawing: dict[str, Any] = {
+        sampling: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": None if self.top_p == 1 else self.top_p,
             "top_k": self.top_k if (self.top_k or 0) > 0 else None,
@@ -121,17 +121,17 @@ class OpenAIBody(IgnoredFields):
             stop=self.stop,
             truncate=self.truncate_prompt_tokens,
             ignore_eos=self.ignore_eos,
-            **({} if greedy else drawing),
+            **({} if greedy else sampling),
         )
 
     @property
     def chosen_seed(self) -> int | None:
-        """None where one is to be drawn."""
+        """None if a seed is to be drawn."""
         return None if self.seed == _ANY_SEED else self.seed
 
     @property
     def length_parameter(self) -> str | None:
-        """The name under which the number of tokens was given, if it was."""
+        """The field that set the number of tokens, if any."""
         raise NotImplementedError
 
     @property
@@ -139,18 +139,19 @@ class OpenAIBody(IgnoredFields):
         return tuple((int(key), value) for key, value in (self.logit_bias or {}).items())
 
     @property
-    def tells_usage(self) -> bool:
-        """Whether a stream ends with the counts of its tokens."""
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def tells_usage_continuously(self) -> bool:
-        """Whether every chunk has the counts so far."""
-        return self.tells_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+    def continuous_usage(self) -> bool:
+        """Whether every chunk includes the counts so far."""
+        options = self.stream_options
+        return self.includes_usage and bool(options and options.continuous_usage_stats)
 
 
 class CompletionBody(OpenAIBody, IgnoredInCompletions):
-    """``POST /v1/completions``."""
+    """Body of ``POST /v1/completions``."""
 
     prompt: Any = Field(json_schema_extra={"anyOf": _PROMPTS})
     best_of: int | None = Field(None, ge=1)
@@ -172,12 +173,12 @@ class CompletionBody(OpenAIBody, IgnoredInCompletions):
 
     @property
     def length_parameter(self) -> str | None:
-        """The name under which the number of tokens was given, if it was."""
+        """The field that set the number of tokens, if any."""
         return None if self.max_tokens is None else "max_tokens"
 
 
 class TextPart(BaseModel):
-    """A part of a content; what stands beside its text, a hint for a cache say, is not for the model."""
+    """A text part of a message's content; its other fields, such as cache hints, are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     type: Literal["text"]
@@ -185,7 +186,7 @@ class TextPart(BaseModel):
 
 
 def _joined(value: Any, info: ValidationInfo) -> Any:
-    """The text of a content that comes in parts; of an assistant's turn that has none, the empty one."""
+    """The joined text of a content sent in parts; empty for an assistant's turn without content."""
     if value is None and info.data.get("role") == "assistant":
         return ""
     if not isinstance(value, list):
@@ -197,7 +198,7 @@ def _joined(value: Any, info: ValidationInfo) -> Any:
 
 
 class Message(BaseModel):
-    """One turn; what else a client sends with it reaches the chat template."""
+    """One turn; additional fields are passed to the chat template."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
@@ -207,7 +208,7 @@ class Message(BaseModel):
 
 
 class ChatBody(OpenAIBody, IgnoredInChats):
-    """``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     max_tokens: int | None = Field(None, ge=1)
@@ -217,7 +218,7 @@ class ChatBody(OpenAIBody, IgnoredInChats):
 
     @property
     def length_parameter(self) -> str | None:
-        """The name under which the number of tokens was given, if it was."""
+        """The field that set the number of tokens, if any."""
         if self.max_completion_tokens is not None:
             return "max_completion_tokens"
         return None if self.max_tokens is None else "max_tokens"

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.app import ROUTES
 from server.errors import NotReady, Overloaded, ServiceError, Unauthorized
 from server.http.admission.admission_control import AdmissionControl
 from server.http.admission.promised_places import Promise
@@ -24,6 +25,7 @@ from server.http.admission.refusal_log import LINES_PER_SECOND, RefusalLog
 from server.http.connection.early_refusal import EarlyRefusal, Refusal
 from server.http.middleware import RequestContext
 from server.http.redaction import Redaction
+from server.http.route_facts import RouteTable
 from server.settings.server import Settings
 from tests.conftest import Loads, serving, until, wait_until
 from tests.http.connection.test_slow_clients import connected, received, request_for, status_of
@@ -239,9 +241,9 @@ class Closed(AdmissionControl):
     """Refuses everything."""
 
     def __init__(self) -> None:
-        pass
+        self.routes = RouteTable(ROUTES)
 
-    def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Overloaded:
+    def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> ServiceError | Promise | None:
         self.scope = scope
         return Overloaded("full")
 

@@ -95,7 +95,7 @@ def test_a_connection_that_cannot_be_opened_gives_its_promise_back() -> None:
     places = PromisedPlaces()
     promised: list[Promise | None] = []
 
-    class Open:
+    class Open(Closed):
         def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Promise:
             return places.promise()
 
