@@ -12,6 +12,7 @@ import loaders
 from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
 from loaders.footprint import quantization_warning
+from server.concurrency import run_for_future
 from server.engine.engine import Engine
 from server.engine.fair_lock import FairLock
 from server.errors import NotReady, ServiceError
@@ -150,26 +151,24 @@ class Pool:
 
     async def _in_thread(self, state: PrecisionState) -> LoadedModel:
         """Loads in a daemon thread: nothing can interrupt a load, and it must not keep the process alive."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[LoadedModel] = loop.create_future()
+        future: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
         spec = memory.within(self._settings.memory_budget, self.used_bytes(), self.spec)
 
         def tell(stage: str, current: int, total: int) -> None:
             state.progress = LoadProgress(stage, current, total)
 
-        def run() -> None:
+        def load() -> LoadedModel:
             compute_with(self.threads)
             try:
-                result = self._load_model(state.name, spec, tell)
+                return self._load_model(state.name, spec, tell)
+            except Exception:
+                raise
             except BaseException as error:  # a library in Rust panics with one that is no Exception
-                told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
-                settle: Callable[[], None] = partial(_settle, future, None, told)
-            else:
-                settle = partial(_settle, future, result, None)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-                loop.call_soon_threadsafe(settle)
+                raise RuntimeError(type(error).__name__) from error
 
-        threading.Thread(target=run, name=f"load-{state.name}", daemon=True).start()
+        threading.Thread(
+            target=run_for_future, args=(load, future), name=f"load-{state.name}", daemon=True
+        ).start()
         return await future
 
     async def _make_room(self, state: PrecisionState) -> None:
@@ -265,14 +264,3 @@ def _heard(load: "asyncio.Task[Engine]") -> None:
     """Its fault is in the log and in the state, even where all who waited have gone."""
     if not load.cancelled():
         load.exception()
-
-
-def _settle(
-    future: "asyncio.Future[LoadedModel]", model: LoadedModel | None, error: Exception | None
-) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    elif model is not None:
-        future.set_result(model)

@@ -1,6 +1,7 @@
 """Full-size models with random weights: the right bytes and the right speed, and text without meaning."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -69,7 +70,13 @@ def stand_in(vocabulary: int) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = ("".join(four) for four in product(ascii_lowercase, repeat=4))
     tokens = [*alphabet, *islice(letters, vocabulary - len(alphabet) - 1), END]
-    tokenizer = Tokenizer(kinds.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=[]))
+    return byte_level(tokens)
+
+
+def byte_level(tokens: Sequence[str], merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; a token's id is its index."""
+    bpe = kinds.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=list(merges))
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
