@@ -18,7 +18,6 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
-from server.commands.table import table
 from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.evaluation.comparison import Compared, Comparison, Wish
@@ -27,6 +26,7 @@ from server.host.threads import compute_with
 from server.service.text.codec import TextCodec
 from server.settings.output import NotSaved, Output, json_option, precisions_option, save
 from server.settings.types import Precision, Precisions, listed, option
+from server.tables import aligned
 from server.terminal import folded, terminal_width
 
 _WHAT, _MORE = "what is compared", "more"
@@ -106,8 +106,7 @@ async def _started(name: str, spec: ModelSpec, threads: int) -> Engine:
 def _show(rows: Sequence[Compared], width: int) -> None:
     width = min(width, _WIDEST)
     reference, *others = rows
-    columns = [(name, lambda row, at=at: cells(row)[at]) for at, name in enumerate(HEADINGS)]
-    print("\n".join(table(columns, rows, terminal_width())))
+    print("\n".join(aligned([HEADINGS, *map(cells, rows)], terminal_width())))
     print("\n" + folded(_LEGEND.format(reference.precision)))
     print(f"\n{reference.precision} continues, {len(reference.written.ids)} tokens:\n")
     print("\n".join(wrapped(shown(reference.written.text), width)))

@@ -11,6 +11,7 @@ from server.commands.table import layer_lines
 from server.host.threads import compute_with
 from server.settings.server import ModelSettings
 from server.settings.types import Precisions, listed, option
+from server.tables import NONE, aligned
 
 
 class Options(ModelSettings):
@@ -59,14 +60,14 @@ def _list(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     print(
         f"{checkpoint.model_id} ({checkpoint.architecture}) on {device}; weights before loading, estimated\n"
     )
-    wide = max(len(_aliases(name)) for name in loaders.PRECISIONS)
-    print(f"{'precision':<14}{'weights':>12}  {'aliases':<{wide}}  here")
+    rows = [["precision", "weights", "aliases", "here"]]
     for name in loaders.PRECISIONS:
         able = loaders.availability(name, device)
-        size = f"{loaders.loader(name).estimate_bytes(name, spec) / 1e6:,.1f} MB" if able.ok else "–"
+        size = f"{loaders.loader(name).estimate_bytes(name, spec) / 1e6:,.1f} MB" if able.ok else NONE
         mend = f"; mend it with: {able.install}" if able.install else ""
         here = "yes" if able.ok else f"no: {able.reason}{mend}"
-        print(f"{name:<14}{size:>12}  {_aliases(name):<{wide}}  {here}")
+        rows.append([name, size, ", ".join(loaders.aliases(name)), here])
+    print("\n".join(aligned(rows, left=(0, 2, 3))))
 
 
 def _prove(name: str, spec: ModelSpec) -> None:
@@ -86,7 +87,3 @@ def _prove(name: str, spec: ModelSpec) -> None:
         if report.warning is not None:
             print(f"\nWARNING: {report.warning}")
     model.close()
-
-
-def _aliases(name: str) -> str:
-    return ", ".join(loaders.aliases(name))

@@ -134,16 +134,16 @@ class _Bars:
 
 
 def _show(document: dict[str, Any]) -> None:
-    from server.commands.table import table
-    from server.report.columns import columns, legend
+    from server.report.columns import cells, legend
     from server.report.markdown import advice_of, facts
     from server.report.noise import noise
     from server.report.rows import rows_of
+    from server.tables import aligned
     from server.terminal import folded, terminal_width
 
     rows, width = rows_of(document), min(shutil.get_terminal_size().columns, 110)
     print("".join(textwrap.fill(sentence, width) + "\n\n" for sentence in noise(rows)), end="")
-    print("\n".join(table(columns(document), rows, terminal_width())) + "\n")
+    print("\n".join(aligned(cells(document, rows), terminal_width())) + "\n")
     print(folded("\n".join(f"{term:<12} {meaning}" for term, meaning in legend(document))) + "\n")
     print("\n".join(textwrap.fill(fact, width, subsequent_indent="  ") for fact in facts(document)) + "\n")
     for sentence in advice_of(document).sentences:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from loaders.tokenizer_faults import unknown_token
 from server.commands import UsageError
 from server.engine.sequence import SamplingParams
 from server.service.text.codec import TextCodec
@@ -79,10 +80,8 @@ def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int, voc
     ids = codec.encode(prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
-    if max(ids) >= vocabulary:
-        raise UsageError(
-            f"the model has no token {max(ids)} of the prompt: its tokenizer knows more tokens than it"
-        )
+    if (why := unknown_token(ids, vocabulary, "the prompt")) is not None:
+        raise UsageError(why)
     if len(ids) + max_new_tokens > context:
         raise UsageError(
             f"{len(ids)} prompt tokens and --max-new-tokens {max_new_tokens} exceed the "

@@ -24,9 +24,9 @@ from server.routes.precision_choice import known_precision
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool
+from server.settings.types import ALL
 
 router = APIRouter(tags=["comparing"])
-_ALL = "all"
 
 
 class CompareBody(Sampling):
@@ -84,7 +84,7 @@ async def _compare(state: State, body: CompareBody) -> Answer:
             try:
                 answer.rows[name] = await comparison.run(name)
             except ServiceError as error:
-                if name == reference or body.precisions != _ALL:
+                if name == reference or body.precisions != ALL:
                     raise
                 answer.rows[name] = error
     return answer
@@ -92,7 +92,7 @@ async def _compare(state: State, body: CompareBody) -> Answer:
 
 def _chosen(pool: Pool, asked: Sequence[str] | None, reference: str) -> list[str]:
     """The reference first, each once."""
-    if asked == _ALL:
+    if asked == ALL:
         names = [state.name for state in pool.states() if state.state != "unavailable"]
     elif asked is None:
         names = [state.name for state in pool.states() if state.state == "loaded"]

@@ -22,6 +22,7 @@ from server.report.page import page
 from server.routes.precision_choice import known_precision
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
+from server.settings.types import ALL
 
 router = APIRouter(tags=["comparing"])
 _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"
@@ -101,7 +102,7 @@ def _draws(asked: bool | None) -> bool:
 
 def _chosen(state: State, asked: Any) -> list[str]:
     """Those that can run here; one that was named and can't is an error."""
-    if asked is None or asked == "all":
+    if asked is None or asked == ALL:
         return [one.name for one in state.pool.states() if one.state != "unavailable"]
     names = list(dict.fromkeys(known_precision(name) for name in asked))
     for name in names:

@@ -155,7 +155,7 @@ def test_who_watches_a_load_does_not_keep_the_process_up(folder: Path) -> None:
 
 @pytest.mark.parametrize("error", ["CheckpointError('the weights are cut short')", "MemoryError()"])
 def test_a_default_that_cannot_be_loaded_ends_it_with_the_reason(folder: Path, error: str) -> None:
-    failing = f"from loaders.base import CheckpointError; raise {error}"
+    failing = f"from loaders.errors import CheckpointError; raise {error}"
     done = subprocess.run(
         [sys.executable, "-c", SERVE.format(loading=failing), str(folder)],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,

@@ -149,7 +149,7 @@ class Check:
         self._each("correctness", self._precisions, check)
 
     def _speed(self) -> None:
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each("speed", self._precisions, lambda name: speed.measure(self._subject, name))
 
     def _continuous(self) -> None:
@@ -180,7 +180,7 @@ class Check:
         vocabulary, threads = checkpoint.vocabulary, small.plan.threads
         plan = Plan(sizes.large_batches, sizes.prompt, sizes.large_tokens, 1, vocabulary, threads)
         large = Subject(sizes.large.name, spec, plan, small.speed, self.result)
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each("xl", self._among(_FOUR), lambda name: speed.measure(large, name))
 
     def _steady(self) -> None:
@@ -189,7 +189,7 @@ class Check:
         spec = ModelSpec(of.spec.checkpoint, device=self._device, slots=slots)
         plan = Plan((1, slots), of.plan.prompt, of.plan.tokens, 1, of.plan.vocabulary, of.plan.threads)
         subject = Subject(of.model, spec, plan, of.speed, self.result)
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each("steady", self._among(_FEW), lambda name: speed.measure_steady(subject, name))
 
     def _kernels(self) -> None:
@@ -203,7 +203,7 @@ class Check:
 
     def _rival(self, part: str, which: str, precisions: Sequence[str], batch: int) -> None:
         of = self._subject
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each(
             part,
             precisions,

@@ -36,8 +36,8 @@ async def _measure(
     from server.bench.http.own_server import own_server
     from server.bench.http.section import COLUMNS
     from server.bench.http.texts import Texts
-    from server.bench.table import Table
     from server.settings.server import ModelSettings
+    from server.tables import Table
 
     plan, which = subject.plan, {"model": subject.model, "precision": precision}
     settings = ModelSettings(model_id=source, device=subject.spec.device)

@@ -35,7 +35,7 @@ class Result:
         self.rows.append((model, row))
         self._report.add(row)
         self._report.rows[-1]["model"] = model
-        print(table.line(row), flush=True)
+        print(table.WHOLE.line(row), flush=True)
         self.save()
 
     def compare(self, model: str, row: Row) -> Row:

@@ -13,8 +13,8 @@ from server.bench.http.load import Limits, Load, LoadFigures, Shape
 from server.bench.http.own_server import own_server
 from server.bench.http.texts import Texts
 from server.bench.options import Options
-from server.bench.table import Column, Table
 from server.settings.types import ALL
+from server.tables import Column, Table
 from server.terminal import folded, say, terminal_width
 
 _SHARES = (0.5, 0.8, 1.2)
