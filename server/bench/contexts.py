@@ -11,9 +11,9 @@ from server.bench.contenders import EngineContender
 from server.bench.errors import BenchError
 from server.bench.figures import MILLISECONDS
 from server.bench.session import floor_bytes, prompts_of
+from server.tables import Column
 
 _TOKENS, _FEWEST = 24, 4  # generated at each length
-HEADING = f"{'precision':<13} {'context':>8} {'ms a token':>10} {'KV read':>8}"
 LEGEND = """\
 ms a token  one row, after a prompt of that length: median over repeats of the median time between its tokens
 KV read     bytes of keys and values that such a step reads ÷ all bytes that it reads"""
@@ -31,8 +31,13 @@ class ContextCost:
     kv_share: float
     """Of the bytes that a step reads, keys and values."""
 
-    def line(self) -> str:
-        return f"{self.precision:<13} {self.context:>8} {self.milliseconds:>10.3f} {self.kv_share:>8.0%}"
+
+COLUMNS: list[Column[ContextCost]] = [
+    Column("precision", "", 13, lambda row: row.precision, left=True),
+    Column("context", "", 8, lambda row: str(row.context)),
+    Column("ms a token", "", 10, lambda row: f"{row.milliseconds:.3f}"),
+    Column("KV read", "", 8, lambda row: f"{row.kv_share:.0%}"),
+]
 
 
 def tokens_after(context: int, limit: int) -> int:

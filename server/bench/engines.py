@@ -21,6 +21,7 @@ from server.bench.peers.export import export
 from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
+from server.bench.table import PrintedTable
 from server.host.threads import run_in_own_thread
 from server.terminal import folded, say
 
@@ -43,7 +44,6 @@ class Engines:
     ) -> None:
         self._options, self._spec, self._speed = options, spec, speed
         self._report, self._progress_of = report, progress_of
-        self._table, self._rows = table.engines(), list[Row]()
         self._threads: int = report.host["threads"]
         self._plan = Plan(
             batches=options.batch_sizes,
@@ -57,7 +57,7 @@ class Engines:
     def measure(self) -> None:
         """Raises: BenchError, LoaderError."""
         with self._reference() as reference, self._peers() as peers:
-            say(self._table.heading())
+            self._table = PrintedTable(table.COLUMNS, 3, table.LEGEND)
             for name in self._options.names():
                 with self._progress_of(name) as progress:
                     session = Session(
@@ -70,10 +70,8 @@ class Engines:
                         device=self._spec.device,
                     )
                     asyncio.run(session.measure())
-        if rest := self._table.rest(self._rows):
-            say(f"\n{rest}")
-        say(f"\n{folded(table.LEGEND)}\n")
-        if (warning := table.warning(self._rows)) is not None:
+        self._table.end()
+        if (warning := table.warning(self._table.rows)) is not None:
             say(f"{folded(warning)}\n")
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
@@ -117,5 +115,4 @@ class Engines:
 
     def _show(self, row: Row) -> None:
         self._report.add(row)
-        self._rows.append(row)
-        say(self._table.line(row))
+        self._table.add(row)

@@ -11,12 +11,9 @@ from server.bench.peak_memory import reset_peak, status_bytes, trim
 from server.host.subprocesses import start_command
 from server.host.threads import compute_with
 from server.settings.server import ModelSettings
+from server.tables import Column
 
 _MEGA = 1e6
-HEADING = (
-    f"{'precision':<13} {'checkpoint MB':>13} {'weights MB':>10} {'peak +MB':>9} {'ratio':>6} "
-    f"{'after +MB':>9} {'seconds':>8}"
-)
 LEGEND = """\
 peak         largest resident set while loading (VmHWM) − the one before, in a process that has loaded the
              bundled model in this precision already, so that no library's own memory is counted
@@ -41,15 +38,19 @@ class Loading:
             return None
         return self.peak_growth_bytes / (self.checkpoint_bytes + self.weights_bytes)
 
-    def line(self) -> str:
-        return (
-            f"{self.precision:<13} {_mega(self.checkpoint_bytes):>13} {_mega(self.weights_bytes):>10} "
-            f"{_mega(self.peak_growth_bytes):>9} {'–' if self.ratio is None else f'{self.ratio:.2f}':>6} "
-            f"{_mega(self.resident_growth_bytes):>9} {self.seconds:>8.2f}"
-        )
-
     def figures(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
+
+
+COLUMNS: list[Column[Loading]] = [
+    Column("precision", "", 13, lambda row: row.precision, left=True),
+    Column("checkpoint", "MB", 10, lambda row: _mega(row.checkpoint_bytes)),
+    Column("weights", "MB", 8, lambda row: _mega(row.weights_bytes)),
+    Column("peak", "+MB", 8, lambda row: _mega(row.peak_growth_bytes)),
+    Column("ratio", "", 6, lambda row: None if row.ratio is None else f"{row.ratio:.2f}"),
+    Column("after", "+MB", 8, lambda row: _mega(row.resident_growth_bytes)),
+    Column("seconds", "", 8, lambda row: f"{row.seconds:.2f}"),
+]
 
 
 def measure_loading(precision: str, settings: dict[str, Any], threads: int) -> Loading:
@@ -107,5 +108,5 @@ def _growth(field: str, before: int | None) -> int | None:
     return None if now is None or before is None else now - before
 
 
-def _mega(size: int | None) -> str:
-    return "–" if size is None else f"{size / _MEGA:.1f}"
+def _mega(size: int | None) -> str | None:
+    return None if size is None else f"{size / _MEGA:.1f}"

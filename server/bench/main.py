@@ -14,6 +14,7 @@ from server.bench.engines import Engines, ProgressOf
 from server.bench.errors import BenchError
 from server.bench.http.section import Serving
 from server.bench.options import Options
+from server.bench.table import PrintedTable
 from server.host.cpu import pin
 from server.host.threads import run_in_own_thread
 from server.settings.output import save
@@ -66,37 +67,31 @@ def _parts(
 
 
 def _loading(options: Options, report: Report) -> None:
-    _heading(loading.HEADING)
+    table = PrintedTable(loading.COLUMNS, 1, loading.LEGEND)
     rows = report.sections["loading"] = []
     for name in options.names():
         measured = loading.measure_loading(name, options.of_model(), report.host["threads"])
         rows.append(measured.figures())
-        say(measured.line())
-    say(f"\n{folded(loading.LEGEND)}\n")
+        table.add(measured)
+    table.end()
 
 
 def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: ProgressOf) -> None:
-    _heading(contexts.HEADING)
-    threads, costs = report.host["threads"], []
+    threads, table = report.host["threads"], PrintedTable(contexts.COLUMNS, 1, contexts.LEGEND)
 
     async def measure(name: str) -> None:
         with progress_of(name) as progress:
             loaded = run_in_own_thread(lambda: loaders.load(name, spec, progress), threads)
         async for cost in contexts.measure_contexts(loaded, options.context_lengths, options.repeat, threads):
-            costs.append(cost)
-            say(cost.line())
+            table.add(cost)
 
     for name in options.names():
         asyncio.run(measure(name))
-    report.sections["contexts"] = [asdict(cost) for cost in costs]
-    say(f"\n{folded(contexts.LEGEND)}\n")
+    report.sections["contexts"] = [asdict(cost) for cost in table.rows]
+    table.end()
     if options.plot is not None:
         title = f"{report.model['name']} on {report.host['cpu']}, {threads} threads"
-        say(contexts.plot(costs, title, options.plot) + "\n")
-
-
-def _heading(text: str) -> None:
-    say(f"{text}\n{'─' * len(text)}")
+        say(contexts.plot(table.rows, title, options.plot) + "\n")
 
 
 def _spec(options: Options, checkpoint: Checkpoint) -> ModelSpec:

@@ -1,11 +1,13 @@
 """The table of ``bitdial bench``: its columns, their legend, and a warning where the host was noisy."""
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from server.bench.session import Row
 from server.tables import Column, Table
-from server.terminal import terminal_width
+from server.terminal import folded, say, terminal_width
 
+_R = TypeVar("_R")
 _MEGA = 1e6
 _NOISY = 0.25  # spread above which a host is too noisy for its ratios to be relied on
 
@@ -63,9 +65,27 @@ WHOLE = Table(COLUMNS, 3, None)
 """All columns, whatever the terminal's width."""
 
 
-def engines() -> Table[Row]:
-    """The main table at the terminal's width."""
-    return Table(COLUMNS, 3, terminal_width())
+class PrintedTable(Generic[_R]):
+    """Prints each row as it is measured; the constructor prints the heading.
+
+    Args:
+        keys: the first so many columns name the row.
+    """
+
+    def __init__(self, columns: Sequence[Column[_R]], keys: int, legend: str) -> None:
+        self._table, self._legend = Table(columns, keys, terminal_width()), legend
+        self.rows: list[_R] = []
+        say(self._table.heading())
+
+    def add(self, row: _R) -> None:
+        self.rows.append(row)
+        say(self._table.line(row))
+
+    def end(self) -> None:
+        """Prints the columns that did not fit, and the legend."""
+        if rest := self._table.rest(self.rows):
+            say(f"\n{rest}")
+        say(f"\n{folded(self._legend)}\n")
 
 
 def warning(rows: Sequence[Row]) -> str | None:

@@ -13,9 +13,10 @@ from server.bench.http.load import Limits, Load, LoadFigures, Shape
 from server.bench.http.own_server import own_server
 from server.bench.http.texts import Texts
 from server.bench.options import Options
+from server.bench.table import PrintedTable
 from server.settings.types import ALL
-from server.tables import Column, Table
-from server.terminal import folded, say, terminal_width
+from server.tables import Column
+from server.terminal import folded, say
 
 _SHARES = (0.5, 0.8, 1.2)
 
@@ -56,13 +57,10 @@ class Serving:
 
     def measure(self) -> None:
         """Raises: BenchError, where a server can't be had or a check's request fails."""
-        self._table, self._lines = Table(COLUMNS, 2, terminal_width()), list[Line]()
-        say(self._table.heading())
+        self._table = PrintedTable(COLUMNS, 2, LEGEND)
         self._report.sections["http"] = []
         asyncio.run(self._all())
-        if rest := self._table.rest(self._lines):
-            say(f"\n{rest}")
-        say(f"\n{folded(LEGEND)}\n")
+        self._table.end()
 
     async def _all(self) -> None:
         if self._options.server_url is not None:
@@ -89,8 +87,7 @@ class Serving:
         shape = Shape(precision, self._options.prompt, self._options.tokens)
         async for figures in self._loads(Load(client, texts, shape, self._limits)):
             found["loads"].append(asdict(figures))
-            self._lines.append((precision, figures))
-            say(self._table.line(self._lines[-1]))
+            self._table.add((precision, figures))
         if self._options.http_checks:
             found |= await _checks(client, texts, precision)
 
