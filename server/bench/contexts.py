@@ -1,4 +1,4 @@
-"""What a token costs as its context grows: one row decoding after prompts of several lengths."""
+"""Decode time by context length: one row after prompts of several lengths."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ContextCost:
     milliseconds: float
     """From one token to the next."""
     kv_share: float
-    """Of the bytes that a step reads, keys and values."""
+    """Share of keys and values in the bytes that a step reads."""
 
 
 COLUMNS: list[Column[ContextCost]] = [
@@ -41,7 +41,7 @@ COLUMNS: list[Column[ContextCost]] = [
 
 
 def tokens_after(context: int, limit: int) -> int:
-    """Tokens generated after a prompt of that many.
+    """Number of tokens to generate after a prompt of ``context`` tokens.
 
     Raises:
         BenchError: the model's context leaves too little room.
@@ -55,7 +55,7 @@ def tokens_after(context: int, limit: int) -> int:
 async def measure_contexts(
     loaded: LoadedModel, contexts: Sequence[int], repeat: int, threads: int
 ) -> AsyncIterator[ContextCost]:
-    """Every length; the model is closed at the end."""
+    """Yields the cost at every length; closes the model at the end."""
     runner = loaded.runner
     engine = await EngineContender(loaded, threads).start()
     try:
@@ -75,7 +75,7 @@ async def measure_contexts(
 
 
 def plot(costs: Sequence[ContextCost], title: str, file: Path) -> str:
-    """Draws a line for every precision, as SVG; says in words what became of it."""
+    """Draws a line for every precision, as SVG; returns a message about the result."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""Every precision's engine, beside what it is compared with: the main table."""
+"""Every precision's engine and those it is compared with: the main table."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -26,17 +26,17 @@ from server.host.threads import run_in_own_thread
 from server.terminal import folded, say
 
 ProgressOf = Callable[[str], AbstractContextManager[Progress]]
-"""What is told of a precision's loading and measuring, by its name."""
+"""Returns a progress callback for loading and measuring a precision."""
 MakersOf = Callable[[str], list[MakeContender]]
-"""What makes the contenders of a precision."""
+"""Returns the factories of a precision's contenders."""
 
 
 class Engines:
-    """Measures one precision after the other and shows each row as it is known.
+    """Measures one precision after the other and prints each row as it is measured.
 
     Args:
-        speed: of the device's memory, for the floor.
-        report: takes the rows.
+        speed: measures the device's memory bandwidth, for the floor.
+        report: receives the rows.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Engines:
 
     @contextmanager
     def _peers(self) -> Iterator[MakersOf]:
-        """The process of the other engines, if they are wanted; the files made for it go afterwards."""
+        """Starts the process of the other engines, if requested; deletes its files at the end."""
         if not self._options.peers:
             yield lambda precision: []
             return

@@ -1,4 +1,4 @@
-"""Memory while a precision is loaded, each in a fresh process: what one load leaves would hide the next."""
+"""Memory while a precision is loaded, each in a new process, so that one load doesn't hide the next."""
 
 import json
 import subprocess
@@ -16,14 +16,14 @@ from server.tables import Column
 _MEGA = 1e6
 LEGEND = """\
 peak         largest resident set while loading (VmHWM) − the one before, in a process that has loaded the
-             bundled model in this precision already, so that no library's own memory is counted
+             bundled model in this precision already, so that the libraries' own memory is not counted
 ratio        peak ÷ (checkpoint + weights): files on disk and live tensors of the loaded precision
 after        resident set after loading − the one before"""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What loading one precision took. Bytes; None where the system doesn't tell."""
+    """Memory and time of loading one precision. Bytes; None if the system doesn't report them."""
 
     precision: str
     checkpoint_bytes: int
@@ -54,26 +54,26 @@ COLUMNS: list[Column[Loading]] = [
 
 
 def measure_loading(precision: str, settings: dict[str, Any], threads: int) -> Loading:
-    """In a new process on the same CPUs.
+    """Measures in a new process on the same CPUs.
 
     Args:
         settings: values of ``ModelSettings``.
 
     Raises:
-        BenchError: the process failed; its last line is in the message.
+        BenchError: the process failed; the message has its last line.
     """
     order = json.dumps({"precision": precision, "settings": settings, "threads": threads})
     done = subprocess.run(
         start_command("server.bench.loading", sys.executable), input=order, capture_output=True, text=True
     )
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise BenchError(f"loading {precision} in a process of its own failed: {last[0]}")
     return Loading(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    """The process: an order on its input, the figures on its output."""
+    """Entry point of the process: reads an order from stdin, prints the figures to stdout."""
     order = json.loads(sys.stdin.read())
     print(json.dumps(asdict(_measure(**order))))
 
@@ -92,7 +92,7 @@ def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
     reset_peak()
     resident = status_bytes("VmRSS")
     model = loaders.load(precision, chosen.spec(checkpoint, slots=1))
-    resident_growth = _growth("VmRSS", resident)  # first: to ask takes memory, too
+    resident_growth = _growth("VmRSS", resident)  # first: reading the status allocates too
     return Loading(
         precision=precision,
         checkpoint_bytes=checkpoint.file_bytes,

@@ -1,4 +1,4 @@
-"""``bitdial bench`` from its options to its last line."""
+"""Runs ``bitdial bench``: all parts in order, then the JSON."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from server.terminal import folded, say, say_json
 
 
 def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_of: ProgressOf) -> None:
-    """Measures and prints; the JSON comes last, with what there is if the measurement breaks off.
+    """Measures and prints; the JSON comes last, also after an error.
 
     Args:
-        open_checkpoint: called unless somebody's server is what is measured.
+        open_checkpoint: not called if an external server is measured.
 
     Raises:
         BenchError, LoaderError, NotSaved
@@ -53,7 +53,7 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
 def _parts(
     options: Options, spec: ModelSpec, speed: MemorySpeed, report: Report, progress_of: ProgressOf
 ) -> list[Callable[[], None]]:
-    """What was asked for, in the order in which it is done."""
+    """The requested parts, in order."""
     parts: list[Callable[[], None]] = []
     if options.engines:
         parts.append(Engines(options, spec, speed, report, progress_of).measure)
@@ -95,7 +95,7 @@ def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: Pr
 
 
 def _spec(options: Options, checkpoint: Checkpoint) -> ModelSpec:
-    """Raises: BenchError, where something asked for doesn't fit the model's context."""
+    """Raises: BenchError, if a requested length exceeds the model's context."""
     most = max(*options.batch_sizes, *(options.stream_counts if options.own_server else ()), 1)
     spec = options.spec(checkpoint, slots=most)
     for context in options.context_lengths:

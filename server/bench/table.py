@@ -37,7 +37,7 @@ COLUMNS: list[Column[Row]] = [
 ]
 
 LEGEND = """\
-prefill   rows × prompt tokens ÷ time until every row has its first token, where none goes on before
+prefill   rows × prompt tokens ÷ time until every row has its first token, in runs of one token
 decode    tokens ÷ time, while all rows decode: from the last row's first token to the first row's end
 spread    of the decode rates: (largest − smallest) ÷ median; every rate is the median over the repeats
 TTFT      time to first token: median over rows, all submitted at once;  ITL: time between a row's tokens
@@ -89,7 +89,7 @@ class PrintedTable(Generic[_R]):
 
 
 def warning(rows: Sequence[Row]) -> str | None:
-    """What is to be said of a host whose rates lay far apart; None of a quiet one."""
+    """A warning if the rates of a row differ widely between repeats; else None."""
     worst = max(rows, key=lambda row: row.figures.spread, default=None)
     if worst is None or worst.figures.spread <= _NOISY:
         return None

@@ -33,8 +33,8 @@ _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160
 _LEGEND = (
     "mean and max KL: divergence (nats) from {0}'s distributions after each prompt token;\n"
-    "top-1: prompt tokens after which both find the same one the most probable\n"
-    "times are of this one run; `bitdial report` tells which precision is the faster one"
+    "top-1: prompt tokens after which both predict the same one\n"
+    "times are of this one run; see `bitdial report` for which precision is faster"
 )
 
 
@@ -43,11 +43,11 @@ class Options(SamplingSettings):
 
     prompt: CliPositionalArg[str] = Field(STDIN, min_length=1, description=PROMPT_HELP)
     precisions: Precisions | None = precisions_option(_WHAT)
-    reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are held against")
+    reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are compared with")
     json_file: Output | None = json_option(_MORE, "write all figures and texts there", "nowhere")
 
     def names(self) -> tuple[str, ...]:
-        """The reference, then the precisions asked for; those this host can run if none were."""
+        """The reference, then the given precisions, or those this host can run."""
         names = listed(self.precisions, self.resolved_device())
         return tuple(dict.fromkeys((self.reference, *names)))
 
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str]) -> int:
         require(options.names(), options.resolved_device())
         rows = asyncio.run(_compare(options, read_prompt(options.prompt, arguments)))
         _show(rows, shutil.get_terminal_size().columns)
-        told = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
-        save(options.json_file, json.dumps(told, ensure_ascii=False))
+        document = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
+        save(options.json_file, json.dumps(document, ensure_ascii=False))
     except UsageError as error:
         complain("compare", error)
         return USAGE
@@ -70,7 +70,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def _compare(options: Options, prompt: str) -> list[Compared]:
-    from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
+    from loaders.checkpoint import (  # late: help must not wait for transformers
+        load_tokenizer,
+        open_checkpoint,
+    )
 
     checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     tokenizer = load_tokenizer(checkpoint)

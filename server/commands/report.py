@@ -34,7 +34,7 @@ class Options(ModelSettings):
     """
 
     precisions: Precisions | None = option(
-        None, _WHAT, "NAMES", "by comma, beside fp32, or all", unset="all that this host can run"
+        None, _WHAT, "NAMES", "by comma, besides fp32, or all", unset="all that this host can run"
     )
     text: Path | None = option(
         None,
@@ -58,7 +58,7 @@ class Options(ModelSettings):
     )
 
     def names(self) -> tuple[str, ...]:
-        """What is measured beside fp32."""
+        """Precisions measured besides fp32."""
         return listed(self.precisions, self.resolved_device())
 
     def draws(self) -> bool:
@@ -88,11 +88,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(options: Options) -> None:
-    from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+    from loaders.checkpoint import open_checkpoint  # late: help and usage must not wait for transformers
     from server.report import files
     from server.report.measuring import job
 
-    wishes = job.Wishes(
+    request = job.Wishes(
         options.names(),
         None if options.text is None else text_file(options.text),
         options.quality,
@@ -105,11 +105,11 @@ def _report(options: Options) -> None:
     bars = _Bars()
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        kept = job.make(options, checkpoint, wishes, bars)
+        kept = job.make(options, checkpoint, request, bars)
     finally:
         bars.close()
     _show(kept.document)
-    if not wishes.plots and options.plots:
+    if not request.plots and options.plots:
         print(f"\nNo plots: {plots.MISSING}")
     if options.out is not None:
         written = files.write(kept.document, kept.folder, options.out)

@@ -1,4 +1,4 @@
-"""What the commands that continue a prompt share: how it is continued, and whether it fits."""
+"""Shared by the commands that continue a prompt: sampling options, and encoding within the context."""
 
 import sys
 from collections.abc import Sequence
@@ -44,10 +44,10 @@ class SamplingSettings(ModelSettings):
 
 
 def read_prompt(given: str, arguments: Sequence[str]) -> str:
-    """The prompt: ``given``, or all of standard input for ``-``, without the newline that ends its last line.
+    """The prompt: ``given``, or all of standard input for ``-``, without its final newline.
 
     Args:
-        arguments: the command line, since an empty PROMPT in it counts as none when it is parsed.
+        arguments: the command line, since the parser treats an empty PROMPT as missing.
 
     Raises:
         UsageError: the prompt is empty, or standard input is not UTF-8.
@@ -71,11 +71,11 @@ def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int, voc
     """The prompt's ids.
 
     Args:
-        context: most tokens of prompt and continuation.
+        context: maximum tokens of prompt and continuation.
         vocabulary: ids are below it.
 
     Raises:
-        UsageError: the prompt can't be continued by so many tokens.
+        UsageError: prompt and continuation exceed the context.
     """
     ids = codec.encode(prompt)
     if not ids:

@@ -1,4 +1,4 @@
-"""Quality and layers' errors as tables on a terminal."""
+"""Tables of quality and of layers' errors on a terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ratio ±   perplexity ÷ fp32's, and its standard error (paired differences)
 KL        divergence from fp32's distribution, nats per token
 top-1     the same most probable token;  s: seconds of the passes
 RMS Δp    root mean square difference of the true token's probability
-same      tokens that greedy continuations share with fp32's before they part"""
+same      tokens that greedy continuations share with fp32's before they diverge"""
 LAYERS: list[Column] = [
     ("layer", lambda layer: layer.name),
     ("before", lambda layer: layer.kind_before),
@@ -59,7 +59,7 @@ def quality_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def layer_lines(report: LayerReport) -> list[str]:
-    """A heading, a row for each matrix, and the reasons for those that were kept."""
+    """A summary, a row for each matrix, and why some were kept unquantized."""
     reasons: dict[str, list[str]] = {}
     for layer in report.layers:
         if layer.reason is not None:

@@ -1,4 +1,4 @@
-"""Full-size models with random weights: the right bytes and the right speed, and text without meaning."""
+"""Full-size models with random weights: real sizes and speeds, meaningless text."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Shape:
     vocabulary: int = 50257
     context: int = 1024
     dtype: torch.dtype = torch.float32
-    """The checkpoint's: fewer bytes to write and read for the large one."""
+    """Of the checkpoint; bfloat16 halves the file of the large one."""
 
 
 GPT2 = Shape("gpt2", 768, 12, 12)
@@ -38,10 +38,10 @@ TINY, TINY_XL = (Shape(name, 64, layers, 2, 320, 256) for name, layers in (("tin
 
 
 def make(shape: Shape, folder: Path, device: str, tokenizer: Path | None) -> Path:
-    """Writes a checkpoint with random weights, made on the device, and a tokenizer.
+    """Writes a checkpoint with random weights, generated on the device, and a tokenizer.
 
     Args:
-        tokenizer: folder with one of that vocabulary; a stand-in is made if None.
+        tokenizer: folder with one of that vocabulary; ``stand_in`` if None.
     """
     torch.manual_seed(0)
     end = shape.vocabulary - 1
@@ -63,9 +63,9 @@ def make(shape: Shape, folder: Path, device: str, tokenizer: Path | None) -> Pat
 
 
 def stand_in(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of that many tokens: 256 bytes, letters that no text is cut into, and the end.
+    """A byte-level tokenizer of that many tokens: 256 bytes, unreachable letters, and the end.
 
-    So whatever a model with random weights generates has a text.
+    So every token that a model with random weights generates has a text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = ("".join(four) for four in product(ascii_lowercase, repeat=4))

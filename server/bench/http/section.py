@@ -1,4 +1,4 @@
-"""The part of the measurement that goes over HTTP, for one precision, as a table."""
+"""The part of the benchmark over HTTP, as a table."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -45,10 +45,10 @@ A client on the server's machine shares its CPUs: the figures are of both togeth
 
 
 class Serving:
-    """Loads a server in each precision: somebody's, or one of its own for each, one after another.
+    """Loads an external server in each precision, or starts one per precision, one after another.
 
     Args:
-        report: takes the figures, under ``http``.
+        report: receives the figures, under ``http``.
     """
 
     def __init__(self, options: Options, report: Report) -> None:
@@ -56,7 +56,7 @@ class Serving:
         self._limits = Limits(options.ttft_limit, options.gap_limit)
 
     def measure(self) -> None:
-        """Raises: BenchError, where a server can't be had or a check's request fails."""
+        """Raises: BenchError, if a server can't be started or a check's request fails."""
         self._table = PrintedTable(COLUMNS, 2, LEGEND)
         self._report.sections["http"] = []
         asyncio.run(self._all())
@@ -75,7 +75,7 @@ class Serving:
                 await self._one(client, name)
 
     def _names_elsewhere(self) -> tuple[str | None, ...]:
-        """Of another server, which may run on another host; None is its default."""
+        """Precisions of the external server; None is its default."""
         if self._options.precisions == ALL:
             raise BenchError("--precisions all: name them, since what that server can run isn't known here")
         return tuple(self._options.precisions or (None,))
@@ -92,7 +92,7 @@ class Serving:
             found |= await _checks(client, texts, precision)
 
     async def _loads(self, load: Load) -> AsyncIterator[LoadFigures]:
-        await load.closed_loop(1, 0)  # one request: the first pays for what only it needs
+        await load.closed_loop(1, 0)  # one request as warm-up
         capacity = 0.0
         for streams in self._options.stream_counts:
             figures = await load.closed_loop(streams, self._options.duration)
