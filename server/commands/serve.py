@@ -25,7 +25,7 @@ class Options(Settings):
     """Serve a model over HTTP; each request picks its precision.
 
     Every option is also an environment variable of the same name in capitals:
-    MAX_BATCH_SIZE=8 is --max-batch-size 8. The option takes precedence over the variable.
+    MAX_BATCH_SIZE=8 is --max-batch-size 8. Options override variables.
     """
 
 
