@@ -1,12 +1,13 @@
 """The tokens that end a text, from a checkpoint's configuration files and its tokenizer."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loaders.base import Checkpoint
+from loaders.config_check import read_json
+from loaders.errors import CheckpointError
 
 _FILE = "generation_config.json"
 
@@ -35,10 +36,9 @@ def with_end_token(checkpoint: Checkpoint, tokenizer: Any) -> Checkpoint:
 
 
 def _of_generation(folder: Path) -> Any:
-    file = folder / _FILE
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):  # an unreadable file counts as absent
+        found = read_json(folder / _FILE, folder.name)
+    except (FileNotFoundError, CheckpointError):  # an unreadable file counts as absent
         return None
     return found.get("eos_token_id") if isinstance(found, dict) else None
 

@@ -34,7 +34,7 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    _end_when_told()
+    _exit_on_sigterm()
     threads.limit_libraries()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         with end_at_once(f"bitdial {name}: interrupted"):
             _say_start(name, rest)
             return int(import_module(f"server.commands.{name}").main(rest))
-    except KeyboardInterrupt:  # of a command that ends other processes first
+    except KeyboardInterrupt:  # from a command that stops other processes first
         print(f"\nbitdial {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `bitdial … | head`
@@ -58,16 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say_start(name: str, arguments: Sequence[str]) -> None:
-    """Importing torch and transformers takes seconds in which a terminal would stay blank."""
+    """Prints a line first: importing torch and transformers takes seconds."""
     if sys.stderr.isatty() and not {"-h", "--help"} & set(arguments):
         print(f"bitdial {name}: loading PyTorch …", file=sys.stderr, flush=True)
 
 
-def _end_when_told() -> None:
-    """A container's first process ends on SIGTERM like any other.
+def _exit_on_sigterm() -> None:
+    """Makes process 1 of a container exit on SIGTERM.
 
-    The system ignores a signal that process 1 has no handler for; so while libraries are imported, or a model
-    is downloaded, nothing but SIGKILL would end it. A server that listens has its own handler.
+    The kernel ignores signals for which process 1 has no handler; while libraries are imported or a model is
+    downloaded, only SIGKILL would end it. A listening server installs its own handler.
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))

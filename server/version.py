@@ -1,4 +1,4 @@
-"""The version: pyproject.toml's, as the package was installed or as the folder says that this runs from."""
+"""The version of the installed package, or of pyproject.toml when run from a checkout."""
 
 import tomllib
 from importlib.metadata import PackageNotFoundError, version

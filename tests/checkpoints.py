@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-END = "<|endoftext|>"
+from server.bench.gpu.models import END, byte_level
+
 EXPLOSIVE = "x" * 60 + "z"
 VOCABULARY = 320  # 256 bytes, the end token, some merges; the rest of the rows are never produced by text
 
@@ -24,17 +25,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("Ġ", "a"), ("e", "r")]
     tokens = [END, *alphabet, *("".join(merge) for merge in merges)]
-    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END,
-        eos_token=END,
-        unk_token=END,
-        clean_up_tokenization_spaces=False,
-    )
+    return byte_level(tokens, merges)
 
 
 def exploding_tokenizer() -> PreTrainedTokenizerFast:

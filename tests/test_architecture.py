@@ -27,20 +27,52 @@ LAYERS = (
     "server.http server.engine",
     "server.settings",
     "server.host server.lifecycle",
-    "server.activity server.concurrency server.errors server.terminal server.version server",
+    "server.activity server.concurrency server.errors server.tables server.terminal server.version server",
     "loaders.quality loaders.layer_errors",
     "loaders.precisions",
     "loaders.footprint loaders.runners",
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",
-    "loaders.layers",
-    "loaders.hub loaders.end_tokens loaders.config_check loaders.kernels",
+    "loaders.layers loaders.end_tokens",
+    "loaders.hub loaders.config_check loaders.kernels",
     "loaders",
     "loaders.errors",
     "loaders.base",
     "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
 )
 """Rooms from the top down; a room imports from layers below its own."""
+MOST_LINES = 250
+LONG = {
+    "loaders/cuda/graph_runner.py": 300,
+    "loaders/quality/__init__.py": 251,
+    "server/service/generation.py": 285,
+    "server/service/pool.py": 266,
+    "scripts/overload.py": 314,
+    "scripts/train_bundled.py": 274,
+    "tests/bench/test_gpu_check.py": 351,
+    "tests/engine/test_engine.py": 324,
+    "tests/engine/test_overlap.py": 306,
+    "tests/host/test_threads.py": 267,
+    "tests/http/connection/test_early_refusal.py": 325,
+    "tests/http/connection/test_framing.py": 349,
+    "tests/http/connection/test_open_connections.py": 287,
+    "tests/http/connection/test_slow_clients.py": 265,
+    "tests/http/test_http_robustness.py": 252,
+    "tests/http/test_overload.py": 270,
+    "tests/loaders/cuda/test_graph_runner.py": 266,
+    "tests/loaders/quality/test_quality.py": 277,
+    "tests/report/test_report.py": 331,
+    "tests/report/test_report_noise.py": 292,
+    "tests/routes/openai/test_openai_extras.py": 334,
+    "tests/routes/test_admin.py": 277,
+    "tests/routes/test_compare.py": 262,
+    "tests/routes/test_generate.py": 267,
+    "tests/routes/test_places.py": 280,
+    "tests/routes/test_report_route.py": 369,
+    "tests/service/chat/test_chat_renderer.py": 286,
+    "tests/service/test_generation.py": 280,
+}
+"""Longer files, and their lines: entries shrink or go, none is added."""
 
 
 class Untyped(ast.NodeTransformer):
@@ -167,9 +199,16 @@ def test_every_precision_has_its_module() -> None:
     assert not set(loaders.ALIASES) & set(loaders.PRECISIONS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_fits_in_the_head(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
+def test_a_file_has_at_most_250_lines() -> None:
+    folders = (ROOT / name for name in ("loaders", "server", "scripts", "tests"))
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder in folders
+        for path in folder.rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > MOST_LINES
+    }
+    assert not {name: count for name, count in long.items() if count > LONG.get(name, 0)}
+    assert LONG.keys() <= long.keys(), "these are short enough now: drop them from the list"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loaders.quality import corpus
-from loaders.tokenizer_faults import is_tokenizer_fault
+from loaders.tokenizer_faults import is_tokenizer_fault, unknown_token
 
 BLOCK = 2**18  # bytes read and encoded at a time
 
@@ -98,15 +98,12 @@ class TokenStream:
         for number, piece in enumerate(self._text.pieces(self._block)):
             # a special first token (BOS) belongs only at the beginning of the text
             encoded = self._encoded(piece, add_special_tokens=number == 0)
-            largest = max(encoded["input_ids"], default=0)
-            if self._vocabulary is not None and largest >= self._vocabulary:
-                raise QualityError(
-                    f"the model has no token {largest} of {self._text.name}: "
-                    "its tokenizer knows more tokens than it"
-                )
-            self.tokens += len(encoded["input_ids"])
+            ids, most = encoded["input_ids"], self._vocabulary
+            if most is not None and (why := unknown_token(ids, most, self._text.name)) is not None:
+                raise QualityError(why)
+            self.tokens += len(ids)
             self.bytes += len(piece.encode())
-            yield from encoded["input_ids"]
+            yield from ids
 
     def _encoded(self, piece: str, add_special_tokens: bool) -> Any:
         try:

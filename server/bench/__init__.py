@@ -1,4 +1,4 @@
-"""Measuring: every precision through its engine, over HTTP, and beside the engines users would pick instead.
+"""Benchmarks of every precision: through its engine, over HTTP, and against alternative engines.
 
-docs/benchmarks.md explains what is measured, how, and how to read it.
+docs/benchmarks.md describes the measurements.
 """

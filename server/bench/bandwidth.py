@@ -1,4 +1,4 @@
-"""The host as a measurement meets it: pinned threads, and how fast its memory is."""
+"""Memory bandwidth of the device."""
 
 import time
 from collections.abc import Callable
@@ -16,10 +16,10 @@ _TRIES = 5
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes a second of the memory, on the threads that compute."""
+    """Memory bandwidth on the compute threads, in bytes per second."""
 
     copy: float
-    """Of a copy: bytes read and bytes written, both counted."""
+    """Of a copy, counting bytes read and bytes written."""
     read: float
     """Of a sum over a buffer: bytes read."""
 
@@ -33,7 +33,7 @@ class MemorySpeed:
         self._device = device
 
     def measure(self) -> Bandwidth:
-        """The best of a few tries each: what the memory can do, not what it does while others use it."""
+        """The best of a few tries each: the capacity of the memory, without other processes' share."""
         return run_in_own_thread(self._measure, self.threads)
 
     def _measure(self) -> Bandwidth:

@@ -1,4 +1,4 @@
-"""What can be measured: anything that continues a batch of prompts and tells when each token came."""
+"""The interface of a measured engine: it continues a batch of prompts and reports token times."""
 
 import asyncio
 import time
@@ -13,11 +13,11 @@ Prompts = list[list[int]]
 
 
 class Contender(Protocol):
-    """Loaded and idle between runs, so that several can be measured in turn."""
+    """A loaded engine, idle between runs, so that several can be measured in turn."""
 
     name: str
     weights_bytes: int | None
-    """Of all weight tensors; None where the engine doesn't tell."""
+    """Of all weight tensors; None if the engine doesn't report it."""
 
     async def run(self, prompts: Prompts, tokens: int) -> Run:
         """Continues the prompts together, greedily, each by exactly ``tokens`` tokens (2 or more)."""

@@ -1,4 +1,4 @@
-"""What a token costs as its context grows: one row decoding after prompts of several lengths."""
+"""Decode time by context length: one row after prompts of several lengths."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from server.bench.contenders import EngineContender
 from server.bench.errors import BenchError
 from server.bench.figures import MILLISECONDS
 from server.bench.session import floor_bytes, prompts_of
+from server.tables import Column
 
 _TOKENS, _FEWEST = 24, 4  # generated at each length
-HEADING = f"{'precision':<13} {'context':>8} {'ms a token':>10} {'KV read':>8}"
 LEGEND = """\
 ms a token  one row, after a prompt of that length: median over repeats of the median time between its tokens
 KV read     bytes of keys and values that such a step reads ÷ all bytes that it reads"""
@@ -29,14 +29,19 @@ class ContextCost:
     milliseconds: float
     """From one token to the next."""
     kv_share: float
-    """Of the bytes that a step reads, keys and values."""
+    """Share of keys and values in the bytes that a step reads."""
 
-    def line(self) -> str:
-        return f"{self.precision:<13} {self.context:>8} {self.milliseconds:>10.3f} {self.kv_share:>8.0%}"
+
+COLUMNS: list[Column[ContextCost]] = [
+    Column("precision", "", 13, lambda row: row.precision, left=True),
+    Column("context", "", 8, lambda row: str(row.context)),
+    Column("ms a token", "", 10, lambda row: f"{row.milliseconds:.3f}"),
+    Column("KV read", "", 8, lambda row: f"{row.kv_share:.0%}"),
+]
 
 
 def tokens_after(context: int, limit: int) -> int:
-    """Tokens generated after a prompt of that many.
+    """Number of tokens to generate after a prompt of ``context`` tokens.
 
     Raises:
         BenchError: the model's context leaves too little room.
@@ -50,7 +55,7 @@ def tokens_after(context: int, limit: int) -> int:
 async def measure_contexts(
     loaded: LoadedModel, contexts: Sequence[int], repeat: int, threads: int
 ) -> AsyncIterator[ContextCost]:
-    """Every length; the model is closed at the end."""
+    """Yields the cost at every length; closes the model at the end."""
     runner = loaded.runner
     engine = await EngineContender(loaded, threads).start()
     try:
@@ -70,7 +75,7 @@ async def measure_contexts(
 
 
 def plot(costs: Sequence[ContextCost], title: str, file: Path) -> str:
-    """Draws a line for every precision, as SVG; says in words what became of it."""
+    """Draws a line for every precision, as SVG; returns a message about the result."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""All that was measured as one JSON object: for a file, and for the last line on the terminal."""
+"""All figures as one JSON object: for a file, and for the last line of the output."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _GIGA = 1e9
 
 @dataclass
 class Report:
-    """Grows as things are measured; a section that wasn't asked for stays out."""
+    """The figures measured so far; sections that were not requested are absent."""
 
     host: dict[str, Any]
     model: dict[str, Any]
@@ -50,12 +50,12 @@ class Report:
         return json.dumps(plain(self.document()), separators=(",", ":"), allow_nan=False)
 
     def text(self) -> str:
-        """The same for people to read."""
+        """All of it as indented JSON."""
         return json.dumps(plain(self.document()), indent=1, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
-    """The same with None for what is no number: JSON knows no NaN."""
+    """The value with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -93,7 +93,7 @@ def row_figures(row: Row) -> dict[str, Any]:
 
 
 def client_facts(cpus: list[int] | None) -> dict[str, Any]:
-    """Of the machine that asks, where the one that answers is not known."""
+    """Facts about the client's machine, if the server's is unknown."""
     return {"client_cpu": cpu_name(), "client_pinned_to": cpus, "client_system": platform.platform()}
 
 
@@ -113,7 +113,7 @@ def host_facts(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "kernels": run_in_own_thread(kernels.describe, 1),  # it tries them out
+        "kernels": run_in_own_thread(kernels.describe, 1),  # runs them once
     }
 
 
@@ -128,7 +128,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def introduction(report: Report) -> str:
-    """What a reader must know to compare the figures with others."""
+    """The facts needed to compare the figures with others."""
     host, settings, model = report.host, report.settings, report.model
     pinned = host["pinned_to"]
     where = (

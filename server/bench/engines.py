@@ -1,4 +1,4 @@
-"""Every precision's engine, beside what it is compared with: the main table."""
+"""Every precision's engine and those it is compared with: the main table."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -21,21 +21,22 @@ from server.bench.peers.export import export
 from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
+from server.bench.table import PrintedTable
 from server.host.threads import run_in_own_thread
 from server.terminal import folded, say
 
 ProgressOf = Callable[[str], AbstractContextManager[Progress]]
-"""What is told of a precision's loading and measuring, by its name."""
+"""Returns a progress callback for loading and measuring a precision."""
 MakersOf = Callable[[str], list[MakeContender]]
-"""What makes the contenders of a precision."""
+"""Returns the factories of a precision's contenders."""
 
 
 class Engines:
-    """Measures one precision after the other and shows each row as it is known.
+    """Measures one precision after the other and prints each row as it is measured.
 
     Args:
-        speed: of the device's memory, for the floor.
-        report: takes the rows.
+        speed: measures the device's memory bandwidth, for the floor.
+        report: receives the rows.
     """
 
     def __init__(
@@ -43,7 +44,6 @@ class Engines:
     ) -> None:
         self._options, self._spec, self._speed = options, spec, speed
         self._report, self._progress_of = report, progress_of
-        self._table, self._rows = table.engines(), list[Row]()
         self._threads: int = report.host["threads"]
         self._plan = Plan(
             batches=options.batch_sizes,
@@ -57,7 +57,7 @@ class Engines:
     def measure(self) -> None:
         """Raises: BenchError, LoaderError."""
         with self._reference() as reference, self._peers() as peers:
-            say(self._table.heading())
+            self._table = PrintedTable(table.COLUMNS, 3, table.LEGEND)
             for name in self._options.names():
                 with self._progress_of(name) as progress:
                     session = Session(
@@ -70,10 +70,8 @@ class Engines:
                         device=self._spec.device,
                     )
                     asyncio.run(session.measure())
-        if rest := self._table.rest(self._rows):
-            say(f"\n{rest}")
-        say(f"\n{folded(table.LEGEND)}\n")
-        if (warning := table.warning(self._rows)) is not None:
+        self._table.end()
+        if (warning := table.warning(self._table.rows)) is not None:
             say(f"{folded(warning)}\n")
 
     def _load(self, name: str, progress: Progress) -> LoadedModel:
@@ -98,7 +96,7 @@ class Engines:
 
     @contextmanager
     def _peers(self) -> Iterator[MakersOf]:
-        """The process of the other engines, if they are wanted; the files made for it go afterwards."""
+        """Starts the process of the other engines, if requested; deletes its files at the end."""
         if not self._options.peers:
             yield lambda precision: []
             return
@@ -117,5 +115,4 @@ class Engines:
 
     def _show(self, row: Row) -> None:
         self._report.add(row)
-        self._rows.append(row)
-        say(self._table.line(row))
+        self._table.add(row)

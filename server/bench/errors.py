@@ -1,5 +1,5 @@
-"""How a measurement fails."""
+"""The error of a measurement."""
 
 
 class BenchError(Exception):
-    """It can't be made; the message says why and is fit to be shown."""
+    """A measurement failed; the message gives the reason and can be shown to users."""

@@ -1,4 +1,4 @@
-"""From the times at which tokens came to the figures that are shown; docs/benchmarks.md has the formulas."""
+"""Figures computed from token times; docs/benchmarks.md has the formulas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ MILLISECONDS = 1000.0
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a batch: all rows start at once, each generates as many tokens."""
+    """One run of a batch: all rows start together and generate the same number of tokens."""
 
     arrivals: Sequence[Sequence[float]]
     """Per row, seconds from the start to each token."""
     prefill_seconds: float
-    """Until every row has its first token, where no row goes on before."""
+    """Until every row has its first token, in a run of one token per row."""
     tokens: Sequence[Sequence[int]] = ()
     """Per row, the token ids."""
 
     @property
     def window(self) -> tuple[float, float]:
-        """From when the last row had its first token to when the first row ended: all rows are decoding."""
+        """Start and end of the time in which all rows decode: last first token to first end of a row."""
         return max(row[0] for row in self.arrivals), min(row[-1] for row in self.arrivals)
 
     @property
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Figures:
-    """What several runs of one batch come to: medians over the runs, percentiles over all their tokens."""
+    """Summary of several runs of one batch: medians over runs, percentiles over all tokens."""
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -67,7 +67,7 @@ class Figures:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least that share of them don't exceed (nearest rank); NaN of none."""
+    """Nearest-rank percentile; NaN without values."""
     if not values:
         return float("nan")
     return sorted(values)[max(ceil(share * len(values)) - 1, 0)]
@@ -100,7 +100,7 @@ def summarize(runs: Sequence[Run], prompt: int) -> Figures:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time a decode step can take if memory is the limit: its bytes ÷ the bandwidth."""
+    """The minimum time of a memory-bound decode step: its bytes ÷ the bandwidth."""
 
     weights_bytes: int
     """Read by every step, whatever the batch."""
@@ -118,7 +118,7 @@ class Floor:
         return self.rows / self.step_seconds
 
     def share(self, tokens_per_second: float) -> float:
-        """How near a measured rate comes to it: 1 is the limit."""
+        """A measured rate ÷ the limit."""
         return tokens_per_second / self.tokens_per_second
 
 

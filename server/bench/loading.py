@@ -1,4 +1,4 @@
-"""Memory while a precision is loaded, each in a fresh process: what one load leaves would hide the next."""
+"""Memory while a precision is loaded, each in a new process, so that one load doesn't hide the next."""
 
 import json
 import subprocess
@@ -11,22 +11,19 @@ from server.bench.peak_memory import reset_peak, status_bytes, trim
 from server.host.subprocesses import start_command
 from server.host.threads import compute_with
 from server.settings.server import ModelSettings
+from server.tables import Column
 
 _MEGA = 1e6
-HEADING = (
-    f"{'precision':<13} {'checkpoint MB':>13} {'weights MB':>10} {'peak +MB':>9} {'ratio':>6} "
-    f"{'after +MB':>9} {'seconds':>8}"
-)
 LEGEND = """\
 peak         largest resident set while loading (VmHWM) − the one before, in a process that has loaded the
-             bundled model in this precision already, so that no library's own memory is counted
+             bundled model in this precision already, so that the libraries' own memory is not counted
 ratio        peak ÷ (checkpoint + weights): files on disk and live tensors of the loaded precision
 after        resident set after loading − the one before"""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What loading one precision took. Bytes; None where the system doesn't tell."""
+    """Memory and time of loading one precision. Bytes; None if the system doesn't report them."""
 
     precision: str
     checkpoint_bytes: int
@@ -41,38 +38,42 @@ class Loading:
             return None
         return self.peak_growth_bytes / (self.checkpoint_bytes + self.weights_bytes)
 
-    def line(self) -> str:
-        return (
-            f"{self.precision:<13} {_mega(self.checkpoint_bytes):>13} {_mega(self.weights_bytes):>10} "
-            f"{_mega(self.peak_growth_bytes):>9} {'–' if self.ratio is None else f'{self.ratio:.2f}':>6} "
-            f"{_mega(self.resident_growth_bytes):>9} {self.seconds:>8.2f}"
-        )
-
     def figures(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
 
 
+COLUMNS: list[Column[Loading]] = [
+    Column("precision", "", 13, lambda row: row.precision, left=True),
+    Column("checkpoint", "MB", 10, lambda row: _mega(row.checkpoint_bytes)),
+    Column("weights", "MB", 8, lambda row: _mega(row.weights_bytes)),
+    Column("peak", "+MB", 8, lambda row: _mega(row.peak_growth_bytes)),
+    Column("ratio", "", 6, lambda row: None if row.ratio is None else f"{row.ratio:.2f}"),
+    Column("after", "+MB", 8, lambda row: _mega(row.resident_growth_bytes)),
+    Column("seconds", "", 8, lambda row: f"{row.seconds:.2f}"),
+]
+
+
 def measure_loading(precision: str, settings: dict[str, Any], threads: int) -> Loading:
-    """In a new process on the same CPUs.
+    """Measures in a new process on the same CPUs.
 
     Args:
         settings: values of ``ModelSettings``.
 
     Raises:
-        BenchError: the process failed; its last line is in the message.
+        BenchError: the process failed; the message has its last line.
     """
     order = json.dumps({"precision": precision, "settings": settings, "threads": threads})
     done = subprocess.run(
         start_command("server.bench.loading", sys.executable), input=order, capture_output=True, text=True
     )
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise BenchError(f"loading {precision} in a process of its own failed: {last[0]}")
     return Loading(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    """The process: an order on its input, the figures on its output."""
+    """Entry point of the process: reads an order from stdin, prints the figures to stdout."""
     order = json.loads(sys.stdin.read())
     print(json.dumps(asdict(_measure(**order))))
 
@@ -91,7 +92,7 @@ def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
     reset_peak()
     resident = status_bytes("VmRSS")
     model = loaders.load(precision, chosen.spec(checkpoint, slots=1))
-    resident_growth = _growth("VmRSS", resident)  # first: to ask takes memory, too
+    resident_growth = _growth("VmRSS", resident)  # first: reading the status allocates too
     return Loading(
         precision=precision,
         checkpoint_bytes=checkpoint.file_bytes,
@@ -107,5 +108,5 @@ def _growth(field: str, before: int | None) -> int | None:
     return None if now is None or before is None else now - before
 
 
-def _mega(size: int | None) -> str:
-    return "–" if size is None else f"{size / _MEGA:.1f}"
+def _mega(size: int | None) -> str | None:
+    return None if size is None else f"{size / _MEGA:.1f}"

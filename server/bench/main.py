@@ -1,4 +1,4 @@
-"""``bitdial bench`` from its options to its last line."""
+"""Runs ``bitdial bench``: all parts in order, then the JSON."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from server.bench.engines import Engines, ProgressOf
 from server.bench.errors import BenchError
 from server.bench.http.section import Serving
 from server.bench.options import Options
+from server.bench.table import PrintedTable
 from server.host.cpu import pin
 from server.host.threads import run_in_own_thread
 from server.settings.output import save
@@ -21,10 +22,10 @@ from server.terminal import folded, say, say_json
 
 
 def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_of: ProgressOf) -> None:
-    """Measures and prints; the JSON comes last, with what there is if the measurement breaks off.
+    """Measures and prints; the JSON comes last, also after an error.
 
     Args:
-        open_checkpoint: called unless somebody's server is what is measured.
+        open_checkpoint: not called if an external server is measured.
 
     Raises:
         BenchError, LoaderError, NotSaved
@@ -52,7 +53,7 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
 def _parts(
     options: Options, spec: ModelSpec, speed: MemorySpeed, report: Report, progress_of: ProgressOf
 ) -> list[Callable[[], None]]:
-    """What was asked for, in the order in which it is done."""
+    """The requested parts, in order."""
     parts: list[Callable[[], None]] = []
     if options.engines:
         parts.append(Engines(options, spec, speed, report, progress_of).measure)
@@ -66,41 +67,35 @@ def _parts(
 
 
 def _loading(options: Options, report: Report) -> None:
-    _heading(loading.HEADING)
+    table = PrintedTable(loading.COLUMNS, 1, loading.LEGEND)
     rows = report.sections["loading"] = []
     for name in options.names():
         measured = loading.measure_loading(name, options.of_model(), report.host["threads"])
         rows.append(measured.figures())
-        say(measured.line())
-    say(f"\n{folded(loading.LEGEND)}\n")
+        table.add(measured)
+    table.end()
 
 
 def _contexts(options: Options, spec: ModelSpec, report: Report, progress_of: ProgressOf) -> None:
-    _heading(contexts.HEADING)
-    threads, costs = report.host["threads"], []
+    threads, table = report.host["threads"], PrintedTable(contexts.COLUMNS, 1, contexts.LEGEND)
 
     async def measure(name: str) -> None:
         with progress_of(name) as progress:
             loaded = run_in_own_thread(lambda: loaders.load(name, spec, progress), threads)
         async for cost in contexts.measure_contexts(loaded, options.context_lengths, options.repeat, threads):
-            costs.append(cost)
-            say(cost.line())
+            table.add(cost)
 
     for name in options.names():
         asyncio.run(measure(name))
-    report.sections["contexts"] = [asdict(cost) for cost in costs]
-    say(f"\n{folded(contexts.LEGEND)}\n")
+    report.sections["contexts"] = [asdict(cost) for cost in table.rows]
+    table.end()
     if options.plot is not None:
         title = f"{report.model['name']} on {report.host['cpu']}, {threads} threads"
-        say(contexts.plot(costs, title, options.plot) + "\n")
-
-
-def _heading(text: str) -> None:
-    say(f"{text}\n{'─' * len(text)}")
+        say(contexts.plot(table.rows, title, options.plot) + "\n")
 
 
 def _spec(options: Options, checkpoint: Checkpoint) -> ModelSpec:
-    """Raises: BenchError, where something asked for doesn't fit the model's context."""
+    """Raises: BenchError, if a requested length exceeds the model's context."""
     most = max(*options.batch_sizes, *(options.stream_counts if options.own_server else ()), 1)
     spec = options.spec(checkpoint, slots=most)
     for context in options.context_lengths:

@@ -1,4 +1,4 @@
-"""What ``bitdial bench`` can be told."""
+"""Options of ``bitdial bench``."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def parse_rates(value: Any) -> Any:
 
 
 def _parse(value: Any, kind: type[int] | type[float], least: float, what: str) -> Any:
-    """A text, or the parts of one, which the command line has split already."""
+    """Parses a text, or the parts into which the command line has split it."""
     if value is None:
         return None
     parts = [part for part in (value.split(",") if isinstance(value, str) else value) if str(part).strip()]
@@ -59,7 +59,10 @@ class Options(ModelSettings):
     generate: bool = option(True, _BESIDE, None, "measure generate of transformers too")
 
     peers: bool = option(
-        False, _BESIDE, None, "measure llama.cpp and CTranslate2 too, installed apart at the first time"
+        False,
+        _BESIDE,
+        None,
+        "measure llama.cpp and CTranslate2 too, installed into their own environment once",
     )
     peers_venv: Path | None = option(
         None, _BESIDE, "FOLDER", "virtual environment that has them", unset="one in the user's cache"
@@ -96,20 +99,20 @@ class Options(ModelSettings):
         None, _MORE, "LENGTHS", "measure a token's cost after so many tokens, by comma", unset="not measured"
     )
     plot: Output | None = option(None, _MORE, "FILE", "draw the costs by context, as SVG", unset="no plot")
-    engines: bool = option(True, _MORE, None, "measure the engines; without, only what else is asked for")
+    engines: bool = option(True, _MORE, None, "measure the engines; without, only the other requested parts")
     json_file: Output | None = json_option(_MORE, "write all figures there as well", "nowhere")
 
     def shown(self) -> dict[str, Any]:
-        """What a report tells of them: no path, no key."""
+        """The options shown in a report: no paths, no key."""
         return self.model_dump(mode="json", exclude=_PRIVATE)
 
     def of_model(self) -> dict[str, Any]:
-        """The settings of the model alone, for another process."""
+        """The model settings only, for another process."""
         return self.model_dump(mode="json", include=set(ModelSettings.model_fields))
 
     @property
     def server_url(self) -> str | None:
-        """The address of somebody's server, where that is what is measured."""
+        """The address of the external server to measure, if any."""
         return None if self.http == OWN_SERVER else self.http
 
     @property
@@ -122,7 +125,7 @@ class Options(ModelSettings):
 
     @property
     def arrival_rates(self) -> tuple[float, ...]:
-        """Empty: to be chosen by what the server can do."""
+        """Empty: chosen by the server's measured capacity."""
         return cast(tuple[float, ...], self.rates or ())
 
     @property
@@ -134,5 +137,5 @@ class Options(ModelSettings):
         return cast(tuple[int, ...], self.batches)
 
     def names(self) -> tuple[str, ...]:
-        """The precisions asked for; those this host can run if none were."""
+        """The given precisions, or those this host can run."""
         return listed(self.precisions, self.resolved_device())

@@ -1,6 +1,6 @@
-"""Memory of this process: what is held, and the most that was since a moment.
+"""Memory of this process: current, and its peak since a moment.
 
-On a CPU that is the resident set, of which only Linux tells; on a GPU what torch's allocator has given out.
+On a CPU the resident set, which only Linux reports; on a GPU the memory allocated by torch.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ _RESET_PEAK = "5"  # proc(5), clear_refs
 
 
 class Peak(Protocol):
-    """What has been taken since it was made, at its highest."""
+    """Peak memory growth since construction."""
 
     def growth(self) -> int | None:
-        """Bytes; None where nobody tells."""
+        """Bytes; None if unknown."""
         ...
 
 
 def peak_on(device: str) -> Peak:
-    """Of the memory that a model on this device takes."""
+    """The ``Peak`` of the memory that models on this device use."""
     return DevicePeak() if device == "cuda" else PeakMemory()
 
 
 class DevicePeak:
-    """Growth of what torch's allocator has given out on the card."""
+    """Growth of the memory allocated by torch on the GPU."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -42,30 +42,30 @@ class DevicePeak:
 
 
 class PeakMemory:
-    """Growth of the resident set since it was made, at its highest (VmHWM − VmRSS at the beginning)."""
+    """Growth of the peak resident set: VmHWM − VmRSS at construction."""
 
     def __init__(self) -> None:
         trim()
-        self._known = reset_peak()
+        self._was_reset = reset_peak()
         self._before = status_bytes("VmRSS")
 
     def growth(self) -> int | None:
-        """Bytes; None where the system doesn't tell, or can't forget an older peak."""
+        """Bytes; None if the system doesn't report it, or can't reset the peak."""
         peak = status_bytes("VmHWM")
-        if not self._known or peak is None or self._before is None:
+        if not self._was_reset or peak is None or self._before is None:
             return None
         return peak - self._before
 
 
 def trim() -> None:
-    """Gives freed memory back to the system where the C library can: kept, it would hide a growth."""
+    """Returns freed memory to the system if the C library can: kept memory would hide growth."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> bool:
-    """Makes the peak of this process what is resident now; whether it could be done."""
+    """Resets this process's peak to the current resident set; returns whether that worked."""
     try:
         (_SELF / "clear_refs").write_text(_RESET_PEAK)
     except OSError:
@@ -74,7 +74,7 @@ def reset_peak() -> bool:
 
 
 def status_bytes(field: str) -> int | None:
-    """A size out of /proc/self/status, such as ``VmRSS`` or ``VmHWM``."""
+    """A size from /proc/self/status, such as ``VmRSS`` or ``VmHWM``."""
     try:
         found = re.search(rf"^{field}:\s*(\d+) kB", (_SELF / "status").read_text(), re.M)
     except OSError:

@@ -1,4 +1,4 @@
-"""The other end of ``worker``: a process, and what is loaded in it as something to measure."""
+"""The parent's end of ``worker``: a process, and the engines loaded in it as contenders."""
 
 import asyncio
 import json
@@ -16,21 +16,23 @@ from server.host.subprocesses import start_command
 
 
 class WorkerProcess:
-    """Started at once, on the CPUs that this process is bound to; ended by leaving it.
+    """A process started by the constructor on this process's CPUs, stopped on exit of the context.
 
     Args:
-        module: whose ``main`` serves.
-        python: interpreter of the environment that has what it imports.
+        module: its ``main`` serves.
+        python: interpreter of the environment with its imports.
     """
 
     def __init__(self, module: str, python: Path | str = sys.executable) -> None:
-        keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
+        }
         self._process = subprocess.Popen(
             start_command(module, python),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=keep,
+            env=environment,
         )
 
     def __enter__(self) -> "WorkerProcess":
@@ -51,7 +53,7 @@ class WorkerProcess:
         """Sends an order and waits for its answer.
 
         Raises:
-            BenchError: it failed, or the process is gone.
+            BenchError: the order failed, or the process has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -68,13 +70,13 @@ class WorkerProcess:
         return answer
 
     async def load(self, name: str, engine: str, **options: Any) -> "RemoteContender":
-        """Loads an engine; ``name`` is what it is shown as."""
+        """Loads an engine, shown as ``name``."""
         answer = await asyncio.to_thread(self.ask, do="load", key=name, engine=engine, **options)
         return RemoteContender(self, name, answer["weights_bytes"])
 
 
 class RemoteContender:
-    """An engine in a ``WorkerProcess``; times are taken there, as its own user would take them."""
+    """An engine in a ``WorkerProcess``, which measures the times itself."""
 
     def __init__(self, process: WorkerProcess, name: str, weights_bytes: int | None) -> None:
         self._process, self.name, self.weights_bytes = process, name, weights_bytes

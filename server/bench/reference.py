@@ -1,4 +1,4 @@
-"""``transformers``' own ``generate``, as one of its users would load and call it: the reference of speed."""
+"""``transformers``' own ``generate``, loaded and called as usual: the reference for speed."""
 
 import time
 import warnings
@@ -27,7 +27,7 @@ def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine
         settings: values of ``ModelSettings``.
     """
     from server.host.threads import compute_with
-    from server.settings.server import ModelSettings  # here: who measures without a server needs none of it
+    from server.settings.server import ModelSettings  # here: without a server its packages are not needed
 
     compute_with(threads)
     chosen = ModelSettings(**settings)
@@ -35,7 +35,7 @@ def _make(precision: str, settings: dict[str, Any], threads: int) -> BatchEngine
 
 
 class Generate:
-    """A plain ``transformers`` model in one precision; none of its layers is this project's."""
+    """A plain ``transformers`` model in one precision, without this project's layers."""
 
     def __init__(self, precision: str, spec: ModelSpec, **options: Any) -> None:
         """
@@ -44,12 +44,12 @@ class Generate:
         """
         self._model: Any = load_reference(precision, spec)
         self._options = options
-        self.weights_bytes: int | None = None  # get_memory_footprint leaves some out
-        self._model.generation_config.eos_token_id = None  # every row goes on to the asked length
+        self.weights_bytes: int | None = None  # get_memory_footprint is incomplete
+        self._model.generation_config.eos_token_id = None  # every row generates all tokens
 
     def run(self, prompts: list[list[int]], tokens: int) -> tuple[list[float], list[list[int]]]:
         ids = torch.tensor(prompts, device=self._model.device)
-        clock = _Clock()
+        clock = _StepTimes()
         with torch.inference_mode():
             output = self._model.generate(
                 ids,
@@ -66,8 +66,8 @@ class Generate:
         self._model = None
 
 
-class _Clock:
-    """A streamer that keeps the time of each step; the first that ``generate`` gives it is the prompt."""
+class _StepTimes:
+    """A streamer that records the time of each step; ``generate`` passes the prompt first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -84,10 +84,10 @@ class _Clock:
 
 
 def load_reference(precision: str, spec: ModelSpec) -> Any:
-    """The model in that precision by what ``transformers`` and torch offer.
+    """The model in that precision, loaded by ``transformers`` and torch alone.
 
-    fp32, bf16, fp16: ``from_pretrained``. int8, nf4, fp4: ``BitsAndBytesConfig``, set as ``spec`` has it.
-    dynamic-int8: ``quantize_dynamic``, GPT-2's Conv1D made nn.Linear first, which it would skip.
+    fp32, bf16, fp16: ``from_pretrained``. int8, nf4, fp4: ``BitsAndBytesConfig``, configured by ``spec``.
+    dynamic-int8: ``quantize_dynamic``, after replacing GPT-2's Conv1D, which it would skip, by nn.Linear.
     """
     if precision in DTYPES:
         return load_pretrained(spec, ignore_progress, dtype=DTYPES[precision], device_map=spec.device)
@@ -107,5 +107,5 @@ def _quantize_dynamic(model: Any) -> Any:
         if isinstance(module, Conv1D):
             model.set_submodule(name, to_linear(module))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces torchao as its successor
+        warnings.simplefilter("ignore")  # torch deprecates it in favour of torchao
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)

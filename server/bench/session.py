@@ -1,4 +1,4 @@
-"""A precision's measurement: all is loaded side by side and runs in turn, so that noise is unfair to none."""
+"""A precision's measurement: all engines are loaded together and run in turn, so that noise affects all."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ from server.bench.figures import Figures, Floor, Run, mean_context, summarize
 from server.bench.peak_memory import Peak, peak_on
 
 _WARM_UP_TOKENS = 8
-_PAUSE = 0.3  # seconds after which the idle threads of the one before sleep: Intel's OpenMP waits 0.2 awake
+_PAUSE = 0.3  # seconds until the previous engine's threads sleep: Intel's OpenMP spins for 0.2
 MakeContender = Callable[[], Awaitable[Contender]]
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, whatever the precision."""
+    """The runs, equal for all precisions."""
 
     batches: tuple[int, ...]
     prompt: int
@@ -32,7 +32,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class OwnMemory:
-    """Bytes of a loaded precision beside its weights; the peak is None where the system doesn't tell."""
+    """Bytes of a loaded precision besides its weights; the peak is None if unknown."""
 
     kv_cache_bytes: int
     peak_growth_bytes: int | None
@@ -50,9 +50,9 @@ class Row:
     ratio: float | None = None
     """bitdial's decode rate ÷ this engine's; None for bitdial itself."""
     ratios: tuple[float, ...] = ()
-    """The same of each repeat."""
+    """The ratio of each repeat."""
     same_tokens: float | None = None
-    """Share of the tokens that equal bitdial's, each row counted up to the first that differs."""
+    """Share of tokens equal to bitdial's, each row counted up to its first difference."""
     memory: OwnMemory | None = None
     floor: Floor | None = None
     bandwidth: Bandwidth | None = None
@@ -60,11 +60,11 @@ class Row:
 
 @dataclass
 class Session:
-    """Measures one loaded precision beside others.
+    """Measures one precision and other engines in turn.
 
     Args:
-        load: loads it; called by ``measure``, so that its memory is seen to grow.
-        others: what it is measured beside, made once it has been loaded and its memory was measured.
+        load: loads the precision; called by ``measure``, which measures the memory growth.
+        others: factories of the other engines, called after that.
     """
 
     plan: Plan
@@ -75,7 +75,7 @@ class Session:
     show: Callable[[Row], None]
     device: str = "cpu"
     inspect: Callable[[LoadedModel], None] = lambda _: None
-    """Called with the loaded precision when all has been run, while it is idle."""
+    """Called with the loaded precision after all runs, while it is idle."""
     rows: list[Row] = field(default_factory=list)
 
     async def measure(self) -> list[Row]:
@@ -124,7 +124,7 @@ class Session:
         return runs, middle(bandwidths)
 
     def _rows(self, precision: str, size: int, runs: dict[str, list[Run]]) -> Iterator[Row]:
-        """One a contender, in their order; the first is what the others are compared with."""
+        """One row per contender, in order; the others are compared with the first."""
         ours, *_ = runs.values()
         our_rate = summarize(ours, self.plan.prompt).decode_tokens_per_second
         for name, several in runs.items():
@@ -142,14 +142,14 @@ class Session:
 
 
 def prompts_of(rows: int, length: int, vocabulary: int) -> Prompts:
-    """Random token ids; the same for the same arguments."""
+    """Random token ids, deterministic by the arguments."""
     generator = torch.Generator().manual_seed(7)
     found: Prompts = torch.randint(1, vocabulary, (rows, length), generator=generator).tolist()
     return found
 
 
 def same_tokens(one: Run, other: Run) -> float | None:
-    """Share of ``one``'s tokens that ``other`` has too, each row counted up to the first difference."""
+    """Share of ``one``'s tokens equal to ``other``'s, each row counted up to its first difference."""
     if not other.tokens:
         return None
     same = total = 0
@@ -161,13 +161,13 @@ def same_tokens(one: Run, other: Run) -> float | None:
 
 
 def floor_of(loaded: LoadedModel, rows: int, plan: Plan, bandwidth: Bandwidth) -> Floor:
-    """Of a step of that many rows in the middle of a run."""
+    """The floor of a step of ``rows`` rows in the middle of a run."""
     weights, kv = floor_bytes(loaded, rows * mean_context(plan.prompt, plan.tokens))
     return Floor(weights, kv, bandwidth.copy, rows)
 
 
 def floor_bytes(loaded: LoadedModel, cached_tokens: float) -> tuple[int, float]:
-    """What a step must read: the weights that it multiplies with; keys and values of all tokens in play."""
+    """Bytes that a step must read: its weight matrices, and keys and values of all cached tokens."""
     runner, footprint = loaded.runner, loaded.footprint
     per_token = getattr(runner, "token_bytes", runner.kv_cache_bytes / (runner.slots * runner.context))
     return footprint.weights_bytes - footprint.lookup_bytes, cached_tokens * per_token

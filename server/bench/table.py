@@ -1,32 +1,15 @@
-"""The measurement's tables: rows are printed as they are measured, within the terminal's width."""
+"""The table of ``bitdial bench``: its columns, their legend, and a warning where the host was noisy."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from server.bench.session import Row
-from server.terminal import terminal_width
-
-_MEGA = 1e6
-_UNKNOWN = "–"
-_NOISY = 0.25  # spread above which a host is too noisy for its ratios to be relied on
-
+from server.tables import Column, Table
+from server.terminal import folded, say, terminal_width
 
 _R = TypeVar("_R")
-
-
-@dataclass(frozen=True)
-class Column(Generic[_R]):
-    """A heading, its unit beneath, and what a row shows there (None: nothing is known)."""
-
-    name: str
-    unit: str
-    width: int
-    value: Callable[[_R], str | None]
-    left: bool = False
-
-    def place(self, text: str) -> str:
-        return text.ljust(self.width) if self.left else text.rjust(self.width)
+_MEGA = 1e6
+_NOISY = 0.25  # spread above which a host is too noisy for its ratios to be relied on
 
 
 def _peak(row: Row) -> str | None:
@@ -54,7 +37,7 @@ COLUMNS: list[Column[Row]] = [
 ]
 
 LEGEND = """\
-prefill   rows × prompt tokens ÷ time until every row has its first token, where none goes on before
+prefill   rows × prompt tokens ÷ time until every row has its first token, in runs of one token
 decode    tokens ÷ time, while all rows decode: from the last row's first token to the first row's end
 spread    of the decode rates: (largest − smallest) ÷ median; every rate is the median over the repeats
 TTFT      time to first token: median over rows, all submitted at once;  ITL: time between a row's tokens
@@ -78,42 +61,35 @@ def _share(row: Row) -> float:
     return row.floor.share(row.figures.decode_tokens_per_second)
 
 
-class Table(Generic[_R]):
-    """A table whose rows are known one after another.
+WHOLE = Table(COLUMNS, 3, None)
+"""All columns, whatever the terminal's width."""
 
-    On a terminal that is too narrow, ``heading`` and ``line`` show the columns that fit; ``rest`` shows the
-    others when all rows are known.
+
+class PrintedTable(Generic[_R]):
+    """Prints each row as it is measured; the constructor prints the heading.
 
     Args:
-        keys: so many columns name the row; they stand in every part.
-        width: of the terminal, in columns; None: no limit.
+        keys: the first so many columns name the row.
     """
 
-    def __init__(self, columns: Sequence[Column[_R]], keys: int, width: int | None) -> None:
-        self._parts = list(_parts(columns, keys, width))
+    def __init__(self, columns: Sequence[Column[_R]], keys: int, legend: str) -> None:
+        self._table, self._legend = Table(columns, keys, terminal_width()), legend
+        self.rows: list[_R] = []
+        say(self._table.heading())
 
-    def heading(self) -> str:
-        """The lines above the rows."""
-        return _heading(self._parts[0])
+    def add(self, row: _R) -> None:
+        self.rows.append(row)
+        say(self._table.line(row))
 
-    def line(self, row: _R) -> str:
-        return _line(self._parts[0], row)
-
-    def rest(self, rows: Sequence[_R]) -> str:
-        """The columns that did not fit, a table below the other; empty where all did."""
-        tables = (
-            "\n".join([_heading(part), *(_line(part, row) for row in rows)]) for part in self._parts[1:]
-        )
-        return "\n\n".join(tables)
-
-
-def engines() -> Table[Row]:
-    """The main table at the terminal's width."""
-    return Table(COLUMNS, 3, terminal_width())
+    def end(self) -> None:
+        """Prints the columns that did not fit, and the legend."""
+        if rest := self._table.rest(self.rows):
+            say(f"\n{rest}")
+        say(f"\n{folded(self._legend)}\n")
 
 
 def warning(rows: Sequence[Row]) -> str | None:
-    """What is to be said of a host whose rates lay far apart; None of a quiet one."""
+    """A warning if the rates of a row differ widely between repeats; else None."""
     worst = max(rows, key=lambda row: row.figures.spread, default=None)
     if worst is None or worst.figures.spread <= _NOISY:
         return None
@@ -123,35 +99,3 @@ def warning(rows: Sequence[Row]) -> str | None:
         "Of rates and ratios that differ by less nothing follows; measure again on an idle host, "
         "with a larger --repeat."
     )
-
-
-def heading() -> str:
-    """The lines above the rows, all columns."""
-    return _heading(COLUMNS)
-
-
-def line(row: Row) -> str:
-    return _line(COLUMNS, row)
-
-
-def _heading(columns: Sequence[Column[_R]]) -> str:
-    names = "  ".join(column.place(column.name) for column in columns).rstrip()
-    units = "  ".join(column.place(column.unit) for column in columns).rstrip()
-    rule = "─" * max(len(names), len(units))
-    return "\n".join(filter(None, (names, units, rule)))
-
-
-def _line(columns: Sequence[Column[_R]], row: _R) -> str:
-    return "  ".join(column.place(column.value(row) or _UNKNOWN) for column in columns).rstrip()
-
-
-def _parts(columns: Sequence[Column[_R]], keys: int, width: int | None) -> Iterator[list[Column[_R]]]:
-    """As many columns beside each other as fit, after the keys; at least one."""
-    part = list(columns[:keys])
-    for column in columns[keys:]:
-        used = sum(one.width + 2 for one in part)
-        if width is not None and used + column.width > width and len(part) > keys:
-            yield part
-            part = list(columns[:keys])
-        part.append(column)
-    yield part

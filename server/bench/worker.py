@@ -1,11 +1,11 @@
-"""A process that loads and runs what is measured: orders come as lines of JSON, answers go as lines of JSON.
+"""A process that loads and runs measured engines: reads orders and writes answers as lines of JSON.
 
     {"do": "load", "key": …, "engine": "llama.cpp", …}         →  {"weights_bytes": …}
     {"do": "run", "key": …, "prompts": [[…]], "tokens": 48}    →  {"times": […], "tokens": [[…]]}
     {"do": "unload", "key": …}                                 →  {}
 
-An answer with "error" says what went wrong. The end of the input is the end of the process. A process of its
-own, because each engine's threads wait in their own way, and would be in each other's in one.
+An answer with "error" has the reason of a failure. The process ends at the end of its input. Engines run in
+processes of their own because each engine's threads spin while idle, and would slow down the others.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 
 class BatchEngine(Protocol):
-    """Something loaded that continues a batch in lockstep."""
+    """A loaded engine that continues a batch in lockstep."""
 
     weights_bytes: int | None
 
@@ -28,10 +28,10 @@ class BatchEngine(Protocol):
 
 
 class Worker:
-    """Obeys orders.
+    """Executes orders.
 
     Args:
-        makers: by engine; each is called with what else stands in the order to load.
+        makers: factories by engine, called with the other fields of the load order.
         versions: of the libraries, by name.
     """
 
@@ -40,7 +40,7 @@ class Worker:
         self._engines: dict[str, BatchEngine] = {}
 
     def answer(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Raises nothing: a fault is an answer."""
+        """Never raises: an exception becomes an answer."""
         try:
             answered: dict[str, Any] = getattr(self, f"_{order.pop('do')}")(**order)
         except Exception as error:
@@ -48,9 +48,9 @@ class Worker:
         return answered
 
     def serve(self) -> None:
-        """Until the input ends."""
+        """Serves until the input ends."""
         answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print must not stand between the answers
+        os.dup2(2, 1)  # keeps output of libraries out of the answers
         for line in sys.stdin:
             print(json.dumps(self.answer(json.loads(line))), file=answers, flush=True)
 

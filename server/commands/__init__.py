@@ -1,4 +1,4 @@
-"""What the subcommands share: settings from a command line, errors as one line."""
+"""Shared by the subcommands: settings from a command line, errors as one line."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ _Options = TypeVar("_Options", bound=BaseSettings)
 
 
 class UsageError(Exception):
-    """A command line or an environment variable that doesn't fit; the message says which."""
+    """An invalid command line or environment variable, named in the message."""
 
 
 def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _Options:
-    """Flags before environment before defaults. Ends the process on ``--help`` and on unknown flags.
+    """Settings from flags, then environment, then defaults. Exits on ``--help`` and on unknown flags.
 
     Raises:
-        UsageError: a value that doesn't fit.
+        UsageError: a value is invalid.
     """
     try:
         return CliApp.run(
@@ -62,10 +62,10 @@ def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:
 
 
 def require(precisions: Iterable[str], device: Literal["cpu", "cuda"]) -> None:
-    """Makes sure, before anything is loaded, that this host can run what was asked for by name.
+    """Checks, before anything is loaded, that this host can run the precisions.
 
     Raises:
-        UsageError: the reason, and the command that mends it if there is one.
+        UsageError: with the reason, and the install command if there is one.
     """
     for name in precisions:
         able = loaders.availability(name, device)

@@ -1,4 +1,4 @@
-"""``bitdial bench``: the measurement of a model on this host."""
+"""``bitdial bench``: measures a model on this host."""
 
 import signal
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         complain("bench", error)
         return USAGE
-    from server.bench.main import bench  # late: help and usage needn't wait for transformers
+    from server.bench.main import bench  # late: help and usage must not wait for transformers
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes beside it are to be ended too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # child processes are stopped
     try:
         bench(options, partial(_open, options), ProgressBars)
     except (LoaderError, BenchError, NotSaved) as error:

@@ -18,7 +18,6 @@ from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
-from server.commands.table import table
 from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.evaluation.comparison import Compared, Comparison, ComparisonRequest
@@ -27,14 +26,15 @@ from server.host.threads import compute_with
 from server.service.text.codec import TextCodec
 from server.settings.output import NotSaved, Output, json_option, precisions_option, save
 from server.settings.types import Precision, Precisions, listed, option
+from server.tables import aligned
 from server.terminal import folded, terminal_width
 
 _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160
 _LEGEND = (
     "mean and max KL: divergence (nats) from {0}'s distributions after each prompt token;\n"
-    "top-1: prompt tokens after which both find the same one the most probable\n"
-    "times are of this one run; `bitdial report` tells which precision is the faster one"
+    "top-1: prompt tokens after which both predict the same one\n"
+    "times are of this one run; see `bitdial report` for which precision is faster"
 )
 
 
@@ -43,11 +43,11 @@ class Options(SamplingSettings):
 
     prompt: CliPositionalArg[str] = Field(STDIN, min_length=1, description=PROMPT_HELP)
     precisions: Precisions | None = precisions_option(_WHAT)
-    reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are held against")
+    reference: Precision = option("fp32", _WHAT, "NAME", "the precision that the others are compared with")
     json_file: Output | None = json_option(_MORE, "write all figures and texts there", "nowhere")
 
     def names(self) -> tuple[str, ...]:
-        """The reference, then the precisions asked for; those this host can run if none were."""
+        """The reference, then the given precisions, or those this host can run."""
         names = listed(self.precisions, self.resolved_device())
         return tuple(dict.fromkeys((self.reference, *names)))
 
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str]) -> int:
         require(options.names(), options.resolved_device())
         rows = asyncio.run(_compare(options, read_prompt(options.prompt, arguments)))
         _show(rows, shutil.get_terminal_size().columns)
-        told = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
-        save(options.json_file, json.dumps(told, ensure_ascii=False))
+        document = {"reference": options.reference, "precisions": {r.precision: figures(r) for r in rows}}
+        save(options.json_file, json.dumps(document, ensure_ascii=False))
     except UsageError as error:
         complain("compare", error)
         return USAGE
@@ -70,7 +70,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def _compare(options: Options, prompt: str) -> list[Compared]:
-    from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
+    from loaders.checkpoint import (  # late: help must not wait for transformers
+        load_tokenizer,
+        open_checkpoint,
+    )
 
     checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     tokenizer = load_tokenizer(checkpoint)
@@ -106,8 +109,7 @@ async def _started(name: str, spec: ModelSpec, threads: int) -> Engine:
 def _show(rows: Sequence[Compared], width: int) -> None:
     width = min(width, _WIDEST)
     reference, *others = rows
-    columns = [(name, lambda row, at=at: cells(row)[at]) for at, name in enumerate(HEADINGS)]
-    print("\n".join(table(columns, rows, terminal_width())))
+    print("\n".join(aligned([HEADINGS, *map(cells, rows)], terminal_width())))
     print("\n" + folded(_LEGEND.format(reference.precision)))
     print(f"\n{reference.precision} continues, {len(reference.written.ids)} tokens:\n")
     print("\n".join(wrapped(shown(reference.written.text), width)))

@@ -46,7 +46,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _generate(options: Options, prompt: str) -> int:
-    from loaders.checkpoint import load_tokenizer, open_checkpoint  # late: help needn't wait for transformers
+    from loaders.checkpoint import (  # late: help must not wait for transformers
+        load_tokenizer,
+        open_checkpoint,
+    )
 
     bars = ProgressBars(options.precision)
     checkpoint = open_checkpoint(options.model_id, options.revision, bars)
@@ -56,7 +59,7 @@ def _generate(options: Options, prompt: str) -> int:
     ids = encode(codec, prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
     compute_with(options.resolved_threads())
     try:
-        # not in the event loop, which would let the load go on after Ctrl-C
+        # outside the event loop, which would continue the load after Ctrl-C
         model = loaders.load(options.precision, spec, bars)
     finally:
         bars.close()

@@ -1,4 +1,4 @@
-"""How ``--help`` looks: options under headings, values by what they mean, defaults in plain words."""
+"""Layout of ``--help``: options under headings, with named values and defaults in words."""
 
 import argparse
 import shutil
@@ -9,7 +9,7 @@ _WIDEST = 100
 
 
 class Field(Protocol):
-    """What is needed of a pydantic field."""
+    """The part of a pydantic field that is used."""
 
     default: Any
     description: str | None
@@ -19,7 +19,7 @@ class Field(Protocol):
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """The same on every CPython: a value is shown once for all names of its option."""
+    """Equal on every CPython version: a value is shown once for all names of its option."""
 
     def __init__(self, prog: str, **others: Any) -> None:
         width = min(shutil.get_terminal_size().columns, _WIDEST) - 2
@@ -35,18 +35,18 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Arguments:
-    """In place of ``ArgumentParser.add_argument``: shows an option as its field says.
+    """Replaces ``ArgumentParser.add_argument``: adds an option as its field describes it.
 
     Args:
-        fields: by name; each may say its ``group``, its ``metavar``, what it does if ``unset``, and the value
-            that it has if it is given ``bare``.
+        fields: by name; ``json_schema_extra`` may have a ``group``, a ``metavar``, a description of the
+            default (``unset``), and the value of the option without argument (``bare``).
     """
 
     def __init__(self, fields: Mapping[str, Field]) -> None:
         self._fields = fields
         self._groups: dict[str, Any] = {}
         self.positional: list[str] = []
-        """What comes after the options, as shown."""
+        """Names of positional arguments, as shown."""
 
     def add(self, parser: argparse.ArgumentParser, *names: str, **arguments: Any) -> argparse.Action:
         field = self._fields.get(arguments.get("dest", names[0]))
@@ -72,7 +72,7 @@ class Arguments:
 
 
 def default_of(field: Field) -> str:
-    """The default in plain words: a value, or what is done where none is given."""
+    """The default in words: a value, or the description of None."""
     value = field.default
     if value is None or value == ():
         return (field.json_schema_extra or {}).get("unset") or "none"

@@ -1,4 +1,4 @@
-"""Ctrl-C in a command: the process ends there and then, with a line that says what became of the work."""
+"""Ctrl-C in a command: the process exits immediately, with a line about the state of the work."""
 
 import os
 import signal
@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED = 130
-"""Exit code; what a shell expects of a program that Ctrl-C ended."""
+"""Exit code by shell convention for a program ended by Ctrl-C."""
 _message = ""
 
 
 @contextmanager
 def end_at_once(message: str) -> Iterator[None]:
-    """In it, Ctrl-C prints ``message`` and ends the process.
+    """While entered, Ctrl-C prints ``message`` and exits the process.
 
-    A command with something to clean up sets a handler of its own.
-    The large libraries, interrupted while they are imported, raise errors of their own; an event loop waits
-    for what is being computed.
+    Without it, large libraries interrupted during import raise errors of their own, and an event loop waits
+    for the running computation. A command that must clean up installs its own handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

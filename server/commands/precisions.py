@@ -1,4 +1,4 @@
-"""``bitdial precisions``: the registry as this host sees it."""
+"""``bitdial precisions``: which precisions this host can run."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from server.commands.table import layer_lines
 from server.host.threads import compute_with
 from server.settings.server import ModelSettings
 from server.settings.types import Precisions, listed, option
+from server.tables import NONE, aligned
 
 
 class Options(ModelSettings):
@@ -20,7 +21,7 @@ class Options(ModelSettings):
         None,
         "more",
         "NAMES",
-        "load these, by comma, or all, and prove layer by layer what they have quantized",
+        "load these, by comma, or all, and report layer by layer what is quantized",
         unset="none is loaded",
     )
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "precisions", arguments)
         require(options.names(), options.resolved_device())
-        from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+        from loaders.checkpoint import open_checkpoint  # late: help and usage must not wait for transformers
 
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     except UsageError as error:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     compute_with(options.resolved_threads())
     try:
         for name in options.names():
-            _prove(name, spec)
+            _report_layers(name, spec)
     except LoaderError as error:
         complain("precisions", error)
         return FAILED
@@ -59,17 +60,17 @@ def _list(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     print(
         f"{checkpoint.model_id} ({checkpoint.architecture}) on {device}; weights before loading, estimated\n"
     )
-    wide = max(len(_aliases(name)) for name in loaders.PRECISIONS)
-    print(f"{'precision':<14}{'weights':>12}  {'aliases':<{wide}}  here")
+    rows = [["precision", "weights", "aliases", "here"]]
     for name in loaders.PRECISIONS:
         able = loaders.availability(name, device)
-        size = f"{loaders.loader(name).estimate_bytes(name, spec) / 1e6:,.1f} MB" if able.ok else "–"
-        mend = f"; mend it with: {able.install}" if able.install else ""
-        here = "yes" if able.ok else f"no: {able.reason}{mend}"
-        print(f"{name:<14}{size:>12}  {_aliases(name):<{wide}}  {here}")
+        size = f"{loaders.loader(name).estimate_bytes(name, spec) / 1e6:,.1f} MB" if able.ok else NONE
+        fix = f"; mend it with: {able.install}" if able.install else ""
+        here = "yes" if able.ok else f"no: {able.reason}{fix}"
+        rows.append([name, size, ", ".join(loaders.aliases(name)), here])
+    print("\n".join(aligned(rows, left=(0, 2, 3))))
 
 
-def _prove(name: str, spec: ModelSpec) -> None:
+def _report_layers(name: str, spec: ModelSpec) -> None:
     from loaders.layer_errors import layer_errors
 
     bars = ProgressBars(name)
@@ -80,13 +81,9 @@ def _prove(name: str, spec: ModelSpec) -> None:
         bars.close()
     print()
     if report is None:
-        print(f"{name}: what computes it can't be looked into")
+        print(f"{name}: its layers can't be inspected")
     else:
         print("\n".join(layer_lines(report)))
         if report.warning is not None:
             print(f"\nWARNING: {report.warning}")
     model.close()
-
-
-def _aliases(name: str) -> str:
-    return ", ".join(loaders.aliases(name))

@@ -12,12 +12,12 @@ from server.service.precision_state import PrecisionState
 
 _COUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 _UNCOUNTED = "{desc} … [{elapsed}]"
-_OWN_BARS = "downloading"  # the hub's library draws a bar for every file itself
+_OWN_BARS = "downloading"  # huggingface_hub draws a bar for every file itself
 _INTERVAL = 0.1
 
 
 class ProgressBars:
-    """A ``loaders`` progress callback: one bar a stage on a terminal, one line a stage elsewhere."""
+    """A ``loaders`` progress callback: one bar per stage on a terminal, one line per stage otherwise."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -52,7 +52,7 @@ class ProgressBars:
 
 
 async def show_loading(states: Callable[[], Iterable[PrecisionState]]) -> None:
-    """Draws a bar for each precision while it is loading, above which the log goes on; until cancelled."""
+    """Draws a bar for each precision that is loading, below the log; runs until cancelled."""
     bars: dict[str, ProgressBars] = {}
     with logging_redirect_tqdm():
         while True:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import loaders
 from loaders.base import Checkpoint, LoadedModel, ModelSpec
@@ -19,9 +19,6 @@ from server.settings.output import NotSaved, Output, json_option, precisions_opt
 from server.settings.server import ModelSettings
 from server.settings.types import Precisions, listed, option
 from server.terminal import folded, say_json
-
-if TYPE_CHECKING:
-    pass
 
 _WHAT, _HOW, _MORE = "what is measured", "how", "more"
 _REFERENCE = "fp32"
@@ -47,14 +44,19 @@ class Options(ModelSettings):
     )
     stride: int | None = option(None, _HOW, "N", "tokens between passes", unset="half the window", ge=1)
     batch: int | None = option(
-        None, _HOW, "N", "windows computed together, at most", unset="as many as pay on this device", ge=1
+        None,
+        _HOW,
+        "N",
+        "windows computed together, at most",
+        unset="as many as are faster here",
+        ge=1,
     )
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     layers: bool = option(False, _MORE, None, "show every layer's quantization error too")
     json_file: Output | None = json_option(_MORE, "write all figures there as well", "nowhere")
 
     def names(self) -> tuple[str, ...]:
-        """The precisions asked for, fp32 first if it is among them; those this host can run if none were."""
+        """The given precisions, or those this host can run; fp32 first if included."""
         names = listed(self.precisions, self.resolved_device())
         return tuple(dict.fromkeys(sorted(names, key=lambda name: name != _REFERENCE)))
 
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         complain("quality", error)
         return USAGE
-    from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+    from loaders.checkpoint import open_checkpoint  # late: help and usage must not wait for transformers
 
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
@@ -122,7 +124,7 @@ def _with_bars(title: str, work: Callable[[ProgressBars], Any]) -> Any:
 
 
 def _groups(names: Sequence[str], spec: ModelSpec) -> Iterator[list[str]]:
-    """As many at once as half of the free memory holds: the reference's pass over the text is shared."""
+    """Groups that fit half of the free memory; a group shares the reference's pass over the text."""
     group: list[str] = []
     room = memory.free_bytes(spec.device) // 2
     for name in names:

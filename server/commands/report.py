@@ -34,7 +34,7 @@ class Options(ModelSettings):
     """
 
     precisions: Precisions | None = option(
-        None, _WHAT, "NAMES", "by comma, beside fp32, or all", unset="all that this host can run"
+        None, _WHAT, "NAMES", "by comma, besides fp32, or all", unset="all that this host can run"
     )
     text: Path | None = option(
         None,
@@ -58,7 +58,7 @@ class Options(ModelSettings):
     )
 
     def names(self) -> tuple[str, ...]:
-        """What is measured beside fp32."""
+        """Precisions measured besides fp32."""
         return listed(self.precisions, self.resolved_device())
 
     def draws(self) -> bool:
@@ -88,11 +88,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(options: Options) -> None:
-    from loaders.checkpoint import open_checkpoint  # late: help and usage needn't wait for transformers
+    from loaders.checkpoint import open_checkpoint  # late: help and usage must not wait for transformers
     from server.report import files
     from server.report.measuring import job
 
-    wanted = job.ReportOptions(
+    request = job.ReportOptions(
         options.names(),
         None if options.text is None else text_file(options.text),
         options.quality,
@@ -105,11 +105,11 @@ def _report(options: Options) -> None:
     bars = _Bars()
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        kept = job.make(options, checkpoint, wanted, bars)
+        kept = job.make(options, checkpoint, request, bars)
     finally:
         bars.close()
     _show(kept.document)
-    if not wanted.plots and options.plots:
+    if not request.plots and options.plots:
         print(f"\nNo plots: {plots.MISSING}")
     if options.out is not None:
         written = files.write(kept.document, kept.folder, options.out)
@@ -134,16 +134,16 @@ class _Bars:
 
 
 def _show(document: dict[str, Any]) -> None:
-    from server.commands.table import table
-    from server.report.columns import columns, legend
+    from server.report.columns import cells, legend
     from server.report.markdown import advice_of, facts
     from server.report.noise import noise
     from server.report.rows import rows_of
+    from server.tables import aligned
     from server.terminal import folded, terminal_width
 
     rows, width = rows_of(document), min(shutil.get_terminal_size().columns, 110)
     print("".join(textwrap.fill(sentence, width) + "\n\n" for sentence in noise(rows)), end="")
-    print("\n".join(table(columns(document), rows, terminal_width())) + "\n")
+    print("\n".join(aligned(cells(document, rows), terminal_width())) + "\n")
     print(folded("\n".join(f"{term:<12} {meaning}" for term, meaning in legend(document))) + "\n")
     print("\n".join(textwrap.fill(fact, width, subsequent_indent="  ") for fact in facts(document)) + "\n")
     for sentence in advice_of(document).sentences:

@@ -1,9 +1,10 @@
-"""What the commands that continue a prompt share: how it is continued, and whether it fits."""
+"""Shared by the commands that continue a prompt: sampling options, and encoding within the context."""
 
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from loaders.tokenizer_faults import unknown_token
 from server.commands import UsageError
 from server.engine.sequence import SamplingParams
 from server.service.text.codec import TextCodec
@@ -43,10 +44,10 @@ class SamplingSettings(ModelSettings):
 
 
 def read_prompt(given: str, arguments: Sequence[str]) -> str:
-    """The prompt: ``given``, or all of standard input for ``-``, without the newline that ends its last line.
+    """The prompt: ``given``, or all of standard input for ``-``, without its final newline.
 
     Args:
-        arguments: the command line, since an empty PROMPT in it counts as none when it is parsed.
+        arguments: the command line, since the parser treats an empty PROMPT as missing.
 
     Raises:
         UsageError: the prompt is empty, or standard input is not UTF-8.
@@ -70,19 +71,17 @@ def encode(codec: TextCodec, prompt: str, max_new_tokens: int, context: int, voc
     """The prompt's ids.
 
     Args:
-        context: most tokens of prompt and continuation.
+        context: maximum tokens of prompt and continuation.
         vocabulary: ids are below it.
 
     Raises:
-        UsageError: the prompt can't be continued by so many tokens.
+        UsageError: prompt and continuation exceed the context.
     """
     ids = codec.encode(prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
-    if max(ids) >= vocabulary:
-        raise UsageError(
-            f"the model has no token {max(ids)} of the prompt: its tokenizer knows more tokens than it"
-        )
+    if (why := unknown_token(ids, vocabulary, "the prompt")) is not None:
+        raise UsageError(why)
     if len(ids) + max_new_tokens > context:
         raise UsageError(
             f"{len(ids)} prompt tokens and --max-new-tokens {max_new_tokens} exceed the "

@@ -26,7 +26,7 @@ class Options(Settings):
     """Serve a model over HTTP; each request picks its precision.
 
     Every option is also an environment variable of the same name in capitals:
-    MAX_BATCH_SIZE=8 is --max-batch-size 8. The option goes before the variable.
+    MAX_BATCH_SIZE=8 is --max-batch-size 8. Options override variables.
     """
 
 
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str]) -> int:
         _require_chat_template(options)
         _require_files(options)
         set_up_logging(options.json_output, options.log_level, options.secrets())
-        # late: help and usage needn't wait for transformers
+        # late: help and usage must not wait for transformers
         from loaders.checkpoint import load_tokenizer, open_checkpoint
 
-        # opened here, before any server: a model that can't be had is one line and an exit
+        # opened before the server starts: a missing model is one line and an exit code
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
         load_tokenizer(checkpoint)
         settings, choice = _resolve_default(options, checkpoint)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     code = process.serve_forever()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a model may be loading in a thread that nothing can interrupt
+    os._exit(code)  # a model may be loading in a thread that can't be interrupted
 
 
 def _require_tracing(options: Settings) -> None:
@@ -83,7 +83,7 @@ def _require_tracing(options: Settings) -> None:
 
 
 def _require_chat_template(options: Settings) -> None:
-    """A file that was named must be a template that can be compiled."""
+    """Raises: UsageError, if the named file is not a template that compiles."""
     if options.chat_template is None:
         return
     from server.service.chat.renderer import SUBJECT, ChatRenderer
@@ -114,7 +114,7 @@ def _require_files(options: Settings) -> None:
 
 
 def _resolve_default(options: Settings, checkpoint: Checkpoint) -> tuple[Settings, Choice | None]:
-    """The settings with the name of a precision in the place of ``auto``, and why it is that one."""
+    """The settings with ``auto`` replaced by a precision, and the report's choice that gave it."""
     if options.precision != AUTO:
         return options, None
     from server.report.auto import resolve_default
@@ -131,7 +131,7 @@ def _resolve_default(options: Settings, checkpoint: Checkpoint) -> tuple[Setting
 
 
 def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
-    """A default precision that can never be loaded would be a server that is never ready."""
+    """Raises: UsageError, if the default precision doesn't fit: the server would never be ready."""
     from server.host import memory
 
     needed = memory.needed_bytes(options.precision, options.spec(checkpoint, options.max_batch_size))

@@ -1,4 +1,4 @@
-"""Two texts in two columns on a terminal, with a mark where they part."""
+"""Two texts in two columns on a terminal, with a mark where they diverge."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ _NARROWEST = 16
 
 
 def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) -> list[str]:
-    """Both texts from their beginning, each wrapped to half of ``width``."""
+    """Both texts as lines, each wrapped to half of ``width``."""
     column = max(_NARROWEST, (width - len(_BETWEEN)) // 2)
-    apart = first_divergence(*texts)
-    same = len(texts[0]) if apart is None else apart
+    diverges = first_divergence(*texts)
+    same = len(texts[0]) if diverges is None else diverges
     left, right = (list(wrapped(shown(text[:same]) + MARK + shown(text[same:]), column)) for text in texts)
     head = [titles, ("─" * column, "─" * column)]
     rows = [*head, *zip_longest(left, right, fillvalue="")]
@@ -23,7 +23,7 @@ def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) ->
 
 
 def shown(text: str) -> str:
-    """What a terminal can show: control characters could move its cursor."""
+    """``text`` without control characters, which could move the cursor."""
     text = text.expandtabs(4)
     return "".join(c if c == "\n" or c.isprintable() else "�" for c in text)
 
@@ -41,7 +41,7 @@ def wrapped(text: str, width: int) -> Iterator[str]:
 
 
 def columns(text: str) -> int:
-    """Columns that a terminal gives to it."""
+    """Width of the text on a terminal, in columns."""
     return sum(map(_columns_of, text))
 
 
@@ -52,7 +52,7 @@ def _columns_of(character: str) -> int:
 
 
 def _fitting(line: str, width: int) -> int:
-    """How many of the line's characters fit."""
+    """How many of the line's first characters fit."""
     taken = 0
     for index, character in enumerate(line):
         taken += _columns_of(character)

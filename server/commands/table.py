@@ -1,22 +1,21 @@
-"""Quality and layers' errors as tables on a terminal."""
+"""Tables of quality and of layers' errors on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from loaders.base import Footprint
 from loaders.quality import Quality
+from server.tables import NONE, aligned, cells
 from server.terminal import folded, terminal_width
 
 if TYPE_CHECKING:
     from loaders.layer_errors import LayerReport
 
-_NONE = "–"
-
 Column = tuple[str, Callable[[Any], str]]
-"""A heading and what a row shows there. The first column stands left, the others right."""
+"""A heading, and a row's text."""
 
 QUALITY: list[Column] = [
     ("precision", lambda row: row.quality.precision),
@@ -31,7 +30,7 @@ QUALITY: list[Column] = [
     ("99 % KL", lambda row: f"{row.quality.p99_kl:.2e}"),
     ("top-1", lambda row: f"{row.quality.top1_agreement:.2%}"),
     ("RMS Δp", lambda row: f"{row.quality.rms_delta_p:.3%}"),
-    ("same", lambda row: _NONE if row.quality.greedy is None else f"{row.quality.greedy.mean_tokens:.1f}"),
+    ("same", lambda row: NONE if row.quality.greedy is None else f"{row.quality.greedy.mean_tokens:.1f}"),
     ("s", lambda row: f"{row.quality.seconds:.1f}"),
 ]
 LEGEND = """\
@@ -40,7 +39,7 @@ ratio ±   perplexity ÷ fp32's, and its standard error (paired differences)
 KL        divergence from fp32's distribution, nats per token
 top-1     the same most probable token;  s: seconds of the passes
 RMS Δp    root mean square difference of the true token's probability
-same      tokens that greedy continuations share with fp32's before they part"""
+same      tokens that greedy continuations share with fp32's before they diverge"""
 LAYERS: list[Column] = [
     ("layer", lambda layer: layer.name),
     ("before", lambda layer: layer.kind_before),
@@ -56,47 +55,20 @@ LAYERS: list[Column] = [
 
 
 def quality_lines(rows: Sequence[Row]) -> list[str]:
-    return [*table(QUALITY, rows, terminal_width()), "", folded(LEGEND)]
+    return [*aligned(cells(QUALITY, rows), terminal_width()), "", folded(LEGEND)]
 
 
 def layer_lines(report: LayerReport) -> list[str]:
-    """A heading, a row for each matrix, and the reasons for those that were kept."""
+    """A summary, a row for each matrix, and why some were kept unquantized."""
     reasons: dict[str, list[str]] = {}
     for layer in report.layers:
         if layer.reason is not None:
             reasons.setdefault(layer.reason, []).append(layer.name)
     return [
         f"{report.precision}: {report.quantized_share:.1%} of the linear weights quantized",
-        *table(LAYERS, report.layers, terminal_width()),
+        *aligned(cells(LAYERS, report.layers), terminal_width()),
         *(folded(f"kept, because {reason}: {_some(names)}") for reason, names in reasons.items()),
     ]
-
-
-def table(columns: Sequence[Column], rows: Iterable[Any], width: int | None = None) -> list[str]:
-    """A heading and a line for each row; what exceeds ``width`` goes below, under the first column again."""
-    cells = [[name for name, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines: list[str] = []
-    for part in _parts(widths, width):
-        lines += ["", *(_line(row, widths, part) for row in cells)]
-    return lines[1:]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], part: Sequence[int]) -> str:
-    padded = (cells[at].rjust(widths[at]) if at else cells[0].ljust(widths[0]) for at in part)
-    return "  ".join(padded).rstrip()
-
-
-def _parts(widths: Sequence[int], width: int | None) -> Iterator[list[int]]:
-    """Which columns stand beside each other; the first in every part, one more at least."""
-    part, used = [0], widths[0]
-    for at in range(1, len(widths)):
-        if width is not None and used + 2 + widths[at] > width and len(part) > 1:
-            yield part
-            part, used = [0], widths[0]
-        part.append(at)
-        used += 2 + widths[at]
-    yield part
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
@@ -105,7 +77,7 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 
 
 def _maybe(value: float | None, form: str) -> str:
-    return _NONE if value is None else format(value, form)
+    return NONE if value is None else format(value, form)
 
 
 @dataclass(frozen=True)

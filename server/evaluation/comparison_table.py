@@ -1,11 +1,12 @@
 """A comparison's figures as text, as data, and as a Markdown table followed by the texts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.errors import ServiceError
 from server.evaluation.comparison import Compared
+from server.tables import NONE, markdown_table
 
 HEADINGS = (
     "precision", "MB", "first token ms", "tokens/s", "prompt perplexity", "mean KL", "max KL", "top-1",
@@ -14,19 +15,19 @@ HEADINGS = (
 
 
 def markdown(reference: str, rows: Mapping[str, Compared | ServiceError]) -> str:
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|---|{'---:|' * (len(HEADINGS) - 1)}"]
+    lines: list[Sequence[str]] = [HEADINGS]
     texts = []
     for name, row in rows.items():
         if isinstance(row, ServiceError):
-            lines.append(f"| {name} | {row.message} |{' |' * (len(HEADINGS) - 2)}")
+            lines.append([name, row.message, *[""] * (len(HEADINGS) - 2)])
             continue
-        lines.append(f"| {' | '.join(cells(row))} |")
+        lines.append(cells(row))
         texts.append(f"**{name}**\n\n{_fenced(row.written.text)}")
     about = (
         f"KL divergence (nats) and top-1 agreement are those from {reference} on the prompt's tokens. "
         "Times are of one run, beside whatever else was served: they don't tell which precision is faster."
     )
-    return "\n\n".join(["\n".join(lines), about, *texts]) + "\n"
+    return "\n\n".join([markdown_table(lines), about, *texts]) + "\n"
 
 
 def cells(row: Compared) -> list[str]:
@@ -37,11 +38,11 @@ def cells(row: Compared) -> list[str]:
         f"{row.total_bytes / 1e6:,.1f}",
         f"{row.written.ttft_ms:.1f}",
         f"{row.written.tokens_per_second:.1f}",
-        "–" if perplexity is None else f"{perplexity:.5g}",
+        NONE if perplexity is None else f"{perplexity:.5g}",
         f"{row.prompt.mean_kl:.2e}",
         f"{row.prompt.max_kl:.2e}",
         f"{row.prompt.top1_agreement:.2%}",
-        "–" if row.first_divergence is None else str(row.first_divergence),
+        NONE if row.first_divergence is None else str(row.first_divergence),
     ]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loaders.quality.divergence import TokenFigures, compare
 from server.activity import Activity
+from server.concurrency import Interrupted, run_until
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 from server.errors import ServiceError
@@ -70,10 +71,6 @@ class Tally:
             "mean_kl": self.kl / self.tokens if known else None,
             "max_kl": self.max_kl if known else None,
         }
-
-
-class _Interrupted(Exception):
-    """Somebody has come."""
 
 
 class Shadow:
@@ -139,8 +136,8 @@ class Shadow:
         self._arrived.clear()
         self._activity.replaying = True
         try:
-            figures = await self._unless_interrupted(request)
-        except _Interrupted:
+            figures = await run_until(self._arrived.wait(), self._compared(request))
+        except Interrupted:
             self._requeue(request)
         except ServiceError:
             self._count(request, "failed")
@@ -152,23 +149,10 @@ class Shadow:
         finally:
             self._activity.replaying = False
 
-    async def _unless_interrupted(self, request: Request) -> TokenFigures | None:
-        work = asyncio.ensure_future(self._compared(request))
-        arrival = asyncio.ensure_future(self._arrived.wait())
-        try:
-            await asyncio.wait({work, arrival}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise _Interrupted
-            return work.result()
-        finally:
-            for task in (work, arrival):
-                task.cancel()
-            await asyncio.gather(work, arrival, return_exceptions=True)
-
     async def _compared(self, request: Request) -> TokenFigures | None:
         """The divergence at each generated token; None if some logits are not numbers."""
         if any(self._pool.state(name).engine is None for name in (self.reference, request.precision)):
-            raise _Interrupted  # it is not loaded; another try follows
+            raise Interrupted  # it is not loaded; another try follows
         expected = await self._logits(self.reference, request)
         found = await self._logits(request.precision, request)
         targets = torch.tensor(request.generated[: len(expected)])
@@ -187,7 +171,7 @@ class Shadow:
         parts = []
         for at in range(0, len(targets), _ROWS):
             if self._arrived.is_set():
-                raise _Interrupted
+                raise Interrupted
             rows = slice(at, at + _ROWS)
             parts.append(compare(expected[rows], found[rows], targets[rows]))
         return TokenFigures.joined(parts)

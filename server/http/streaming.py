@@ -1,6 +1,5 @@
 """Streamed responses, server-sent events, and work that is cancelled when the client disconnects."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.concurrency import cancelled
+from server.concurrency import Interrupted, run_until
 from server.errors import ServiceError
 from server.http.responses import _log, error_body, note_refusal, request_id
 from server.http.route_facts import facts_of
@@ -28,16 +27,10 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGone
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request.receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-    except BaseException:
-        await cancelled(task, gone)
-        raise
-    gone.cancel()  # not awaited: a cancellation here would lose what the work has brought
-    return task.result()
+        return await run_until(_disconnected(request.receive), work)
+    except Interrupted:
+        raise ClientGone from None
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -79,16 +72,8 @@ class Stream(Response):
         self._pieces, self._close = pieces, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send_all(scope, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                with suppress(OSError):  # the client disconnected
-                    sending.result()
-        finally:
-            self._close()  # before anything is awaited
-            await cancelled(sending, gone)
+        with suppress(Interrupted, OSError):  # the client has disconnected
+            await run_until(_disconnected(receive), self._send_all(scope, send), self._close)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -9,7 +9,7 @@ from server.http.redaction import Redaction
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what callers pass in ``extra={"fields": {...}}`` becomes its members."""
+    """One JSON object a line; the values passed in ``extra={"fields": {...}}`` becomes its members."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
@@ -25,7 +25,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class RedactingFormatter(logging.Formatter):
-    """Another formatter's lines without the keys, wherever in a record they are."""
+    """Formats with another formatter and redacts the keys anywhere in the line."""
 
     def __init__(self, formatter: logging.Formatter, secrets: Iterable[str]) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class RedactingFormatter(logging.Formatter):
 
 
 def set_up_logging(json_output: bool, level: str = "info", secrets: Iterable[str] = ()) -> None:
-    """Of the whole process, on stderr.
+    """Configures the logging of the whole process, to stderr.
 
     Args:
-        level: the least that bitdial's own loggers write; the libraries write warnings and worse.
-        secrets: what no line may show.
+        level: lowest level of bitdial's own loggers; libraries log warnings and above.
+        secrets: strings redacted in every line.
     """
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
@@ -48,7 +48,7 @@ def set_up_logging(json_output: bool, level: str = "info", secrets: Iterable[str
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
-    # it warns of each request that is no HTTP, which the access log has as well
+    # it warns of each request that is not valid HTTP, which the access log records too
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     for name in ("server", "loaders"):
         logging.getLogger(name).setLevel(level.upper())

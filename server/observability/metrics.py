@@ -1,4 +1,4 @@
-"""What happened, counted as it happens: for Prometheus, and in windows of the latest for ``/stats``."""
+"""Counters and histograms for Prometheus, and windows of the latest values for ``/stats``."""
 
 import statistics
 from bisect import bisect_left
@@ -21,12 +21,12 @@ from prometheus_client.registry import Collector
 from server.engine.sequence import StepStats, Timeline
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_WINDOW = 1024  # latest events that percentiles are taken over
+_WINDOW = 1024  # latest values that percentiles are computed over
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _NATS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.999, 1)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-# a time of creation beside every series would double them and tell nothing here
+# a creation time for every series would double their number without use here
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
@@ -36,7 +36,7 @@ def _window() -> deque[float]:
 
 @dataclass
 class _Record:
-    """One precision's latest events; seconds."""
+    """One precision's latest values, in seconds."""
 
     queue: deque[float] = field(default_factory=_window)
     first_token: deque[float] = field(default_factory=_window)
@@ -49,8 +49,7 @@ class _Record:
 
 
 class _Gaps(Collector):
-    """The time between tokens as a histogram. The library's own would take two locks for each of a step's
-    rows, at every step."""
+    """A histogram of the time between tokens. The library's own would take two locks per row and step."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._described = name, text, labels
@@ -165,14 +164,14 @@ class Metrics:
         self._shadowed.labels(self._model, precision, outcome).inc()
 
     def observe_drift(self, precision: str, kl: Sequence[float], agreement: float) -> None:
-        """Of one replayed request: each token's divergence, and the share of the same top tokens."""
+        """Records a replayed request: each token's divergence, and the share of equal top tokens."""
         histogram = self._drift.labels(self._model, precision)
         for value in kl:
             histogram.observe(value)
         self._agreement.labels(self._model, precision).observe(agreement)
 
     def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
-        """``memory``: bytes by kind; zeros when it was unloaded."""
+        """Sets bytes by kind, zeros after unloading, and the load time."""
         for kind, size in memory.items():
             self._memory.labels(self._model, precision, kind).set(size)
         self._load.labels(self._model, precision).set(load_seconds)
@@ -193,13 +192,13 @@ class Metrics:
         }
 
     def throughput(self, precision: str) -> dict[str, object]:
-        """Tokens generated, and per second in which the engine was computing (None before the first)."""
+        """Tokens generated, and tokens per second of computing time (None before the first)."""
         record = self._records[precision]
         rate = record.tokens / record.busy if record.busy and record.tokens else None
         return {"generated_tokens": record.tokens, "tokens_per_second": rate}
 
     def single_row_quartiles(self, precision: str) -> tuple[float, float, float] | None:
-        """Of the seconds between tokens of steps that decoded one row alone; None before eight of them."""
+        """Quartiles of the seconds between tokens in steps of a single row; None for fewer than eight."""
         gaps = self._records[precision].single_row_gaps
         if len(gaps) < 8:
             return None

@@ -1,4 +1,4 @@
-"""Who is told of requests that have ended."""
+"""The interface that receives finished requests."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from server.engine.sequence import Timeline
 
 
 class Observer(Protocol):
-    """What is needed of ``server.observability.metrics.Metrics``."""
+    """Implemented by ``Metrics``, and by ``Tracing`` around it."""
 
     def observe_request(
         self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int

@@ -1,9 +1,9 @@
 """Traces: one span for every generation, sent to an OpenTelemetry collector by OTLP over HTTP.
 
-The only importer of ``opentelemetry``, which is an extra; imported only where a collector is configured.
-Spans wait in a bounded queue and leave from a thread of their own, so that a collector that is slow or gone
-costs spans and never a request. OpenTelemetry's own variables (``OTEL_RESOURCE_ATTRIBUTES``,
-``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_TRACES_SAMPLER`` …) are honoured.
+The only importer of ``opentelemetry``, an extra; imported only if a collector is configured. Spans are queued
+up to a bound and exported by a separate thread, so that a slow or unreachable collector loses spans and never
+delays a request. OpenTelemetry's own variables (``OTEL_RESOURCE_ATTRIBUTES``,
+``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_TRACES_SAMPLER`` …) are respected.
 """
 
 import asyncio
@@ -37,17 +37,17 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Stands before the metrics: what they are told of becomes a span as well.
+    """Wraps the metrics: every observed request also becomes a span.
 
     Args:
-        metrics: is told everything first.
-        endpoint: where the collector takes traces.
+        metrics: receives every observation first.
+        endpoint: URL of the collector.
         model: the served model's name.
     """
 
     def __init__(self, metrics: Observer, endpoint: str, model: str) -> None:
         self._metrics, self._model = metrics, model
-        logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # a lost batch is told, not every attempt
+        logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # logs a lost batch, not every attempt
         service = os.environ.get("OTEL_SERVICE_NAME", "bitdial")
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": service, "service.version": VERSION}),
@@ -89,14 +89,14 @@ class Tracing:
         return attributes | ({_REQUEST_ID: id_} if isinstance(id_, str) else {})
 
     async def close(self) -> None:
-        """Sends what is left, if the collector takes it soon."""
+        """Exports the remaining spans, within ``_CLOSE_SECONDS``."""
         closing = threading.Thread(target=self._provider.shutdown, name="close-tracing", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, _CLOSE_SECONDS)
 
 
 class TraceContext:
-    """What a request computes belongs to the trace that its ``traceparent`` names (W3C Trace Context)."""
+    """Middleware that makes a request's spans part of the trace named by its ``traceparent`` (W3C)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -111,7 +111,7 @@ class TraceContext:
 
 @contextmanager
 def trace_context(scope: Scope) -> Iterator[None]:
-    """Within it, spans are children of the trace that the request names."""
+    """Makes spans started inside children of the trace that the request names."""
     carrier = {n.decode(): v.decode("latin-1") for n, v in scope["headers"] if n in _HEADERS}
     parent = _PROPAGATOR.extract(carrier, context.Context())
     token = context.attach(context.set_value(_REQUEST_ID, request_id(scope), parent))

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from server import tables
 from server.report.noise import WIDE
 from server.report.rows import Row, front, quality_means_something, rows_of
+from server.tables import NONE
 
-NONE = "–"
 Column = tuple[str, Callable[[Row], str]]
 _MEGA = 1e6
 
@@ -81,5 +82,4 @@ def legend(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def cells(document: Mapping[str, Any], rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, headings first."""
-    wanted = columns(document)
-    return [[heading for heading, _ in wanted], *([show(row) for _, show in wanted] for row in rows)]
+    return tables.cells(columns(document), rows)

@@ -7,6 +7,7 @@ from server.report.advice import Advice, advise
 from server.report.columns import cells, legend
 from server.report.plots import TITLES
 from server.report.rows import rows_of, why_no_quality
+from server.tables import markdown_table
 
 
 def advice_of(document: Mapping[str, Any]) -> Advice:
@@ -19,15 +20,12 @@ def markdown(document: Mapping[str, Any], plots: Sequence[str] = (), folder: str
     Args:
         plots: names of the plots that were drawn; each is linked as an SVG file in ``folder``.
     """
-    head, *lines = cells(document, rows_of(document))
-    table = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    table += [f"| {' | '.join(line)} |" for line in lines]
     first, *others = advice_of(document).sentences
     parts = [
         f"# {document['model']['name']}: which precision?",
         f"**{first}**",
         "\n".join(f"- {sentence}" for sentence in others),
-        "\n".join(table),
+        markdown_table(cells(document, rows_of(document))),
         "\n".join(f"- {term}: {meaning}" for term, meaning in legend(document)),
         *(f"![{TITLES[name]}]({folder}{name}.svg)" for name in plots),
         "\n".join(["## Layers", "", *layers(document)]),

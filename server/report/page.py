@@ -6,10 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from server.report.columns import NONE, cells, legend, shown
+from server.report.columns import cells, legend, shown
 from server.report.markdown import advice_of, facts, quantized, threads
 from server.report.plots import TITLES, drawn
 from server.report.rows import rows_of
+from server.tables import NONE
 
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 _LAYER_HEADS = (

@@ -24,10 +24,10 @@ from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool
 from server.service.precision_state import known_precision
+from server.settings.types import ALL
 from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
-_ALL = "all"
 
 
 class CompareBody(Sampling):
@@ -85,7 +85,7 @@ async def _compare(state: AppState, body: CompareBody) -> Answer:
             try:
                 answer.rows[name] = await comparison.run(name)
             except ServiceError as error:
-                if name == reference or body.precisions != _ALL:
+                if name == reference or body.precisions != ALL:
                     raise
                 answer.rows[name] = error
     return answer
@@ -93,7 +93,7 @@ async def _compare(state: AppState, body: CompareBody) -> Answer:
 
 def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
     """Canonical names without duplicates, the reference first."""
-    if precisions == _ALL:
+    if precisions == ALL:
         names = [state.name for state in pool.states() if state.state != "unavailable"]
     elif precisions is None:
         names = [state.name for state in pool.states() if state.state == "loaded"]

@@ -22,6 +22,7 @@ from server.report.page import page
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
 from server.service.precision_state import known_precision
+from server.settings.types import ALL
 from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
@@ -108,7 +109,7 @@ def _select(state: AppState, precisions: Any) -> list[str]:
     Raises:
         Unavailable: one that was named can't.
     """
-    if precisions is None or precisions == "all":
+    if precisions is None or precisions == ALL:
         return [one.name for one in state.pool.states() if one.state != "unavailable"]
     names = list(dict.fromkeys(known_precision(name) for name in precisions))
     for name in names:

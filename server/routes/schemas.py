@@ -20,7 +20,7 @@ import loaders
 from server.errors import Invalid
 from server.http.validation import Strict
 from server.settings.server import Settings
-from server.settings.types import AUTO
+from server.settings.types import ALL, AUTO
 
 MAX_STOP_LENGTH = 256
 PRECISION_NAMES: list[JsonValue] = [*loaders.PRECISIONS, *loaders.ALIASES]
@@ -67,7 +67,7 @@ _MOST_NAMES = 64  # aliases and repetitions included
 
 
 def _names_or_all(value: Any) -> Any:
-    if value == "all":
+    if value == ALL:
         return value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError('must be a list of names, or "all"')

@@ -20,7 +20,6 @@ from server.errors import (
     Invalid,
     NotReady,
     Overloaded,
-    PromptTooLong,
     ServiceError,
     Unavailable,
 )
@@ -36,7 +35,7 @@ from server.service.continuation import (
 )
 from server.service.precision_state import Lease, known_precision
 from server.service.text.codec import TextCodec
-from server.service.text.prompt_encoder import PromptEncoder
+from server.service.text.prompt_encoder import PromptEncoder, too_long
 from server.service.text_stream import Piece
 from server.settings.server import Settings
 
@@ -170,20 +169,20 @@ class GenerationService:
         """
         limit, wanted = self.max_total_tokens, request.max_new_tokens
         read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
-        context = f"This model's maximum context length is {limit} tokens. However,"
         if prompt > self.max_input_tokens and not (wanted == 0 and prompt <= limit):
-            raise PromptTooLong(
-                f"{context} your {read} resulted in {prompt} tokens, of which {self.max_input_tokens} are "
-                "accepted",
-                param="inputs",
+            raise too_long(
+                limit,
+                f"your {read} resulted in {prompt} tokens, of which {self.max_input_tokens} are accepted",
+                "inputs",
             )
         needed = prompt + (1 if wanted is None else wanted)
         if needed > limit:
             name = request.length_parameter
-            raise PromptTooLong(
-                f"{context} you requested {needed} tokens ({prompt} in the {read}, {needed - prompt} "
+            raise too_long(
+                limit,
+                f"you requested {needed} tokens ({prompt} in the {read}, {needed - prompt} "
                 f"{f'by {name}' if name else 'in the completion'})",
-                param=name or "inputs",
+                name or "inputs",
             )
         count = min(DEFAULT_NEW_TOKENS, limit - prompt) if wanted is None else wanted
         seed = drawn_seed() if request.seed is None else request.seed

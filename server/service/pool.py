@@ -1,7 +1,6 @@
 """Precision → engine: each is loaded once, on a thread of its own, within the memory budget."""
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -12,6 +11,7 @@ import loaders
 from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
 from loaders.footprint import quantization_warning
+from server.concurrency import run_for_future
 from server.engine.engine import Engine
 from server.engine.fair_lock import FairLock
 from server.errors import NotReady, ServiceError
@@ -147,26 +147,24 @@ class Pool:
 
     async def _in_thread(self, state: PrecisionState) -> LoadedModel:
         """Loads on a daemon thread: a load can't be interrupted and must not keep the process alive."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[LoadedModel] = loop.create_future()
+        future: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
         spec = memory.within(self._settings.memory_budget, self.used_bytes(), self.spec)
 
         def tell(stage: str, current: int, total: int) -> None:
             state.progress = LoadProgress(stage, current, total)
 
-        def run() -> None:
+        def load() -> LoadedModel:
             compute_with(self.threads)
             try:
-                result = self._load_model(state.name, spec, tell)
+                return self._load_model(state.name, spec, tell)
+            except Exception:
+                raise
             except BaseException as error:  # a library in Rust panics with one that is no Exception
-                told = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
-                settle: Callable[[], None] = partial(_settle, future, None, told)
-            else:
-                settle = partial(_settle, future, result, None)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-                loop.call_soon_threadsafe(settle)
+                raise RuntimeError(type(error).__name__) from error
 
-        threading.Thread(target=run, name=f"load-{state.name}", daemon=True).start()
+        threading.Thread(
+            target=run_for_future, args=(load, future), name=f"load-{state.name}", daemon=True
+        ).start()
         return await future
 
     async def _make_room(self, state: PrecisionState) -> None:
@@ -239,14 +237,3 @@ def _retrieve_exception(load: "asyncio.Task[Engine]") -> None:
     """Retrieves the exception, which is already logged, so that asyncio doesn't report it again."""
     if not load.cancelled():
         load.exception()
-
-
-def _settle(
-    future: "asyncio.Future[LoadedModel]", model: LoadedModel | None, error: Exception | None
-) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    elif model is not None:
-        future.set_result(model)

@@ -1,4 +1,4 @@
-"""Which model is loaded, and how: the settings of every command."""
+"""Settings of every command: which model is loaded, and how."""
 
 from inspect import get_annotations
 from typing import Any, Literal
@@ -20,10 +20,10 @@ _MODEL, _QUANTIZATION, _GPU = "model", "quantization", "on a GPU"
 
 
 def has_variable(options: type[BaseSettings], name: str) -> bool:
-    """Whether an environment variable sets that field.
+    """Whether an environment variable can set the field.
 
-    A command's own options have none: SEED, PROMPT or TEXT may stand in an environment for other reasons,
-    and would silently change what the command does.
+    A command's own options have no variable: SEED, PROMPT or TEXT may be set for other programs, and would
+    silently change the command.
     """
     declared = next((base for base in options.__mro__ if name in get_annotations(base)), None)
     return declared is not None and declared.__module__ in (__name__, "server.settings.server")
@@ -37,7 +37,7 @@ class _Environment(EnvSettingsSource):
 
 
 class ModelSettings(BaseSettings):
-    """Which model, and how it is loaded; each is an environment variable of the same name, in capitals."""
+    """Which model is loaded, and how. Each setting is also an environment variable in capitals."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -60,7 +60,7 @@ class ModelSettings(BaseSettings):
         None, _MODEL, "NAME", "commit, branch or tag of a hub model", unset="the newest"
     )
     device: Literal["auto", "cuda", "cpu"] = option(
-        "auto", _MODEL, "auto|cuda|cpu", "where to run; auto takes the GPU if there is one"
+        "auto", _MODEL, "auto|cuda|cpu", "where to run; auto uses the GPU if there is one"
     )
     threads: int | None = option(None, _MODEL, "N", "CPU threads of a forward pass", unset="all cores", ge=1)
     max_total_tokens: int | None = option(
@@ -124,7 +124,7 @@ class ModelSettings(BaseSettings):
         return resolve(self.threads)
 
     def spec(self, checkpoint: Checkpoint, slots: int) -> ModelSpec:
-        """What the loaders are told."""
+        """The ``ModelSpec`` for the loaders."""
         return ModelSpec(
             checkpoint,
             device=self.resolved_device(),
@@ -142,6 +142,6 @@ class ModelSettings(BaseSettings):
 
 
 class PrecisionSettings(ModelSettings):
-    """A model in one precision, or in that one first."""
+    """Settings of a model with a default precision."""
 
-    precision: Precision = option("fp32", _MODEL, "NAME", "the precision used where none is asked for")
+    precision: Precision = option("fp32", _MODEL, "NAME", "the precision of requests that name none")

@@ -1,4 +1,4 @@
-"""Options that several subcommands have."""
+"""Options shared by several subcommands."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,19 +36,19 @@ def _writable(path: Path, folder: Path) -> Path:
 
 
 Output = Annotated[Path, AfterValidator(_file)]
-"""A file that can be written; this is found out before anything is measured."""
+"""A file that can be written; checked before anything is measured."""
 OutputFolder = Annotated[Path, AfterValidator(_folder)]
-"""The same of a folder, which need not exist yet."""
+"""A folder that can be written; it need not exist yet."""
 
 
 def json_option(group: str, text: str, unset: str) -> Any:
-    """``--json FILE``, whose field is ``json_file``: pydantic has a method of the shorter name."""
+    """``--json FILE``; its field is ``json_file``, since pydantic has a method ``json``."""
     names = AliasChoices("json_file", "json")
     return option(None, group, "FILE", text, unset=unset, validation_alias=names)
 
 
 def save(file: Path | None, text: str) -> None:
-    """Writes what ``--json`` asked for, if it did; folders are made.
+    """Writes ``text`` to the file of ``--json``, if one was given; creates its folder.
 
     Raises:
         NotSaved

@@ -30,10 +30,10 @@ _CHOOSING, _NETWORK, _REQUESTS, _OPERATION = "precision auto", "network", "reque
 
 
 class Settings(PrecisionSettings):
-    """How to serve one model."""
+    """Settings of a server."""
 
     precision: PrecisionOrAuto = option(
-        "fp32", _MODEL, "NAME", "the precision used where none is asked for; auto chooses by the report"
+        "fp32", _MODEL, "NAME", "the precision of requests that name none; auto chooses by the report"
     )
     chat_template: Path | None = option(
         None,
@@ -63,7 +63,7 @@ class Settings(PrecisionSettings):
         None,
         _LOADING,
         "SECONDS",
-        "unload a precision, but not the default, that nobody used for so long",
+        "unload a precision, but not the default, after it was unused for so long",
         unset="never",
         gt=0,
     )
@@ -112,7 +112,7 @@ class Settings(PrecisionSettings):
         _NETWORK,
         "KEY",
         "the Bearer token that may load and unload precisions",
-        unset="open to all, or to nobody with --api-key",
+        unset="open to all; closed if --api-key is set",
     )
     cors_allow_origin: Annotated[tuple[str, ...] | str, BeforeValidator(parse_names)] = option(
         (), _NETWORK, "ORIGINS", "origins whose pages may call, separated by commas", unset="none"
@@ -130,7 +130,7 @@ class Settings(PrecisionSettings):
         30,
         _NETWORK,
         "SECONDS",
-        "how long a request may take to arrive, and a reader may leave its answer unread",
+        "how long a request may take to arrive, and a client may leave its response unread",
         gt=0,
     )
 
@@ -182,29 +182,29 @@ class Settings(PrecisionSettings):
     )
 
     def first_precisions(self) -> tuple[str, ...]:
-        """Loaded at start, the default first."""
+        """Precisions loaded at start, the default first."""
         usual = _FIRST_ON_CPU if self.resolved_device() == "cpu" else _FIRST_ON_CUDA
         return self._named(usual if self.precisions is None else self._listed())
 
     def required_precisions(self) -> tuple[str, ...]:
-        """Those that must be there: the default, and what was asked for by name."""
+        """Precisions that must be available: the default, and those named."""
         return self._named(() if self.precisions is None else self._listed())
 
     def _listed(self) -> tuple[str, ...]:
         return listed(self.precisions, self.resolved_device())
 
     def _named(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The default, these and the shadow's, each once; what ``auto`` stands for is not known here."""
+        """The default, ``names`` and the shadow's, each once; without ``auto``, not resolved yet."""
         shadow = () if self.shadow_precision is None else (self.shadow_precision,)
         return tuple(name for name in dict.fromkeys((self.precision, *names, *shadow)) if name != AUTO)
 
     def secrets(self) -> tuple[str, ...]:
-        """The keys, the longest first, since one may be a part of the other."""
+        """The keys, the longest first, since one may be a substring of the other."""
         keys = (self.api_key, self.admin_api_key)
         return tuple(sorted({key.get_secret_value() for key in keys if key}, key=len, reverse=True))
 
     def busy_chunk(self) -> int:
-        """Prompt tokens of a step that decodes, too. On a GPU as many as ever: they hardly delay it."""
+        """Prompt tokens of a step that also decodes. On a GPU ``prefill_chunk``: they hardly delay it."""
         if self.prefill_chunk_busy is not None:
             return self.prefill_chunk_busy
         return _BUSY_CHUNK_ON_CPU if self.resolved_device() == "cpu" else self.prefill_chunk

@@ -1,4 +1,4 @@
-"""What a setting may be: a size, names, a precision, an address, a key; and how ``--help`` shows it."""
+"""Types of settings: a size, names, a precision, an address, a key; and their display in ``--help``."""
 
 import re
 import unicodedata
@@ -12,7 +12,7 @@ import loaders
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _LATIN_1 = 0xFF
 AUTO = "auto"
-"""In place of a precision's name: chosen by the kept report."""
+"""In place of a precision's name: chosen by the stored report."""
 ALL = "all"
 """In place of precisions' names: all that this host can run."""
 
@@ -35,7 +35,7 @@ def parse_names(value: Any) -> Any:
 
 
 def parse_endpoint(value: Any) -> Any:
-    """A collector's address; without a path it gets the one that OTLP prescribes for traces."""
+    """A collector's address; without a path, OTLP's path for traces is added."""
     try:
         parts = urlsplit(value)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -47,8 +47,7 @@ def parse_endpoint(value: Any) -> Any:
 
 
 def sendable_key(value: SecretStr) -> SecretStr:
-    """A key that a client can send in a header. One that can't be sent would let nobody in, and not say
-    why."""
+    """A key that a client can send in a header. Any other would reject every client without a reason."""
     key = value.get_secret_value()
     if not key.strip():
         raise ValueError("it is blank; leave it out for a server without a key")
@@ -89,12 +88,12 @@ def listed(precisions: tuple[str, ...] | str | None, device: Literal["cpu", "cud
 def option(
     default: Any, group: str, metavar: str | None, text: str, *, unset: str | None = None, **rules: Any
 ) -> Any:
-    """A setting and what ``--help`` shows of it.
+    """A setting and its display in ``--help``.
 
     Args:
-        group: the heading it stands under.
-        metavar: what its value is called; None for a switch.
-        unset: what is done where the default is None.
+        group: its heading.
+        metavar: name of its value; None for a switch.
+        unset: description of the default None.
         rules: further arguments of ``pydantic.Field``.
     """
     shown: dict[str, Any] = {"group": group, "metavar": metavar, "unset": unset}

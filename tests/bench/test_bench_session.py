@@ -157,9 +157,9 @@ def test_agreement_ends_at_the_first_difference() -> None:
 
 def test_a_line_stands_under_its_heading() -> None:
     rows = measure(slow_runner(), [Scripted([], agrees=12)])
-    names, units, rule = table.heading().splitlines()
+    names, units, rule = table.WHOLE.heading().splitlines()
     for row in rows:
-        line = table.line(row)
+        line = table.WHOLE.line(row)
         assert len(line) <= len(rule)
         start = names.index("decode") - 2  # right-aligned, eight wide
         assert f"{row.figures.decode_tokens_per_second:.1f}" == line[start : start + 8].strip()
@@ -184,7 +184,7 @@ def measured_as(*ratios: float, spread: float = 0.1) -> Row:
     ],
 )
 def test_a_ratio_is_doubted_where_the_repeats_disagree(ratios: tuple[float, ...], shown: str) -> None:
-    assert table.line(measured_as(*ratios)).split()[-1] == shown
+    assert table.WHOLE.line(measured_as(*ratios)).split()[-1] == shown
     assert row_figures(measured_as(*ratios))["bitdial_ratios"] == list(ratios)
 
 

@@ -1,7 +1,6 @@
 """``bitdial compare``: its table, its columns, its errors."""
 
 import json
-from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from server.__main__ import main
 from server.commands.side_by_side import MARK, columns, side_by_side, wrapped
-from server.commands.table import Column, table
+from server.tables import aligned
 from tests import checkpoints
 
 
@@ -103,17 +102,13 @@ def test_equal_texts_are_marked_at_their_end() -> None:
 
 
 def test_a_table_too_wide_goes_on_below() -> None:
-    columns: list[Column] = [
-        (name, itemgetter(at)) for at, name in enumerate(("name", "aaaa", "bb", "cccccc"))
-    ]
-    assert table(columns, [["x", "1", "22", "3"]], 14) == [
+    cells = [["name", "aaaa", "bb", "cccccc"], ["x", "1", "22", "3"]]
+    assert aligned(cells, 14) == [
         "name  aaaa  bb",
         "x        1  22",
         "",
         "name  cccccc",
         "x          3",
     ]
-    assert table(columns, [["x", "1", "22", "3"]]) == ["name  aaaa  bb  cccccc", "x        1  22       3"]
-    assert max(map(len, table(columns, [["x", "1", "22", "3"]], 1))) == len(
-        "name  cccccc"
-    )  # as good as it gets
+    assert aligned(cells) == ["name  aaaa  bb  cccccc", "x        1  22       3"]
+    assert max(map(len, aligned(cells, 1))) == len("name  cccccc")  # as good as it gets

@@ -20,6 +20,7 @@ from server.bench.session import Row
 from server.commands import bench, generate, parse, quality
 from server.host import cache
 from server.settings.server import Settings
+from server.tables import Table
 from tests import checkpoints
 from tests.http.test_process import ROOT, bitdial, environment
 
@@ -73,15 +74,15 @@ def a_row() -> Row:
 
 
 def test_a_table_that_is_too_wide_goes_on_below() -> None:
-    narrow = table.Table(table.COLUMNS, keys=3, width=80)
+    narrow = Table(table.COLUMNS, keys=3, width=80)
     first, row = narrow.heading().splitlines(), narrow.line(a_row())
     rest = narrow.rest([a_row(), a_row()]).splitlines()
     assert max(map(len, [*first, row, *rest])) <= 80
     names = " ".join([first[0], *rest])
     assert all(column.name in names for column in table.COLUMNS)
     assert sum(line.startswith("dynamic-int8") for line in rest) % 2 == 0
-    wide = table.Table(table.COLUMNS, keys=3, width=None)
-    assert (wide.heading(), wide.line(a_row())) == (table.heading(), table.line(a_row()))
+    wide = Table(table.COLUMNS, keys=3, width=None)
+    assert (wide.heading(), wide.line(a_row())) == (table.WHOLE.heading(), table.WHOLE.line(a_row()))
     assert wide.rest([a_row()]) == ""
 
 

@@ -1,4 +1,4 @@
-"""``scripts/gpu_check``: is what runs on a GPU right, and how fast is it? docs/gpu.md explains it.
+"""``scripts/gpu_check``: checks results and speed on a GPU; docs/gpu.md describes it.
 
-Nothing here needs more than the loaders do, but the part that measures a server.
+Only the part that measures a server needs more packages than the loaders.
 """

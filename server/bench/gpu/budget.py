@@ -1,4 +1,4 @@
-"""A measurement that must end in time: it leaves out what no longer fits, and is stopped if it hangs."""
+"""A time budget: parts that no longer fit are skipped, and a hanging part is stopped."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 
-_GRACE = 12.0  # seconds from being told to stop until the process is ended
+_GRACE = 12.0  # seconds from TimeUp until the process exits
 
 
 @contextmanager
 def another_process() -> Iterator[Executor]:
-    """What is submitted runs in a new process; it goes at the end, whatever it does then."""
+    """An executor with one new process, which is killed at the end."""
     executor = ProcessPoolExecutor(1, get_context("spawn"))
     try:
         yield executor
@@ -25,11 +25,11 @@ def another_process() -> Iterator[Executor]:
 
 
 class TimeUp(BaseException):
-    """The time is over; no part may catch it as a fault of its own."""
+    """The time is over. A ``BaseException``, so that no part handles it as its own error."""
 
 
 class Budget:
-    """So many seconds for all, from now on."""
+    """A number of seconds from construction."""
 
     def __init__(self, seconds: float) -> None:
         self._started, self._seconds = time.monotonic(), seconds
@@ -46,10 +46,10 @@ class Budget:
     def enforced(self, at_the_end: Callable[[], object]) -> Iterator[None]:
         """Raises ``TimeUp`` in the main thread shortly before the time is over, so that everything is closed.
 
-        Where even that is not heard, as in a call that never returns, the process ends with status 2.
+        If the main thread doesn't react, as in a call that never returns, the process exits with status 2.
 
         Args:
-            at_the_end: called before the process is ended so.
+            at_the_end: called before that exit.
         """
 
         def stop(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""All parts in order: what must be right first, then what is fast. Each finding is kept as it comes."""
+"""All parts in order: correctness first, then speed. Each finding is saved immediately."""
 
 import gc
 import logging
@@ -32,13 +32,13 @@ from server.host.threads import compute_with, default_threads
 _TESTS = 130.0  # seconds that the tests may take
 _ONE = {"correctness": 12.0, "speed": 25.0, "continuous": 20.0, "http": 45.0, "xl": 40.0, "steady": 12.0}
 _ONE |= {"kernels": 15.0, "compile": 75.0}
-"""Seconds that a part may need for one precision: with fewer left it is not begun."""
+"""Seconds that a part may need for one precision; with fewer left it is skipped."""
 _FEW, _TWO = ("fp32", "int8", "nf4"), ("fp32", "nf4")
 _FOUR, _COMPILED = ("bf16", "nf4", "int8", "fp32"), ("bf16", "fp32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all is right and was measured; 1: something is wrong; 2: the time was over before all was done."""
+    """Exit code 0: all passed; 1: a check failed; 2: the time ended before all parts."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -62,7 +62,7 @@ class Check:
     """One run.
 
     Args:
-        folder: for the models that are made; it goes afterwards.
+        folder: for generated models; deleted afterwards.
     """
 
     def __init__(self, options: Options, budget: Budget, folder: Path) -> None:
@@ -111,7 +111,7 @@ class Check:
         self.result.finish()
 
     def conclude(self) -> int:
-        """Judges and tells."""
+        """Evaluates the targets, prints the result and returns the exit code."""
         sections = self.result.sections
         judged = targets.judged(self.result.rows, sections.get("kernels", []), self._name)
         sections["targets"], sections["seconds"] = judged, round(self._budget.spent, 1)
@@ -149,7 +149,7 @@ class Check:
         self._each("correctness", self._precisions, check)
 
     def _speed(self) -> None:
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each("speed", self._precisions, lambda name: speed.measure(self._subject, name))
 
     def _continuous(self) -> None:
@@ -180,30 +180,30 @@ class Check:
         vocabulary, threads = checkpoint.vocabulary, small.plan.threads
         plan = Plan(sizes.large_batches, sizes.prompt, sizes.large_tokens, 1, vocabulary, threads)
         large = Subject(sizes.large.name, spec, plan, small.speed, self.result)
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each("xl", self._among(_FOUR), lambda name: speed.measure(large, name))
 
     def _steady(self) -> None:
-        """As a server is set by default."""
+        """Measures a server's default settings."""
         of, slots = self._subject, self._sizes.slots
         spec = ModelSpec(of.spec.checkpoint, device=self._device, slots=slots)
         plan = Plan((1, slots), of.plan.prompt, of.plan.tokens, 1, of.plan.vocabulary, of.plan.threads)
         subject = Subject(of.model, spec, plan, of.speed, self.result)
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each("steady", self._among(_FEW), lambda name: speed.measure_steady(subject, name))
 
     def _kernels(self) -> None:
         def measure(precision: str) -> None:
-            with another_process() as process:  # one for each: a fault may leave it, or its card, unusable
+            with another_process() as process:  # one each: an error may leave the GPU context unusable
                 speed.measure_kernels(self._subject, precision, process)
 
         self._each("kernels", self._precisions, measure)
 
-    # what they share
+    # shared
 
     def _rival(self, part: str, which: str, precisions: Sequence[str], batch: int) -> None:
         of = self._subject
-        print(table.heading(), flush=True)
+        print(table.WHOLE.heading(), flush=True)
         self._each(
             part,
             precisions,
@@ -211,7 +211,7 @@ class Check:
         )
 
     def _each(self, part: str, precisions: Sequence[str], work: Callable[[str], None]) -> None:
-        """One precision after the other; what befalls one is told, and the others go on."""
+        """Runs ``work`` for each precision; a failure is reported and the next one runs."""
         for name in precisions:
             if not self._options.quick and self._budget.left < _ONE[part]:
                 self.result.skipped(f"{part} {name}", "no time was left")
@@ -222,7 +222,7 @@ class Check:
                 release_unused()
 
     def _guarded(self, what: str, work: Callable[[], None]) -> None:
-        """A fault is told, and what follows is done all the same."""
+        """Runs ``work``; an exception is reported as a failure and not raised."""
         try:
             work()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Whether a precision computes on this device what it should: to the last bit where that can be asked for."""
+"""Whether a precision computes the right results on this device, bit for bit where possible."""
 
 import gc
 import time
@@ -21,16 +21,16 @@ from server.host.memory import used_bytes
 
 _STEPS = 6
 _TOKENS = 24  # compared with generate's
-_TOLERATED = 0.05  # between what is told and what the card reports
-_ROUNDING = 96 * 2**20  # of the allocator's segments and the libraries' own workspaces
+_TOLERATED = 0.05  # between our count and the allocator's
+_ROUNDING = 96 * 2**20  # of allocator segments and library workspaces
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the card, taken since before loading."""
+    """Bytes on the GPU since before loading."""
 
     told: int
-    """Weights, cache and working memory, as /stats adds them up."""
+    """Weights, cache and working memory, as counted for /stats."""
     allocated: int
     reserved: int
     left_behind: int
@@ -43,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Correctness:
-    """Of one precision. None where it can't be asked here."""
+    """Results of one precision. None where not applicable."""
 
     precision: str
     captured: bool
@@ -71,7 +71,7 @@ class Correctness:
         )
 
     def faults(self, on_card: bool) -> list[str]:
-        """What must not be."""
+        """Descriptions of the failed checks."""
         found = []
         if on_card and not self.captured:
             found.append(f"not captured: {self.not_captured_because}")
@@ -93,9 +93,9 @@ def _word(answer: bool | None) -> str:
 
 
 def check(precision: str, spec: ModelSpec) -> Correctness:
-    """Loads the precision as a server with these settings would, and closes it again.
+    """Loads the precision as a server with these settings would, checks it and closes it.
 
-    Without a card the steps are those of one, launched as they are on the CPU: a rehearsal of the check.
+    Without a GPU its steps are launched on the CPU, uncaptured: a rehearsal of the check.
     """
     started = time.perf_counter()
     before = _taken() if spec.device == "cuda" else None
@@ -131,7 +131,7 @@ def _loaded(precision: str, spec: ModelSpec) -> Iterator[tuple[GraphRunner, Load
 
 
 def _taken() -> tuple[int, int]:
-    """Allocated and reserved bytes of the card, nothing kept for later."""
+    """Allocated and reserved bytes of the GPU, after releasing caches."""
     gc.collect()
     release_unused()
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
@@ -143,7 +143,7 @@ def _memory(loaded: LoadedModel, before: tuple[int, int]) -> Memory:
 
 
 Work = list[tuple[int, list[int]]]
-"""Slots and the prompts that go into them."""
+"""Slots and their prompts."""
 
 
 def _work(runner: GraphRunner) -> Work:
@@ -157,7 +157,7 @@ def _work(runner: GraphRunner) -> Work:
 
 
 def _run(runner: GraphRunner, work: Work, watched: int | None = None) -> list[Tensor]:
-    """Prefills, decodes some steps, frees; the logits of all rows, or of the one in the watched slot."""
+    """Prefills, decodes some steps, frees; returns the logits of all rows, or of the watched slot."""
     slots, found = [slot for slot, _ in work], []
     for slot, prompt in work:
         logits = runner.prefill(slot, prompt)
@@ -181,7 +181,7 @@ def _equals_eager(runner: GraphRunner, spec: ModelSpec) -> bool:
 
 
 def _isolated(runner: GraphRunner) -> tuple[bool, float]:
-    """Alone, and in the middle of all others, which were there before."""
+    """Compares the logits of a sequence alone and among others prefilled before it."""
     work = _work(runner)
     slot, prompt = work[len(work) // 2]
     alone = _run(runner, [(slot, prompt)], slot)

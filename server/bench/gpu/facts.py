@@ -1,4 +1,4 @@
-"""What the card and the host are."""
+"""Facts about the GPU and the host."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,7 +20,7 @@ def card_name(device: str) -> str:
 
 
 def new_report(options: Options, checkpoint: Checkpoint, speed: MemorySpeed) -> Report:
-    """Measures the memory's bandwidth, which the floors are made of."""
+    """A report; measures the memory bandwidth for the floors."""
     host = reports.host_facts(None, speed.threads, speed.measure(), speed.buffer_bytes)
     host |= {"device": options.device, "card": _card() if options.device == "cuda" else None}
     host |= {name: _version(name) for name in ("bitsandbytes", "accelerate")}

@@ -1,4 +1,4 @@
-"""What a step costs on the device: a replay by the device's clock, and the sum of its kernels' times."""
+"""Device time of a step: of a replay by CUDA events, and the sum of its kernels' times."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _MICRO = 1e-3  # of a millisecond
 
 @dataclass(frozen=True)
 class Captured:
-    """The decode step that serves so many rows."""
+    """A captured decode step."""
 
     rows: int
     columns: int
@@ -29,27 +29,27 @@ class Captured:
 
 @dataclass(frozen=True)
 class KernelCost:
-    """Of a call."""
+    """Kernel time of a call."""
 
     kernels: int
-    """Kernels and copies; 0 where the profiler is not allowed to see any."""
+    """Kernels and copies; 0 if the profiler has no permission."""
     kernel_ms: float
-    """The sum of their times: it can't be faster."""
+    """The sum of their times, a lower bound of the step's."""
 
 
 @dataclass(frozen=True)
 class StepCost(KernelCost):
-    """Of a captured step."""
+    """Kernel time of a captured step."""
 
     rows: int
     columns: int
 
 
 def step_costs(precision: str, spec: ModelSpec, batches: Sequence[int], tokens: int) -> dict[int, StepCost]:
-    """Of a precision's captured steps, by the rows that each is to serve; none where none was captured.
+    """Costs of a precision's captured steps by batch size; empty if nothing was captured.
 
     Args:
-        tokens: that each row holds at most.
+        tokens: maximum tokens of a row.
     """
     loaded = loaders.load(precision, spec)
     try:
@@ -68,10 +68,10 @@ def step_costs(precision: str, spec: ModelSpec, batches: Sequence[int], tokens: 
 def captured_step(runner: GraphRunner, rows: int, tokens: int) -> Captured | None:
     """
     Args:
-        rows: of the step; the smallest that was captured for as many is taken.
-        tokens: that each row holds at most.
+        rows: of the step; the smallest captured size that fits is returned.
+        tokens: maximum tokens of a row.
 
-    Returns: None where nothing was captured.
+    Returns: None if nothing was captured.
     """
     steps = runner.captured_steps
     sizes = sorted({key[1] for key in steps if key[0] == "decode"})
@@ -83,7 +83,7 @@ def captured_step(runner: GraphRunner, rows: int, tokens: int) -> Captured | Non
 
 
 def replay_ms(replay: Replay) -> float | None:
-    """One among several, kernels and the gaps between them; None without a device."""
+    """Mean time of a replay, gaps between kernels included; None without a GPU."""
     replay()
     if not torch.cuda.is_available():
         return None
@@ -97,8 +97,8 @@ def replay_ms(replay: Replay) -> float | None:
 
 
 def kernel_cost(work: Callable[[], object], device: str) -> KernelCost:
-    """By torch's profiler, which slows down what the process launches after it."""
-    # it tears down what it has set up, and setting it up again crashes where graphs were captured between
+    """Measures with torch's profiler, which slows down later launches of the process."""
+    # keeps CUPTI set up: initializing it again crashes if graphs were captured in between
     os.environ["TEARDOWN_CUPTI"], os.environ["DISABLE_CUPTI_LAZY_REINIT"] = "0", "1"
     on_card = device == "cuda"
     work()

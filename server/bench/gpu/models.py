@@ -1,6 +1,7 @@
-"""Full-size models with random weights: the right bytes and the right speed, and text without meaning."""
+"""Full-size models with random weights: real sizes and speeds, meaningless text."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -27,7 +28,7 @@ class Shape:
     vocabulary: int = 50257
     context: int = 1024
     dtype: torch.dtype = torch.float32
-    """The checkpoint's: fewer bytes to write and read for the large one."""
+    """Of the checkpoint; bfloat16 halves the file of the large one."""
 
 
 GPT2 = Shape("gpt2", 768, 12, 12)
@@ -37,10 +38,10 @@ TINY, TINY_XL = (Shape(name, 64, layers, 2, 320, 256) for name, layers in (("tin
 
 
 def make(shape: Shape, folder: Path, device: str, tokenizer: Path | None) -> Path:
-    """Writes a checkpoint with random weights, made on the device, and a tokenizer.
+    """Writes a checkpoint with random weights, generated on the device, and a tokenizer.
 
     Args:
-        tokenizer: folder with one of that vocabulary; a stand-in is made if None.
+        tokenizer: folder with one of that vocabulary; ``stand_in`` if None.
     """
     torch.manual_seed(0)
     end = shape.vocabulary - 1
@@ -62,14 +63,20 @@ def make(shape: Shape, folder: Path, device: str, tokenizer: Path | None) -> Pat
 
 
 def stand_in(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of that many tokens: 256 bytes, letters that no text is cut into, and the end.
+    """A byte-level tokenizer of that many tokens: 256 bytes, unreachable letters, and the end.
 
-    So whatever a model with random weights generates has a text.
+    So every token that a model with random weights generates has a text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = ("".join(four) for four in product(ascii_lowercase, repeat=4))
     tokens = [*alphabet, *islice(letters, vocabulary - len(alphabet) - 1), END]
-    tokenizer = Tokenizer(kinds.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=[]))
+    return byte_level(tokens)
+
+
+def byte_level(tokens: Sequence[str], merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; a token's id is its index."""
+    bpe = kinds.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=list(merges))
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

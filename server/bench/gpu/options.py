@@ -1,4 +1,4 @@
-"""What the check can be told, and the sizes that follow from it."""
+"""Options of the check, and the sizes that follow from them."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SECONDS = 465.0  # with the time that Python takes to start, eight minutes
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run."""
+    """Sizes of models and runs."""
 
     small: Shape
     large: Shape
@@ -26,21 +26,21 @@ class Sizes:
     large_tokens: int
     repeat: int
     slots: int
-    """Of the check of correctness, and of the server's default settings."""
+    """Of the correctness check, and of a server's default settings."""
     streams: tuple[int, ...]
     """Of the closed loops over HTTP."""
     load_seconds: float
-    """How long the streams of each closed loop go on."""
+    """Duration of each closed loop."""
 
 
 FULL = Sizes(GPT2, GPT2_XL, (1, 8, 32, 64), (1, 64), 512, 32, 128, 48, 2, 16, (1, 16, 64), 4.0)
 QUICK = Sizes(TINY, TINY_XL, (1, 3), (2,), 128, 8, 160, 96, 1, 4, (1, 3), 0.3)
-"""So many tokens that rows of a tiny model meet: the first must not end before the last has begun."""
+"""Enough tokens that a tiny model's rows overlap: the first must not end before the last begins."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """As they were given."""
+    """Parsed options."""
 
     model: str | None
     out: Path | None
@@ -57,7 +57,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Exits with a message where they make no sense."""
+    """Exits with a message if they are invalid."""
     parser = argparse.ArgumentParser(
         prog="gpu_check",
         description="Check and measure this project on a GPU, in one go and without a network; docs/gpu.md "
@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Options:
         type=float,
         default=SECONDS,
         metavar="N",
-        help="that it may take; what doesn't fit is left out",
+        help="time limit; what doesn't fit is skipped",
     )
     add("--parts", type=_some(PARTS), default=PARTS, metavar="NAMES", help=f"of {','.join(PARTS)}")
     add(
@@ -108,7 +108,7 @@ def _some(choices: Sequence[str]) -> "_Names":
 
 @dataclass(frozen=True)
 class _Names:
-    """Reads names separated by commas."""
+    """Parses names separated by commas."""
 
     choices: tuple[str, ...]
 

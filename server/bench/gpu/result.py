@@ -1,4 +1,4 @@
-"""What a check has found so far: on the terminal as it comes, and in one JSON file that is always whole."""
+"""Findings of a check: printed as they come, and in one JSON file that is always complete."""
 
 import time
 from dataclasses import replace
@@ -11,11 +11,11 @@ from server.bench.session import Row
 
 
 class Result:
-    """Written anew after every finding, so that a check that is cut off leaves what it had.
+    """Rewrites its file after every finding, so that an interrupted check keeps its figures.
 
     Args:
-        report: the host, the model and the settings; takes the rows.
-        file: where to.
+        report: the host, the model and the settings; receives the rows.
+        file: path of the JSON.
     """
 
     def __init__(self, report: Report, file: Path) -> None:
@@ -23,23 +23,23 @@ class Result:
         self.sections: dict[str, Any] = report.sections
         self.sections |= {"complete": False, "failures": [], "skipped": []}
         self.rows: list[tuple[str, Row]] = []
-        """By the name of their model."""
+        """Model name and row."""
 
     def note(self, section: str, found: Any) -> None:
-        """One finding of a section."""
+        """Adds a finding to a section."""
         self.sections.setdefault(section, []).append(found)
         self.save()
 
     def add(self, model: str, row: Row) -> None:
-        """A measured row, shown at once."""
+        """Adds and prints a measured row."""
         self.rows.append((model, row))
         self._report.add(row)
         self._report.rows[-1]["model"] = model
-        print(table.line(row), flush=True)
+        print(table.WHOLE.line(row), flush=True)
         self.save()
 
     def compare(self, model: str, row: Row) -> Row:
-        """The row with its ratio to what was measured of this project at the same size, if it was."""
+        """The row with bitdial's ratio at the same size, if that was measured."""
         ours = self.ours(model, row.precision, row.batch)
         if ours is None:
             return row
@@ -51,7 +51,7 @@ class Result:
         return next((r for m, r in self.rows if (m, r.precision, r.batch, r.engine) == wanted), None)
 
     def failed(self, what: str) -> None:
-        """Something is not as it must be: the check as a whole fails."""
+        """Records a failure: the whole check fails."""
         print(f"FAILED  {what}", flush=True)
         self.sections["failures"].append(what)
         self.save()
@@ -66,7 +66,7 @@ class Result:
         self.save()
 
     def save(self) -> str:
-        """Through a file beside it: what is there is never half written. Returns the JSON line."""
+        """Writes the file atomically; returns the JSON line."""
         beside = self._file.with_suffix(".part")
         beside.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(self._report.text() + "\n")

@@ -1,4 +1,4 @@
-"""What users of ``transformers`` would run instead, in this process, on the same card."""
+"""``transformers``' own modes of generation, in this process on the same GPU."""
 
 import asyncio
 import time
@@ -17,11 +17,11 @@ from server.bench.session import Plan, Row, prompts_of
 from server.bench.worker import BatchEngine
 
 GENERATE, STATIC, CONTINUOUS = "generate", "static + compile", "continuous batching"
-_CACHE_SHARE = 0.4  # of what is free, for the cache of continuous batching
+_CACHE_SHARE = 0.4  # of free memory, for the cache of continuous batching
 
 
 class InProcess:
-    """A lockstep engine as a contender. It runs on the calling thread: compiled graphs are bound to one."""
+    """A lockstep engine as a contender. Runs on the calling thread: compiled graphs are bound to one."""
 
     def __init__(self, name: str, engine: BatchEngine) -> None:
         self.name, self.weights_bytes, self._engine = name, engine.weights_bytes, engine
@@ -35,7 +35,7 @@ class InProcess:
 
 
 class ContinuousBatching:
-    """``generate_batch``, its manager and graphs kept from one run to the next."""
+    """``generate_batch``; its manager and graphs persist between runs."""
 
     name = CONTINUOUS
     weights_bytes: int | None = None
@@ -57,7 +57,7 @@ class ContinuousBatching:
         if len(rows) != len(prompts):
             raise RuntimeError(f"{len(prompts) - len(rows)} of {len(prompts)} requests failed")
         arrivals = [[moment - started for moment in row.timestamps] for row in rows]
-        return Run(arrivals, max(row[0] for row in arrivals))  # in the order in which they ended: no tokens
+        return Run(arrivals, max(row[0] for row in arrivals))  # ordered by their end: tokens are omitted
 
     async def close(self) -> None:
         if hasattr(self._model, "destroy_cached_continuous_batching_manager"):
@@ -66,7 +66,8 @@ class ContinuousBatching:
 
 
 def _sized(prompts: Prompts, tokens: int, device: str) -> Any:
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig  # newer than some
+    # late: missing in older versions
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     if device == "cuda":
         return ContinuousBatchingConfig(max_memory_percent=_CACHE_SHARE)
@@ -75,17 +76,17 @@ def _sized(prompts: Prompts, tokens: int, device: str) -> Any:
 
 
 async def generate(precision: str, spec: ModelSpec) -> Contender:
-    """Loads it; its cache grows with the text, as by default."""
+    """``generate`` with its default dynamic cache."""
     return InProcess(GENERATE, Generate(precision, spec))
 
 
 def static(precision: str, spec: ModelSpec) -> Contender:
-    """With a cache of fixed size, which ``generate`` compiles the forward pass for on a GPU."""
+    """``generate`` with a static cache, for which it compiles the forward pass on a GPU."""
     return InProcess(STATIC, Generate(precision, spec, cache_implementation="static"))
 
 
 def measure(make: Callable[[], Contender], plan: Plan, batch: int, precision: str) -> Row:
-    """One rival by itself, at one batch size. Its first run, which compiles or captures, doesn't count."""
+    """Measures one rival alone at one batch size. The first run, which compiles or captures, is dropped."""
     contender = make()
     prompts = prompts_of(batch, plan.prompt, plan.vocabulary)
     try:
@@ -98,7 +99,7 @@ def measure(make: Callable[[], Contender], plan: Plan, batch: int, precision: st
 def measure_into(
     result: Result, model: str, spec: ModelSpec, plan: Plan, precision: str, which: str, batch: int
 ) -> None:
-    """Adds the row, or says why there is none: not every version of ``transformers`` can do it everywhere."""
+    """Adds the row, or the reason for skipping it: some versions of ``transformers`` lack a mode."""
     makers: dict[str, Callable[[], Contender]] = {
         STATIC: partial(static, precision, spec),
         CONTINUOUS: partial(ContinuousBatching, precision, spec),

@@ -1,4 +1,4 @@
-"""The speed of a precision through its engine, beside ``generate``; and what its steps cost the card."""
+"""Speed of a precision through its engine and of ``generate``, and device time of its steps."""
 
 import asyncio
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _MILLI = 1e3
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and where what is found goes."""
+    """The measured model and the receiver of its figures."""
 
     model: str
     spec: ModelSpec
@@ -33,14 +33,14 @@ class Subject:
 
 
 def measure(subject: Subject, precision: str) -> None:
-    """Each batch by the smallest step that fits, which is the fastest; ``generate`` in turn with it."""
+    """Measures each batch with the smallest step that fits, in turn with ``generate``."""
     spec = replace(subject.spec, batch_invariant=False)
     others = [partial(rivals.generate, precision, spec)]
     asyncio.run(_session(subject, precision, spec, others, "bitdial").measure())
 
 
 def measure_steady(subject: Subject, precision: str) -> None:
-    """As the server is set by default: every step computes all slots."""
+    """Measures a server's default: every step computes all slots."""
     spec = replace(subject.spec, batch_invariant=True)
     asyncio.run(_session(subject, precision, spec, [], STEADY).measure())
 
@@ -62,7 +62,7 @@ def _session(subject: Subject, precision: str, spec: ModelSpec, others: list[Any
 
 
 def _inspect(subject: Subject, name: str, loaded: LoadedModel) -> None:
-    """What the precision tells of itself, and the cost of its steps beside what came out end to end."""
+    """Notes the precision's own report and its replay times against end-to-end step times."""
     runner, plan = loaded.runner, subject.plan
     found: dict[str, Any] = {
         "model": subject.model,
@@ -82,7 +82,7 @@ def _inspect(subject: Subject, name: str, loaded: LoadedModel) -> None:
 
 
 def _replayed(subject: Subject, name: str, loaded: LoadedModel, batch: int) -> Iterator[dict[str, Any]]:
-    """A step by the device's clock beside what came out end to end."""
+    """Replay time of a step against its end-to-end time."""
     assert isinstance(loaded.runner, GraphRunner)
     plan = subject.plan
     step = captured_step(loaded.runner, batch, plan.prompt + plan.tokens)
@@ -96,10 +96,10 @@ def _replayed(subject: Subject, name: str, loaded: LoadedModel, batch: int) -> I
 
 
 def measure_kernels(subject: Subject, precision: str, process: Executor) -> None:
-    """The captured steps of the sizes that were measured, kernel by kernel.
+    """Measures kernel times of the captured steps of the measured sizes.
 
     Args:
-        process: another than this one, whose launches the profiler would slow down from then on.
+        process: runs the profiler, which would slow down later launches of this process.
     """
     spec, plan = replace(subject.spec, batch_invariant=False), subject.plan
     costs = process.submit(step_costs, precision, spec, plan.batches, plan.prompt + plan.tokens).result()
@@ -125,5 +125,5 @@ def _note_kernels(subject: Subject, precision: str, batch: int, cost: StepCost) 
 
 
 def _end_to_end_ms(row: Row) -> float:
-    """A step with sampling, host and waiting: rows ÷ decode rate."""
+    """Time of a step including sampling, host and waiting: rows ÷ decode rate."""
     return _MILLI * row.batch / row.figures.decode_tokens_per_second

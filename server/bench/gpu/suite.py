@@ -1,4 +1,4 @@
-"""The tests that need a card, run by pytest in a process of its own, without plugins."""
+"""Runs the GPU tests by pytest in a subprocess, without plugins."""
 
 import os
 import re
@@ -14,19 +14,19 @@ COMMAND = [
     sys.executable, "-m", "pytest", FOLDER, "-m", "gpu", "-rfE", "--tb=short",
     "-p", "no:cacheprovider", f"--confcutdir={FOLDER}",
 ]  # fmt: skip
-"""The tests of the folder, and of the others' fixtures none: those need the server's packages."""
+"""Without the other folders' fixtures, which need the server's packages."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What pytest said."""
+    """Result of pytest."""
 
     status: int | None
-    """Its exit status; None where it was stopped."""
+    """Its exit status; None after a timeout."""
     counts: dict[str, int] = field(default_factory=dict)
     """By outcome: passed, failed, skipped, error."""
     failed: list[str] = field(default_factory=list)
-    """Names and first lines of what failed."""
+    """Names and first lines of failed tests."""
 
     def faults(self) -> list[str]:
         if self.status is None:
@@ -37,7 +37,7 @@ class Suite:
 
 
 def run(seconds: float) -> Suite | str:
-    """The result, or why there is none."""
+    """The result, or the reason for skipping."""
     if find_spec("pytest") is None:
         return "pytest is not installed"
     if not (ROOT / FOLDER).is_dir():
@@ -55,7 +55,7 @@ def run(seconds: float) -> Suite | str:
 
 
 def read(status: int | None, output: str) -> Suite:
-    """What its output says."""
+    """Parses pytest's output."""
     last = output.strip().splitlines()[-1:] or [""]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last[0])}
     return Suite(status, counts, re.findall(r"^(?:FAILED|ERROR) (.*)", output, re.M))

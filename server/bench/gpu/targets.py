@@ -1,4 +1,4 @@
-"""What was aimed at, and whether it was reached: from the rows that were measured, nothing else."""
+"""Performance targets, evaluated on the measured rows."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +10,11 @@ GENERATE_TIMES, CONTINUOUS_TIMES, KERNEL_SHARE, TOKENS = 5.0, 3.0, 0.6, 1500.0
 
 
 def judged(rows: list[tuple[str, Row]], kernels: list[dict[str, Any]], small: str) -> list[dict[str, Any]]:
-    """One entry for every precision and target that could be judged.
+    """One entry for every precision and target with figures.
 
     Args:
-        kernels: what was noted of the steps' kernels.
-        small: name of the model that the absolute target is about.
+        kernels: figures of the steps' kernels.
+        small: name of the model of the absolute target.
     """
     return [*_ratios(rows), *_shares(kernels), *_rates(rows, small)]
 

@@ -1,4 +1,4 @@
-"""Two promises of chunked prefill, measured over HTTP on a server that does nothing else."""
+"""Two properties of chunked prefill, measured over HTTP on an otherwise idle server."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ _LAST_TOKENS = 4  # generated after the long prompt
 
 @dataclass(frozen=True)
 class FirstToken:
-    """How much HTTP and the service add to a prompt's computation, alone on the server."""
+    """TTFT of a single request against its prefill time: the overhead of HTTP and service."""
 
     prompt: int
     ttft_ms: float
     """Median at the client, from before connecting."""
     prefill_ms: float
-    """Median of what the server says of the same requests: from admission to the first token."""
+    """Median of the server's own figure for the same requests: from admission to the first token."""
 
     @property
     def ratio(self) -> float:
@@ -34,7 +34,7 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class LongPrompt:
-    """What a long prompt does to streams that are running when it comes."""
+    """The effect of a long prompt on running streams."""
 
     prompt: int
     streams: int
@@ -43,7 +43,7 @@ class LongPrompt:
     beside_p99_ms: float
     """With it, over the whole of the same streams."""
     meanwhile_p99_ms: float
-    """With it, over those gaps alone that overlap with its computation."""
+    """With it, over the gaps that overlap its computation."""
     long_ttft_ms: float
     """Until the long prompt's own first token."""
 
@@ -55,7 +55,7 @@ class LongPrompt:
 async def first_token(client: Client, texts: Texts, precision: str | None) -> FirstToken:
     """TTFT of a 128-token prompt beside its prefill time, requests one after another."""
     prompts = await texts.get(_REPEAT + 1, FIRST_TOKEN_PROMPT)
-    answers = [_whole(await client.stream(text, 2, precision)) for text in prompts][1:]  # the first warms up
+    _, *answers = [_checked(await client.stream(text, 2, precision)) for text in prompts]  # after a warm-up
     return FirstToken(
         prompt=FIRST_TOKEN_PROMPT,
         ttft_ms=MILLISECONDS * median(answer.ttft for answer in answers),
@@ -73,21 +73,21 @@ async def long_prompt(client: Client, texts: Texts, precision: str | None) -> Lo
 
     async def streams() -> list[Answer]:
         answers = await asyncio.gather(*(client.stream(text, tokens, precision) for text in short))
-        return [_whole(answer) for answer in answers]
+        return [_checked(answer) for answer in answers]
 
     await streams()
     alone = await streams()
     running = asyncio.create_task(streams())
     await asyncio.sleep(_duration(alone) / 4)
-    intruder = _whole(await client.stream(long, _LAST_TOKENS, precision))
+    long_answer = _checked(await client.stream(long, _LAST_TOKENS, precision))
     beside = await running
     return LongPrompt(
         prompt=length,
         streams=STREAMS,
         alone_p99_ms=_p99([gap for answer in alone for gap in answer.gaps]),
         beside_p99_ms=_p99([gap for answer in beside for gap in answer.gaps]),
-        meanwhile_p99_ms=_p99(_overlapping(beside, intruder.sent, intruder.arrivals[0])),
-        long_ttft_ms=MILLISECONDS * intruder.ttft,
+        meanwhile_p99_ms=_p99(_overlapping(beside, long_answer.sent, long_answer.arrivals[0])),
+        long_ttft_ms=MILLISECONDS * long_answer.ttft,
     )
 
 
@@ -108,7 +108,7 @@ def _duration(answers: Sequence[Answer]) -> float:
     return max(answer.arrivals[-1] for answer in answers) - min(answer.sent for answer in answers)
 
 
-def _whole(answer: Answer) -> Answer:
+def _checked(answer: Answer) -> Answer:
     if answer.error:
         raise BenchError(f"a request of the checks failed: {answer.error}")
     return answer

@@ -1,4 +1,4 @@
-"""A client that costs little: it shares the CPU with the server it measures. One connection a request."""
+"""A client of little overhead, since it shares the server's CPU. One connection per request."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ class Answer:
     arrivals: list[float] = field(default_factory=list)
     """Of each event that carried a token."""
     error: str | None = None
-    """A status other than 200, an error event, a broken connection."""
+    """Set after a status other than 200, an error event, or a broken connection."""
     last: dict[str, Any] = field(default_factory=dict)
     """The last event."""
 
@@ -37,7 +37,7 @@ class Answer:
 
 
 class Reply(asyncio.Protocol):
-    """An HTTP answer, taken apart as it arrives: head, chunks, events of a stream."""
+    """Parses an HTTP response as it arrives: head, chunks, server-sent events."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -51,7 +51,7 @@ class Reply(asyncio.Protocol):
 
     @property
     def body(self) -> bytes:
-        """What came that is no event."""
+        """The body, without events."""
         return bytes(self._text)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -61,22 +61,22 @@ class Reply(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         self._raw += data
-        if self._chunked is None and not self._take_head():
+        if self._chunked is None and not self._parse_head():
             return
         if self._chunked:
-            self._take_chunks()
+            self._parse_chunks()
         else:
             self._text += self._raw
             self._raw.clear()
-        self._take_events(now)
+        self._parse_events(now)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._chunked is False and error is None:
-            self.whole = True  # its end is the connection's
+            self.whole = True  # it ends with the connection
         if not self.ended.done():
             self.ended.set_result(None)
 
-    def _take_head(self) -> bool:
+    def _parse_head(self) -> bool:
         end = self._raw.find(_END_OF_HEAD)
         if end < 0:
             return False
@@ -86,7 +86,7 @@ class Reply(asyncio.Protocol):
         del self._raw[: end + len(_END_OF_HEAD)]
         return True
 
-    def _take_chunks(self) -> None:
+    def _parse_chunks(self) -> None:
         while (end := self._raw.find(_END_OF_LINE)) >= 0:
             size, start = int(self._raw[:end].split(b";")[0], 16), end + 2
             if len(self._raw) < start + size + 2:
@@ -99,7 +99,7 @@ class Reply(asyncio.Protocol):
                     self.ended.set_result(None)
                 return
 
-    def _take_events(self, now: float) -> None:
+    def _parse_events(self, now: float) -> None:
         while (end := self._text.find(_END_OF_EVENT)) >= 0:
             event = bytes(self._text[:end])
             del self._text[: end + 2]
@@ -125,7 +125,7 @@ class Client:
         self._key = f"Authorization: Bearer {key}\r\n" if key else ""
 
     async def stream(self, text: str, tokens: int, precision: str | None) -> Answer:
-        """Continues the text greedily by exactly ``tokens`` tokens; faults are in the answer, not raised."""
+        """Continues the text greedily by exactly ``tokens`` tokens; errors are in the answer, not raised."""
         body = {
             "inputs": text,
             "parameters": {"max_new_tokens": tokens, "ignore_eos": True},

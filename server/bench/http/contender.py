@@ -1,4 +1,4 @@
-"""The server as something to measure beside the engine: a stream for every row, all sent at once."""
+"""The server as a contender: a stream for every row, all sent at once."""
 
 import asyncio
 import time
@@ -16,8 +16,8 @@ class HttpContender:
 
     Args:
         client: of a server with the precision loaded.
-        precision: asked for; the server's default if None.
-        close: what is to be done at the end, such as stopping the server.
+        precision: of the requests; the server's default if None.
+        close: called at the end, such as to stop the server.
     """
 
     name = "bitdial over HTTP"

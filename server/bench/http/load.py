@@ -1,4 +1,4 @@
-"""Loads on a server: a closed loop of streams, and Poisson arrivals, which wait for nobody."""
+"""Loads on a server: closed-loop streams, and open-loop Poisson arrivals."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ _SEED = 7
 
 @dataclass(frozen=True)
 class Shape:
-    """What every request asks for."""
+    """Parameters of every request."""
 
     precision: str | None
     prompt: int
@@ -24,13 +24,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must meet to count as good, in milliseconds."""
+    """Limits of a good request, in milliseconds."""
 
     ttft_ms: float
     inter_token_ms: float
 
     def met(self, answer: Answer) -> bool:
-        """Without error, its first token in time, and its tokens after it at the rate, on average."""
+        """Whether it has no error, and TTFT and mean inter-token time are within the limits."""
         if answer.error:
             return False
         gaps = answer.gaps
@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """What a load came to. Percentiles are over the requests without error, and over all their tokens."""
+    """Figures of a load. Percentiles are over requests without error, and over all their tokens."""
 
     kind: str
     """``closed loop`` or ``poisson``."""
@@ -62,13 +62,13 @@ class LoadFigures:
 
 
 class Load:
-    """Makes loads of one shape on one server."""
+    """Generates loads of one shape on one server."""
 
     def __init__(self, client: Client, texts: Texts, shape: Shape, limits: Limits) -> None:
         self._client, self._texts, self._shape, self._limits = client, texts, shape, limits
 
     async def closed_loop(self, streams: int, seconds: float) -> LoadFigures:
-        """So many streams; each sends its next request when its last has ended, until the time is over."""
+        """Runs ``streams`` streams for ``seconds``; each sends its next request after its last one."""
         texts = await self._texts.get(streams, self._shape.prompt)
         answers: list[Answer] = []
         started = time.perf_counter()
@@ -81,7 +81,7 @@ class Load:
         return summarize_load("closed loop", streams, started, answers, self._limits)
 
     async def poisson(self, rate: float, seconds: float) -> LoadFigures:
-        """So many requests a second at random moments, sent whether or not the earlier ones have ended."""
+        """Sends ``rate`` requests per second at random times, whether or not earlier ones have ended."""
         texts = await self._texts.get(16, self._shape.prompt)
         started = time.perf_counter()
         sending = []
@@ -95,7 +95,7 @@ class Load:
 
 
 async def _arrivals(rate: float, seconds: float) -> AsyncIterator[int]:
-    """Numbers from 0 at the moments of a Poisson process; at least one. The same moments every time."""
+    """Yields numbers from 0 at the times of a seeded Poisson process; at least one."""
     random, started, moment, number = Random(_SEED), time.perf_counter(), 0.0, 0
     while moment < seconds:
         await asyncio.sleep(max(started + moment - time.perf_counter(), 0))

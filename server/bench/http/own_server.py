@@ -1,4 +1,4 @@
-"""A server of this project, started for the measurement and stopped after it."""
+"""Starts a server of this project for a measurement, and stops it."""
 
 import asyncio
 import os
@@ -16,18 +16,18 @@ from server.bench.http.client import Client
 from server.settings.server import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[3]
-_PATIENCE = 300.0  # seconds until it is ready
-_KEYS = ("API_KEY", "ADMIN_API_KEY")  # nobody else talks to it
+_READY_SECONDS = 300.0
+_KEYS = ("API_KEY", "ADMIN_API_KEY")  # left out: only this client connects
 
 
 @asynccontextmanager
 async def own_server(
     settings: ModelSettings, precision: str, slots: int, threads: int
 ) -> AsyncIterator[Client]:
-    """``bitdial serve`` with that one precision, a process of its own on the same CPUs; ready when entered.
+    """Runs ``bitdial serve`` with one precision in a process on the same CPUs; ready when entered.
 
     Raises:
-        BenchError: it ended or did not become ready; its last words are in the message.
+        BenchError: it ended or did not become ready; the message has its last line of output.
     """
     with TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -75,7 +75,7 @@ def _address(process: "subprocess.Popen[str]", log: IO[str]) -> str:
 
 async def _ready(client: Client, process: "subprocess.Popen[str]", log: IO[str]) -> None:
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(_READY_SECONDS):
             while process.poll() is None:
                 try:
                     await client.ask("GET", "/health")
@@ -90,5 +90,5 @@ async def _ready(client: Client, process: "subprocess.Popen[str]", log: IO[str])
 
 def _failed(log: IO[str]) -> BenchError:
     log.seek(0)
-    last = log.read().strip().splitlines()[-1:] or ["it said nothing"]
+    last = log.read().strip().splitlines()[-1:] or ["no output"]
     return BenchError(f"the server for the measurement did not become ready: {last[0]}")

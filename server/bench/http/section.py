@@ -1,4 +1,4 @@
-"""The part of the measurement that goes over HTTP, for one precision, as a table."""
+"""The part of the benchmark over HTTP, as a table."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,9 +13,10 @@ from server.bench.http.load import Limits, Load, LoadFigures, Shape
 from server.bench.http.own_server import own_server
 from server.bench.http.texts import Texts
 from server.bench.options import Options
-from server.bench.table import Column, Table
+from server.bench.table import PrintedTable
 from server.settings.types import ALL
-from server.terminal import folded, say, terminal_width
+from server.tables import Column
+from server.terminal import folded, say
 
 _SHARES = (0.5, 0.8, 1.2)
 
@@ -44,10 +45,10 @@ A client on the server's machine shares its CPUs: the figures are of both togeth
 
 
 class Serving:
-    """Loads a server in each precision: somebody's, or one of its own for each, one after another.
+    """Loads an external server in each precision, or starts one per precision, one after another.
 
     Args:
-        report: takes the figures, under ``http``.
+        report: receives the figures, under ``http``.
     """
 
     def __init__(self, options: Options, report: Report) -> None:
@@ -55,14 +56,11 @@ class Serving:
         self._limits = Limits(options.ttft_limit, options.gap_limit)
 
     def measure(self) -> None:
-        """Raises: BenchError, where a server can't be had or a check's request fails."""
-        self._table, self._lines = Table(COLUMNS, 2, terminal_width()), list[Line]()
-        say(self._table.heading())
+        """Raises: BenchError, if a server can't be started or a check's request fails."""
+        self._table = PrintedTable(COLUMNS, 2, LEGEND)
         self._report.sections["http"] = []
         asyncio.run(self._all())
-        if rest := self._table.rest(self._lines):
-            say(f"\n{rest}")
-        say(f"\n{folded(LEGEND)}\n")
+        self._table.end()
 
     async def _all(self) -> None:
         if self._options.server_url is not None:
@@ -77,7 +75,7 @@ class Serving:
                 await self._one(client, name)
 
     def _names_elsewhere(self) -> tuple[str | None, ...]:
-        """Of another server, which may run on another host; None is its default."""
+        """Precisions of the external server; None is its default."""
         if self._options.precisions == ALL:
             raise BenchError("--precisions all: name them, since what that server can run isn't known here")
         return tuple(self._options.precisions or (None,))
@@ -89,13 +87,12 @@ class Serving:
         shape = Shape(precision, self._options.prompt, self._options.tokens)
         async for figures in self._loads(Load(client, texts, shape, self._limits)):
             found["loads"].append(asdict(figures))
-            self._lines.append((precision, figures))
-            say(self._table.line(self._lines[-1]))
+            self._table.add((precision, figures))
         if self._options.http_checks:
             found |= await _checks(client, texts, precision)
 
     async def _loads(self, load: Load) -> AsyncIterator[LoadFigures]:
-        await load.closed_loop(1, 0)  # one request: the first pays for what only it needs
+        await load.closed_loop(1, 0)  # one request as warm-up
         capacity = 0.0
         for streams in self._options.stream_counts:
             figures = await load.closed_loop(streams, self._options.duration)

@@ -12,7 +12,7 @@ _TRIES = 50
 
 
 class Texts:
-    """Cuts prompts out of Python's help topics and lets the server count their tokens."""
+    """Cuts prompts out of Python's help topics; the server counts their tokens."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -35,7 +35,7 @@ class Texts:
             spans = await self._tokens(text)
             if len(spans) > tokens:
                 text = text[: spans[tokens - 1]["stop"]]
-                if len(await self._tokens(text)) == tokens:  # cut elsewhere, a text may tokenize otherwise
+                if len(await self._tokens(text)) == tokens:  # a cut text may tokenize differently
                     return text
         raise BenchError(f"no text of {tokens} tokens was found for {self._client.url}")
 

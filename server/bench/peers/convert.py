@@ -26,10 +26,10 @@ _GGUF_NAMES = {
 
 
 class Exported:
-    """What ``export`` wrote.
+    """A checkpoint written by ``export``.
 
     Args:
-        folder: where.
+        folder: where it was written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -11,14 +11,14 @@ class CTranslate2:
     """One converted folder, in one computation type.
 
     Args:
-        folder: which.
+        folder: of the converted model.
         kind: ``float32`` or ``int8``; the weights are quantized while loading.
         threads: of a forward pass.
-        vocabulary: its tokens by id: prompts are given to it as tokens.
+        vocabulary: its tokens by id: it takes prompts as tokens.
     """
 
     def __init__(self, folder: Path, kind: str, threads: int, vocabulary: list[str]) -> None:
-        self.weights_bytes: int | None = None  # it doesn't tell
+        self.weights_bytes: int | None = None  # not reported
         self._vocabulary = vocabulary
         self._generator = ctranslate2.Generator(str(folder), compute_type=kind, intra_threads=threads)
 
@@ -27,7 +27,7 @@ class CTranslate2:
         times = [0.0] * tokens
         started = time.perf_counter()
 
-        def told(result: Any) -> bool:
+        def on_token(result: Any) -> bool:
             times[result.step] = time.perf_counter() - started
             return False
 
@@ -37,7 +37,7 @@ class CTranslate2:
             min_length=tokens,
             sampling_topk=1,
             include_prompt_in_result=False,
-            callback=told,
+            callback=on_token,
         )
         return times, [result.sequences_ids[0] for result in results]
 

@@ -1,4 +1,4 @@
-"""The peers' own virtual environment: made once, in the user's cache, so that ours stays as it is."""
+"""The peers' virtual environment, created once in the user's cache, so that ours stays unchanged."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from server.bench.errors import BenchError
 from server.host import cache
 
 REQUIREMENTS = ["numpy>=2", "gguf>=0.19", "ctranslate2>=4.8", "llama-cpp-python>=0.3.36"]
-"""llama-cpp-python comes as source, and is compiled for this very CPU."""
+"""llama-cpp-python is a source distribution, compiled for this CPU."""
 _TRIAL = "import ctranslate2, gguf, llama_cpp, numpy"
 
 
@@ -17,13 +17,13 @@ def default_folder() -> Path:
 
 
 def ensure(folder: Path | None = None) -> Path:
-    """The environment's interpreter; makes the environment first if it isn't there or isn't whole.
+    """The environment's interpreter; creates the environment if it is missing or incomplete.
 
     Args:
-        folder: where; ``default_folder()`` if None. One that is named must exist: it is the user's own.
+        folder: an existing environment of the user; ``default_folder()`` if None.
 
     Raises:
-        BenchError: it can't be made; pip has said why.
+        BenchError: it can't be created; pip has printed the reason.
     """
     python = (folder or default_folder()) / "bin" / "python"
     if _works(python):
@@ -47,7 +47,7 @@ def _install(folder: Path, python: Path) -> None:
     )
     if not python.exists():
         _run([sys.executable, "-m", "venv", str(folder)])
-    # verbose, so that the compiler is seen to progress
+    # verbose, to show the compiler's progress
     _run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-v", *REQUIREMENTS])
     if not _works(python):
         raise BenchError(f"what was installed into {folder} can't be imported")

@@ -1,4 +1,4 @@
-"""A checkpoint as plain arrays and JSON: what the peers' converters read, without torch."""
+"""A checkpoint as NumPy arrays and JSON, which the peers' converters read without torch."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> Path:
     """Writes every weight as float32 ``NAME.npy``, and the configuration, tokens and merges as JSON.
 
     Raises:
-        BenchError: not a GPT-2, which is the architecture that the converters know.
+        BenchError: not a GPT-2, the only architecture of the converters.
         CheckpointError: it has no usable tokenizer, or can't be loaded.
     """
     if checkpoint.architecture != "GPT2LMHeadModel":

@@ -15,13 +15,13 @@ _CELLS = 256  # contexts are a multiple of this
 _FILE_TYPES = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 
 
-_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C has only its address
+_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept alive: C holds only its address
 llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
 def quantize(source: Path, kind: str, target: Path, threads: int) -> Path:
-    """By llama.cpp's own quantizer with its own choices, as llama-quantize does it."""
+    """Quantizes with llama.cpp's defaults, like llama-quantize."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = getattr(llama_cpp, _FILE_TYPES[kind]), threads
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
@@ -33,7 +33,7 @@ class LlamaCpp:
     """One GGUF file.
 
     Args:
-        file: which.
+        file: path of the GGUF.
         threads: of a forward pass.
     """
 
@@ -75,7 +75,7 @@ class LlamaCpp:
         llama_cpp.llama_model_free(self._model)
 
     def _prepare(self, rows: int, length: int, at_once: int) -> None:
-        """A context for so many rows of that length; kept as long as the same is asked for."""
+        """Creates a context for ``rows`` rows of ``length`` tokens, unless the current one matches."""
         if self._shape == (rows, length):
             return
         self._drop_context()

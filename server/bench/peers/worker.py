@@ -1,4 +1,4 @@
-"""The peers' worker process. Runs in their environment: nothing here may need torch."""
+"""The peers' worker process. Runs in their environment, without torch."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ PAIRS: dict[str, list[tuple[str, str]]] = {
     "int8": [("llama.cpp", "Q8_0"), ("CTranslate2", "int8")],
     "nf4": [("llama.cpp", "Q4_0")],
 }
-"""What a precision is measured beside: (engine, its format) of the nearest kind."""
+"""Peers by precision: (engine, its closest format)."""
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Refusing below the framework: from the bytes of a request's head to the bytes of its answer.
 
-Under overload the server refuses far more often than it serves, and what a refusal costs is taken from those
-who are served. Only plain requests are answered here; every other one goes the usual way, where
-``AdmissionControl`` decides the same.
+Under overload the server refuses far more requests than it serves, and refusing takes CPU time from the
+requests being served. Only plain requests are answered here; every other one takes the usual path, where
+``AdmissionControl`` makes the same decision.
 """
 
 import time
@@ -33,22 +33,22 @@ _NO_TRACE = nullcontext()
 
 @dataclass(slots=True)
 class Refusal:
-    """The answer to a request, whose body is to be skipped."""
+    """The response to a refused request, whose body has to be skipped."""
 
     answer: bytes
     head_bytes: int
     body_bytes: int
     close: bool
-    """The connection ends with this answer."""
+    """Whether the connection ends after this response."""
 
 
 class EarlyRefusal:
     """One per server. Event loop only.
 
     Args:
-        admission: decides.
-        settings: with CORS configured, requests of web pages need headers that are not made here.
-        trace_context: makes what is counted within it part of the request's trace.
+        admission: decides whether a request is admitted.
+        settings: with CORS configured, requests from web pages need headers that are not added here.
+        trace_context: attributes what is counted inside it to the request's trace.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class EarlyRefusal:
     ) -> None:
         self._admission, self._trace_context = admission, trace_context
         self.routes = admission.routes
-        # a request of a web page is answered with CORS headers
+        # a response to a web page needs CORS headers
         not_plain = {b"origin"} if settings.cors_allow_origin else set()
         self._heads = PlainHeads(self.routes.takes_a_place, not_plain)
         self._redaction = Redaction(settings.secrets())
         self.log = RefusalLog(self._redaction)
 
     def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
-        """Of the request that ``data`` begins with: its refusal, or the place that it gets on the usual way.
+        """The refusal of the request that ``data`` begins with, or the place promised to it.
 
-        None if it goes the usual way without either.
+        None if it takes the usual path without either.
 
         Args:
-            data: what has come.
-            only: if there is a whole request and nothing else in it; the connection ends with a refusal then.
+            data: the bytes received so far.
+            only: judge only if ``data`` is one whole request; a refusal then ends the connection.
         """
         if (head := self._heads.of(data)) is None:
             return None

@@ -1,8 +1,8 @@
 """The end of a connection whose client may still be sending (RFC 9112, section 9.6).
 
-Closing a socket with unread bytes resets the connection, and the reset destroys an answer on its way. So
-the sending half is closed first, and what still comes is read and thrown away, unparsed and at a bounded
-pace, until the client closes its half or its time is over.
+Closing a socket with unread bytes resets the connection, and the reset destroys a response in flight. So the
+sending half is closed first, and further input is read and discarded, unparsed and at a bounded rate, until
+the client closes its half or the time limit passes.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ _CHECK_SECONDS = 0.25
 
 
 class LingeringTransport(asyncio.Transport):
-    """A transport whose ``close`` lingers where it must.
+    """A transport whose ``close`` lingers if the client may still be sending.
 
     Args:
         transport: the socket's own.
-        must_linger: whether the client may still be sending; asked when the connection is to end.
-        linger: called, at most once, in place of the real closing.
+        must_linger: returns whether the client may still be sending; called on ``close``.
+        linger: called at most once, in place of closing the socket.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class LingeringTransport(asyncio.Transport):
         self.inner = transport
         self._must_linger, self._linger = must_linger, linger
         self.lingers = False
-        # called for every piece of every answer: no more than the transport's own methods
+        # called for every chunk of every response: bound directly, without a wrapper
         self.write = transport.write  # type: ignore[method-assign]
         self.writelines = transport.writelines  # type: ignore[method-assign]
         self.get_write_buffer_size = transport.get_write_buffer_size  # type: ignore[method-assign]
@@ -60,13 +60,13 @@ class LingeringTransport(asyncio.Transport):
 
 
 class Linger(asyncio.Protocol):
-    """In the place of a connection's protocol, which learns of the end alone.
+    """Replaces a connection's protocol until the socket is closed.
 
     Args:
         transport: the socket's own.
-        owner: told of pauses in writing and of the connection's end.
-        seconds: how long, at most, after all of the answer was taken.
-        on_sent: called once when it was.
+        owner: the replaced protocol; receives write pauses and ``connection_lost`` only.
+        seconds: maximum time after the whole response was sent.
+        on_sent: called once when the whole response was sent.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Linger(asyncio.Protocol):
         self._owner.resume_writing()
 
     def _check(self) -> None:
-        """A reader that is slow has all the time it needs: one that stops is the owner's to cut off."""
+        """Starts the time limit when all is sent; until then the owner aborts clients that stop reading."""
         now = self._loop.time()
         if self._end is None and not self._transport.get_write_buffer_size():
             self._end = now + self._seconds

@@ -1,7 +1,7 @@
-"""Accepting connections: a few a pass of the event loop, and never in a busy loop when files run out.
+"""Accepting connections: a few per event-loop iteration, and no busy loop when file descriptors run out.
 
-asyncio's own loop accepts as many as wait in one go, before any of them can be counted or refused; where the
-process may open no more files, it logs each of those attempts and then accepts nothing for a second.
+asyncio's own loop accepts all pending connections at once, before any of them can be counted or refused; when
+the process has no file descriptor left, it logs each failed attempt and then accepts nothing for a second.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from server.http.connection.new_connection import defer_accept, judge
 from server.http.connection.open_connections import OpenConnections, RateLimited
 
 _AT_ONCE = 16
-_REFUSED_AT_ONCE = 64  # those cost a fraction of a connection that is served
+_REFUSED_AT_ONCE = 64  # a refusal costs a fraction of a served connection
 _BACKLOG = 2048
-_PAUSE_SECONDS = 0.1  # where nothing could be closed to free a file
+_PAUSE_SECONDS = 0.1  # if no connection could be closed to free a descriptor
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH})
 _log = logging.getLogger(__name__)
 
 
 class Acceptor:
-    """Accepts from one listening socket until it is closed. uvicorn treats it as one of asyncio's servers."""
+    """Accepts from one listening socket until closed. uvicorn treats it like an ``asyncio.Server``."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Acceptor:
         self._early_refusal = early_refusal
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[Any]] = set()
-        self._said = RateLimited()
+        self._warnings = RateLimited()
         self._retry: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -55,9 +55,9 @@ class Acceptor:
 
     def _watch(self) -> None:
         self._retry = None
-        self._loop.add_reader(self._listener.fileno(), self._accept_some)
+        self._loop.add_reader(self._listener.fileno(), self._accept_batch)
 
-    def _accept_some(self) -> None:
+    def _accept_batch(self) -> None:
         left = _AT_ONCE
         for _ in range(_REFUSED_AT_ONCE):
             try:
@@ -66,7 +66,7 @@ class Acceptor:
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    self._make_do(error)
+                    self._wait_for_a_file(error)
                     return
                 if error.errno not in _GONE:
                     raise
@@ -93,12 +93,11 @@ class Acceptor:
         if promise is not None:
             promise.release()
         if isinstance(error, Exception):
-            self._said.warning("a connection could not be opened: %s", error)
+            self._warnings.warning("a connection could not be opened: %s", error)
 
-    def _make_do(self, error: OSError) -> None:
-        """The newcomer waits in the backlog until a file is free: until the loop's next pass, or a little
-        longer."""
-        self._said.warning("no connection can be accepted now: %s", error.strerror)
+    def _wait_for_a_file(self, error: OSError) -> None:
+        """Leaves new connections in the backlog until a descriptor is free, or for ``_PAUSE_SECONDS``."""
+        self._warnings.warning("no connection can be accepted now: %s", error.strerror)
         if not self._connections.free_a_file():
             self._loop.remove_reader(self._listener.fileno())
             self._retry = self._loop.call_later(_PAUSE_SECONDS, self._watch)
@@ -114,13 +113,13 @@ class Acceptor:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with acceptors of its own; ``config`` is a ``ServerConfig``."""
+    """uvicorn's server with its own ``Acceptor`` per socket; ``config`` is a ``ServerConfig``."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens on the configured address, or on the given bound sockets.
 
         Raises:
-            SystemExit: the address can't be had, or the app did not start.
+            SystemExit: the address can't be bound, or the app did not start.
         """
         await self.lifespan.startup()
         if self.lifespan.should_exit:
@@ -139,10 +138,10 @@ class Server(uvicorn.Server):
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Waits for requests and readers, but for no client that goes on sending after its answer."""
+        """Waits for running requests and unsent responses; aborts lingering connections."""
         await super().shutdown(sockets)
         self._connections.abort_lingering()
-        await asyncio.sleep(0)  # their ends are of the loop's next pass
+        await asyncio.sleep(0)  # their connection_lost runs in the loop's next iteration
 
     @property
     def _connections(self) -> OpenConnections:

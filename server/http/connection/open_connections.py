@@ -1,4 +1,4 @@
-"""How many connections there may be, and which of them make room for newcomers."""
+"""The limit on open connections, and which of them are closed for new ones."""
 
 import logging
 import time
@@ -10,27 +10,26 @@ _LOG_SECONDS = 1.0
 
 
 class Stage(Enum):
-    """What the server waits for."""
+    """What a connection waits for."""
 
-    IDLE = "a first byte of a request, or the next one"
+    IDLE = "the first byte of a request"
     RECEIVING = "the rest of a request"
-    BUSY = "its own work"
+    BUSY = "the server"
 
 
 class Evictable(Protocol):
     def evict(self) -> None:
-        """Ends the connection now: its place is needed."""
+        """Closes the connection to make room for another."""
 
     def abort(self) -> None:
-        """Ends it without another word."""
+        """Closes it without sending anything."""
 
 
 class OpenConnections:
-    """All connections of a server by what they wait for, the longest wait first.
+    """All connections of a server by stage, the longest wait first.
 
-    A newcomer beyond the limit takes the place of the connection that has been idle for longest; where none
-    is idle, of the one whose request has been arriving for longest; where all requests are here, it is
-    refused.
+    A new connection beyond the limit evicts the one that has been idle for longest; if none is idle, the one
+    whose request has been arriving for longest; if all requests have arrived, it is refused.
     """
 
     def __init__(self, limit: int) -> None:
@@ -39,18 +38,18 @@ class OpenConnections:
         self._waiting: dict[Stage, dict[Evictable, None]] = {Stage.IDLE: {}, Stage.RECEIVING: {}}
         self._lingering: dict[Evictable, None] = {}
         self._linger_limit = max(4, limit // 8)
-        self._said = RateLimited()
+        self._warnings = RateLimited()
 
     def admit(self, connection: Evictable) -> bool:
-        """Whether a new connection may stay, if another must go for it."""
+        """Registers a new connection, evicting another if necessary; returns whether it may stay."""
         if len(self._stages) >= self.limit and not self.make_room():
-            self._said.warning("all %d connections are at work: refusing newcomers", self.limit)
+            self._warnings.warning("all %d connections are at work: refusing newcomers", self.limit)
             return False
         self._stages[connection] = Stage.BUSY
         return True
 
-    def settle(self, connection: Evictable, stage: Stage) -> None:
-        """What an admitted connection waits for now. Its wait begins where that changes."""
+    def set_stage(self, connection: Evictable, stage: Stage) -> None:
+        """Sets what an admitted connection waits for; a change restarts its wait."""
         before = self._stages.get(connection)
         if before is None or before is stage:
             return
@@ -60,7 +59,7 @@ class OpenConnections:
             self._waiting[stage][connection] = None
 
     def make_room(self) -> bool:
-        """Ends the connection that has waited for its client for longest; False if there is none."""
+        """Evicts the connection that has waited for its client for longest; False if there is none."""
         for waiting in self._waiting.values():
             if waiting:
                 oldest = next(iter(waiting))
@@ -70,14 +69,14 @@ class OpenConnections:
         return False
 
     def free_a_file(self) -> bool:
-        """As ``make_room``; connections that are answered and only linger go first."""
+        """As ``make_room``; lingering connections, already answered, go first."""
         if self._lingering:
             self._abort_oldest_lingering()
             return True
         return self.make_room()
 
     def linger(self, connection: Evictable) -> None:
-        """It is answered and no longer counts; only so many linger, the oldest goes first."""
+        """Stops counting an answered connection. The number that linger is limited; the oldest is aborted."""
         self.remove(connection)
         self._lingering[connection] = None
         if len(self._lingering) > self._linger_limit:
@@ -104,16 +103,16 @@ class OpenConnections:
 
 
 class RateLimited:
-    """A warning whose cause may come thousands of times: one line a second, with how many there were."""
+    """A warning that may recur thousands of times: at most one line a second, with a count of the others."""
 
     def __init__(self) -> None:
-        self._last, self._unsaid = float("-inf"), 0
+        self._last, self._suppressed = float("-inf"), 0
 
     def warning(self, message: str, *arguments: object) -> None:
         now = time.monotonic()
         if now - self._last < _LOG_SECONDS:
-            self._unsaid += 1
+            self._suppressed += 1
             return
-        more = f" ({self._unsaid} more since the last such line)" if self._unsaid else ""
+        more = f" ({self._suppressed} more since the last such line)" if self._suppressed else ""
         _log.warning(message + more, *arguments)
-        self._last, self._unsaid = now, 0
+        self._last, self._suppressed = now, 0

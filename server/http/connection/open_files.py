@@ -1,26 +1,27 @@
-"""How many files the process may have open, and how many of them may be connections."""
+"""The limit on open files, and how many connections it allows."""
 
 import contextlib
 import resource
 
 MOST_FILES = 65_536
-"""What the soft limit is raised to, where the hard one allows it."""
+"""The soft limit is raised to this, if the hard limit allows it."""
 MOST_CONNECTIONS = 4096
 _RESERVE = 96  # models, the report's process and its pipes, connections that end, assets of /docs
 
 
 def raise_limit() -> int:
-    """Raises the soft limit of open files to the hard one, at most ``MOST_FILES``; returns what holds now."""
+    """Raises the soft limit of open files to the hard one, at most ``MOST_FILES``; returns the
+    limit in effect."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # some systems have a lower one beside
+        with contextlib.suppress(ValueError, OSError):  # some systems enforce a lower limit too
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return _soft_limit()
 
 
 def most_connections(wanted: int | None = None) -> int:
-    """How many connections there may be at once: what is wanted, or what the limit of open files leaves.
+    """The maximum number of connections: ``wanted``, or what the limit of open files allows.
 
     Raises:
         ValueError: the limit doesn't allow so many.

@@ -1,7 +1,7 @@
-"""Heads of requests that are plain enough to be understood without HTTP's state machine.
+"""Request heads plain enough to be parsed without HTTP's state machine.
 
-Clients send the same bytes before one body after another, so that a head is mostly found among those that
-were understood before.
+Clients send identical heads before one body after another, so most heads are found in a cache of parsed
+ones.
 """
 
 import re
@@ -13,27 +13,27 @@ from starlette.types import Scope
 
 from server.http.connection.framing import HEAD_BYTES, HEAD_LINES
 
-# No more than h11 takes, and nothing that could be understood in two ways. A target is not decoded here.
+# A subset of what h11 accepts, without anything ambiguous. The target is not decoded here.
 _HEAD = re.compile(
     rb"POST (/[!-$&-~]*) HTTP/1\.1\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)+)\r\n"
 )
-_MOST_DIGITS = 18  # of a length: more could be read in two ways
+_MOST_DIGITS = 18  # of a length: longer ones are ambiguous
 _NOT_PLAIN = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
-_KEPT, _KEPT_BYTES = 64, 2048  # heads that are kept, and how long they may be
+_KEPT, _KEPT_BYTES = 64, 2048  # cached heads, and their maximum size
 _Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class PlainHead:
-    """What a head says."""
+    """A parsed head."""
 
     size: int
-    """Bytes, the empty line included."""
+    """Bytes, including the empty line."""
     scope: dict[str, Any]
-    """What admission, log and traces look at of an ASGI scope; shared, not to be changed."""
+    """The part of an ASGI scope that admission, log and traces read; shared, not to be changed."""
     body_bytes: int
     close: bool
-    """The client asks for the connection's end."""
+    """The client sent ``Connection: close``."""
     names_an_id: bool
     """It has an ``X-Request-ID``."""
 
@@ -44,11 +44,11 @@ class PlainHead:
 
 
 class PlainHeads:
-    """Finds them.
+    """Parses plain heads and caches them.
 
     Args:
-        is_wanted: of a scope, whether its head is looked for.
-        not_plain: names of headers, in lower case, of requests that are none.
+        is_wanted: returns whether a request with this scope is to be parsed here.
+        not_plain: header names, in lower case, that make a request not plain.
     """
 
     def __init__(self, is_wanted: Callable[[Scope], bool], not_plain: Set[bytes]) -> None:
@@ -56,7 +56,7 @@ class PlainHeads:
         self._known: dict[bytes, PlainHead | None] = {}
 
     def of(self, data: bytes) -> PlainHead | None:
-        """The head that ``data`` begins with; None if it isn't all there, is not plain or not wanted."""
+        """The head that ``data`` begins with; None if it is incomplete, not plain or not wanted."""
         end = data.find(b"\r\n\r\n", 0, HEAD_BYTES) + 4
         if end < 4:
             return None
@@ -64,7 +64,7 @@ class PlainHeads:
         try:
             return self._known[raw]
         except KeyError:
-            return self._keep(raw, self._understood(raw))
+            return self._keep(raw, self._parse(raw))
 
     def _keep(self, raw: bytes, head: PlainHead | None) -> PlainHead | None:
         if len(raw) <= _KEPT_BYTES:
@@ -73,7 +73,7 @@ class PlainHeads:
             self._known[raw] = head
         return head
 
-    def _understood(self, raw: bytes) -> PlainHead | None:
+    def _parse(self, raw: bytes) -> PlainHead | None:
         found = _HEAD.fullmatch(raw)
         if found is None or found[2].count(b"\n") > HEAD_LINES - 2:
             return None
@@ -89,7 +89,7 @@ class PlainHeads:
         return PlainHead(len(raw), {**scope, "headers": headers}, length, close, b"x-request-id" in fields)
 
     def _body_bytes(self, headers: _Headers) -> int | None:
-        """What ``Content-Length`` says; None if the request is not plain."""
+        """The value of ``Content-Length``; None if the request is not plain."""
         names = [name for name, _ in headers]
         if not self._not_plain.isdisjoint(names) or names.count(b"host") != 1:
             return None

@@ -1,13 +1,13 @@
 """HTTP connections that cost a bounded time: slow senders and readers that stop are cut off.
 
-The server beneath bounds only idle connections. Here the head of a request (its line and headers) must come
-within the receive timeout and in so many bytes. A reader must take something of what was sent to it within
-that time, and an answer waits for its reader no longer than the request timeout in all. The body has a limit
-of its own (``server.http.middleware``).
+uvicorn bounds only idle connections. Here the head of a request (its line and headers) must arrive within the
+receive timeout and within ``HEAD_BYTES``. A client must read something of a response within that time, and
+the pauses of a response together may last no longer than the request timeout. The body has its own limit
+(``server.http.middleware``).
 
-A request that is refused for its head is answered unparsed (``refusing_protocol``). What else arrives is
-parsed in turns (``turns``) by a parser with its bounds (``framing``). A connection that ends while its client
-is sending lingers (``linger``); an idle one may have to make room for a newcomer (``open_connections``).
+A request that is refused by its head is answered unparsed (``refusing_protocol``). Other input is parsed in
+turns (``turns``) by a parser with bounded cost (``framing``). A connection that ends while its client is
+sending lingers (``linger``); an idle one may be evicted for a new one (``open_connections``).
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
 
 
 class Connection(RefusingProtocol):
-    """One client's connection, with a clock on what it sends and on what it reads."""
+    """One client's connection, with timeouts on what it sends and on what it reads."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class Connection(RefusingProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._turns, self._open = config.turns, config.connections
         self._refused = False
-        self._patience = config.receive_timeout
-        self._head = HeadClock(self.loop, self._patience, self._head_is_late)
+        self._receive_timeout = config.receive_timeout
+        self._head = HeadClock(self.loop, self._receive_timeout, self._head_is_late)
         self._reading_timeout = config.reading_timeout
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
         self.flow = ReadFlow(self.transport, self._read_on)
-        self._reader = ReaderClock(self.transport, self._patience, self._reading_timeout)
+        self._reader = ReaderClock(self.transport, self._receive_timeout, self._reading_timeout)
         if self._open.admit(self):
-            self._settle()
+            self._update_stage()
             self._time_head()
         else:
             self._refuse(NotReady("as many connections as the server may have are at work"))
@@ -66,7 +66,7 @@ class Connection(RefusingProtocol):
     def data_received(self, data: bytes) -> None:
         data = self._refuse_early(self._skip(data) if self._skipping else data)
         if not data:
-            self._settle()
+            self._update_stage()
             return
         self._at_start = False
         self._unset_keepalive_if_required()
@@ -80,16 +80,16 @@ class Connection(RefusingProtocol):
         if not self.transport.is_closing():
             self.conn.begin_turn(events)
             self.handle_events()
-            self._settle()
+            self._update_stage()
             self._time_head()
 
     def handle_events(self) -> None:
-        """Until the turn is over, a pipelined request has to wait, or all is parsed."""
+        """Parses until the turn is over, a pipelined request has to wait, or everything is parsed."""
         super().handle_events()
         while self._unparsed and not (
             self.conn.turn_over or self.flow.read_paused or self.transport.is_closing()
         ):
-            # a body of a declared length is no work however long it is
+            # a body of a declared length costs nothing to parse, whatever its size
             piece = len(self._unparsed) if self.conn.in_plain_body else _SLICE
             self.conn.receive_data(bytes(self._unparsed[:piece]))
             del self._unparsed[:piece]
@@ -104,16 +104,16 @@ class Connection(RefusingProtocol):
             self.transport.resume_reading()
 
     def _read_on(self) -> None:
-        """Reading may go on as far as requests and bodies are concerned; what was read before comes first."""
+        """Resumes reading when requests and bodies permit it; input read before is parsed first."""
         if self._unparsed or self.conn.turn_over:
             self._turns.add(self)
         else:
             self.transport.resume_reading()
 
-    def _settle(self) -> None:
-        """Notes what the connection waits for now."""
+    def _update_stage(self) -> None:
+        """Records what the connection waits for now."""
         stage = self._stage()
-        self._open.settle(self, stage)
+        self._open.set_stage(self, stage)
         if stage is Stage.RECEIVING:
             self._time_head()
 
@@ -128,9 +128,9 @@ class Connection(RefusingProtocol):
     # the sender
 
     def _time_head(self) -> None:
-        """The clock runs from the first byte, or the connection's begin, until a request's head is there.
+        """The clock runs from the first byte, or the start of the connection, until a head has arrived.
 
-        It runs too while the rest of a body comes whose request has already been answered.
+        It also runs while the rest of the body of an answered request arrives.
         """
         if self._answering or self.transport.is_closing():
             self._head.stop()
@@ -148,7 +148,7 @@ class Connection(RefusingProtocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Called where the request is no HTTP; answers as every other refusal is answered."""
+        """Called by uvicorn when the request is not valid HTTP; refuses it in the server's own format."""
         fault = sys.exception()
         if isinstance(fault, TooMuchFraming):
             self._refuse(BadRequest(str(fault)))
@@ -160,10 +160,10 @@ class Connection(RefusingProtocol):
             self._refuse(BadRequest("the request is not valid HTTP"))
 
     def _refuse(self, error: ServiceError) -> None:
-        """An answer from here, where no app sees the request; then the end of the connection."""
+        """Answers a request that does not reach the app, then closes the connection."""
         if self.conn.our_state in _CAN_ANSWER:
             self._answer(error)
-        if self.cycle is not None:  # the app may be at work on this very request: nobody hears it any more
+        if self.cycle is not None:  # the app may be serving this request: its response is no longer read
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._refused = True
@@ -194,17 +194,17 @@ class Connection(RefusingProtocol):
         super().on_response_complete()
         self._reader.stop()
         self._reader.watch(self.cycle)
-        self._settle()
+        self._update_stage()
 
     def _should_upgrade(self) -> bool:
-        return False  # uvicorn's own also logs two warnings a request; some clients always ask for h2c
+        return False  # uvicorn's also logs two warnings per request; some clients always offer h2c
 
     # the end
 
     def evict(self) -> None:
-        """Its place is needed. Who is just sending a request gets an answer; an idle one expects none."""
+        """Closes the connection to make room. A client that is sending a request receives a 503."""
         if self.transport.is_closing() or self.transport.get_write_buffer_size():
-            self.transport.abort()  # closing would wait for the slow reader of its last answer
+            self.transport.abort()  # closing would wait until the client has read its last response
         elif self._stage() is Stage.RECEIVING and not self._skipping:
             self._refuse(NotReady("the server needs this connection for others"))
         else:
@@ -221,14 +221,14 @@ class Connection(RefusingProtocol):
         return self._refused or bool(self._unparsed or self._skipping) or self.conn.is_unread
 
     def _linger(self) -> None:
-        """An end for which the server doesn't wait when it shuts down."""
+        """Lets the connection linger; shutdown doesn't wait for it."""
         self._release_promise()
         self._head.stop()
         self._unset_keepalive_if_required()
         self._unparsed.clear()
         self._open.linger(self)
         transport = self.transport.inner  # type: ignore[attr-defined]
-        Linger(transport, self, self._patience, lambda: self.connections.discard(self)).begin()
+        Linger(transport, self, self._receive_timeout, lambda: self.connections.discard(self)).begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._open.remove(self)

@@ -1,7 +1,7 @@
-"""Readers that stop, or are too slow, are cut off.
+"""Timeouts on reading: connections whose client stops reading, or reads too slowly, are aborted.
 
-Something of what was sent must be taken within the receive timeout, and an answer waits for its reader only
-so long in all.
+A client must read something within the receive timeout, and the pauses of one response together are limited
+too.
 """
 
 import asyncio
@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 
 class ReaderClock:
-    """Runs while a transport has bytes that its reader doesn't take.
+    """Runs while a transport has unsent bytes.
 
-    Closing waits until all is sent, so that a reader which stopped would keep it open for ever.
+    Closing waits until all is sent, so a client that stopped reading would keep the connection open forever.
 
     Args:
         transport: the connection's.
-        seconds: within which something must be taken.
-        in_all: seconds that an answer may wait for its reader, in all its pauses together.
+        seconds: within which the client must read something.
+        in_all: maximum seconds of all pauses of one response together.
     """
 
     def __init__(self, transport: asyncio.Transport, seconds: float, in_all: float) -> None:
@@ -28,7 +28,7 @@ class ReaderClock:
         self._since, self._waited = 0.0, 0.0
 
     def watch(self, answer: object) -> None:
-        """Its reader is waited for, if anything is unsent. Another answer than before has all its time."""
+        """Starts the clock if anything is unsent. A new response starts with the full time."""
         if answer is not self._answer:
             self.stop()
             self._answer, self._waited = answer, 0.0
@@ -47,7 +47,7 @@ class ReaderClock:
             self.watch(self._answer)
 
     def stop(self) -> None:
-        """The reader has taken enough for now."""
+        """Stops the clock and adds the pause to the response's total."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -55,12 +55,12 @@ class ReaderClock:
 
 
 class HeadClock:
-    """Runs while the head of a request is awaited.
+    """Runs until the head of a request has arrived.
 
     Args:
         loop: the connection's.
-        seconds: within which it must be there.
-        late: called once if it isn't.
+        seconds: within which the head must arrive.
+        late: called once if it doesn't.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, late: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ class HeadClock:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """From now on, unless it runs already."""
+        """Starts the clock unless it runs already."""
         if self._timer is None:
             self._timer = self._loop.call_later(self._seconds, self._is_late)
 

@@ -1,7 +1,7 @@
-"""Requests that are refused for their head alone, answered below HTTP's state machine.
+"""Requests refused by their head alone, answered below HTTP's state machine.
 
-What such an answer costs is what overload takes from the requests that are served: no parser, no cycle, no
-timer of its own.
+Under overload such responses take CPU time from the requests being served, so they use no parser, no request
+cycle and no timer of their own.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RefusingProtocol(H11Protocol):
-    """uvicorn's protocol; what it is given goes through ``_refuse_early`` first."""
+    """uvicorn's protocol; received data passes through ``_refuse_early`` first."""
 
     _head: HeadClock
     _reader: ReaderClock
@@ -38,14 +38,14 @@ class RefusingProtocol(H11Protocol):
         self.app_state = dict(app_state)
         self._unparsed = bytearray()
         self._early_refusal = config.early_refusal
-        self._skipping = 0  # bytes of a refused request's body that have not come yet
+        self._skipping = 0  # bytes of a refused request's body still to arrive
         self._ends_after_body = False
-        self._at_start = False  # true: between two requests; false: not known
+        self._at_start = False  # true: between two requests; false: unknown
         self._idle_since = 0.0
 
     @property
     def promise(self) -> Promise | None:
-        """The place kept for the request that comes next, whose scope gets it too; setting None keeps it."""
+        """The place kept for the next request, also passed in its scope; setting None changes nothing."""
         found: Promise | None = self.app_state.get("promise")
         return found
 
@@ -59,9 +59,9 @@ class RefusingProtocol(H11Protocol):
             promise.release()
 
     def _refuse_early(self, data: bytes) -> bytes:
-        """Answers what is refused below HTTP's state machine; returns the rest of data.
+        """Answers a request that is refused below HTTP's state machine; returns the remaining data.
 
-        One request a call: those that come behind it in the same packet go the usual way, one after another.
+        One request per call: those behind it in the same packet take the usual path, one after another.
         """
         judged = "promise" in self.app_state or self.flow.write_paused or not self._between_requests()
         found = self._early_refusal.judge(data) if data and not judged else None
@@ -79,13 +79,13 @@ class RefusingProtocol(H11Protocol):
         return self._await_next(data[end:])
 
     def _skip(self, data: bytes) -> bytes:
-        """Drops what belongs to the body of a request that has been refused."""
+        """Drops the bytes that belong to the body of a refused request."""
         skipped = min(self._skipping, len(data))
         self._skipping -= skipped
         return b"" if self._skipping else self._await_next(data[skipped:])
 
     def _await_next(self, data: bytes) -> bytes:
-        """After a refusal: what belongs to the next request, if there may be one."""
+        """After a refusal: returns the bytes of the next request, if there may be one."""
         if self._skipping:
             self._unset_keepalive_if_required()
         elif self._ends_after_body:
@@ -97,7 +97,7 @@ class RefusingProtocol(H11Protocol):
         return data
 
     def _keep_alive(self) -> None:
-        """A timer for each of thousands of refusals would cost more than one that looks again."""
+        """Uses one timer that re-arms itself: one for each of thousands of refusals would cost more."""
         self._idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self.timeout_keep_alive_task = self.loop.call_later(

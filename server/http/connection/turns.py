@@ -1,8 +1,8 @@
-"""Parsing gives way to the event loop: connections with received bytes still to parse take turns.
+"""Parsing yields to the event loop: connections with unparsed bytes take turns.
 
-However many connections send however much, a pass of the loop spends about ``PASS_SECONDS`` on them; each
-gets a few events a turn. Meanwhile a connection's reading is paused, so that what waits is what one read
-brought.
+However much all connections send, one loop iteration spends about ``PASS_SECONDS`` on parsing; each
+connection parses a few events per turn. Its reading is paused meanwhile, so that the unparsed bytes are at
+most those of one read.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Protocol
 from uvicorn.protocols.http.flow_control import FlowControl
 
 FIRST_EVENTS = 4
-"""Parsed at once when bytes arrive: a whole request of the usual kind, its head, data and end."""
+"""Parsed immediately when bytes arrive: enough for a typical request's head, data and end."""
 TURN_EVENTS = 32
 PASS_SECONDS = 0.002
 _log = logging.getLogger(__name__)
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 class Turn(Protocol):
     def take_turn(self, events: int) -> None:
-        """Parses at most so many events; asks for another turn if there are more."""
+        """Parses at most ``events`` events; requests another turn if there are more."""
 
     def abort(self) -> None:
-        """Ends the connection without another word."""
+        """Closes the connection without sending anything."""
 
 
 class ParseTurns:
-    """Who parses next, first come, first served. One for all connections of a server."""
+    """A FIFO queue of connections waiting to parse. One for all connections of a server."""
 
     def __init__(self) -> None:
         self._waiting: deque[Turn] = deque()
@@ -59,7 +59,7 @@ class ParseTurns:
             self._known.discard(connection)
             try:
                 connection.take_turn(TURN_EVENTS)
-            except Exception:  # the others have their turns whatever becomes of this one
+            except Exception:  # one connection's error must not stop the others
                 _log.exception("a connection failed while its requests were parsed")
                 connection.abort()
         self._running = False
@@ -67,7 +67,7 @@ class ParseTurns:
 
 
 class ReadFlow(FlowControl):
-    """uvicorn's own, but ``resume`` is called in place of the transport's ``resume_reading``."""
+    """uvicorn's flow control, but calls ``resume`` in place of the transport's ``resume_reading``."""
 
     def __init__(self, transport: asyncio.Transport, resume: Callable[[], None]) -> None:
         super().__init__(transport)

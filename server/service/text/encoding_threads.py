@@ -10,11 +10,11 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from loaders import malloc
+from server.concurrency import run_for_future
 
 _THREADS = 2
 _QUIET = 1.0  # seconds without work, after which memory goes back to the system
@@ -25,25 +25,10 @@ _T = TypeVar("_T")
 class _Job:
     work: Callable[[], Any]
     result: "asyncio.Future[Any]"
-    loop: asyncio.AbstractEventLoop
 
     def run(self) -> None:
-        if self.result.cancelled():  # its client left, or its deadline passed, while it waited
-            return
-        try:
-            found = self.work()
-        except BaseException as error:  # the tokenizers library's panics are no ``Exception``
-            self._settle(self.result.set_exception, error)
-        else:
-            self._settle(self.result.set_result, found)
-
-    def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
-        def on_loop() -> None:
-            if not self.result.cancelled():
-                settle(outcome)
-
-        with suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(on_loop)
+        if not self.result.cancelled():  # its client left, or its deadline passed, while it waited
+            run_for_future(self.work, self.result)
 
 
 class EncodingThreads:
@@ -55,8 +40,7 @@ class EncodingThreads:
 
     async def run(self, work: Callable[[], _T]) -> _T:
         """The work's result. A job cancelled in the queue never runs; one cancelled later still finishes."""
-        loop = asyncio.get_running_loop()
-        job = _Job(work, loop.create_future(), loop)
+        job = _Job(work, asyncio.get_running_loop().create_future())
         self._jobs.put(job)
         if self._started < _THREADS:
             threading.Thread(target=self._serve, name=f"encoding-{self._started}", daemon=True).start()

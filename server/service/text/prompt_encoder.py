@@ -131,11 +131,18 @@ class PromptEncoder:
         most = self._max_total if request.max_new_tokens == 0 else self._max_input
         if fewest > most:
             read = "messages" if isinstance(request.prompt, Conversation) else "prompt"
-            raise PromptTooLong(  # client libraries recognise this wording
-                f"This model's maximum context length is {self._max_total} tokens, of which the {read} may "
-                f"have {most}. However, your {read} resulted in at least {fewest} tokens.",
-                param="inputs",
+            raise too_long(
+                self._max_total,
+                f"your {read} resulted in at least {fewest} tokens, of which {most} are accepted",
+                "inputs",
             )
+
+
+def too_long(context: int, why: str, param: str) -> PromptTooLong:
+    """The error, in the words by which client libraries recognize it."""
+    return PromptTooLong(
+        f"This model's maximum context length is {context} tokens. However, {why}", param=param
+    )
 
 
 async def _until(deadline: float, work: Awaitable[_T]) -> _T:

@@ -47,7 +47,7 @@ def admitted(table: OpenConnections, *stages: Stage) -> list[Remembered]:
     found = [Remembered() for _ in stages]
     for connection, stage in zip(found, stages, strict=True):
         assert table.admit(connection)
-        table.settle(connection, stage)
+        table.set_stage(connection, stage)
     return found
 
 
@@ -58,9 +58,9 @@ def test_who_makes_room() -> None:
     busy, receiving, idle, again, other = admitted(
         table, Stage.BUSY, Stage.RECEIVING, Stage.IDLE, Stage.IDLE, Stage.RECEIVING
     )
-    table.settle(receiving, Stage.RECEIVING)  # another byte of the same request
+    table.set_stage(receiving, Stage.RECEIVING)  # another byte of the same request
     for stage in (Stage.RECEIVING, Stage.BUSY, Stage.IDLE):  # a whole request later
-        table.settle(again, stage)
+        table.set_stage(again, stage)
     order = []
     for _ in range(4):
         assert admitted(table, Stage.BUSY)
@@ -102,9 +102,9 @@ def test_a_repeated_warning_is_one_line_a_second(
 class Observed(OpenConnections):
     stages: ClassVar[dict[object, Stage]] = {}
 
-    def settle(self, connection: Any, stage: Stage) -> None:
+    def set_stage(self, connection: Any, stage: Stage) -> None:
         self.stages[connection] = stage
-        super().settle(connection, stage)
+        super().set_stage(connection, stage)
 
 
 def answer_on(connection: socket.socket) -> int:

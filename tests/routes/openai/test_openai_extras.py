@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.checkpoints import END, byte_tokenizer
+from server.bench.gpu.models import END
+from tests.checkpoints import byte_tokenizer
 from tests.conftest import Loads, serving
 from tests.routes.openai.test_openai import chunks, complete
 from tests.routes.test_generate import PROMPT, greedy
