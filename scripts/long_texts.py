@@ -134,7 +134,7 @@ async def others_during(watched: Watched, name: str, work: Callable[[], Awaitabl
 
 async def long_prompts(watched: Watched, text: str) -> None:
     async def work() -> None:
-        async def ask(path: str, body: dict[str, Any]) -> tuple[int, float]:
+        async def post(path: str, body: dict[str, Any]) -> tuple[int, float]:
             began = time.perf_counter()
             status = (await watched.client.post(path, json=body)).status_code
             return status, time.perf_counter() - began
@@ -145,10 +145,10 @@ async def long_prompts(watched: Watched, text: str) -> None:
         ]
         bodies += [("/compare", {"inputs": text}), ("/generate", {"inputs": text, "truncate": 8})]
         for path, body in bodies:
-            status, took = await ask(path, body)
+            status, took = await post(path, body)
             label = f"one prompt to {path}{' with truncate' if 'truncate' in body else ''}: status, s"
             watched.report(label, (status, round(took, 3)))
-        answers = await asyncio.gather(*(ask(*bodies[i % 2]) for i in range(8)))
+        answers = await asyncio.gather(*(post(*bodies[i % 2]) for i in range(8)))
         watched.report("8 prompts at once: statuses", dict(Counter(status for status, _ in answers)))
         watched.report("8 prompts at once: slowest, s", round(max(took for _, took in answers), 3))
 

@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    async def ask(self) -> bytes:
+    async def send(self) -> bytes:
         """The head of the response; empty if there was none."""
         assert self._transport is not None
         self._received, self._answered = b"", asyncio.get_running_loop().create_future()
@@ -143,7 +143,7 @@ class Load:
         head = b""
         try:
             connection = await self._connection(keep)
-            head = await connection.ask()
+            head = await connection.send()
             if keep and connection.reusable:
                 self._idle.append(connection)
             else:

@@ -59,7 +59,7 @@ def serving(tree: Path, log: Path, files: int | None = None) -> Iterator[int]:
             assert process.stdout is not None
             found = (re.search(r"listening on http://[\d.]+:(\d+)", line) for line in process.stdout)
             port = int(next(match[1] for match in found if match))
-            while ask(port, "/health/ready")[0] != 200:
+            while get(port, "/health/ready")[0] != 200:
                 time.sleep(0.1)
             yield port
         finally:
@@ -67,7 +67,7 @@ def serving(tree: Path, log: Path, files: int | None = None) -> Iterator[int]:
             process.wait()
 
 
-def ask(port: int, path: str) -> tuple[int, float]:
+def get(port: int, path: str) -> tuple[int, float]:
     """Status (0: no response) and seconds of a GET on a new connection."""
     begun = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -81,11 +81,11 @@ def ask(port: int, path: str) -> tuple[int, float]:
     return status, time.perf_counter() - begun
 
 
-def ask_for(seconds: float, port: int) -> dict[str, Any]:
+def measure(seconds: float, port: int) -> dict[str, Any]:
     """Latencies in milliseconds, and statuses."""
     end, found = time.monotonic() + seconds, []
     while time.monotonic() < end:
-        found.append(ask(port, "/health/live"))
+        found.append(get(port, "/health/live"))
         time.sleep(PAUSE)
     took = sorted(1000 * one for _, one in found)
     statuses = {str(status): sum(one == status for one, _ in found) for status in {one for one, _ in found}}
@@ -117,7 +117,7 @@ def under_chunks(tree: Path, log: Path, connections: int, key: bytes, seconds: f
         rude = get_context("spawn").Process(target=send_chunks, args=(port, connections, key, seconds + 1))
         rude.start()
         time.sleep(1)
-        found = ask_for(seconds, port)
+        found = measure(seconds, port)
         rude.join()
     return found
 
@@ -126,8 +126,8 @@ def under_idle(tree: Path, log: Path, seconds: float) -> dict[str, Any]:
     with serving(tree, log, FILES) as port, contextlib.ExitStack() as held:
         for _ in range(IDLE):
             held.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", port), 5)))
-        found = ask_for(seconds, port)
-        found["docs_status"] = ask(port, "/docs/static/swagger-ui.css")[0]
+        found = measure(seconds, port)
+        found["docs_status"] = get(port, "/docs/static/swagger-ui.css")[0]
     return found | {"log_lines": log.read_bytes().count(b"\n")}
 
 
