@@ -1,4 +1,4 @@
-"""The layers of the house, read from the imports. ``python -m tests.test_architecture`` prints them."""
+"""The layers of the packages, read from the imports. ``python -m tests.test_architecture`` prints them."""
 
 import ast
 import sys
@@ -39,18 +39,18 @@ LAYERS = (
     "loaders.base",
     "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
 )
-"""Rooms from the top down; a room imports from layers below its own."""
+"""Packages from the top down; a package imports from layers below its own."""
 
 
 class Untyped(ast.NodeTransformer):
-    """Drops what only type checkers read."""
+    """Drops imports for type checkers."""
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
 def imports(path: Path, typing: bool = True) -> set[str]:
-    """Every module that a file imports, anywhere in it; ``typing``: also for type checkers alone."""
+    """Every module that a file imports anywhere; ``typing``: including imports for type checkers."""
     found: set[str] = set()
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree if typing else Untyped().visit(tree)):
@@ -64,7 +64,7 @@ def imports(path: Path, typing: bool = True) -> set[str]:
 
 @cache
 def modules() -> dict[str, Path]:
-    """The product's modules by name."""
+    """The modules of loaders and server by name."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in FILES
@@ -76,7 +76,7 @@ def room(module: str) -> str:
 
 
 def arrows() -> Counter[tuple[str, str]]:
-    """How many imports there are from one room to another."""
+    """The number of imports from one package to another."""
     return Counter(
         (room(module), room(target))
         for module, path in modules().items()
@@ -86,7 +86,7 @@ def arrows() -> Counter[tuple[str, str]]:
 
 
 def reached(module: str) -> Iterator[str]:
-    """All modules that importing this one may import, at once or later."""
+    """All modules that this one imports, directly or indirectly."""
     seen, waiting = {module}, [module]
     while waiting:
         for target in imports(modules()[waiting.pop()]) & modules().keys() - seen:
@@ -103,13 +103,13 @@ def importers(package: str) -> set[str]:
     }
 
 
-def test_a_room_imports_from_layers_below_its_own() -> None:
+def test_a_package_imports_from_layers_below_its_own() -> None:
     floor = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
     assert {room(module) for module in modules()} == floor.keys()
     assert not [(above, below) for above, below in arrows() if floor[above] >= floor[below]]
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {
         module: imports(path, typing=False) & modules().keys() - {module}
         for module, path in modules().items()
@@ -117,45 +117,45 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert list(TopologicalSorter(graph).static_order())
 
 
-def test_what_serves_imports_nothing_that_measures() -> None:
+def test_the_server_imports_no_benchmark() -> None:
     serving = set(reached("server.app"))
     assert "server.report.background" in serving
     assert not [name for name in serving if name.startswith(("server.bench", "server.report.measuring"))]
 
 
-def test_the_engine_knows_no_http_and_no_settings() -> None:
+def test_the_engine_imports_no_http_and_no_settings() -> None:
     engine = {name for name in modules() if name.startswith("server.engine.")}
     known = {target for name in engine for target in reached(name)}
     assert not [name for name in known if name.startswith(("server.http", "server.settings"))]
 
 
-def test_loaders_know_no_server() -> None:
+def test_loaders_import_no_server() -> None:
     assert not [name for name in importers("server") if name.startswith("loaders/")]
 
 
-def test_the_process_of_a_chat_template_starts_in_a_moment() -> None:
+def test_the_process_of_a_chat_template_imports_little() -> None:
     known = sys.stdlib_module_names | {"jinja2"}
     for name in ("process", "template"):
         found = imports(ROOT / f"server/service/chat/{name}.py") - {"server.service.chat.template"}
         assert {module.split(".")[0] for module in found} <= known
 
 
-def test_only_metrics_knows_prometheus() -> None:
+def test_only_metrics_imports_prometheus() -> None:
     assert importers("prometheus_client") == {"server/observability/metrics.py"}
 
 
-def test_only_tracing_knows_opentelemetry() -> None:
+def test_only_tracing_imports_opentelemetry() -> None:
     assert importers("opentelemetry") == {"server/observability/tracing.py"}
 
 
 @pytest.mark.parametrize(
     "name", ["engine/scheduler.py", "engine/sequence.py", "service/text/codec.py", "routes/schemas.py"]
 )
-def test_no_tensors_where_none_belong(name: str) -> None:
+def test_these_modules_import_no_torch(name: str) -> None:
     assert f"server/{name}" not in importers("torch")
 
 
-def test_only_the_bitsandbytes_loader_knows_bitsandbytes() -> None:
+def test_only_the_bitsandbytes_loader_imports_bitsandbytes() -> None:
     assert importers("bitsandbytes") == {"loaders/precisions/bnb.py"}
 
 
