@@ -155,7 +155,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
     assert same_tokens(one, replace(other, tokens=())) is None
 
 
-def test_a_line_stands_under_its_heading() -> None:
+def test_a_line_is_aligned_with_its_heading() -> None:
     rows = measure(slow_runner(), [Scripted([], agrees=12)])
     names, units, rule = table.heading().splitlines()
     for row in rows:
@@ -188,7 +188,7 @@ def test_a_ratio_is_doubted_where_the_repeats_disagree(ratios: tuple[float, ...]
     assert row_figures(measured_as(*ratios))["bitdial_ratios"] == list(ratios)
 
 
-def test_a_noisy_host_is_told_of() -> None:
+def test_a_noisy_host_is_reported() -> None:
     quiet = measured_as(1.0, spread=0.2)
     assert table.warning([]) is table.warning([quiet]) is None
     told = table.warning([quiet, measured_as(1.0, spread=2.44)])
@@ -226,7 +226,7 @@ def test_the_report_is_one_line_of_json_and_readable_text() -> None:
     assert found["http"] == [{"ttft_p50_ms": None}]
 
 
-def test_a_worker_process_loads_runs_and_says_what_went_wrong() -> None:
+def test_a_worker_process_loads_runs_and_reports_errors() -> None:
     async def main() -> None:
         with WorkerProcess("tests.bench_worker") as process:
             assert process.ask(do="versions") == {"counting": "1.0"}

@@ -42,7 +42,7 @@ def test_table_and_columns(
     assert sum(line.count(MARK) for line in beside) == 2
 
 
-def test_the_same_tokens_are_said_to_be_so(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--precisions", "fp32", "--reference", "fp16", "--max-new-tokens", "3"]
     assert main(["compare", "the cat", "--model", model, *options]) == 0
     printed = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_the_same_tokens_are_said_to_be_so(model: str, capsys: pytest.CaptureFix
         (["a", "--precisions", "fp32", "--json", "/dev/full"], 1, "--json: No space left on device"),
     ],
 )
-def test_what_goes_wrong_is_one_line(
+def test_an_error_is_one_line(
     model: str, arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "--model", model, *arguments]) == code
@@ -80,7 +80,7 @@ def test_columns_part_at_the_mark() -> None:
     ]
 
 
-def test_what_would_move_the_cursor_is_not_printed() -> None:
+def test_control_characters_are_not_printed() -> None:
     found = "".join(side_by_side(("a", "b"), ("x\x1b[2J\ry", "x\x07\u202ey"), 60))
     assert not {"\x1b", "\r", "\x07", "\u202e"} & set(found)
 
@@ -102,7 +102,7 @@ def test_equal_texts_are_marked_at_their_end() -> None:
     assert side_by_side(("a", "b"), ("same", "same"), 40)[2:] == [f"same{MARK}{' ' * 13} │ same{MARK}"]
 
 
-def test_a_table_too_wide_goes_on_below() -> None:
+def test_a_wide_table_continues_below() -> None:
     columns: list[Column] = [
         (name, itemgetter(at)) for at, name in enumerate(("name", "aaaa", "bb", "cccccc"))
     ]

@@ -29,7 +29,7 @@ def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.Captu
     assert curl.startswith(f"  curl {address}/generate -H 'Content-Type")
 
 
-def test_the_line_asks_for_the_key_and_does_not_tell_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_needs_the_key_and_does_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
     serve._announce(Settings(api_key=SecretStr("opensesame")), 8099)
     told = capsys.readouterr().out
     assert '-H "Authorization: Bearer $API_KEY"' in told

@@ -72,7 +72,7 @@ def a_row() -> Row:
     return Row("dynamic-int8", 16, "llama.cpp Q8_0", figures, weights_bytes=1_000_000, ratio=1.5)
 
 
-def test_a_table_that_is_too_wide_goes_on_below() -> None:
+def test_a_wide_table_continues_below_the_first_columns() -> None:
     narrow = table.Table(table.COLUMNS, keys=3, width=80)
     first, row = narrow.heading().splitlines(), narrow.line(a_row())
     rest = narrow.rest([a_row(), a_row()]).splitlines()
@@ -129,7 +129,7 @@ def test_all_precisions_are_those_that_this_host_can_run() -> None:
     assert set(settings.required_precisions()) == set(loaders.available("cpu"))
 
 
-def test_ctrl_c_in_a_report_says_what_became_of_it() -> None:
+def test_ctrl_c_in_a_report_says_that_it_is_kept() -> None:
     script = """
 import builtins, os, signal, sys
 real = builtins.__import__

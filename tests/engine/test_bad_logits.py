@@ -54,7 +54,7 @@ def test_scoring_fails_cleanly(make_client: Callable[..., TestClient], loads: Lo
     assert app.state.service.in_flight == 0
 
 
-def test_a_token_that_the_model_rules_out(make_client: Callable[..., TestClient], loads: Loads) -> None:
+def test_a_token_of_probability_zero(make_client: Callable[..., TestClient], loads: Loads) -> None:
     """Its log-probability is −∞, which JSON can't say; the other tokens' are as they are."""
     ids = byte_tokenizer()(PROMPT)["input_ids"]
 
@@ -72,7 +72,7 @@ def test_a_token_that_the_model_rules_out(make_client: Callable[..., TestClient]
 
 
 @pytest.mark.parametrize("on_a_device", [False, True])
-def test_alternatives_that_the_model_rules_out(on_a_device: bool) -> None:
+def test_alternatives_of_probability_zero(on_a_device: bool) -> None:
     logits = torch.full((1, 11), -torch.inf)
     logits[0, 4] = 1.0
     sampler, rows = Sampler(frozenset()), [Sequence([1], SamplingParams(2, logprobs=True, top_n=3))]
@@ -82,13 +82,13 @@ def test_alternatives_that_the_model_rules_out(on_a_device: bool) -> None:
     assert [logprob for _, logprob in token.top] == [0.0, LEAST_LOGPROB, LEAST_LOGPROB]
 
 
-def test_a_perplexity_beyond_all_numbers(make_client: Callable[..., TestClient], loads: Loads) -> None:
+def test_an_infinite_perplexity(make_client: Callable[..., TestClient], loads: Loads) -> None:
     loads.prepare = lambda runner: setattr(runner, "poison", lambda logits, slots: logits * 1000)
     reply = make_client(precisions="fp32").post("/compare", json=SCORING["/compare"])
     assert (reply.status_code, "no finite perplexity" in reply.text) == (424, True)
 
 
-def test_every_row_is_looked_at() -> None:
+def test_every_row_is_checked() -> None:
     logits = torch.zeros(5, 11)
     assert len(prompt_logprobs(logits, [1, 2, 3, 4, 5], 0)) == 5
     logits[4, 3] = torch.nan

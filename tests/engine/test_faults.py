@@ -57,7 +57,7 @@ FAULTS = {"out of memory in prefill": in_prefill, "out of memory in decode": in_
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_request_it_befell_alone(make_app: MakeApp, loads: Loads, fault: str) -> None:
+def test_a_fault_fails_its_request_only(make_app: MakeApp, loads: Loads, fault: str) -> None:
     async def main() -> None:
         async with entered(app) as client:
             FAULTS[fault](loads.runners["fp32"], app.state.codec.encode(BAD)[0])
@@ -87,7 +87,7 @@ def check_told(native: httpx.Response, openai: httpx.Response, stream: httpx.Res
         assert "Traceback" not in reply.text
 
 
-def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
+def test_a_dead_worker(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             die = threading.Event()
@@ -119,7 +119,7 @@ def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
     asyncio.run(main())
 
 
-def test_a_worker_that_waits_for_one_that_hangs_is_not_ready(
+def test_a_worker_behind_a_hanging_one_is_not_ready(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU they take turns: where one hangs, none makes progress."""
@@ -172,7 +172,7 @@ os._exit(process.serve_forever())
 
 
 @pytest.mark.parametrize("fault", ["raise SystemExit", "time.sleep(60)"], ids=["killed", "hung"])
-def test_a_process_whose_worker_is_no_more_tells_everybody_and_exits_70(tmp_path: Path, fault: str) -> None:
+def test_a_process_with_a_dead_worker_fails_its_requests_and_exits_70(tmp_path: Path, fault: str) -> None:
     """So that a supervisor starts it again."""
     first = byte_tokenizer().decode([FakeRunner().next_id([])])
     process = subprocess.Popen(

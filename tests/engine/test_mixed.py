@@ -51,7 +51,7 @@ async def large_batches(client: httpx.AsyncClient, precision: str) -> float:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_each_is_what_it_is_alone(family: str, tmp_path: Path) -> None:
+def test_each_row_is_the_same_alone(family: str, tmp_path: Path) -> None:
     from server.app import create_app
     from server.settings.server import Settings
 

@@ -51,7 +51,7 @@ def test_a_prompt_joins_running_rows_in_the_same_pass() -> None:
     assert runner.advances[-5:] == [5, 5, 5, 5, 2]
 
 
-def test_a_pass_that_fails_is_made_in_parts() -> None:
+def test_a_failed_mixed_pass_is_repeated_in_parts() -> None:
     def fail() -> None:
         raise RuntimeError("not both at once")
 

@@ -108,7 +108,7 @@ def looked_ahead(orders: Sequence[Order]) -> int:
     return runner.ahead
 
 
-def test_it_does_look_ahead() -> None:
+def test_steps_overlap() -> None:
     """Ten of eleven steps of a lone row start from a token that nobody has read."""
     assert looked_ahead([order(ignore_eos=True)]) == 10
 
@@ -153,7 +153,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
     ],
     ids=str,
 )
-def test_the_same_tokens_alone_and_among_others(params: dict[str, Any]) -> None:
+def test_tokens_are_the_same_alone_and_in_a_batch(params: dict[str, Any]) -> None:
     others = [order([9, 10, 11], ignore_eos=True), order([7] * 20, do_sample=True, seed=1)]
     (alone,) = both([order(**params)])
     assert both([order(**params), *others])[0] == alone
@@ -169,13 +169,13 @@ def test_rows_that_end_by_the_end_token() -> None:
     assert all(len(one.ids) == 100 and END not in one.ids for one in told if one not in ended)
 
 
-def test_a_row_that_must_be_seen_first_comes_and_goes() -> None:
+def test_a_row_with_penalties_joins_and_leaves() -> None:
     late = order([8, 8], joins=4, max_new_tokens=5, repetition_penalty=1.3)
     told = both([order([5], ignore_eos=True, max_new_tokens=30), late])
     assert len(told[0].ids) == 30
 
 
-def test_clients_that_go_midway() -> None:
+def test_clients_that_disconnect_during_generation() -> None:
     orders = [order([start, 4], ignore_eos=True, max_new_tokens=50) for start in range(5, 15)]
     whole = both(orders)
     for leaves in range(6):
@@ -187,7 +187,7 @@ def test_clients_that_go_midway() -> None:
             assert len(one.ids) < 50
 
 
-def test_a_deadline_midway() -> None:
+def test_a_deadline_during_generation() -> None:
     """The token under way is not waited for: one fewer than the plain path has by then."""
     orders = [order([5], deadline=9.0, max_new_tokens=100, ignore_eos=True), order([6], ignore_eos=True)]
     (late, whole), (told, other) = (House(made).serve(orders) for made in (FakeRunner(), FakeDeviceRunner()))
@@ -228,7 +228,7 @@ def test_all_rows_broken_at_once() -> None:
 
 
 @pytest.mark.parametrize("at", [2, 3, 6])
-def test_a_row_whose_logits_are_no_numbers(at: int) -> None:
+def test_a_row_with_nan_logits(at: int) -> None:
     def poison(runner: FakeRunner) -> None:
         def broken(logits: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
             logits = sloped(logits, slots)
@@ -244,7 +244,7 @@ def test_a_row_whose_logits_are_no_numbers(at: int) -> None:
     assert len(told[1].ids) == at - 1
 
 
-def test_the_next_in_a_slot_is_untouched_by_the_last() -> None:
+def test_a_slot_does_not_affect_its_next_sequence() -> None:
     """One slot for all: each leaves while a step with it is under way; the next takes its place at once."""
     orders = [
         order([start, start], ignore_eos=start % 2 == 0, do_sample=start % 3 == 0, seed=start, leaves=leaves)
@@ -257,7 +257,7 @@ def test_the_next_in_a_slot_is_untouched_by_the_last() -> None:
         assert asked.leaves is not None or one == alone
 
 
-def test_nothing_is_kept_for_those_who_have_gone() -> None:
+def test_no_state_is_kept_for_finished_sequences() -> None:
     house = House(FakeDeviceRunner())
     house.serve([order([5], max_new_tokens=100)])
     assert house.worker._ahead is not None

@@ -33,7 +33,7 @@ def measured(share: float = 1.0) -> QueueEstimate:
     return estimate
 
 
-def test_nothing_is_estimated_before_something_was_measured() -> None:
+def test_no_estimate_before_the_first_measurement() -> None:
     estimate, ahead = QueueEstimate(slots=1, prefill_chunk=16), [sequence(100)] * 9
     assert estimate.finish_seconds(ahead, 1, 10) is None
     estimate.observe_step(step())
@@ -47,7 +47,7 @@ def test_nothing_is_estimated_before_something_was_measured() -> None:
     assert estimate.drain_seconds([]) == 0
 
 
-def test_where_a_slot_is_free_nothing_is_estimated() -> None:
+def test_no_estimate_while_a_slot_is_free() -> None:
     assert measured().finish_seconds([sequence(10**6)], 10**6, 10**6) is None
 
 
@@ -149,7 +149,7 @@ def outcomes(load: float, wish: Wish, *, sheds: bool = True, noise: float = 0.0)
 
 @pytest.mark.parametrize("wish", [alike, mixed, early])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_under_more_load_than_it_can_take_what_is_admitted_is_finished(wish: Wish, noise: float) -> None:
+def test_under_overload_admitted_requests_finish_in_time(wish: Wish, noise: float) -> None:
     done = outcomes(1.5, wish, noise=noise)
     assert done["tokens"] > 0.9 * CAPACITY * SECONDS
     assert done["late"] < 0.05 * done["served"]
@@ -157,13 +157,13 @@ def test_under_more_load_than_it_can_take_what_is_admitted_is_finished(wish: Wis
 
 
 @pytest.mark.parametrize("wish", [alike, mixed, early])
-def test_without_shedding_most_of_it_is_computed_for_nothing(wish: Wish) -> None:
+def test_without_shedding_most_work_is_wasted(wish: Wish) -> None:
     """What the estimate is for; if this fails, the simulation shows nothing."""
     done = outcomes(1.5, wish, sheds=False)
     assert done["tokens"] < 0.6 * CAPACITY * SECONDS
 
 
 @pytest.mark.parametrize("wish", [alike, mixed, early])
-def test_what_can_be_served_is_not_refused(wish: Wish) -> None:
+def test_a_request_that_can_finish_in_time_is_not_refused(wish: Wish) -> None:
     done = outcomes(0.8, wish, noise=0.5)
     assert (done["refused"], done["late"]) == (0, 0)

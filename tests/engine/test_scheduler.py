@@ -50,7 +50,7 @@ def test_a_prompt_gets_less_of_a_step_while_others_decode() -> None:
     assert [c.count for c in scheduler.chunks()] == [8]
 
 
-def test_only_rows_with_a_token_to_go_on_from_are_decoded() -> None:
+def test_only_rows_with_a_last_token_are_decoded() -> None:
     scheduler = Scheduler(slots=3, prefill_chunk=8)
     done, pending = sequence(2), sequence(2)
     scheduler.add(done)
@@ -60,7 +60,7 @@ def test_only_rows_with_a_token_to_go_on_from_are_decoded() -> None:
     assert scheduler.decodable() == [done]
 
 
-def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
+def test_a_waiting_sequence_is_removed_without_a_slot() -> None:
     scheduler = Scheduler(slots=1, prefill_chunk=8)
     waiting = sequence()
     scheduler.add(waiting)
@@ -68,7 +68,7 @@ def test_a_waiting_sequence_is_forgotten_without_a_slot() -> None:
     assert not scheduler.has_work
 
 
-def test_who_is_unwanted_running_or_waiting() -> None:
+def test_cancelled_and_expired_sequences_running_or_waiting() -> None:
     scheduler = Scheduler(slots=1, prefill_chunk=8)
     gone, late, patient = sequence(), sequence(), sequence()
     gone.cancelled, late.deadline, patient.deadline = True, 5.0, 5.1
@@ -80,7 +80,7 @@ def test_who_is_unwanted_running_or_waiting() -> None:
     assert scheduler.unwanted(6.0) == [patient, gone, late]
 
 
-def test_what_parameters_imply_is_of_them_alone() -> None:
+def test_derived_parameters_depend_on_the_parameters_only() -> None:
     """Kept once found out: a copy with other values finds out anew, and comparing looks at the values."""
     plain = SamplingParams(max_new_tokens=4)
     assert (plain.is_plain, plain.needs_history, plain.reports) == (True, False, False)

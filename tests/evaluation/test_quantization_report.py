@@ -35,7 +35,7 @@ def client(folder: Path) -> Iterator[TestClient]:
         yield found
 
 
-def test_every_layer_of_what_is_loaded(client: TestClient, folder: Path) -> None:
+def test_every_layer_of_a_loaded_model_is_reported(client: TestClient, folder: Path) -> None:
     told: Any = client.get("/stats?layers=true").json()["precisions"]
     spec = ModelSpec(open_checkpoint(str(folder)), slots=1)
     expected = layer_errors(loaders.load("int8", spec), spec)
@@ -53,7 +53,9 @@ def test_every_layer_of_what_is_loaded(client: TestClient, folder: Path) -> None
     assert client.get("/stats?layers=perhaps").status_code == 422
 
 
-def test_the_loud_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_quantization_warning_is_reported_and_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     app = create_app(Settings(model_id=str(folder), precisions="fp32,int8", device="cpu", threads=1))
     with caplog.at_level(logging.WARNING), TestClient(app) as client:
         wait_until(lambda: app.state.pool.state("int8").state == "loaded", 30)
@@ -78,6 +80,6 @@ def test_in_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "fp32: 0.0% of the linear weights quantized" in printed
 
 
-def test_layers_of_a_precision_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_of_an_unknown_precision(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["precisions", "--layers", "int3"]) == 2
     assert "unknown precision 'int3'" in capsys.readouterr().err

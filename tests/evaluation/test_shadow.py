@@ -50,7 +50,7 @@ def make(make_app: MakeApp, **values: Any) -> FastAPI:
     return make_app(shadow_precision="fp32", shadow_fraction=1.0, **values)
 
 
-def test_finished_requests_are_held_against_the_reference(make_app: MakeApp, loads: Loads) -> None:
+def test_finished_requests_are_compared_with_the_reference(make_app: MakeApp, loads: Loads) -> None:
     """fp32 gives its favourite 8, the others none; halved logits are the same favourite, less sure."""
 
     def soften(runner: FakeRunner) -> None:
@@ -121,7 +121,7 @@ def test_the_reference_itself_and_failed_requests_are_not_replayed(make_app: Mak
     asyncio.run(work())
 
 
-def test_only_the_share_that_is_wanted(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_configured_fraction_is_replayed(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = iter([0.1, 0.6, 0.49, 0.5])
     monkeypatch.setattr(random, "random", lambda: next(draws))
 
@@ -135,7 +135,7 @@ def test_only_the_share_that_is_wanted(make_app: MakeApp, monkeypatch: pytest.Mo
     asyncio.run(work())
 
 
-def test_a_request_that_comes_ends_a_replay_which_is_made_later(make_app: MakeApp, loads: Loads) -> None:
+def test_a_new_request_interrupts_a_replay_which_is_repeated(make_app: MakeApp, loads: Loads) -> None:
     async def work() -> None:
         app = make(make_app, prefill_chunk_busy=1)
         async with entered(app) as client:
@@ -170,9 +170,7 @@ def test_nothing_is_replayed_while_requests_run(make_app: MakeApp) -> None:
     asyncio.run(work())
 
 
-def test_more_than_may_wait_are_dropped_the_oldest_first(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_queue_drops_the_oldest(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shadow, "_MOST_WAITING", 2)
 
     async def work() -> None:
@@ -186,7 +184,7 @@ def test_more_than_may_wait_are_dropped_the_oldest_first(
     asyncio.run(work())
 
 
-def test_logits_that_are_no_numbers_fail_and_the_shadow_lives(make_app: MakeApp, loads: Loads) -> None:
+def test_nan_logits_fail_a_replay_and_the_shadow_continues(make_app: MakeApp, loads: Loads) -> None:
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
@@ -202,7 +200,7 @@ def test_logits_that_are_no_numbers_fail_and_the_shadow_lives(make_app: MakeApp,
     asyncio.run(work())
 
 
-def test_what_was_unloaded_is_not_loaded_again_for_a_replay(make_app: MakeApp, loads: Loads) -> None:
+def test_a_replay_does_not_load_an_unloaded_precision(make_app: MakeApp, loads: Loads) -> None:
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
@@ -225,7 +223,7 @@ def test_the_reference_is_loaded_at_the_start(make_app: MakeApp, loads: Loads) -
     asyncio.run(work())
 
 
-def test_a_prompt_that_must_delay_nobody_comes_in_small_chunks() -> None:
+def test_a_replayed_prompt_is_prefilled_in_small_chunks() -> None:
     scheduler = Scheduler(slots=2, prefill_chunk=64)
     replayed = Sequence(list(range(40)), SamplingParams(max_new_tokens=0), chunk=4)
     other = Sequence(list(range(40)), SamplingParams(max_new_tokens=1))

@@ -171,7 +171,7 @@ def test_the_report_is_measured_with_the_number_that_serves(
     assert loading == {3}
 
 
-def test_the_reports_process_is_told_the_number_that_serves(
+def test_the_reports_process_gets_the_servers_thread_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may run on other CPUs than the server, or find another variable."""

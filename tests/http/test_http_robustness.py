@@ -88,7 +88,7 @@ def test_request_ids(client: TestClient) -> None:
     assert id_for("a\tb") != "a\tb"
 
 
-def test_an_unforeseen_fault_shows_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_shows_no_details(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
 
     def explode(text: str) -> list[int]:

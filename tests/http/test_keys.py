@@ -80,7 +80,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_a_key_in_the_query_is_refused_beside_a_right_header(
+def test_a_key_in_the_query_is_refused_despite_a_valid_header(
     secured: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

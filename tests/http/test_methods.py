@@ -73,9 +73,7 @@ def test_head_is_in_no_document(make_app: Callable[..., FastAPI]) -> None:
         ("PUT", "/openapi.json", "GET, HEAD"),
     ],
 )
-def test_another_method_is_told_which_are_allowed(
-    client: TestClient, method: str, path: str, allowed: str
-) -> None:
+def test_a_405_lists_the_allowed_methods(client: TestClient, method: str, path: str, allowed: str) -> None:
     reply = client.request(method, path)
     assert reply.status_code == 405
     assert reply.headers["allow"] == allowed

@@ -34,7 +34,7 @@ class Gate:
         assert self.opened.wait(10)
 
 
-def test_where_no_place_is_free_nothing_is_read(make_app: MakeApp, loads: Loads) -> None:
+def test_a_full_queue_refuses_before_reading_the_body(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             client.headers.update(KEY)
@@ -67,7 +67,7 @@ def text_of(reply: httpx.Response) -> Any:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/", "/v1/completions"])
-def test_one_more_than_there_are_places_is_refused_before_anything_is_computed(
+def test_a_request_beyond_the_places_is_refused_before_any_computation(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     async def main() -> None:
@@ -95,7 +95,7 @@ def test_one_more_than_there_are_places_is_refused_before_anything_is_computed(
     asyncio.run(main())
 
 
-def test_a_thousand_at_once_each_get_their_own(make_app: MakeApp) -> None:
+def test_a_thousand_concurrent_requests_get_their_own_texts(make_app: MakeApp) -> None:
     async def main() -> None:
         async with entered(app) as client:
 
@@ -120,7 +120,7 @@ def test_a_thousand_at_once_each_get_their_own(make_app: MakeApp) -> None:
     asyncio.run(main())
 
 
-def test_a_herd_that_tries_again_gets_through(make_app: MakeApp) -> None:
+def test_clients_that_retry_are_all_served(make_app: MakeApp) -> None:
     async def main() -> None:
         refused = 0
         async with entered(app) as client:
@@ -143,7 +143,7 @@ def test_a_herd_that_tries_again_gets_through(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
-def test_a_deadline_that_passes_in_the_queue_is_a_504_and_nothing_is_computed(
+def test_a_deadline_in_the_queue_is_a_504_without_computation(
     make_app: MakeApp, loads: Loads, path: str
 ) -> None:
     async def main() -> None:
@@ -171,9 +171,7 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504_and_nothing_is_computed(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
-def test_what_would_be_late_is_refused_before_it_is_admitted(
-    make_app: MakeApp, loads: Loads, path: str
-) -> None:
+def test_a_request_that_would_be_late_is_not_admitted(make_app: MakeApp, loads: Loads, path: str) -> None:
     """Behind 200 tokens of 10 ms and more, which is known from those before."""
 
     async def main() -> None:

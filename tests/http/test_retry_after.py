@@ -33,7 +33,7 @@ def test_it_is_a_whole_number_of_seconds_spread_at_random(
     assert drawn == [least, middle, most]
 
 
-def test_what_cannot_be_mended_by_waiting_has_none() -> None:
+def test_errors_that_waiting_does_not_fix_have_none() -> None:
     assert retry_after(ServiceError("no")) is None
 
 

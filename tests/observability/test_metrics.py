@@ -128,7 +128,7 @@ def fail(slot: int, ids: object) -> None:
     raise RuntimeError
 
 
-def test_gauges_rise_and_return_to_nothing(make_app: MakeApp, loads: Loads) -> None:
+def test_gauges_rise_and_return_to_zero(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             gate = Gate(loads.runners["fp32"])
@@ -150,7 +150,7 @@ def test_gauges_rise_and_return_to_nothing(make_app: MakeApp, loads: Loads) -> N
     asyncio.run(main())
 
 
-def test_what_is_unloaded_takes_nothing(make_app: MakeApp, loads: Loads) -> None:
+def test_an_unloaded_precision_has_no_memory(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             before = await scraped(client)

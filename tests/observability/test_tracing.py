@@ -119,7 +119,7 @@ def test_a_request_is_one_span_with_its_figures(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
-def test_the_caller_s_trace_goes_on(traced: Callable[..., list[Any]], path: str) -> None:
+def test_the_caller_s_trace_continues(traced: Callable[..., list[Any]], path: str) -> None:
     body: dict[str, Any] = {"prompt": "abc"}
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 
@@ -141,7 +141,7 @@ def test_a_broken_traceparent_is_no_parent(traced: Callable[..., list[Any]], par
     assert not span.parent_span_id
 
 
-def test_a_caller_who_does_not_record_is_heeded(traced: Callable[..., list[Any]]) -> None:
+def test_a_caller_s_sampling_decision_is_respected(traced: Callable[..., list[Any]]) -> None:
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
     assert traced(lambda client: client.post("/generate", json={"inputs": "abc"}, headers=headers)) == []
 
@@ -189,13 +189,15 @@ def test_a_refusal_below_the_framework_is_a_span_of_its_trace(traced: Callable[.
     assert attributes_of(span)["bitdial.request_id"] == "mine"
 
 
-def test_a_full_path_is_taken_as_it_is(traced: Callable[..., list[Any]], collector: Collector) -> None:
+def test_a_full_endpoint_path_is_used_unchanged(
+    traced: Callable[..., list[Any]], collector: Collector
+) -> None:
     traced(lambda client: client.post("/generate", json={"inputs": "abc"}), path="/elsewhere/traces")
     assert collector.paths == {"/elsewhere/traces"}
 
 
 @pytest.mark.parametrize("listening", [False, True])
-def test_a_collector_that_is_gone_or_silent_harms_nobody(
+def test_an_unreachable_or_silent_collector_affects_no_request(
     make_app: Callable[..., FastAPI], listening: bool
 ) -> None:
     with socket.socket() as mute:
@@ -209,7 +211,7 @@ def test_a_collector_that_is_gone_or_silent_harms_nobody(
                 assert client.post("/generate", json={"inputs": "abc"}).status_code == 200
 
 
-def test_without_the_extra_the_start_ends(
+def test_the_start_fails_without_the_otlp_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "server.observability.tracing", raising=False)

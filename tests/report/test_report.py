@@ -75,7 +75,7 @@ def kept_of(plan: Plan, text: Text) -> Kept:
     return Kept(subject_of(plan.spec), Reading.of(text, plan.window, plan.stride, plan.prompts))
 
 
-def test_an_interrupted_report_goes_on_where_it_was(folder: Path, text: Text) -> None:
+def test_an_interrupted_report_resumes(folder: Path, text: Text) -> None:
     plan, load = plan_of(folder, text, "bf16", "nf4"), Counted(folder.name)
 
     def interrupt(name: str) -> None:
@@ -177,7 +177,7 @@ def test_a_precision_that_fails_is_noted_and_tried_again(folder: Path, text: Tex
     assert again.get("bf16", "quality") is not None
 
 
-def test_without_fp32_there_is_nothing_to_hold_the_others_against(folder: Path, text: Text) -> None:
+def test_a_report_needs_fp32(folder: Path, text: Text) -> None:
     plan, load = plan_of(folder, text, "bf16"), Counted(folder.name)
 
     def fail(name: str) -> None:
@@ -188,7 +188,7 @@ def test_without_fp32_there_is_nothing_to_hold_the_others_against(folder: Path, 
         Measurement(plan, kept_of(plan, text), load=load).run()
 
 
-def test_what_is_kept_and_broken_is_measured_anew(folder: Path, text: Text) -> None:
+def test_broken_stored_measurements_are_repeated(folder: Path, text: Text) -> None:
     plan = plan_of(folder, None)
     kept = kept_of(plan, text)
     Measurement(plan, kept).run()
@@ -197,7 +197,7 @@ def test_what_is_kept_and_broken_is_measured_anew(folder: Path, text: Text) -> N
     assert not kept_of(plan, text).document["precisions"]
 
 
-def test_a_run_during_which_the_process_stood_still_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_pause_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses, runner = Pauses(), FakeRunner(slots=8)
 
     def stopped_once(slots: Any) -> None:
@@ -235,7 +235,7 @@ class Staggered:
         return Run(rows, rows[-1][0])
 
 
-def test_rows_that_hardly_meet_generate_more() -> None:
+def test_rows_with_little_overlap_generate_more_tokens() -> None:
     engine: Any = Staggered()
     speeds = Speeds(1, Pauses(), lambda: fake_model())
     (rounds,) = asyncio.run(speeds._rounds([engine], [[1]] * 8, 48, 1000))
@@ -252,7 +252,7 @@ def run(folder: Path, text: Text, *more: str) -> int:
     )
 
 
-def test_the_command_writes_what_it_says(
+def test_the_command_writes_the_announced_files(
     folder: Path, text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -303,7 +303,7 @@ def test_without_matplotlib_there_is_a_report_without_plots(
     assert "No plots: the plots need matplotlib: pip install matplotlib" in capsys.readouterr().out
 
 
-def test_plots_that_are_asked_for_need_matplotlib(
+def test_requested_plots_need_matplotlib(
     folder: Path, text: Text, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)

@@ -40,7 +40,7 @@ def test_an_interval_for_the_median(count: int, low: float, high: float) -> None
     assert interval_of([*range(count, 0, -1)]) == Interval(low, high, count)
 
 
-def test_of_four_values_nothing_is_known() -> None:
+def test_four_values_have_no_interval() -> None:
     assert interval_of([1.0, 1.0, 1.0, 1.0]) == Interval(0.0, math.inf, 4)
     assert math.isinf(interval_of([1.0]).factor)
 
@@ -49,7 +49,7 @@ def test_one_outlier_does_not_widen_an_interval() -> None:
     assert interval_of([0.01, 1.98, 1.99, 2.0, 2.0, 2.0, 2.01, 2.02]).factor == pytest.approx(2.01 / 1.98)
 
 
-def test_which_may_be_the_best() -> None:
+def test_candidates_for_the_best() -> None:
     found = [Interval(1, 3), Interval(2.5, 2.6), Interval(0.5, 2.4), Interval(2.6, 9)]
     assert perhaps_best(found, lambda one: one) == [found[0], found[1], found[3]]
 
@@ -104,7 +104,7 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
 
 
 @pytest.mark.parametrize("order", [("nf4", "int8"), ("int8", "nf4")])
-def test_where_speeds_cannot_be_told_apart_the_smaller_is_recommended(order: Sequence[str]) -> None:
+def test_among_equal_speeds_the_smaller_is_recommended(order: Sequence[str]) -> None:
     """Whichever happened to be the faster one."""
     medians = dict(zip(order, (2.2, 1.1), strict=True))
     rows = [FP32] + [
@@ -127,14 +127,14 @@ def test_where_speeds_cannot_be_told_apart_the_smaller_is_recommended(order: Seq
     assert not any("one stream" in one or "slower" in one for one in others)
 
 
-def test_a_speed_that_is_surely_higher_is_told_with_its_interval() -> None:
+def test_a_significantly_higher_speed_is_given_with_its_interval() -> None:
     advice = advise([FP32, spread(NF4, 1.4, 3.0)])
     assert "2.2 × faster (1.40 to 3.00 × fp32's speed) here." in advice.sentences[1]
     (alone,) = advise([FP32, spread(NF4, 2.15, 2.25)]).sentences[:1]
     assert alone == "Run nf4: 4.0 × smaller, perplexity +1.9 %, 2.2 × faster here."
 
 
-def test_slower_is_said_where_all_of_the_interval_is() -> None:
+def test_slower_requires_the_whole_interval() -> None:
     slow = replace(INT8, speed_ratios={1: 0.8, 8: 0.8})
     told = "int8 is slower than fp32 here: 0.80 × its speed."
     assert told in advise([FP32, spread(slow, 0.7, 0.9)]).sentences
@@ -150,7 +150,7 @@ def test_a_precision_leaves_the_front_where_another_is_known_to_be_better() -> N
     assert dominates(*(replace(one, speed_ratios={1: 2.15}) for one in alike))
 
 
-def test_fp32_that_drifts_is_told() -> None:
+def test_drift_of_fp32_is_reported() -> None:
     rates = {1: 100.0, 8: 400.0}
     rows = [FP32, replace(NF4, reference_rates=rates), replace(INT8, reference_rates={1: 60.0, 8: 400.0})]
     assert noise(rows) == [
@@ -171,7 +171,7 @@ def test_many_uncertain_speeds_are_counted() -> None:
     assert "fp32's speed at 1 row lies between 31 and 52 tokens a second." in only
 
 
-def test_auto_prefers_no_speed_by_chance() -> None:
+def test_auto_ignores_insignificant_speed_differences() -> None:
     rows = [FP32, spread(INT8, 1.0, 3.0), spread(NF4, 0.9, 2.6)]
     found = choose(rows, Bounds(prefer="speed"))
     assert (found.precision, found.decided_by) == ("nf4", ("prefer",))
@@ -183,7 +183,7 @@ def test_auto_prefers_no_speed_by_chance() -> None:
     assert choose(apart, Bounds(prefer="speed")).precision == "int8"
 
 
-def test_a_least_speed_is_kept_to_surely_if_one_can() -> None:
+def test_a_minimum_speed_requires_the_whole_interval_if_possible() -> None:
     least = Bounds(min_tokens_per_second=170, prefer="quality")
     doubtful = replace(INT8, rate_intervals={1: Interval(120, 250, 20)})  # 180 in the middle
     assert choose([FP32, doubtful, NF4], least).precision == "nf4"
@@ -251,7 +251,7 @@ def test_runs_far_apart_are_repeated(own: Sequence[float], fp32: Sequence[float]
     assert settled({"batches": {"1": found}}) is (interval_of(ratios).factor <= 1.1)
 
 
-def test_speeds_that_lay_too_far_apart_are_measured_again_by_the_next_report(
+def test_uncertain_speeds_are_measured_again_by_the_next_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"PAUSE": 0.0, "SECONDS": 0.0, "TOKENS": 8, "CLOSE": math.inf}.items():

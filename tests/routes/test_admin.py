@@ -60,7 +60,7 @@ def test_the_list_has_every_precision(client: TestClient) -> None:
     assert [rows[name]["state"] for name in ("fp32", "bf16", "fp16")] == ["loaded", "loaded", "unloaded"]
 
 
-def test_loading_tells_its_progress_and_ends_ready(client: TestClient, loads: Held) -> None:
+def test_loading_streams_its_progress_and_ends_ready(client: TestClient, loads: Held) -> None:
     loads.go.set()
     reply = client.post("/precisions/8bit/load")
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -120,7 +120,7 @@ def test_a_load_that_fails_is_one_last_event(
     assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
 
 
-def test_no_room_is_told_with_both_figures(
+def test_not_enough_memory_is_reported_with_both_figures(
     make_client: Callable[..., TestClient], loads: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads.go.set()
@@ -208,7 +208,7 @@ def test_fifty_first_requests_and_an_admin_are_one_load(make_app: MakeApp, loads
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_admin_who_leaves_does_not_stop_the_load(
+def test_a_disconnected_admin_does_not_stop_the_load(
     make_app: MakeApp, loads: Held, caplog: pytest.LogCaptureFixture, fails: bool
 ) -> None:
     app = make_app()
@@ -238,7 +238,7 @@ def out_of_room(runner: object) -> None:
      ({"admin_api_key": "a"}, None, 401), ({"admin_api_key": "a"}, "a", 200), ({}, None, 200)],
 )  # fmt: skip
 @pytest.mark.parametrize("action", ["load", "unload"])
-def test_who_may(
+def test_which_keys_may_load(
     make_client: Callable[..., TestClient], keys: dict[str, str], key: str | None, status: int, action: str
 ) -> None:
     client = make_client(**keys)
@@ -251,13 +251,13 @@ def test_who_may(
         assert app.state.pool.state("bf16").state in ("loading", "loaded")
 
 
-def test_looking_needs_no_administrator(make_client: Callable[..., TestClient]) -> None:
+def test_reading_needs_no_admin_key(make_client: Callable[..., TestClient]) -> None:
     client = make_client(admin_api_key="a")
     assert client.get("/precisions").status_code == 200
     assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
 
 
-def test_a_body_that_never_comes_does_not_spoil_an_answer_under_way(
+def test_a_missing_body_does_not_break_a_running_response(
     make_app: MakeApp, loads: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(receive_timeout=0.2)

@@ -44,7 +44,7 @@ class Forgetful(FakeRunner):
         return super().next_id(ids) + (len(ids) >= len(byte_tokenizer()(PROMPT)["input_ids"]) + 5)
 
 
-def test_what_is_loaded_is_compared(client: TestClient, loads: Loads) -> None:
+def test_loaded_precisions_are_compared_by_default(client: TestClient, loads: Loads) -> None:
     wait_until(lambda: [one["state"] for one in client.get("/precisions").json()].count("loaded") == 2)
     loads.runners["bf16"].poison = flatter
     answer = compare(client)
@@ -188,14 +188,14 @@ def test_one_of_all_that_fails_has_its_error_and_one_that_was_named_fails_all(
         assert (reply.status_code, "retry-after" in reply.headers) == (503, True)
 
 
-def test_it_needs_the_key(make_client: MakeClient) -> None:
+def test_a_comparison_needs_the_key(make_client: MakeClient) -> None:
     client = make_client(api_key="secret")
     assert client.post("/compare", json={"inputs": "a"}).status_code == 401
     bearer = {"Authorization": "Bearer secret"}
     assert client.post("/compare", json={"inputs": "a"}, headers=bearer).status_code == 200
 
 
-def test_it_holds_one_place_and_gives_it_back(make_app: Callable[..., FastAPI], loads: Loads) -> None:
+def test_a_comparison_holds_one_place_and_releases_it(make_app: Callable[..., FastAPI], loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             runner = loads.runners["fp32"]

@@ -80,7 +80,7 @@ def exchange(operation: Any, mode: GenerationMode) -> set[int]:
 
 
 @pytest.mark.parametrize("tag", sorted(TAGS))
-def test_what_is_allowed_is_answered_as_described(api: Any, tag: str) -> None:
+def test_valid_requests_get_documented_responses(api: Any, tag: str) -> None:
     operations = [one.ok() for one in api.include(tag=tag).get_all_operations()]
     assert operations
     for operation in operations:
@@ -90,7 +90,7 @@ def test_what_is_allowed_is_answered_as_described(api: Any, tag: str) -> None:
         assert exempt or 200 in statuses, operation.label
 
 
-def test_what_is_not_allowed_is_refused(api: Any) -> None:
+def test_invalid_requests_are_refused(api: Any) -> None:
     operations = [one.ok() for one in api.include(method="POST").get_all_operations()]
     # the same bodies go to the routes with a model's name in their path
     with_body = [one for one in operations if one.body and not one.path.startswith("/models/")]
@@ -123,7 +123,7 @@ def example_request(path: str, operation: dict[str, Any]) -> tuple[str, Any]:
     return path, body and body["content"]["application/json"]["example"]
 
 
-def test_every_example_is_answered_as_it_stands(
+def test_every_example_works_unchanged(
     make_chatty: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a model with a chat template, which only chat needs."""
@@ -162,7 +162,7 @@ def test_keys_are_described_where_there_are_any(make_client: Callable[..., TestC
     assert secured["paths"]["/health"]["get"]["security"] == []
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+def test_the_docs_page_loads_no_external_files(client: TestClient) -> None:
     page = client.get("/docs").text
     assert "http" not in page
     for asset in re.findall(r'(?:src|href)="([^"]+)"', page):

@@ -91,7 +91,7 @@ def test_no_stop_string_where_none_is_allowed(make_client: Callable[..., TestCli
     assert ask(client, max_new_tokens=2, stop=[])["generated_text"] == greedy(2)
 
 
-def test_a_seed_repeats_a_sample_and_the_drawn_one_is_told(client: TestClient) -> None:
+def test_a_seed_repeats_a_sample_and_a_drawn_seed_is_reported(client: TestClient) -> None:
     first = ask(client, max_new_tokens=12, temperature=5.0, details=True)
     seed = first["details"]["seed"]
     again = ask(client, max_new_tokens=12, temperature=5.0, seed=seed)
@@ -168,7 +168,7 @@ def test_a_fault_is_a_424_and_the_next_request_is_served(client: TestClient, loa
         ("/generate?precision=bf16", {"X-Precision": "bf16"}, {"precision": "bf16"}),
     ],
 )
-def test_where_the_precision_may_stand(
+def test_where_a_precision_may_be_named(
     client: TestClient, path: str, headers: dict[str, str], extra: dict[str, Any]
 ) -> None:
     reply = client.post(path, json={"inputs": PROMPT, "max_new_tokens": 2, **extra}, headers=headers)
@@ -243,7 +243,7 @@ def test_bad_bodies(client: TestClient, body: dict[str, Any]) -> None:
     assert PROMPT not in reply.text
 
 
-def test_too_long_a_prompt_tells_both_counts(client: TestClient) -> None:
+def test_the_error_for_a_long_prompt_has_both_counts(client: TestClient) -> None:
     reply = client.post("/generate", json={"inputs": "x" * 400})
     assert reply.status_code == 422
     assert "400" in reply.json()["error"]

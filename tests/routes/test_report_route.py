@@ -72,7 +72,7 @@ def ask(client: TestClient, **body: Any) -> Any:
     return client.post("/generate", json={"inputs": PROMPT, "max_new_tokens": 2, **body})
 
 
-def test_without_a_report_it_is_said_how_to_make_one(client: TestClient) -> None:
+def test_without_a_report_the_error_says_how_to_make_one(client: TestClient) -> None:
     reply = client.get("/report")
     assert (reply.status_code, reply.json()["error_type"]) == (404, "not_found")
     assert "make one with `bitdial report --model bundled` or POST /report" in reply.json()["error"]
@@ -108,7 +108,7 @@ def test_a_kept_report_is_seen_by_a_server_that_runs(client: TestClient) -> None
         ("text/html;q=nonsense, text/markdown;q=0", "application/json"),
     ],
 )
-def test_the_kind_that_is_asked_for(client: TestClient, accept: str, kind: str) -> None:
+def test_the_accepted_content_type_is_returned(client: TestClient, accept: str, kind: str) -> None:
     keep_report(reports_of(client))
     reply = client.get("/report", headers={"Accept": accept})
     assert reply.headers["content-type"].split(";")[0] == kind
@@ -142,7 +142,7 @@ def test_auto_chooses_by_the_report(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("way", ["header", "query", "model"])
-def test_auto_is_asked_for_wherever_a_precision_is(client: TestClient, way: str) -> None:
+def test_auto_is_accepted_wherever_a_precision_is(client: TestClient, way: str) -> None:
     keep_report(reports_of(client))
     path = {"query": "/generate?precision=auto", "model": "/models/fake:auto/generate"}.get(way, "/generate")
     headers = {"X-Precision": "auto"} if way == "header" else {}
@@ -167,7 +167,7 @@ def test_auto_in_openais_dialect_and_in_streams(client: TestClient) -> None:
     assert (last["precision"], last["auto"]["decided_by"]) == ("bf16", ["balance"])
 
 
-def test_where_nothing_fits_the_nearest_miss_is_told(client: TestClient) -> None:
+def test_if_none_is_within_the_bounds_the_error_names_the_nearest(client: TestClient) -> None:
     keep_report(reports_of(client))
     reply = ask(client, precision="auto", auto={"min_tokens_per_second": 400})
     assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
@@ -251,7 +251,7 @@ async def made_by(app: FastAPI, **body: Any) -> list[dict[str, Any]]:
     return [*events_of(reply.text), kept]
 
 
-def test_a_report_is_made_beside_the_service(app: FastAPI) -> None:
+def test_a_report_is_made_while_serving(app: FastAPI) -> None:
     *events, kept = asyncio.run(made_by(app, text=TEXT, precisions=["nf4"], plots=False))
     assert events[0] == {"status": "starting"}
     assert events[-1]["status"] == "ready"
@@ -325,7 +325,7 @@ class Sleeper:
         monkeypatch.setattr("server.report.background.start_command", lambda *_: command)
 
 
-def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
+def test_a_report_pauses_while_requests_run_and_ends_with_its_client(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Sleeper(monkeypatch)
@@ -355,7 +355,7 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
     asyncio.run(watch())
 
 
-def test_a_process_that_dies_is_told_of(
+def test_a_dead_process_is_reported(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_the_model(client: TestClient, loads: Loads) ->
     assert told["host"]["memory"]["process_rss_bytes"] > 0
 
 
-def test_what_an_accelerators_runner_holds_and_says_is_told(client: TestClient) -> None:
+def test_an_accelerators_memory_and_details_are_reported(client: TestClient) -> None:
     state = client.app.state.pool.state("fp32")  # type: ignore[attr-defined]
     runner = state.engine.model.runner = FakeDeviceRunner()
     runner.report = lambda: {"captured": False, "not_captured_because": "wanted so"}  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def test_what_an_accelerators_runner_holds_and_says_is_told(client: TestClient) 
     assert told["details"] == {"captured": False, "not_captured_because": "wanted so"}
 
 
-def test_the_counts_are_those_of_what_was_sent(client: TestClient) -> None:
+def test_the_counts_are_those_of_the_requests(client: TestClient) -> None:
     assert stats(client)["precisions"]["fp32"]["latency"]["ttft_ms"]["p50"] is None
     for count in (2, 5, 9):
         ask(client, max_new_tokens=count)
@@ -114,7 +114,7 @@ def test_an_unknown_precision_is_refused_with_the_choices(client: TestClient, na
 @pytest.mark.parametrize(
     ("fp32", "bf16", "ratio", "slower"), [(0.01, 0.04, 0.25, True), (0.04, 0.01, 4.0, False)]
 )
-def test_the_note_says_when_the_smaller_one_is_slower(
+def test_a_note_is_shown_if_the_smaller_precision_is_slower(
     client: TestClient, fp32: float, bf16: float, ratio: float, slower: bool
 ) -> None:
     app: Any = client.app
@@ -144,7 +144,7 @@ def test_the_note_says_when_the_smaller_one_is_slower(
         ((0.010, 0.011), (0.012, 0.013), 0.84, 0.769, 0.917, True),
     ],
 )
-def test_nothing_is_noted_while_the_steps_of_both_took_as_long(
+def test_there_is_no_note_while_step_times_overlap(
     client: TestClient, fp32: tuple[float, float], bf16: tuple[float, float], ratio: float, least: float,
     most: float, told: bool,
 ) -> None:  # fmt: skip
@@ -170,7 +170,7 @@ def test_slower_in_real_steps(make_client: Callable[..., TestClient], loads: Loa
     assert "slower than fp32" in stats(client)["precisions"]["bf16"]["note"]
 
 
-def test_figures_of_what_was_unloaded_remain(client: TestClient) -> None:
+def test_figures_of_an_unloaded_precision_remain(client: TestClient) -> None:
     ask(client, max_new_tokens=4, precision="bf16")
     assert client.post("/precisions/bf16/unload").json()["state"] == "unloaded"
     told = stats(client)["precisions"]["bf16"]

@@ -33,7 +33,7 @@ def test_characters_of_several_bytes(client: TestClient) -> None:
     assert all(text[token["start"] : token["stop"]] == token["text"] for token in told)
 
 
-def test_a_long_text_keeps_nobody_waiting_and_takes_a_place(
+def test_a_long_text_delays_no_request_and_takes_a_place(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go = threading.Event(), threading.Event()
@@ -60,7 +60,7 @@ def test_a_long_text_keeps_nobody_waiting_and_takes_a_place(
     asyncio.run(main())
 
 
-def test_a_long_answer_comes_in_pieces_and_is_whole(client: TestClient) -> None:
+def test_a_long_response_is_sent_in_chunks_and_is_complete(client: TestClient) -> None:
     reply = client.post("/tokenize", json={"inputs": TEXT})
     assert "content-length" not in reply.headers
     assert reply.headers["content-type"] == "application/json"
@@ -122,7 +122,7 @@ def test_a_place_is_held_until_the_answer_is_sent_or_its_reader_leaves(
         still_serves(address, app)
 
 
-def test_a_reader_that_goes_on_for_ever_is_cut_off(make_app: Callable[..., FastAPI]) -> None:
+def test_an_endlessly_slow_reader_is_cut_off(make_app: Callable[..., FastAPI]) -> None:
     app = make_app(request_timeout=2, receive_timeout=0.6)
     with serving(app, send_buffer=4096) as address, connected(address, 4096) as slow:
         slow.sendall(request_for("/tokenize", {"inputs": TEXT[:40_000]}))

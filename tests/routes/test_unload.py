@@ -31,7 +31,7 @@ def test_without_its_default_the_server_is_not_ready(client: TestClient) -> None
     assert client.get("/health").status_code == 200
 
 
-def test_unloading_ends_what_is_generated_with_an_error(make_app: MakeApp, loads: Loads) -> None:
+def test_unloading_ends_generations_with_an_error(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             loads.runners["bf16"].delay = 0.01

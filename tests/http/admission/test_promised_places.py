@@ -66,7 +66,7 @@ def test_no_promised_place_is_lost(make_app: MakeApp, is_kept: bool, leaves: boo
                     wait_until(lambda: (service.promised.count, service.in_flight) == (0, 0))
 
 
-def test_a_refused_connection_that_lingers_keeps_no_place(make_app: MakeApp) -> None:
+def test_a_lingering_connection_holds_no_place(make_app: MakeApp) -> None:
     app = make_app(max_concurrent_requests=2)
     many = [f"X-{number}: 1" for number in range(255)]  # one line more than a head may have
     with serving(app) as address, connected(address) as connection:

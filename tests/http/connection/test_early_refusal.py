@@ -112,7 +112,7 @@ def test_a_refusal_never_reaches_the_framework(
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_keys_and_sizes_are_judged_before_places(make_app: MakeApp, loads: Loads, is_kept: bool) -> None:
+def test_keys_and_sizes_are_checked_before_places(make_app: MakeApp, loads: Loads, is_kept: bool) -> None:
     app = make_app(max_concurrent_requests=1, api_key="secret", payload_limit=1000)
     large = {"inputs": "x" * 2000}
     with full(app, loads) as address:
@@ -154,7 +154,7 @@ def test_keys_and_sizes_are_judged_before_places(make_app: MakeApp, loads: Loads
         (b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n", 404),
     ],
 )
-def test_what_is_not_plain_goes_the_usual_way(
+def test_a_head_that_is_not_plain_is_parsed_by_h11(
     make_app: MakeApp, loads: Loads, head: bytes, status: int
 ) -> None:
     with full(make_app(max_concurrent_requests=1), loads) as address, connected(address) as connection:
@@ -261,9 +261,7 @@ _lines = st.lists(st.tuples(_names, st.sampled_from([":", ": ", " : ", ":\t"]), 
     _lines,
     st.sampled_from(["\r\n", "\n"]),
 )
-def test_what_is_read_here_h11_reads_the_same(
-    target: str, lines: list[tuple[str, str, str]], end: str
-) -> None:
+def test_plain_heads_are_parsed_as_by_h11(target: str, lines: list[tuple[str, str, str]], end: str) -> None:
     head = f"POST {target} HTTP/1.1{end}Host: x{end}" + "".join("".join(line) + end for line in lines) + end
     data = head.encode("latin-1", "replace")
     admission = Closed()
@@ -294,7 +292,7 @@ def test_what_is_read_here_h11_reads_the_same(
         [f"X-Large: {'a' * 40_000}"],
     ],
 )
-def test_a_head_that_could_be_read_in_two_ways_or_is_too_large_is_not_judged(headers: list[str]) -> None:
+def test_an_ambiguous_or_too_large_head_is_not_plain(headers: list[str]) -> None:
     lines = ["POST /generate HTTP/1.1", "Host: x", *headers, "", ""]
     judge = EarlyRefusal(Closed(), Settings(device="cpu")).judge
     assert judge("\r\n".join(lines).encode()) is None

@@ -134,7 +134,7 @@ class SilentTransport(asyncio.Transport):
         return 0
 
 
-def test_parsing_gives_way_to_the_event_loop() -> None:
+def test_parsing_yields_to_the_event_loop() -> None:
     """However much came at once: a little at once, the rest in turns, during which nothing more is read."""
     body = b"x" * 200_000
     taken = 0
@@ -206,7 +206,7 @@ def test_a_request_whose_end_is_ambiguous_is_the_connection_s_last(measuring: st
         assert b"connection: close" in said.lower()
 
 
-def test_such_a_refusal_is_in_the_dialect_of_its_path(live: str) -> None:
+def test_such_a_refusal_has_the_format_of_its_path(live: str) -> None:
     for request_, kind in ((OPENAI, dict), (AMBIGUOUS[0], str), ("nonsense\r\n\r\n", str)):
         with connected(live) as connection:
             connection.sendall(request_.encode())
@@ -246,7 +246,7 @@ def test_a_refusal_before_the_body_came(make_app: MakeApp, headers: str, begin: 
         ("/a b", "", 400),
     ],
 )
-def test_who_sends_all_of_a_body_before_it_reads_gets_the_error(
+def test_a_client_that_sends_its_whole_body_first_receives_the_error(
     make_app: MakeApp, path: str, headers: str, status: int
 ) -> None:
     body = b"x" * 8_000_000  # more than fits into the buffers between
@@ -268,7 +268,7 @@ def test_many_requests_in_one_packet_are_answered_in_order(measuring: str) -> No
         assert statuses(received(connection)) == [404, 200] * (count // 2)
 
 
-def test_a_connection_that_fails_in_its_turn_takes_no_turn_from_others(measuring: str) -> None:
+def test_a_connection_that_fails_does_not_delay_others(measuring: str) -> None:
     """HEAD, whose refusal has no body, behind as many requests as are parsed at once."""
     bad = LIVE * 2 + b"HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n"
     with connected(measuring) as connection:
@@ -281,7 +281,7 @@ def test_a_connection_that_fails_in_its_turn_takes_no_turn_from_others(measuring
         assert statuses(received(connection)) == [200] * 10
 
 
-def test_while_a_reader_takes_nothing_no_refusals_are_piled_up_for_it() -> None:
+def test_refusals_are_not_buffered_for_a_paused_reader() -> None:
     async def handler(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0)
 
@@ -306,7 +306,7 @@ def test_while_a_reader_takes_nothing_no_refusals_are_piled_up_for_it() -> None:
     assert (statuses(refused), waiting) == ([429], b"")
 
 
-def test_a_fault_in_one_turn_leaves_the_others_theirs() -> None:
+def test_an_exception_in_one_connection_does_not_stop_others() -> None:
     taken: list[str] = []
 
     class One:
@@ -334,9 +334,7 @@ def test_a_fault_in_one_turn_leaves_the_others_theirs() -> None:
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
-def test_an_upgrade_is_not_taken_up(
-    make_app: MakeApp, upgrade: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_upgrade_is_ignored(make_app: MakeApp, upgrade: str, caplog: pytest.LogCaptureFixture) -> None:
     app = make_app()
     with serving(app) as address, connected(address) as connection:
         headers = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {upgrade}\r\nHTTP2-Settings: AA\r\n"

@@ -51,7 +51,9 @@ def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
     ],
     ids=range(14),
 )
-def test_too_much_is_refused_at_once(client: TestClient, path: str, body: Any, status: int) -> None:
+def test_too_large_values_are_refused_immediately(
+    client: TestClient, path: str, body: Any, status: int
+) -> None:
     seconds, reply = quickest(client, path, body)
     assert reply.status_code == status
     assert len(reply.content) < 1000
@@ -66,7 +68,7 @@ def test_a_prompt_of_600_000_ids(client: TestClient) -> None:
     still_serves(client)
 
 
-def test_no_place_is_told_at_once(make_client: Callable[..., TestClient]) -> None:
+def test_a_full_queue_is_reported_immediately(make_client: Callable[..., TestClient]) -> None:
     client = make_client(max_concurrent_requests=2)
     body = {"inputs": PROMPT, "do_sample": True, "best_of": 3}
     seconds, reply = quickest(client, "/generate", body)
@@ -111,7 +113,7 @@ def test_a_model_s_name_touches_no_file_and_no_network(
     assert watched == []
 
 
-def test_the_watch_sees_what_is_touched(watched: list[str]) -> None:
+def test_the_audit_hook_sees_files_and_sockets(watched: list[str]) -> None:
     open(__file__).close()
     assert len(watched) == 1
 
@@ -187,7 +189,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     path=st.sampled_from(["/generate", "/"]),
 )
 @settings(max_examples=300, deadline=None)
-def test_whatever_comes_is_answered_or_refused(fuzzed: TestClient, body: dict[str, Any], path: str) -> None:
+def test_any_request_is_answered_or_refused(fuzzed: TestClient, body: dict[str, Any], path: str) -> None:
     sent = json.dumps(body)
     reply = fuzzed.post(path, content=sent, headers=JSON)
     if reply.status_code != 200:

@@ -57,7 +57,7 @@ async def accepting(
         return told, opened
 
 
-def test_a_request_that_is_there_is_refused_as_its_connection_is_accepted() -> None:
+def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
     made: list[Seen] = []
 
     def make(promise: Promise | None) -> Seen:
@@ -72,7 +72,7 @@ def test_a_request_that_is_there_is_refused_as_its_connection_is_accepted() -> N
 
 
 @pytest.mark.parametrize("missing", [1, 60, 100])
-def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(missing: int) -> None:
+def test_a_connection_with_a_partial_request_is_accepted_with_its_bytes(missing: int) -> None:
     made: list[Seen] = []
 
     def make(promise: Promise | None) -> Seen:
@@ -85,13 +85,13 @@ def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(mi
     assert [(one.data, one.promise) for one in made] == [(begun, None)] * 3
 
 
-def test_in_one_pass_of_the_loop_so_many_are_accepted() -> None:
+def test_accepts_per_event_loop_iteration_are_bounded() -> None:
     begun = request_for("/generate", BODY)[:-1]
     _, opened = asyncio.run(accepting(Closed(), begun, 40, Seen))
     assert [count for count in opened if count] == [16, 16, 8]
 
 
-def test_a_connection_that_cannot_be_opened_gives_its_promise_back() -> None:
+def test_a_connection_that_fails_to_open_releases_its_promise() -> None:
     places = PromisedPlaces()
     promised: list[Promise | None] = []
 

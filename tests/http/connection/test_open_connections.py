@@ -51,7 +51,7 @@ def admitted(table: OpenConnections, *stages: Stage) -> list[Remembered]:
     return found
 
 
-def test_who_makes_room() -> None:
+def test_which_connection_makes_room() -> None:
     """The idle first, then those whose request is still coming; the longest wait first; none that is
     served."""
     table = OpenConnections(5)
@@ -72,7 +72,7 @@ def test_who_makes_room() -> None:
     assert table.admit(Remembered())
 
 
-def test_only_so_many_linger() -> None:
+def test_the_number_of_lingering_connections_is_bounded() -> None:
     table = OpenConnections(4)
     connections = [Remembered() for _ in range(6)]
     for connection in connections:
@@ -158,9 +158,7 @@ POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\
     ("begun", "rest"),
     [(b"GET /health HTTP/1.1\r\n", b"Host: x\r\n\r\n"), (POST % len(BODY) + BODY[:5], BODY[5:])],
 )
-def test_requests_that_do_not_come_to_their_end_make_room(
-    three: tuple[str, FastAPI], begun: bytes, rest: bytes
-) -> None:
+def test_incomplete_requests_make_room(three: tuple[str, FastAPI], begun: bytes, rest: bytes) -> None:
     address, app = three
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(connected(address)) for _ in range(3)]
@@ -195,7 +193,7 @@ def test_a_slow_reader_of_its_last_answer_makes_room(three: tuple[str, FastAPI])
     still_serves(address, app)
 
 
-def test_where_all_are_served_a_newcomer_is_refused_at_once(three: tuple[str, FastAPI], loads: Loads) -> None:
+def test_a_new_connection_is_refused_if_all_are_active(three: tuple[str, FastAPI], loads: Loads) -> None:
     address, app = three
     loads.runners["fp32"].delay = 0.02
     body = {"inputs": "abc", "max_new_tokens": 50, "ignore_eos": True}
@@ -252,7 +250,7 @@ def confined(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int, Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it changes another process's limits")
-def test_a_process_that_runs_out_of_files_goes_on(
+def test_a_process_survives_running_out_of_files(
     confined: tuple["subprocess.Popen[str]", int, Path],
 ) -> None:
     process, port, log = confined

@@ -90,7 +90,7 @@ def test_their_keys(make_app: Callable[..., FastAPI]) -> None:
             client.with_options(api_key="wrong").models.list()
 
 
-def test_what_huggingface_asks_of_an_endpoint(live: str) -> None:
+def test_the_routes_that_huggingface_expects_of_an_endpoint(live: str) -> None:
     client = InferenceClient(provider="hf-inference")
     assert client.health_check(model=live)
     assert client.get_endpoint_info(model=live)["model_id"] == "fake"

@@ -81,7 +81,7 @@ def test_a_continuation_has_the_models_own_log_probability(client: TestClient, m
     assert lengths == [len(ids) + 1 for ids in PROMPTS]  # the prompt's, and the one token that was generated
 
 
-def test_what_the_model_itself_would_say_is_greedy(client: TestClient, model: Any) -> None:
+def test_a_greedy_text_has_the_top_log_probabilities(client: TestClient, model: Any) -> None:
     with torch.inference_mode():
         ids = model.generate(torch.tensor([[65, 66]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
     body = {**request_of(client, "fp32"), "prompt": ids.tolist()}

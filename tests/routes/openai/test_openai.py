@@ -97,7 +97,7 @@ def test_echo_with_a_continuation(client: TestClient) -> None:
     assert {len(told[key]) for key in told} == {len(byte_tokenizer()(PROMPT)["input_ids"]) + 3}
 
 
-def test_a_stream_tells_its_usage_if_asked(client: TestClient) -> None:
+def test_a_stream_has_its_usage_on_request(client: TestClient) -> None:
     body = {"prompt": PROMPT, "stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
     told = chunks(client.post("/v1/completions", json=body).text)
     assert "".join(one["choices"][0]["text"] for one in told[:-1]) == greedy(16)

@@ -64,13 +64,13 @@ def every(*tables: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [{name: value} for name, values in merged.items() for value in [*values, None]]
 
 
-def test_a_completion_takes_what_asks_for_nothing(client: TestClient) -> None:
+def test_a_completion_accepts_fields_without_effect(client: TestClient) -> None:
     for body in every(BOTH, IN_COMPLETIONS):
         answer = complete(client, **{"temperature": 0, "max_tokens": 4, **body})
         assert answer["choices"][0]["text"] == greedy(4), body
 
 
-def test_a_chat_takes_what_asks_for_nothing(chatty: TestClient) -> None:
+def test_a_chat_accepts_fields_without_effect(chatty: TestClient) -> None:
     for body in every(BOTH, IN_CHATS):
         assert said(chatty, **body) == greedy(4, ANSWER), body
     chat(chatty, **dict.fromkeys(NULLS))
@@ -107,7 +107,7 @@ def check_refused(client: TestClient, path: str, body: dict[str, Any], wrong: di
     assert len(reply.content) < 400
 
 
-def test_what_would_change_the_answer_is_refused_by_name(chatty: TestClient) -> None:
+def test_a_field_with_an_effect_is_refused_by_name(chatty: TestClient) -> None:
     for wrong in WRONG:
         plain = {"prompt": PROMPT, "max_tokens": 4}
         check_refused(chatty, "/v1/completions", plain, wrong)
@@ -118,7 +118,7 @@ def test_what_would_change_the_answer_is_refused_by_name(chatty: TestClient) -> 
 # vLLM's that are honoured
 
 
-def test_what_narrows_the_draw(client: TestClient) -> None:
+def test_sampling_filters(client: TestClient) -> None:
     flat = {"temperature": 2, "max_tokens": 8, "seed": 5}  # where the model's own token has 3 % of the mass
     free = complete(client, **flat)["choices"][0]["text"]
     assert free != greedy(8)
@@ -301,7 +301,7 @@ def test_names_that_mean_the_served_model(client: TestClient) -> None:
 # limits that are settings
 
 
-def test_as_many_stop_strings_as_the_setting_says(make_chatty: Callable[..., TestClient]) -> None:
+def test_the_number_of_stop_strings_is_limited_by_the_setting(make_chatty: Callable[..., TestClient]) -> None:
     client = make_chatty(max_stop_sequences=100)
     assert client.get("/info").json()["max_stop_sequences"] == 100
     stops = [f"never {i}" for i in range(101)]

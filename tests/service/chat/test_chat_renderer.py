@@ -98,7 +98,7 @@ def test_many_at_once_are_rendered_each_for_itself() -> None:
 
 
 @pytest.mark.parametrize("template", [POWER, LOOPS, CONSTANT], ids=["power", "loops", "constant"])
-def test_what_computes_for_ever_is_stopped(template: str) -> None:
+def test_endless_computation_is_stopped(template: str) -> None:
     async def check(renderer: ChatRenderer) -> None:
         turns = 0
 
@@ -137,7 +137,7 @@ def test_others_are_rendered_meanwhile() -> None:
     ],
     ids=["repeated", "formatted", "doubled"],
 )
-def test_what_takes_too_much_memory_is_refused(template: str) -> None:
+def test_too_much_memory_is_refused(template: str) -> None:
     async def check(renderer: ChatRenderer) -> None:
         assert "needs more than 256 MiB" in await fault(renderer)
 

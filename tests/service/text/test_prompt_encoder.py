@@ -109,7 +109,7 @@ class Gate:
         return [65, 66]
 
 
-def test_two_are_encoded_at_a_time_and_none_whose_client_has_left(make_app: MakeApp) -> None:
+def test_two_texts_are_encoded_at_a_time_and_none_of_disconnected_clients(make_app: MakeApp) -> None:
     async def main() -> None:
         async with entered(app) as client:
             gate, service = Gate(app), app.state.service
@@ -156,7 +156,7 @@ def test_the_deadline_covers_encoding(make_app: MakeApp) -> None:
     asyncio.run(main())
 
 
-def test_a_prompt_of_which_several_continuations_are_wanted_is_encoded_once(make_app: MakeApp) -> None:
+def test_a_prompt_with_several_continuations_is_encoded_once(make_app: MakeApp) -> None:
     async def main() -> None:
         async with entered(app) as client:
             gate = Gate(app)
@@ -170,7 +170,7 @@ def test_a_prompt_of_which_several_continuations_are_wanted_is_encoded_once(make
     asyncio.run(main())
 
 
-def test_the_end_waits_for_no_text() -> None:
+def test_shutdown_does_not_wait_for_encoding() -> None:
     begun, never = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -190,7 +190,7 @@ def test_the_end_waits_for_no_text() -> None:
     never.set()
 
 
-def test_what_is_no_exception_reaches_its_request() -> None:
+def test_a_base_exception_reaches_its_request() -> None:
     class Panic(BaseException):
         pass
 
