@@ -1,4 +1,4 @@
-"""`bitdial bench` from its options to its last line, on a small real checkpoint."""
+"""`bitdial bench` from options to output, on a small real checkpoint."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SIZES = ["--batches", "1,3", "--prompt", "6", "--tokens", "120", "--repeat", "2"
 
 @pytest.fixture(autouse=True)
 def _light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test process keeps its CPUs; small buffers will do."""
+    """Disables CPU affinity and uses small buffers."""
     monkeypatch.setattr(server.bench.main, "pin", lambda threads: None)
     monkeypatch.setattr(session, "_PAUSE", 0.0)
     monkeypatch.setattr(host, "_SMALLEST_BUFFER", 2**20)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str], dict[str, Any]]:
-    """(lines before the last, the last as an object) of a run that succeeded."""
+    """(lines before the last, the last as an object) of a successful run."""
     assert main(["bench", *arguments]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     return lines, json.loads(last)

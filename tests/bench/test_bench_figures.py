@@ -1,4 +1,4 @@
-"""From arrival times to figures, by examples worked out by hand."""
+"""Figures from arrival times, by examples computed by hand."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The light client and its loads against a real server on a model that needs no weights."""
+"""The benchmark's client and loads against a real server on a model without weights."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -141,7 +141,7 @@ def test_a_closed_loop_keeps_its_streams_busy(make_app: Callable[..., FastAPI], 
             load = Load(client, Texts(client), Shape("fp32", prompt=4, tokens=10), LOOSE)
             figures = await load.closed_loop(streams=3, seconds=0.3)
             assert (figures.kind, figures.offered, figures.errors) == ("closed loop", 3, {})
-            assert figures.requests >= 6  # every stream sent another after its first
+            assert figures.requests >= 6  # every stream sent a second request
             assert figures.tokens_per_second == pytest.approx(10 * figures.requests_per_second)
             assert figures.goodput == figures.requests_per_second
             assert figures.seconds >= 0.3

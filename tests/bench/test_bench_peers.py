@@ -1,4 +1,4 @@
-"""What is written for the peers, read back by their own library; and their environment."""
+"""The peers' files, read by their own libraries; and their environment."""
 
 import subprocess
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_a_given_environment_must_have_the_packages(tmp_path: Path) -> None:
 
 
 def test_the_own_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a pip that installs nothing and an interpreter that finds all it is asked for."""
+    """With a pip that installs nothing and an interpreter that finds every package."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = environment.default_folder()
     assert folder == tmp_path / "bitdial" / "peers-venv"

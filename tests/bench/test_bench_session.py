@@ -1,4 +1,4 @@
-"""A precision measured beside others, on a model that needs no weights; and how it is shown."""
+"""Interleaved measurements on a model without weights, and their output."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Speed(MemorySpeed):
-    """A memory of known speed."""
+    """Replaces the bandwidth measurement by a constant."""
 
     def __init__(self) -> None:
         self.buffer_bytes = 0
@@ -39,7 +39,7 @@ class Speed(MemorySpeed):
 
 
 class Scripted:
-    """Takes a tenth of a second a step; its tokens are the engine's up to the given index."""
+    """Takes a tenth of a second per step; its tokens equal the engine's up to the given index."""
 
     name = "scripted"
     weights_bytes: int | None = 2000
@@ -59,7 +59,7 @@ class Scripted:
 
 
 def slow_runner() -> FakeRunner:
-    """Slow enough for the event loop to see each token by itself."""
+    """Slow enough that the event loop sees each token separately."""
     runner = FakeRunner()
     runner.delay = 0.005
     return runner
@@ -169,7 +169,7 @@ def test_a_line_is_aligned_with_its_heading() -> None:
 
 
 def measured_as(*ratios: float, spread: float = 0.1) -> Row:
-    """A row beside bitdial's, with these ratios in its repeats."""
+    """A row compared with bitdial's, with these ratios in its repeats."""
     figures = Figures(100.0, 10.0, spread, 5.0, 1.0, 2.0)
     return Row("fp16", 1, "scripted", figures, ratio=median(ratios), ratios=ratios)
 

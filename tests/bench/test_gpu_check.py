@@ -1,4 +1,4 @@
-"""The check of a GPU, tried without one: every part of it that a CPU can run, on models that take no time."""
+"""``gpu_check`` without a GPU: every part that a CPU can run, on tiny models."""
 
 import json
 import os
@@ -38,11 +38,11 @@ PATIENT = [*REHEARSAL, "--seconds", "1800"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a whole rehearsal finds, in one precision."""
+    """The JSON of a complete dry run in one precision."""
     file = tmp_path_factory.mktemp("out") / "deep" / "gpu.json"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_VISIBLE_DEVICES", "")
-        patched.setattr(check, "_TESTS", 900.0)  # a host that does other things takes its time
+        patched.setattr(check, "_TESTS", 900.0)  # a busy host is slow
         assert check.main([*PATIENT, "--precisions", "fp32", "--out", str(file)]) == 0
     document: dict[str, Any] = json.loads(file.read_text())
     return document
@@ -100,7 +100,7 @@ def test_the_command_reports_a_missing_card() -> None:
 
 
 def test_gpu_check_needs_none_of_the_servers_packages() -> None:
-    """A GPU host may have torch and transformers, and nothing to serve with."""
+    """A GPU host may have torch and transformers but not the server's packages."""
     script = (
         "import sys, server.bench.gpu.check\n"
         "print([n for n in ('fastapi', 'uvicorn', 'pydantic', 'httpx', 'starlette') if n in sys.modules])"
@@ -198,7 +198,7 @@ def test_failures_of_correctness() -> None:
 
 
 def test_the_check_of_steps_detects_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner whose rows leak into each other, and one whose replays are not what it computes."""
+    """A runner whose rows affect each other, and one whose replays differ from its launched steps."""
     model = checkpoints.gpt2()
     spec = specified(model, slots=4, context=128)
     runner = GraphRunner(model, spec, RecordedGraphs())
@@ -259,7 +259,7 @@ def test_a_crash_in_a_subprocess_is_isolated() -> None:
 
 
 def test_the_result_of_the_kernels_part_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card's runner under the check, its graphs recorded."""
+    """A GPU's runner under the check, with recorded graphs."""
     model = checkpoints.gpt2()
     spec = replace(specified(model, slots=3), batch_invariant=False)
 

@@ -116,4 +116,4 @@ def test_a_wide_table_continues_below() -> None:
     assert table(columns, [["x", "1", "22", "3"]]) == ["name  aaaa  bb  cccccc", "x        1  22       3"]
     assert max(map(len, table(columns, [["x", "1", "22", "3"]], 1))) == len(
         "name  cccccc"
-    )  # as good as it gets
+    )  # the highest possible value

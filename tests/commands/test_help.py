@@ -1,4 +1,4 @@
-"""What a person reads who asks the command for help, or asks it for what this host can't do."""
+"""``--help``, and errors for precisions that this host can't run."""
 
 import re
 from collections.abc import Sequence

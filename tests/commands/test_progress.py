@@ -70,5 +70,5 @@ def test_progress_is_drawn_below_the_log(terminal: Terminal) -> None:
     drawn = terminal.getvalue()
     assert "int8: packing  50%|" in drawn
     assert "fp32" not in drawn
-    assert "\rsomething happened\n" in drawn  # at the begin of a line of its own
+    assert "\rsomething happened\n" in drawn  # at the start of a new line
     assert drawn.endswith("\r")  # the bar is gone

@@ -1,4 +1,4 @@
-"""What `bitdial serve` says: where it listens and what to paste, or in one line why it doesn't."""
+"""The output of `bitdial serve`: its address and an example, or one line with the error."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ TOKENS = 75  # a second and a half
 def serving(
     folder: Path, loading: str = "", grace: str = "30", **variables: str
 ) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """The process, and its port as soon as it listens."""
+    """Yields the process and its port once it listens."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE.format(loading=loading), str(folder)],
         cwd=ROOT, env=environment() | {"GRACEFUL_TERMINATION_TIMEOUT": grace} | variables,
@@ -70,7 +70,7 @@ def ready(port: int) -> None:
 
 
 def open_stream(port: int) -> http.client.HTTPResponse:
-    """A stream whose first token has come."""
+    """A stream after its first token."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = json.dumps({"inputs": "a", "max_new_tokens": TOKENS})
     connection.request("POST", "/generate_stream", body, {"Content-Type": "application/json"})
@@ -199,7 +199,7 @@ def handler() -> Iterator[None]:
 def test_pid_1_ends_on_sigterm_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--version"]) == 0
-    assert signal.getsignal(signal.SIGTERM) is before  # any other has the system's default
+    assert signal.getsignal(signal.SIGTERM) is before  # other processes keep the system's default
 
     ended: list[int] = []
     monkeypatch.setattr(os, "getpid", lambda: 1)
@@ -229,7 +229,7 @@ def test_slow_readers_and_encoding_end_with_the_grace_time(folder: Path) -> None
 
 
 def open_tokens(port: int, text: str) -> socket.socket:
-    """A reader of ``/tokenize`` that takes nothing of its answer."""
+    """A client of ``/tokenize`` that doesn't read the response."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", port))

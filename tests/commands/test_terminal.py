@@ -1,4 +1,4 @@
-"""What a person at a terminal gets, and what the environment and a pipe may change of it."""
+"""Terminal output, and how the environment and a pipe change it."""
 
 import errno
 import io
@@ -25,7 +25,7 @@ from tests.http.test_process import ROOT, bitdial, environment
 
 
 class Screen(io.StringIO):
-    """Standard output that is a terminal of 80 columns."""
+    """A standard output that is a terminal of 80 columns."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Logits that are not numbers, met while a prompt is scored: that request's error, never a number."""
+"""NaN and infinite logits while a prompt is scored: an error of that request, never a figure."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SCORING = {
 
 
 def poisoned(loads: Loads, row: list[float]) -> None:
-    """A row amid the prompt; the last one, after which a token is picked, is as it was."""
+    """Breaks a row in the middle of the prompt; the last row, from which a token is sampled, stays intact."""
 
     def poison(logits: torch.Tensor, slots: object) -> torch.Tensor:
         if len(logits) > 2:
@@ -55,7 +55,7 @@ def test_scoring_fails_cleanly(make_client: Callable[..., TestClient], loads: Lo
 
 
 def test_a_token_of_probability_zero(make_client: Callable[..., TestClient], loads: Loads) -> None:
-    """Its log-probability is −∞, which JSON can't say; the other tokens' are as they are."""
+    """Its log-probability is −∞, which JSON can't represent; those of other tokens are unchanged."""
     ids = byte_tokenizer()(PROMPT)["input_ids"]
 
     def poison(logits: torch.Tensor, slots: object) -> torch.Tensor:

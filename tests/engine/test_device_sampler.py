@@ -1,4 +1,4 @@
-"""Sampling all rows together gives what sampling each by itself gives; tried on a CPU's tensors."""
+"""Batched sampling gives the tokens of sampling row by row; tested on CPU tensors."""
 
 from typing import Any
 
@@ -98,7 +98,7 @@ def test_a_batch_gets_the_tokens_of_its_single_rows() -> None:
 
 
 def test_a_row_is_independent_of_its_batch() -> None:
-    """Each setting beside each other, the mate's logits wild."""
+    """Every pair of settings; the other row's logits are extreme."""
     sampler, row = Sampler(frozenset()), logits(seed=3)
     for name in SETTINGS:
         expected = chosen(sampler.begin(row, [made(name, 11)]))
@@ -119,7 +119,7 @@ def test_draws_follow_the_distribution() -> None:
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["greedy", "plain sampling", "all at once"])
 def test_a_broken_row_fails_alone_and_its_token_is_a_valid_id(name: str, broken: float) -> None:
-    """The next step may start from it before anybody knows: it must be a token all the same."""
+    """The next step may start from it before the host detects the error, so it must be a valid id."""
     rows = logits(3)
     rows[1] = broken
     mates = [made("plain sampling", 1), made(name, 2), made("greedy")]

@@ -212,10 +212,10 @@ def test_prompt_logprobs_in_chunks_and_no_token_at_all() -> None:
 def test_available_tokens_are_read_without_waiting() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         generation = engine.generate(PROMPT, params(5))
-        await until(lambda: not engine.running + engine.waiting)  # all are handed over
+        await until(lambda: not engine.running + engine.waiting)  # all are delivered
         found = []
         for _ in range(5):
-            with pytest.raises(StopIteration) as read:  # what a coroutine ends with that was not suspended
+            with pytest.raises(StopIteration) as read:  # a coroutine that never suspends raises this
                 anext(generation).__await__().send(None)
             found.append(read.value.value.id)
         assert found == runner.expected(PROMPT, 5)
@@ -240,7 +240,7 @@ def test_a_cancelled_wait_loses_no_token() -> None:
 
 
 def test_a_token_that_arrives_with_a_cancellation_goes_to_the_next_read() -> None:
-    """Its wait is over, but it has not gone on yet."""
+    """Its future is done, but the coroutine has not resumed yet."""
 
     async def check(engine: Engine, runner: FakeRunner) -> None:
         generation = TokenStream(Sequence(PROMPT, params()), engine.cancel)

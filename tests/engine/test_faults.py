@@ -1,4 +1,4 @@
-"""A fault in the model costs the request it befell, is told in its dialect, and stays there."""
+"""A fault in the model fails its own request only, with an error in the format of its API."""
 
 import asyncio
 import subprocess
@@ -20,7 +20,7 @@ from tests.http.test_process import ROOT, environment
 from tests.routes.test_generate import PROMPT, events, greedy
 
 MakeApp = Callable[..., FastAPI]
-BAD = "@"  # the prompt that the fault befalls
+BAD = "@"  # the prompt that causes the fault
 
 
 def out_of_memory() -> Exception:
@@ -122,7 +122,7 @@ def test_a_dead_worker(make_app: MakeApp, loads: Loads) -> None:
 def test_a_worker_behind_a_hanging_one_is_not_ready(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU they take turns: where one hangs, none makes progress."""
+    """On a CPU engines alternate: while one hangs, none makes progress."""
 
     async def main() -> None:
         async with entered(app) as client:
@@ -173,7 +173,7 @@ os._exit(process.serve_forever())
 
 @pytest.mark.parametrize("fault", ["raise SystemExit", "time.sleep(60)"], ids=["killed", "hung"])
 def test_a_process_with_a_dead_worker_fails_its_requests_and_exits_70(tmp_path: Path, fault: str) -> None:
-    """So that a supervisor starts it again."""
+    """A supervisor then restarts the process."""
     first = byte_tokenizer().decode([FakeRunner().next_id([])])
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER.format(fault=fault), str(tmp_path)],

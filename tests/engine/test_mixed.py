@@ -1,4 +1,4 @@
-"""Requests of every kind in one batch, over HTTP and on real weights: each as if it were alone."""
+"""Requests of every kind in one batch, over HTTP and on real weights: each gets the same text as alone."""
 
 import asyncio
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_each_row_is_the_same_alone(family: str, tmp_path: Path) -> None:
                 alone = [shown(await client.post("/generate", json=body)) for body in asked]
                 together = await asyncio.gather(*(client.post("/generate", json=body) for body in asked))
                 assert [shown(reply) for reply in together] == alone
-                assert len({text for text, *_ in alone}) > len(alone) / 2  # the wishes were heard
+                assert len({text for text, *_ in alone}) > len(alone) / 2  # the settings had an effect
                 assert await large_batches(client, precision)
             await until(lambda: not app.state.service.in_flight)
 

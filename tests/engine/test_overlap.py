@@ -1,4 +1,4 @@
-"""A step launched before the last one's tokens are read: nobody can tell from what is generated."""
+"""Overlap: a step is launched before the last one's tokens are read, with the same generated tokens."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from server.errors import DeadlinePassed, GenerationFailed, ServiceError
 from tests.fakes import FakeDeviceRunner, FakeRunner
 
 END = 70
-"""A token that the fake model gives now and then."""
+"""A token that the fake model generates sometimes."""
 
 
 @dataclass
 class Order:
-    """A request as a test has it: what is asked, when, and when its client goes."""
+    """A test's request: its parameters, when it arrives, and when its client disconnects."""
 
     prompt: list[int]
     params: SamplingParams
@@ -36,7 +36,7 @@ class Order:
 
 @dataclass
 class Told:
-    """What a request's reader was told."""
+    """The events that a request's reader received."""
 
     ids: list[int] = field(default_factory=list)
     finish: str | None = None
@@ -50,7 +50,7 @@ def order(prompt: Sequence[int] = (5, 6), joins: int = 0, leaves: int | None = N
 
 
 class House:
-    """A worker stepped by hand; a step is a second."""
+    """A worker that the test steps; a step is a second."""
 
     def __init__(self, runner: FakeRunner, chunk: int = 8) -> None:
         self.runner = runner
@@ -85,7 +85,7 @@ class House:
 
 
 def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda _: None) -> list[Told]:
-    """What the plain path and the one that looks ahead tell, which must be the same; and the latter did."""
+    """Asserts that the path with overlap did overlap and gives the events of the path without."""
     plain, ahead = FakeRunner(), FakeDeviceRunner()
     assert isinstance(ahead, DeviceRunner)
     assert not isinstance(plain, DeviceRunner)
@@ -98,7 +98,7 @@ def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda
 
 
 def sloped(logits: torch.Tensor, _: Sequence[int]) -> torch.Tensor:
-    """No two logits alike: of equal ones, samplers may differ in which they keep."""
+    """Distinct logits: of equal ones, samplers may keep different ones."""
     return logits + torch.linspace(0, 0.5, logits.shape[1])
 
 
@@ -109,7 +109,7 @@ def looked_ahead(orders: Sequence[Order]) -> int:
 
 
 def test_steps_overlap() -> None:
-    """Ten of eleven steps of a lone row start from a token that nobody has read."""
+    """Ten of eleven steps of a single row start from a token that the host has not read."""
     assert looked_ahead([order(ignore_eos=True)]) == 10
 
 
@@ -160,7 +160,7 @@ def test_tokens_are_the_same_alone_and_in_a_batch(params: dict[str, Any]) -> Non
 
 
 def test_rows_that_end_by_the_end_token() -> None:
-    """The token after it was launched: it is thrown away, and reaches nobody."""
+    """The next token was launched already: it is discarded and never delivered."""
     orders = [order([start], max_new_tokens=100) for start in range(5, 25)]
     told = both(orders)
     ended = [one for one in told if one.finish == "eos_token"]
@@ -188,7 +188,7 @@ def test_clients_that_disconnect_during_generation() -> None:
 
 
 def test_a_deadline_during_generation() -> None:
-    """The token under way is not waited for: one fewer than the plain path has by then."""
+    """The token in flight is not awaited: one fewer than without overlap."""
     orders = [order([5], deadline=9.0, max_new_tokens=100, ignore_eos=True), order([6], ignore_eos=True)]
     (late, whole), (told, other) = (House(made).serve(orders) for made in (FakeRunner(), FakeDeviceRunner()))
     assert late.error is told.error is DeadlinePassed
@@ -197,7 +197,7 @@ def test_a_deadline_during_generation() -> None:
 
 
 def out_of_memory(runner: FakeRunner, bad: int, after: int) -> None:
-    """A row that begins so breaks every step that it is in, once it has some tokens."""
+    """A row that begins with this breaks every step that it is in, once it has some tokens."""
 
     def fail(slots: Sequence[int]) -> None:
         for slot in slots:
@@ -245,7 +245,7 @@ def test_a_row_with_nan_logits(at: int) -> None:
 
 
 def test_a_slot_does_not_affect_its_next_sequence() -> None:
-    """One slot for all: each leaves while a step with it is under way; the next takes its place at once."""
+    """One slot: each row leaves while a step with it is in flight; the next one takes the slot at once."""
     orders = [
         order([start, start], ignore_eos=start % 2 == 0, do_sample=start % 3 == 0, seed=start, leaves=leaves)
         for start, leaves in zip(range(5, 25), [None, 1, 2, 3, None] * 4, strict=True)
@@ -289,7 +289,7 @@ def test_any_mixture(seed: int) -> None:
 
 
 def test_a_device_that_fails_every_call_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access no request can be served: that is not the fault of the one that was running."""
+    """After an illegal memory access no request can be served; the running one did not cause it."""
 
     def refuse() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -1,4 +1,4 @@
-"""What a queue will take, by what it took lately; and queues behind a deadline, on a made-up clock."""
+"""Queue estimates from recent steps, and queues with a deadline on a simulated clock."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_no_estimate_before_the_first_measurement() -> None:
     estimate.observe_step(step())
     estimate.observe_step(step(0.1))
     assert estimate.finish_seconds(ahead, 1, 10) is None
-    estimate.observe_end(sequence(10))  # it left before its first token
+    estimate.observe_end(sequence(10))  # cancelled before its first token
     assert estimate.finish_seconds(ahead, 1, 10) is None
     assert estimate.drain_seconds(ahead) is None
     estimate.observe_end(sequence(10, done=10))
@@ -55,7 +55,7 @@ def test_no_estimate_while_a_slot_is_free() -> None:
     ("ahead", "asked", "steps"),
     [
         ([(30, 0), (50, 0)], (1, 10), 31 + 1 + 10),  # behind the shorter one
-        ([(30, 20), (50, 10)], (1, 10), 10 + 1 + 10),  # of which something is done
+        ([(30, 20), (50, 10)], (1, 10), 10 + 1 + 10),  # partly computed
         ([(30, 29), (50, 49), (5, 0), (8, 0)], (1, 10), 1 + 6 + 1 + 10),  # first come, first served
     ],
 )
@@ -76,7 +76,7 @@ def test_sequences_that_end_early_are_counted_in() -> None:
 
 
 class Simulation:
-    """An engine's queue behind a deadline: the real scheduler and estimate, a clock that steps advance."""
+    """An engine's queue with a deadline: the real scheduler and estimate, a clock that steps advance."""
 
     def __init__(self, sheds: bool) -> None:
         self.sheds, self.now = sheds, 0.0
@@ -118,7 +118,7 @@ class Simulation:
 
 
 Wish = Callable[[Random], tuple[int, int]]
-"""Draws how many tokens are asked for, and how many the model generates."""
+"""Draws the requested and the generated number of tokens."""
 
 
 def alike(random: Random) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def early(random: Random) -> tuple[int, int]:
 
 
 def outcomes(load: float, wish: Wish, *, sheds: bool = True, noise: float = 0.0) -> Counter[str]:
-    """How requests end in 300 seconds under ``load`` times what can be served."""
+    """The outcomes of requests in 300 seconds at ``load`` times the capacity."""
     simulation, random, offered = Simulation(sheds), Random(1), 0.0
     while simulation.now < SECONDS:
         offered += load * SLOTS
@@ -158,7 +158,7 @@ def test_under_overload_admitted_requests_finish_in_time(wish: Wish, noise: floa
 
 @pytest.mark.parametrize("wish", [alike, mixed, early])
 def test_without_shedding_most_work_is_wasted(wish: Wish) -> None:
-    """What the estimate is for; if this fails, the simulation shows nothing."""
+    """The purpose of the estimate; if this fails, the simulation proves nothing."""
     done = outcomes(1.5, wish, sheds=False)
     assert done["tokens"] < 0.6 * CAPACITY * SECONDS
 

@@ -81,7 +81,7 @@ def test_cancelled_and_expired_sequences_running_or_waiting() -> None:
 
 
 def test_derived_parameters_depend_on_the_parameters_only() -> None:
-    """Kept once found out: a copy with other values finds out anew, and comparing looks at the values."""
+    """Cached; a copy with other values computes them again, and equality ignores the cache."""
     plain = SamplingParams(max_new_tokens=4)
     assert (plain.is_plain, plain.needs_history, plain.reports) == (True, False, False)
     assert plain == SamplingParams(max_new_tokens=4)

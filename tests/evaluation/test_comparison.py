@@ -1,4 +1,4 @@
-"""A prompt in several precisions through engines: against the obvious computation, and beside other work."""
+"""A prompt in several precisions through engines: compared with a direct computation, and under load."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ CODEC = TextCodec(checkpoints.byte_tokenizer())
 
 
 class Engines:
-    """Engines by precision; made when first used."""
+    """Engines by precision, created on first use."""
 
     def __init__(self, models: dict[str, LoadedModel], prefill_chunk: int = 16) -> None:
         self._models, self._chunk = models, prefill_chunk
@@ -131,7 +131,7 @@ def test_first_divergence(one: list[int], other: list[int], index: int | None) -
 
 
 def test_running_sequences_continue_while_a_prompt_is_scored() -> None:
-    """Its chunks are steps like others: a running stream gets a token in each."""
+    """Its chunks are ordinary steps: a running stream gets a token in each."""
     runner = FakeRunner(slots=2)
     runner.delay = 0.002
 

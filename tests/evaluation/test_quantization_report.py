@@ -1,4 +1,4 @@
-"""Proof of quantization where people look: ``/stats?layers=true`` and ``bitdial precisions --layers``."""
+"""The quantization report in ``/stats?layers=true`` and ``bitdial precisions --layers``."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.conftest import wait_until
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One narrow layer under a large vocabulary: the head, which int8 keeps, is most of the model."""
+    """A narrow layer and a large vocabulary: the head, which int8 does not quantize, is most of the model."""
     config = GPT2Config(vocab_size=4000, n_positions=64, n_embd=64, n_layer=1, n_head=2)
     return checkpoints.save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("headstrong"))
 

@@ -1,4 +1,4 @@
-"""The shadow: what it counts, on idle capacity only, and that nobody waits for it."""
+"""The shadow: its figures, and that it runs on idle capacity without delaying requests."""
 
 import asyncio
 import random
@@ -51,7 +51,7 @@ def make(make_app: MakeApp, **values: Any) -> FastAPI:
 
 
 def test_finished_requests_are_compared_with_the_reference(make_app: MakeApp, loads: Loads) -> None:
-    """fp32 gives its favourite 8, the others none; halved logits are the same favourite, less sure."""
+    """fp32's top token has logit 8, the others 0; halved logits have the same top token, less probable."""
 
     def soften(runner: FakeRunner) -> None:
         if loads.names[-1] == "bf16":
@@ -84,7 +84,7 @@ def test_finished_requests_are_compared_with_the_reference(make_app: MakeApp, lo
 
 
 def test_disagreement_is_counted_token_by_token(make_app: MakeApp, loads: Loads) -> None:
-    """The reference finds another token the most probable wherever the text so far has an even length."""
+    """The reference has another top token after every text of even length."""
 
     class Other(FakeRunner):
         def next_id(self, ids: Any) -> int:

@@ -1,4 +1,4 @@
-"""The limits of a container, from folders laid out as Linux lays them out."""
+"""A container's limits, from a folder tree like that of Linux."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Groups:
-    """A tree of control groups, and a process's place in it."""
+    """A cgroup tree, and a process's group in it."""
 
     def __init__(self, folder: Path) -> None:
         self.mount, self.mine = folder / "cgroup", folder / "self"
@@ -55,7 +55,7 @@ def test_a_version_1_container_that_sees_its_path_on_the_host(groups: Groups) ->
     )  # fmt: skip
     groups.write("cpu,cpuacct", cpu_cfs_quota_us=50_000, cpu_cfs_period_us=100_000)
     assert groups.memory() == (2 * GIB, GIB + GIB // 4)
-    assert groups.cpus() == 1  # half a CPU's time is one thread's
+    assert groups.cpus() == 1  # half a CPU is one thread
 
 
 def test_no_limits(groups: Groups) -> None:

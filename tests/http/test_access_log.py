@@ -1,4 +1,4 @@
-"""The access log: a line a request, why it was refused, and quiet where supervisors ask again and again."""
+"""The access log: one line per request, with the reason of a refusal, and none for periodic probes."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A container's health check, asking servers that are ready, that aren't yet, and that aren't there."""
+"""A container's health check against servers that are ready, not ready, and absent."""
 
 import socket
 import subprocess
@@ -54,7 +54,7 @@ def test_a_draining_server_is_unhealthy(make_app: Callable[..., FastAPI]) -> Non
 
 def test_no_server_is_unhealthy() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and doesn't listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         port = taken.getsockname()[1]
         done = run(PORT=str(port))
     assert done.returncode == 1
@@ -63,7 +63,7 @@ def test_no_server_is_unhealthy() -> None:
 
 
 class Stranger(BaseHTTPRequestHandler):
-    """Another server on that port: it speaks HTTP, but isn't ours."""
+    """Another HTTP server on that port."""
 
     def do_GET(self) -> None:
         self.send_response(500)
@@ -87,7 +87,7 @@ def test_another_server(stranger: int) -> None:
 
 
 def test_it_imports_nothing_heavy() -> None:
-    """It runs every few seconds beside the server."""
+    """It runs every few seconds on the server's host."""
     script = (
         "import sys, server.http.health_check; print({'torch', 'pydantic', 'loaders'} & set(sys.modules))"
     )

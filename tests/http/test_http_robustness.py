@@ -1,4 +1,4 @@
-"""Bad bodies, keys, limits and clients that leave: an error for the sender, nothing for anybody else."""
+"""Bad bodies, keys, limits and disconnects: an error for the sender, no effect on others."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Keys where they don't belong: in paths, queries, ids and logs; and keys that nobody could send."""
+"""Keys in the wrong places: paths, queries, ids and logs; and keys that no header can carry."""
 
 import itertools
 import json

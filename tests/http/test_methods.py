@@ -1,4 +1,4 @@
-"""HEAD wherever GET is, with the same key; and what an answer of 405 says is allowed."""
+"""HEAD on every GET route, with the same key; and the ``Allow`` of a 405."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tests.http.connection.test_framing import LAST, LIVE, statuses
 from tests.http.connection.test_slow_clients import connected, received
 from tests.http.test_http_robustness import all_routes
 
-VARYING = {"/stats", "/metrics"}  # two answers differ
+VARYING = {"/stats", "/metrics"}  # two responses differ
 FILLED = {"{model_id}": "fake", "{model}": "fake", "{name}": "fp32", "{id}": "fake"}
 
 

@@ -1,4 +1,4 @@
-"""More than there is room or time for: refused early, and what was admitted is unharmed."""
+"""Overload: excess requests are refused early, and admitted ones are not affected."""
 
 import asyncio
 import json
@@ -172,7 +172,7 @@ def test_a_deadline_in_the_queue_is_a_504_without_computation(
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
 def test_a_request_that_would_be_late_is_not_admitted(make_app: MakeApp, loads: Loads, path: str) -> None:
-    """Behind 200 tokens of 10 ms and more, which is known from those before."""
+    """Behind 200 tokens of 10 ms or more, as measured before."""
 
     async def main() -> None:
         async with entered(app) as client:
@@ -245,7 +245,7 @@ def test_ten_times_overload_leaves_the_goodput_and_the_memory(make_app: MakeApp,
                 return (await client.post("/generate", json=body)).status_code
 
             async def arriving(per_second: float, seconds: float) -> tuple[float, float]:
-                """Requests a second that were served, and refused; new ones wait for no answer."""
+                """Requests per second served and refused, in an open loop."""
                 begun, asked = time.monotonic(), list[asyncio.Task[int]]()
                 while (now := time.monotonic() - begun) < seconds:
                     asked += [asyncio.create_task(ask()) for _ in range(int(now * per_second) - len(asked))]

@@ -1,4 +1,4 @@
-"""When refused clients are told to come back: not all at once, and later the longer the queue is."""
+"""The ``Retry-After`` of refusals: spread at random, and longer for a longer queue."""
 
 import asyncio
 from collections.abc import Callable

@@ -45,7 +45,7 @@ class Series:
         self.samples = [sample for family in self.families.values() for sample in family.samples]
 
     def value(self, name: str, precision: str = "fp32", **labels: str) -> float:
-        """The sum of what agrees with the labels."""
+        """The sum of the samples with these labels."""
         wanted = {"precision": precision, **labels}
         found = [
             s for s in self.samples if s.name == f"bitdial_{name}" and wanted.items() <= s.labels.items()
@@ -104,7 +104,7 @@ def test_counts_are_exact(client: TestClient) -> None:
         assert series.value(f"{name}_sum") > 0
         assert series.value(f"{name}_count", "bf16") == 2
     assert series.value("inter_token_latency_seconds_count") == 0 + 2 + 5 + 3
-    assert series.value("batch_size_count") == 0 + 2 + 5 + 3  # one row at a time here: a step a token
+    assert series.value("batch_size_count") == 0 + 2 + 5 + 3  # one row at a time here: one step per token
     assert series.value("batch_size_sum") == 10
     assert series.value("requests_running") == series.value("requests_waiting") == 0
 

@@ -1,4 +1,4 @@
-"""Traces as a collector gets them, and requests when it doesn't."""
+"""Traces received by a collector, and requests while it is unreachable."""
 
 import asyncio
 import gzip
@@ -23,7 +23,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 class Collector:
-    """An OTLP collector in a thread; ``close`` it to read all that it got."""
+    """An OTLP collector in a thread; after ``close`` it has everything that was sent."""
 
     def __init__(self) -> None:
         bodies: list[tuple[str, bytes]] = []
@@ -82,7 +82,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture
 def traced(make_app: Callable[..., FastAPI], collector: Collector) -> Callable[..., list[Any]]:
-    """Asks a ready app and returns the spans that the collector has after the app's end."""
+    """Sends requests to a ready app; returns the collector's spans after the app has stopped."""
 
     def ask(ask_it: Callable[[TestClient], object], path: str = "", **settings: Any) -> list[Any]:
         app = make_app(otlp_endpoint=collector.address + path, **settings)
@@ -130,7 +130,7 @@ def test_the_caller_s_trace_continues(traced: Callable[..., list[Any]], path: st
     first, second = traced(ask)
     assert first.trace_id.hex() == TRACE
     assert first.parent_span_id.hex() == PARENT
-    assert second.trace_id.hex() != TRACE  # nothing of one request clings to the next
+    assert second.trace_id.hex() != TRACE  # no state of one request remains for the next
     assert not second.parent_span_id
 
 

@@ -1,4 +1,4 @@
-"""``bitdial report``: measured step by step and kept; what it writes; where it refuses."""
+"""``bitdial report``: stored step by step; its output; its errors."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ WORDS = "the other theatre, and in another one, the café again\n" * 40
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few tokens, once, without waiting: what is measured is not the point."""
+    """Few tokens, one run, no pauses: the figures don't matter."""
     monkeypatch.setattr(speed, "TOKENS", 12)
     monkeypatch.setattr(speed, "REPEAT", 1)
     monkeypatch.setattr(speed, "CLOSE", math.inf)
@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> Text:
 
 
 class Counted:
-    """``loaders.load`` of the model in question, counted; may fail before one."""
+    """Counts the calls of ``loaders.load``; may fail before one."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id, self.names = model_id, list[str]()
@@ -102,7 +102,7 @@ def test_an_interrupted_report_resumes(folder: Path, text: Text) -> None:
         "fp32",
         "bf16",
         "nf4",
-    ]  # fp32 beside nf4's speed, and for all quality
+    ]  # fp32 for nf4's speed, and for the quality of all
     assert (places[0].step, places[0].steps, places[0].precision) == (5, 9, "nf4")
     assert places[-1].step == 9
     assert half.document["precisions"]["fp32"]["speed"] == kept_of(plan, text).get("fp32", "speed")
@@ -222,7 +222,7 @@ def test_a_run_with_a_pause_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Staggered:
-    """Rows that begin a tenth of a second after each other; each then has a token every hundredth."""
+    """Rows that begin a tenth of a second apart and then have a token every hundredth."""
 
     name, weights_bytes = "staggered", None
 
@@ -258,7 +258,7 @@ def test_the_command_writes_the_announced_files(
     out = tmp_path / "out"
     assert run(folder, text, "--precisions", "nf4,int8", "--out", str(out)) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("This host was too noisy: after 1 run, ")  # so few tell nothing
+    assert printed.startswith("This host was too noisy: after 1 run, ")  # too few for a conclusion
     heading = next(line for line in printed.splitlines() if "MB" in line)
     assert heading.split()[:3] == ["precision", "disk", "MB"]
     document = json.loads((out / "report.json").read_text())
@@ -277,9 +277,7 @@ def test_the_command_writes_the_announced_files(
     assert page.count("<svg") == len(shown)
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
-    assert not re.search(
-        r'<script|(?:src|href)="(?!#|data:)|@import|url\((?!#)', page
-    )  # nothing from elsewhere
+    assert not re.search(r'<script|(?:src|href)="(?!#|data:)|@import|url\((?!#)', page)  # no external files
     assert str(folder) not in page + markdown + json.dumps(document)  # a folder's name, never its path
 
 

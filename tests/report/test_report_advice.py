@@ -1,4 +1,4 @@
-"""What follows from measured figures: the front, the recommendation in words, the choice by bounds."""
+"""Conclusions from measured figures: the Pareto front, the recommendation, the choice within bounds."""
 
 from dataclasses import replace
 from statistics import median
@@ -127,7 +127,7 @@ def test_an_increase_has_two_digits(increase: float, shown: str) -> None:
 
 
 def batch(rates: list[float], reference: list[float] | None = None) -> dict[str, Any]:
-    """A precision's figures from its rates, and from fp32's in turn with them."""
+    """A precision's figures from its rates and the interleaved ones of fp32."""
     ratios = [one / other for one, other in zip(rates, reference or rates, strict=True)]
     return {
         "decode_tokens_per_second": median(rates), "ratio_to_fp32": median(ratios), "ttft_ms": 5,
@@ -173,7 +173,7 @@ def test_a_model_at_chance_level_has_no_quality() -> None:
         (Bounds(min_tokens_per_second=170, prefer="quality"), "int8", ("min_tokens_per_second",)),
         (Bounds(max_memory_bytes=220_000_000, max_kl=5e-3), "int8", ("max_kl",)),
         (Bounds(max_memory_bytes=10**12, prefer="quality"), "fp32", ("prefer",)),
-        # each alone leaves the favourite out, so that neither alone decides
+        # each alone excludes the best one, so neither alone decides
         (Bounds(max_perplexity_increase=0.001, max_kl=0.01), "int8", ("max_perplexity_increase", "max_kl")),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a report does on a host that isn't quiet: measures again, says so first, and concludes what it may."""
+"""Reports on a noisy host: repeated runs, a warning as first sentence, and only significant conclusions."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ from tests.report.test_report_advice import ALL, FP4, FP32, INT8, NF4, batch
 from tests.routes.test_report_route import READING
 
 WILD = [0.1, 0.2, 0.9, 0.25, 2.5, 0.15, 0.3, 2.44]
-"""fp16's speeds to fp32's of one run after the other: 0.275 in the middle, and nothing is known by it."""
+"""fp16's speeds relative to fp32's in successive runs: the median is 0.275, and nothing follows from it."""
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_candidates_for_the_best() -> None:
 
 
 def spread(row: Row, low: float, high: float, rows: int = 1) -> Row:
-    """The row with its speed's ratio to fp32 known no better than that."""
+    """The row with this interval of its speed ratio to fp32."""
     return replace(row, ratio_intervals={**row.ratio_intervals, rows: Interval(low, high, 20)})
 
 
 def document(**precisions: dict[str, Any]) -> dict[str, Any]:
-    """A report by each one's speeds; weights shrink from one to the next."""
+    """A report from the speeds of each precision; weights decrease from one to the next."""
     steps: dict[str, Any] = {}
     for number, (name, batches) in enumerate(precisions.items()):
         loading = {
@@ -105,7 +105,7 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
 
 @pytest.mark.parametrize("order", [("nf4", "int8"), ("int8", "nf4")])
 def test_among_equal_speeds_the_smaller_is_recommended(order: Sequence[str]) -> None:
-    """Whichever happened to be the faster one."""
+    """Whichever was faster by chance."""
     medians = dict(zip(order, (2.2, 1.1), strict=True))
     rows = [FP32] + [
         spread(replace(one, speed_ratios={1: medians[one.precision], 8: 2.0}), 0.5, 4.0)
@@ -145,7 +145,7 @@ def test_a_precision_leaves_the_front_where_another_is_known_to_be_better() -> N
     assert dominates(NF4, FP4)
     assert not dominates(spread(NF4, 1.0, 3.0), FP4)
     assert front([spread(one, 0.5, 4.0) for one in ALL]) == {one.precision for one in ALL}
-    # equal, as far as one can tell, and known closely: the worse one in the other respects goes
+    # equal with narrow intervals: the one that is worse otherwise leaves the front
     alike = [spread(one, 2.1, 2.2) for one in (NF4, FP4)]
     assert dominates(*(replace(one, speed_ratios={1: 2.15}) for one in alike))
 
@@ -199,7 +199,7 @@ def test_a_minimum_speed_requires_the_whole_interval_if_possible() -> None:
 
 
 class Rated:
-    """Decodes at one rate after the other; each row as fast. Counts its runs in a log that several share."""
+    """Decodes at successive rates, the same for every row. Counts its runs in a shared log."""
 
     weights_bytes = None
 
@@ -231,9 +231,9 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     ("own", "fp32", "expected"),
     [
         ([200.0], [100.0], 5),
-        ([200.0, 50.0], [100.0, 25.0], 5),  # a busy minute hits both
+        ([200.0, 50.0], [100.0, 25.0], 5),  # a busy minute affects both
         ([200.0, 210.0, 190.0, 205.0, 200.0, 205.0, 205.0], [100.0], 8),  # 190 and 210 are the outermost of 8
-        ([100 * one for one in WILD], [100.0], 20),  # it has had its chances
+        ([100 * one for one in WILD], [100.0], 20),  # no runs are left
         ([1.2, 0.4], [0.8], 5),  # runs of a minute
     ],
 )

@@ -1,4 +1,4 @@
-"""Loading and unloading by request: progress, refusals, repeats, and who may."""
+"""Loading and unloading over HTTP: progress, refusals, repeats, and keys."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ STATES = {"unloaded", "loading", "loaded", "failed", "unavailable"}
 
 
 class Held(Loads):
-    """Loads of int8 wait until they are let go."""
+    """Loads of int8 wait for this event."""
 
     def __init__(self) -> None:
         super().__init__()

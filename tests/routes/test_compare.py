@@ -1,4 +1,4 @@
-"""``POST /compare``: what it takes, what it tells, and how it fails."""
+"""``POST /compare``: requests, responses and errors."""
 
 import asyncio
 import math
@@ -33,12 +33,12 @@ def compare(client: TestClient, **body: Any) -> Any:
 
 
 def flatter(logits: Tensor, slots: Sequence[int]) -> Tensor:
-    """Half as sure, of the same token."""
+    """The same top token with half the logit."""
     return logits / 2
 
 
 class Forgetful(FakeRunner):
-    """Another letter after the fifth token that it generates."""
+    """Another letter after the fifth generated token."""
 
     def next_id(self, ids: Sequence[int]) -> int:
         return super().next_id(ids) + (len(ids) >= len(byte_tokenizer()(PROMPT)["input_ids"]) + 5)
@@ -214,7 +214,7 @@ def test_a_comparison_holds_one_place_and_releases_it(make_app: Callable[..., Fa
 
 
 def test_one_after_another(make_app: Callable[..., FastAPI], loads: Loads) -> None:
-    """What they keep of a reference is large: two never keep it at once."""
+    """The kept logits of a reference are large: two comparisons never keep them at once."""
 
     async def main() -> None:
         async with entered(app) as client:

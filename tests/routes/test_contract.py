@@ -1,4 +1,4 @@
-"""The interface against its own description: what /openapi.json allows, forbids and promises."""
+"""The API against /openapi.json: allowed and forbidden requests, and promised responses."""
 
 import re
 import sys
@@ -33,7 +33,7 @@ CHECKS = [
     negative_data_rejection,
 ]
 MADE_AT_ONCE = [sys.executable, "-c", 'print(\'{"kept": ""}\')']
-"""In place of the process that measures a report."""
+"""Replaces the process that measures a report."""
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setattr("server.report.background.start_command", lambda *_: MADE_AT_ONCE)
         keep_report(app.state.reports)
         report = app.state.reports.latest()
-        patch.setattr(app.state.reports, "latest", lambda: report)  # every test has a cache of its own
+        patch.setattr(app.state.reports, "latest", lambda: report)  # every test has its own cache
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
 def name_the_model(case: Any) -> None:
-    """Which names are right the description can't tell."""
+    """OpenAPI can't express which names are valid."""
     if "model" in case.path_parameters:
         case.path_parameters["model"] = "fake"
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
@@ -65,7 +65,7 @@ def name_the_model(case: Any) -> None:
 
 
 def exchange(operation: Any, mode: GenerationMode) -> set[int]:
-    """The statuses that came."""
+    """The received statuses."""
     statuses: set[int] = set()
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -85,7 +85,7 @@ def test_valid_requests_get_documented_responses(api: Any, tag: str) -> None:
     assert operations
     for operation in operations:
         statuses = exchange(operation, GenerationMode.POSITIVE)
-        # the model has no chat template; the only id is drawn too seldom
+        # the model has no chat template; the only valid id is generated too seldom
         exempt = operation.path.endswith(("/chat/completions", "/v1/models/{id}"))
         assert exempt or 200 in statuses, operation.label
 
@@ -100,7 +100,7 @@ def test_invalid_requests_are_refused(api: Any) -> None:
 
 
 def keys(value: Any) -> Any:
-    """What an answer is made of."""
+    """The kinds of values in a response."""
     if isinstance(value, dict):
         return {name: keys(inner) for name, inner in value.items()}
     return [keys(value[0])] if isinstance(value, list) and value else None

@@ -1,4 +1,4 @@
-"""The native dialect: what /generate and its stream take and tell."""
+"""The API of Text Generation Inference: requests and responses of /generate and its stream."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""``/report`` and precision ``auto`` over HTTP: kept reports, new ones, choices and refusals."""
+"""``/report`` and precision ``auto`` over HTTP: stored and new reports, choices and refusals."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def speed_of(ratio: float, *ratios: float) -> dict[str, Any]:
 
 
 def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, float]] = FIGURES) -> None:
-    """A finished one, made up, in the cache."""
+    """A made-up finished report in the cache."""
     assert reports.subject is not None
     kept = store.Kept(reports.subject, READING)
     for name, (weights, ratio, perplexity, kl) in figures.items():
@@ -131,7 +131,7 @@ def test_auto_chooses_by_the_report(client: TestClient) -> None:
     assert reply.json()["precision"] == reply.headers["x-precision"] == "bf16"
     assert reply.json()["precision_requested"] == "auto"
     assert reply.json()["auto"]["decided_by"] == ["balance"]
-    reply = ask(client, auto={"max_memory_bytes": 2000})  # bounds alone ask for it, too
+    reply = ask(client, auto={"max_memory_bytes": 2000})  # bounds alone select it, too
     assert reply.json()["precision"] == "nf4"
     assert reply.json()["auto"] == {
         "decided_by": ["max_memory_bytes"],
@@ -211,7 +211,7 @@ def test_auto_as_the_servers_default(tmp_path: Path, make_client: Callable[..., 
     assert (reply["precision"], reply["precision_requested"]) == ("nf4", "auto")
     assert reply["auto"]["decided_by"] == ["prefer"]
     assert ask(client, precision="fp32").json()["precision"] == "fp32"
-    # a request's own bounds go before the server's
+    # a request's bounds override the server's
     assert ask(client, auto={"prefer": "quality"}).json()["precision"] == "fp32"
 
 
@@ -318,7 +318,7 @@ def test_only_the_administrator_has_one_made(make_client: Callable[..., TestClie
 
 
 class Sleeper:
-    """In place of the measuring process: one that does nothing."""
+    """Replaces the measuring process by one that does nothing."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         command = [sys.executable, "-c", "import time; print('{\"status\": 1}', flush=True); time.sleep(60)"]
@@ -345,7 +345,7 @@ def test_a_report_pauses_while_requests_run_and_ends_with_its_client(
             await until(lambda: process.status() != psutil.STATUS_STOPPED)
             with service.place():
                 await until(lambda: process.status() == psutil.STATUS_STOPPED)
-                await events.aclose()  # killed, although it stands still
+                await events.aclose()  # killed, although it is stopped
             assert not process.is_running()
             again = reports.make(wishes, None)
             await anext(again)

@@ -1,4 +1,4 @@
-"""``/stats``, ``/info``: the shape that is promised, and figures that are those of what was sent."""
+"""``/stats``, ``/info``: their documented format, and figures that match the requests."""
 
 from collections.abc import Callable
 from typing import Any
@@ -122,7 +122,7 @@ def test_a_note_is_shown_if_the_smaller_precision_is_slower(
     for seconds, name in ((fp32, "fp32"), (bf16, "bf16")):
         for _ in range(10):
             metrics.observe_step(name, StepStats(1, 0, 1, seconds, (seconds,)))
-        for _ in range(50):  # steps of other batches say nothing about one row's speed
+        for _ in range(50):  # steps of other batch sizes don't count for one row's speed
             metrics.observe_step(name, StepStats(4, 0, 4, 9.0, (9.0,) * 4))
     told = stats(client)["precisions"]
     assert told["bf16"]["speed_ratio_to_fp32"] == ratio
@@ -139,7 +139,7 @@ def test_a_note_is_shown_if_the_smaller_precision_is_slower(
 @pytest.mark.parametrize(
     ("fp32", "bf16", "ratio", "least", "most", "told"),
     [
-        ((0.01, 0.02), (0.01, 0.04), 0.6, 0.25, 2.0, False),  # either may be the slower one
+        ((0.01, 0.02), (0.01, 0.04), 0.6, 0.25, 2.0, False),  # either may be slower
         ((0.010, 0.011), (0.011, 0.012), 0.913, 0.833, 1.0, False),
         ((0.010, 0.011), (0.012, 0.013), 0.84, 0.769, 0.917, True),
     ],

@@ -98,7 +98,7 @@ def test_a_client_that_leaves_while_its_text_is_tokenized(make_app: Callable[...
             await until(begun.is_set)
             assert app.state.service.in_flight == 1
             leaving.leave()
-            await until(lambda: app.state.service.in_flight == 0)  # the thread is still at it
+            await until(lambda: app.state.service.in_flight == 0)  # the thread is still running
             go.set()
             app.state.codec.tokenize = tokenize
             await at_rest(app, client)
@@ -131,7 +131,7 @@ def test_an_endlessly_slow_reader_is_cut_off(make_app: Callable[..., FastAPI]) -
         try:
             while part := slow.recv(512):
                 said += part
-                time.sleep(0.02)  # never so long that nothing is taken within the receive timeout
+                time.sleep(0.02)  # each pause is shorter than the receive timeout
         except ConnectionResetError:
             pass
         assert not said.endswith(b"0\r\n\r\n")  # the last chunk

@@ -1,4 +1,4 @@
-"""Unloading by request: weights are dropped, what was being generated ends with an error, others go on."""
+"""Unloading over HTTP: weights are freed, running generations end with an error, others continue."""
 
 import asyncio
 from collections.abc import Callable

@@ -29,7 +29,7 @@ from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 
 class OneEngine:
-    """A pool of fp32 alone; nf4 is known, but not to be had."""
+    """A pool of fp32 only; nf4 is known but unavailable."""
 
     default = "fp32"
 

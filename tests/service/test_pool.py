@@ -202,7 +202,7 @@ def test_start_loads_the_default_first(tmp_path: Path) -> None:
 
 
 def test_idle_precisions_are_unloaded_but_the_default_is_not(tmp_path: Path) -> None:
-    """Without its default the server would not be ready, and would never be asked again."""
+    """Without its default the server would not be ready, and would receive no more requests."""
 
     async def check(pool: Pool, loads: Loads) -> None:
         pool.start()

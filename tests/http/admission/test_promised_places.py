@@ -1,4 +1,4 @@
-"""One free place lets one request in, and no place that was promised is lost."""
+"""One free place admits one request, and no promised place leaks."""
 
 import select
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MakeApp = Callable[..., FastAPI]
 def test_a_free_place_lets_one_request_into_the_framework(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch, is_kept: bool
 ) -> None:
-    """However many come before it has reserved its place."""
+    """However many arrive before it reserves its place."""
     app, entered = make_app(max_concurrent_requests=1), []
     real = RequestContext.__call__
 

@@ -1,4 +1,4 @@
-"""Requests that are refused below the framework: as cheap as that is, they are told the same."""
+"""Requests refused below the framework get the same responses as those refused within it."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ KEY = "Authorization: Bearer secret"
 
 @contextmanager
 def full(app: FastAPI, loads: Loads) -> Iterator[str]:
-    """The address of a server whose only place is taken until the end."""
+    """The address of a server whose only place is taken throughout."""
     with serving(app) as address:
         gate, headers = Gate(loads.runners["fp32"]), {"authorization": "Bearer secret"}
         held: list[httpx.Response] = []
@@ -57,7 +57,7 @@ def full(app: FastAPI, loads: Loads) -> Iterator[str]:
 
 @contextmanager
 def kept(address: str) -> Iterator[socket.socket]:
-    """A connection that has been served before, and so is past the listening socket."""
+    """A connection that has served a request, and is therefore past the accept."""
     with connected(address) as connection:
         connection.sendall(LIVE)
         assert status_of(answer(connection)[0]) == 200
@@ -65,7 +65,7 @@ def kept(address: str) -> Iterator[socket.socket]:
 
 
 def answer(connection: socket.socket) -> tuple[bytes, Any]:
-    """Head and JSON body of the next answer."""
+    """Head and JSON body of the next response."""
     said = b""
     while b"\r\n\r\n" not in said:
         part = connection.recv(1)
@@ -103,7 +103,7 @@ def test_a_refusal_never_reaches_the_framework(
         if is_kept:
             connection.sendall(LIVE)
             assert status_of(answer(connection)[0]) == 200
-        elif b"connection" in told:  # the request was there when its connection was accepted
+        elif b"connection" in told:  # the request arrived before its connection was accepted
             assert told[b"connection"] == b"close"
             assert received(connection) == b""
         counted = httpx.get(f"{address}/metrics").text
@@ -171,7 +171,7 @@ def test_a_web_page_is_refused_with_the_headers_that_it_needs(make_app: MakeApp,
 
 
 def test_the_body_of_a_refused_request_is_skipped(make_app: MakeApp, loads: Loads) -> None:
-    """Whatever is in it, and however it comes, the next request on the connection is understood."""
+    """Whatever its content and segmentation, the next request on the connection is parsed correctly."""
     inner = request_for("/generate", BODY)
     body = inner * 2000
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -287,7 +287,7 @@ def test_plain_heads_are_parsed_as_by_h11(target: str, lines: list[tuple[str, st
 @pytest.mark.parametrize(
     "headers",
     [
-        [f"Content-Length: {'0' * 18}5"],  # nineteen digits: five bytes, or none to whom reads eighteen
+        [f"Content-Length: {'0' * 18}5"],  # nineteen digits: five bytes, or none if a parser reads eighteen
         ["a: b"] * 300,
         [f"X-Large: {'a' * 40_000}"],
     ],
@@ -299,7 +299,7 @@ def test_an_ambiguous_or_too_large_head_is_not_plain(headers: list[str]) -> None
 
 
 def test_the_next_request_after_a_padded_length_is_the_clients_own(make_app: MakeApp, loads: Loads) -> None:
-    """What one reader took for the body of the refused request must be no request to another."""
+    """Bytes that one parser reads as the refused request's body must not be a request to another."""
     smuggled = LIVE
     head = (
         "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"

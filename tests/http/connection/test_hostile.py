@@ -1,4 +1,4 @@
-"""Requests made to hurt: refused at once, touching nothing, leaving nothing; and whatever chance makes."""
+"""Hostile requests are refused immediately without touching files or leaking state; and random bytes."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from tests.conftest import Loads
 from tests.http.test_http_robustness import JSON, still_serves
 from tests.routes.test_generate import PROMPT
 
-QUICK = 0.05  # seconds for an answer to what nobody should compute
+QUICK = 0.05  # seconds for a response without computation
 MANY_STOPS = ["ab"] * 100_000
 MANY_FIELDS = {str(field): [1] for field in range(30_000)}
 
 
 def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
-    """The best of three, since the machine may be busy; and the answer."""
+    """The shortest of three times, since the machine may be busy; and the response."""
     raw, best = json.dumps(body).encode(), float("inf")
     for _ in range(3):
         begun = time.perf_counter()
@@ -87,12 +87,12 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def audited() -> None:
-    sys.addaudithook(watch)  # there is no taking it away
+    sys.addaudithook(watch)  # an audit hook can't be removed
 
 
 @pytest.fixture
 def watched() -> Iterator[list[str]]:
-    """Files and addresses touched since."""
+    """Files and addresses accessed since."""
     global watching
     touched.clear()
     watching = True

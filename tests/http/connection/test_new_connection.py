@@ -1,4 +1,4 @@
-"""Accepting connections: what is refused then and there, and how many are accepted at a time."""
+"""Accepting connections: what is refused on accept, and how many are accepted at a time."""
 
 import asyncio
 import socket
@@ -19,7 +19,7 @@ from tests.http.connection.test_slow_clients import request_for, status_of
 
 
 class Seen(asyncio.Protocol):
-    """Of an accepted connection, what it has sent."""
+    """An accepted connection's socket with these received bytes."""
 
     def __init__(self, promise: Promise | None) -> None:
         self.promise, self.data = promise, b""
@@ -31,7 +31,7 @@ class Seen(asyncio.Protocol):
 async def accepting(
     admission: Any, begun: bytes, count: int, make: Callable[[Promise | None], asyncio.Protocol]
 ) -> tuple[list[bytes], list[int]]:
-    """What clients that begin so are answered, and how many open files of theirs a pass of the loop took."""
+    """The responses to clients that send this, and the open files per event loop iteration."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         acceptor = Acceptor(

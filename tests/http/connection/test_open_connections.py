@@ -1,5 +1,4 @@
-"""More connections than there is room for: idle ones go, newcomers are served or told, the log stays
-short."""
+"""More connections than allowed: idle ones are closed, new ones served or refused, the log stays short."""
 
 import contextlib
 import json
@@ -31,7 +30,7 @@ LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Remembered:
-    """In a connection's place."""
+    """Replaces a connection."""
 
     def __init__(self) -> None:
         self.ended: str | None = None
@@ -52,8 +51,7 @@ def admitted(table: OpenConnections, *stages: Stage) -> list[Remembered]:
 
 
 def test_which_connection_makes_room() -> None:
-    """The idle first, then those whose request is still coming; the longest wait first; none that is
-    served."""
+    """Idle ones first, then those whose request is arriving; the longest wait first; no active one."""
     table = OpenConnections(5)
     busy, receiving, idle, again, other = admitted(
         table, Stage.BUSY, Stage.RECEIVING, Stage.IDLE, Stage.IDLE, Stage.RECEIVING
@@ -108,7 +106,7 @@ class Observed(OpenConnections):
 
 
 def answer_on(connection: socket.socket) -> int:
-    """The status of a JSON object that is read to its end, the connection left open."""
+    """The status of a JSON response that is read to its end; the connection stays open."""
     said = b""
     while not said.endswith(b"}"):
         part = connection.recv(65536)
@@ -118,13 +116,13 @@ def answer_on(connection: socket.socket) -> int:
 
 
 def wait_for_stages(*stages: Stage) -> None:
-    """Of all connections of the server, in the order of their arrival."""
+    """Every connection of the server, in order of arrival."""
     wait_until(lambda: list(Observed.stages.values()) == list(stages))
 
 
 @pytest.fixture
 def three(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FastAPI]]:
-    """A server for three connections, with little room between it and those who read."""
+    """A server for three connections, with small socket buffers."""
     monkeypatch.setattr("server.http.server_config.OpenConnections", Observed)
     Observed.stages.clear()
     app = make_app(max_connections=3, receive_timeout=20)
@@ -230,8 +228,7 @@ def open_files(pid: int) -> int:
 
 @pytest.fixture
 def confined(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int, Path]]:
-    """A real server that starts with a soft limit of 80 open files and a hard one of 120; its port and
-    log."""
+    """A server process with a soft limit of 80 open files and a hard one of 120; its port and log."""
     checkpoints.save(checkpoints.gpt2(), tmp_path)
     log = tmp_path / "log"
     with log.open("w") as stderr:
@@ -263,7 +260,7 @@ def test_a_process_survives_running_out_of_files(
             for _ in range(150):
                 one = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
                 with contextlib.suppress(OSError):  # closed to make room
-                    one.sendall(b"G")  # silent ones stay in the kernel for a while
+                    one.sendall(b"G")  # silent ones stay in the accept queue for a while
             assert ask(port, "GET", "/health/live")[0] == 200
             assert ask(port, "POST", "/generate", {"inputs": "a", "max_new_tokens": 2})[0] == 200
             assert ask(port, "GET", "/docs/static/swagger-ui.css")[0] == 200
@@ -271,7 +268,7 @@ def test_a_process_survives_running_out_of_files(
     flooded_with_idle_connections()
     assert "no connection can be accepted" not in log.read_text()
     wait_until(lambda: open_files(process.pid) <= before)
-    # a limit below what the server reckons with
+    # a limit below the server's estimate
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (before + 10, before + 10))
     flooded_with_idle_connections()
     told = [line for line in log.read_text().splitlines() if "no connection can be accepted" in line]

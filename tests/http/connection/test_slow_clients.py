@@ -1,4 +1,4 @@
-"""Clients that send or read slowly, at a real socket: cut off themselves, nobody else disturbed."""
+"""Clients that send or read slowly, on a real socket: they are cut off, and others are not affected."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def connected(address: str, receive_buffer: int | None = None) -> Iterator[socke
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes before the other side ends the connection."""
+    """All bytes until the server closes the connection."""
     parts = []
     try:
         while part := connection.recv(65536):
@@ -49,7 +49,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 def trickle(connection: socket.socket, parts: Iterator[bytes], seconds: float = 10) -> bytes:
-    """Sends part by part, slowly, until the other side has had enough; returns what it said."""
+    """Sends part by part, slowly, until the server closes the connection; returns its response."""
     end = time.monotonic() + seconds
     said = b""
     for part in parts:
@@ -118,7 +118,7 @@ def test_an_idle_connection_is_kept_for_the_keep_alive_time(make_app: MakeApp) -
     app = make_app(receive_timeout=0.1)
     with serving(app, timeout_keep_alive=1) as address, connected(address) as connection:
         for pause in (0, 0.4):
-            time.sleep(pause)  # longer than a head may take to come
+            time.sleep(pause)  # longer than a head may take to arrive
             connection.sendall(request)
             said = b""
             while not said.endswith(b"}"):

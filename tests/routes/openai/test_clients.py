@@ -1,4 +1,4 @@
-"""The clients people already have, unchanged, against a real socket."""
+"""Existing clients, unchanged, against a real socket."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness (0.4.13) sends to score a precision, and how it reads the answers."""
+"""The requests of lm-evaluation-harness (0.4.13), and how it reads the responses."""
 
 from collections.abc import Iterator
 from operator import itemgetter
@@ -16,7 +16,7 @@ from tests.conftest import wait_until
 
 PROMPTS = [list(range(40, 70)), [65, 66, 67], [*range(100, 160), 32, 33]]
 CONTEXTS = [20, 1, 60]
-"""Tokens of each prompt that are given; the rest is what is scored."""
+"""Tokens of each prompt that are context; the rest is scored."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def client(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tes
 
 
 def request_of(client: TestClient, precision: str) -> dict[str, Any]:
-    """As ``LocalCompletionsAPI._create_payload`` has it, for a batch of token ids."""
+    """Like ``LocalCompletionsAPI._create_payload``, for a batch of token ids."""
     app: Any = client.app
     return {
         "model": f"{app.state.checkpoint.model_id}:{precision}",
@@ -48,7 +48,7 @@ def request_of(client: TestClient, precision: str) -> dict[str, Any]:
 
 
 def parsed(output: dict[str, Any]) -> list[tuple[float, bool]]:
-    """As ``LocalCompletionsAPI.parse_logprobs``: a continuation's log-probability; whether it is greedy."""
+    """Like ``LocalCompletionsAPI.parse_logprobs``: a continuation's log-probability; whether it is greedy."""
     found = []
     for choice, context in zip(sorted(output["choices"], key=itemgetter("index")), CONTEXTS, strict=True):
         told = choice["logprobs"]

@@ -1,4 +1,4 @@
-"""The OpenAI dialect: models, completions, chat."""
+"""The OpenAI API: models, completions, chat."""
 
 import json
 from collections.abc import Callable

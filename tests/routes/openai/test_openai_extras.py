@@ -1,4 +1,4 @@
-"""What OpenAI's and vLLM's clients send beside plain fields: honoured, ignored if harmless, or refused."""
+"""Further fields of OpenAI's and vLLM's clients: applied, ignored if they have no effect, or refused."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def said(client: TestClient, **body: Any) -> str:
     return text
 
 
-# what clients write out although it asks for nothing
+# defaults that clients send although they have no effect
 
 BOTH: dict[str, list[Any]] = {
     "user": ["me"], "metadata": [{"run": "7"}], "store": [True, False], "service_tier": ["auto", "default"],
@@ -115,11 +115,11 @@ def test_a_field_with_an_effect_is_refused_by_name(chatty: TestClient) -> None:
         check_refused(chatty, "/v1/chat/completions", {"messages": SAID, "max_tokens": 4}, wrong)
 
 
-# vLLM's that are honoured
+# vLLM's fields that are applied
 
 
 def test_sampling_filters(client: TestClient) -> None:
-    flat = {"temperature": 2, "max_tokens": 8, "seed": 5}  # where the model's own token has 3 % of the mass
+    flat = {"temperature": 2, "max_tokens": 8, "seed": 5}  # where the model's top token has 3 % of the mass
     free = complete(client, **flat)["choices"][0]["text"]
     assert free != greedy(8)
     for narrow in ({"top_k": 1}, {"min_p": 1}, {"top_p": 0}, {"temperature": 0}):
@@ -129,7 +129,7 @@ def test_sampling_filters(client: TestClient) -> None:
 def test_a_repetition_penalty(client: TestClient, loads: Loads) -> None:
     letters = greedy(12)
     assert len(set(letters)) < 12
-    loads.runners["fp32"].poison = lambda logits, slots: logits - 10  # it multiplies what is below 0
+    loads.runners["fp32"].poison = lambda logits, slots: logits - 10  # it multiplies negative logits
     body = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
     assert complete(client, **body)["choices"][0]["text"] == letters
     assert complete(client, **body, repetition_penalty=9)["choices"][0]["text"] != letters
@@ -148,7 +148,7 @@ def test_a_token_that_ends_the_text(client: TestClient) -> None:
 
 
 def test_the_fewest_tokens(client: TestClient, loads: Loads) -> None:
-    """Neither the model's end token nor one of the request's comes before them."""
+    """Neither the model's end token nor a stop token of the request comes before them."""
     end, other = 0, 70
 
     def ends(logits: Any, slots: Any) -> Any:
@@ -233,7 +233,7 @@ def refusal(client: TestClient, path: str, **body: Any) -> Any:
 
 
 CONTEXT = "This model's maximum context length is 256 tokens"
-"""What litellm looks for; LangChain: "prompt is too long"."""
+"""The text that litellm matches; LangChain: "prompt is too long"."""
 
 
 def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:

@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def ask(make_client: Callable[..., TestClient], tmp_path: Path) -> Callable[..., Any]:
-    """(template, roles and contents …) → the answer."""
+    """(template, roles and contents …) → the response."""
 
     def asked(template: str, *messages: tuple[str, str]) -> Any:
         file = tmp_path / "template.jinja"

@@ -1,4 +1,4 @@
-"""A chat template's environment against ``transformers``' own, and what becomes of messages it would drop."""
+"""A chat template's environment compared with ``transformers``', and messages that it would drop."""
 
 import json
 from typing import Any

@@ -26,7 +26,7 @@ def stream(text: str, stop: tuple[str, ...] = (), prompt: str = "x") -> tuple[li
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_the_pieces_join_to_the_text(text: str) -> None:
-    assume("<|endoftext|>" not in text)  # a token that is never shown
+    assume("<|endoftext|>" not in text)  # a special token
     pieces, _ = stream(text)
     assert "".join(pieces) == text
 
@@ -67,7 +67,7 @@ def test_special_tokens_leave_no_text() -> None:
 
 
 class Bytes:
-    """In the place of a vocabulary whose tokens are any bytes; their ids are their places in a list."""
+    """Replaces a vocabulary: tokens of arbitrary bytes, ids are list indices."""
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens

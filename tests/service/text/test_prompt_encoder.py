@@ -1,4 +1,4 @@
-"""Long prompts: refused by their length; encoded few at a time, in time, for those who are still there."""
+"""Long prompts: refused by length; encoded a few at a time, within the deadline, unless disconnected."""
 
 import asyncio
 import json
@@ -80,7 +80,7 @@ def test_of_a_far_longer_text_than_truncate_keeps_its_end_is_encoded(make_app: M
 
 
 class Noted:
-    """An ``encode`` that notes the length of every text."""
+    """An ``encode`` that records the length of every text."""
 
     def __init__(self, encode: Callable[..., list[int]], lengths: list[int]) -> None:
         self._encode, self._lengths = encode, lengths
@@ -91,14 +91,14 @@ class Noted:
 
 
 class Gate:
-    """In place of a codec's ``encode``: long texts wait until it is opened."""
+    """Replaces a codec's ``encode``: long texts wait until the gate is opened."""
 
     def __init__(self, app: FastAPI) -> None:
         self.opened = threading.Event()
         self.begun = 0
         self._encode = app.state.codec.encode
         app.state.codec.encode = self
-        app.state.codec.token_length = None  # of a tokenizer of which nothing is known
+        app.state.codec.token_length = None  # of a tokenizer without a known bound
 
     def __call__(self, text: str, *rest: Any) -> list[int]:
         if len(text) < 1000:

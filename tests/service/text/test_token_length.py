@@ -1,4 +1,4 @@
-"""What is certain of a token's length, and what isn't."""
+"""Tokenizers with and without a bound on the length of a token."""
 
 import inspect
 import pydoc
@@ -28,7 +28,7 @@ def bundled() -> Any:
 
 
 def sentencepiece(**options: Any) -> PreTrainedTokenizerFast:
-    """A BPE as Llama's first: spaces are ▁, and what it doesn't know is bytes."""
+    """A BPE like Llama's first: spaces are ▁, unknown characters are bytes."""
     vocabulary = {token: i for i, token in enumerate([UNKNOWN, *BYTES, *PIECES])}
     known = {"unk_token": UNKNOWN, "byte_fallback": True, "fuse_unk": True, **options}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES, **known))
@@ -87,7 +87,7 @@ def word_level() -> PreTrainedTokenizerFast:
     "make",
     [
         word_level,
-        lambda: sentencepiece(byte_fallback=False),  # a run of what it doesn't know is one token
+        lambda: sentencepiece(byte_fallback=False),  # a run of unknown characters is one token
         lambda: sentencepiece(byte_fallback=False, fuse_unk=False, unk_token=None),  # … is no token
         lambda: changed(lambda t: setattr(t, "normalizer", normalizers.Strip())),
         lambda: changed(lambda t: setattr(t, "normalizer", normalizers.Replace(Regex(" +"), " "))),
