@@ -85,7 +85,7 @@ class House:
 
 
 def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda _: None) -> list[Told]:
-    """Asserts that the path with overlap did overlap and gives the events of the path without."""
+    """The events with overlap, asserted equal to those without it."""
     plain, ahead = FakeRunner(), FakeDeviceRunner()
     assert isinstance(ahead, DeviceRunner)
     assert not isinstance(plain, DeviceRunner)

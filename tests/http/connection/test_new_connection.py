@@ -19,7 +19,7 @@ from tests.http.connection.test_slow_clients import request_for, status_of
 
 
 class Seen(asyncio.Protocol):
-    """An accepted connection's socket with these received bytes."""
+    """Records the promise and the received bytes of an accepted connection."""
 
     def __init__(self, promise: Promise | None) -> None:
         self.promise, self.data = promise, b""
