@@ -28,9 +28,9 @@ def test_table_and_columns(
     assert main(["compare", "the other theatre", "--model", model, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["precision", "fp32", "nf4"]
-    told = json.loads(out.read_text())
-    assert (told["reference"], list(told["precisions"])) == ("fp32", ["fp32", "nf4"])
-    full, nf4 = told["precisions"].values()
+    answer = json.loads(out.read_text())
+    assert (answer["reference"], list(answer["precisions"])) == ("fp32", ["fp32", "nf4"])
+    full, nf4 = answer["precisions"].values()
     assert full["first_divergence"] is None
     assert nf4["mean_kl"] > 0
     assert nf4["first_divergence"] is not None  # random weights: four bits are enough to change a token
@@ -51,7 +51,7 @@ def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "answer"),
     [
         (["a", "--max-new-tokens", "256"], 2, "exceed the model's context of 256"),
         (["a", "--precisions", "int3"], 2, "unknown precision 'int3'"),
@@ -62,12 +62,12 @@ def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_an_error_is_one_line(
-    model: str, arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+    model: str, arguments: list[str], code: int, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "--model", model, *arguments]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("bitdial compare: ")
-    assert told in last
+    assert answer in last
 
 
 def test_columns_part_at_the_mark() -> None:

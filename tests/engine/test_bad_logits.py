@@ -64,9 +64,10 @@ def test_a_token_of_probability_zero(make_client: Callable[..., TestClient], loa
 
     loads.prepare = lambda runner: setattr(runner, "poison", poison)
     client = make_client(precisions="fp32")
-    told = client.post("/v1/completions", json=SCORING["/v1/completions"]).json()["choices"][0]["logprobs"]
-    assert told["token_logprobs"][2] == LEAST_LOGPROB
-    others = [value for id_, value in zip(ids[1:], told["token_logprobs"][1:], strict=True) if id_ != ids[2]]
+    answer = client.post("/v1/completions", json=SCORING["/v1/completions"]).json()["choices"][0]["logprobs"]
+    assert answer["token_logprobs"][2] == LEAST_LOGPROB
+    logprobs = answer["token_logprobs"][1:]
+    others = [value for id_, value in zip(ids[1:], logprobs, strict=True) if id_ != ids[2]]
     assert others
     assert all(-20 < value < 0 for value in others)
 

@@ -80,8 +80,8 @@ def check_told(native: httpx.Response, openai: httpx.Response, stream: httpx.Res
     assert (native.status_code, native.json()["error_type"]) == (424, "generation")
     assert (openai.status_code, openai.headers["x-should-retry"]) == (500, "false")
     assert openai.json()["error"]["type"] == "api_error"
-    told = events(stream.text)
-    assert [one.get("error_type") for one in told] == [None] * (len(told) - 1) + ["generation"]
+    answer = events(stream.text)
+    assert [one.get("error_type") for one in answer] == [None] * (len(answer) - 1) + ["generation"]
     for reply in (native, openai, stream):
         assert "secret" not in reply.text
         assert "Traceback" not in reply.text
@@ -189,9 +189,9 @@ def test_a_process_with_a_dead_worker_fails_its_requests_and_exits_70(tmp_path: 
             lines = stream.iter_lines()
             next(lines)
             bad = httpx.post(f"{address}/generate", json={"inputs": first})
-            told = [line for line in lines if line]
+            answer = [line for line in lines if line]
         assert (bad.status_code, bad.json()["error_type"]) == (424, "generation")
-        assert '"error_type":"generation"' in told[-1]
+        assert '"error_type":"generation"' in answer[-1]
         assert process.wait(timeout=10) == 70
     finally:
         process.kill()

@@ -34,9 +34,9 @@ BODIES = [{**FIXED, "inputs": prompt, **wishes} for prompt, wishes in zip(PROMPT
 
 
 def shown(reply: httpx.Response) -> tuple[Any, ...]:
-    told = reply.json()
-    ids = [token["id"] for token in told["details"]["tokens"]]
-    return told["generated_text"], ids, told["details"]["finish_reason"], told["details"]["seed"]
+    answer = reply.json()
+    ids = [token["id"] for token in answer["details"]["tokens"]]
+    return answer["generated_text"], ids, answer["details"]["finish_reason"], answer["details"]["seed"]
 
 
 async def large_batches(client: httpx.AsyncClient, precision: str) -> float:

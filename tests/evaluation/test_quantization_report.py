@@ -36,19 +36,19 @@ def client(folder: Path) -> Iterator[TestClient]:
 
 
 def test_every_layer_of_a_loaded_model_is_reported(client: TestClient, folder: Path) -> None:
-    told: Any = client.get("/stats?layers=true").json()["precisions"]
+    answer: Any = client.get("/stats?layers=true").json()["precisions"]
     spec = ModelSpec(open_checkpoint(str(folder)), slots=1)
     expected = layer_errors(loaders.load("int8", spec), spec)
     assert expected is not None
-    proof = {layer["name"]: layer for layer in told["int8"]["proof"]}
+    proof = {layer["name"]: layer for layer in answer["int8"]["proof"]}
     assert list(proof) == [layer.name for layer in expected.layers]
     for layer in expected.layers:
         found = proof[layer.name]
         assert (found["kind_before"], found["nbytes"]) == (layer.kind_before, layer.nbytes)
         assert found["relative_error"] == pytest.approx(layer.relative_error, rel=0.01)
     assert proof["transformer.h.0.mlp.c_fc"]["sqnr_db"] > 30
-    assert told["nf4"]["proof"] is None
-    assert client.get("/stats?layers=true").json()["precisions"]["int8"]["proof"] == told["int8"]["proof"]
+    assert answer["nf4"]["proof"] is None
+    assert client.get("/stats?layers=true").json()["precisions"]["int8"]["proof"] == answer["int8"]["proof"]
     assert "proof" not in client.get("/stats").json()["precisions"]["int8"]
     assert client.get("/stats?layers=perhaps").status_code == 422
 
@@ -59,13 +59,13 @@ def test_a_quantization_warning_is_reported_and_logged(
     app = create_app(Settings(model_id=str(folder), precisions="fp32,int8", device="cpu", threads=1))
     with caplog.at_level(logging.WARNING), TestClient(app) as client:
         wait_until(lambda: app.state.pool.state("int8").state == "loaded", 30)
-        told = client.get("/stats").json()["precisions"]
+        answer = client.get("/stats").json()["precisions"]
     expected = (
         "int8 has quantized only 16% of this model's linear weights: expect little of its memory and speed"
     )
-    assert told["int8"]["warning"] == expected
-    assert told["int8"]["layers"]["quantized_share"] == pytest.approx(0.161, abs=0.001)
-    assert told["fp32"]["warning"] is told["nf4"]["warning"] is None
+    assert answer["int8"]["warning"] == expected
+    assert answer["int8"]["layers"]["quantized_share"] == pytest.approx(0.161, abs=0.001)
+    assert answer["fp32"]["warning"] is answer["nf4"]["warning"] is None
     assert expected in caplog.messages
 
 

@@ -42,8 +42,8 @@ def still_serves(client: TestClient) -> None:
 def test_bodies_that_are_no_json_objects(client: TestClient, route: str, body: bytes) -> None:
     reply = client.post(route, content=body, headers=JSON)
     assert reply.status_code == 400
-    told = reply.json()
-    assert told["error"]["type"] == "invalid_request_error" if "/v1" in route else told["error_type"]
+    answer = reply.json()
+    assert answer["error"]["type"] == "invalid_request_error" if "/v1" in route else answer["error_type"]
     still_serves(client)
 
 
@@ -114,8 +114,8 @@ def test_the_document_describes_every_path_parameter(client: TestClient) -> None
     app: Any = client.app
     for path, methods in app.openapi()["paths"].items():
         for operation in methods.values():
-            told = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
-            assert told == set(re.findall(r"{(\w+)", path)), path
+            answer = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
+            assert answer == set(re.findall(r"{(\w+)", path)), path
 
 
 def test_every_route_but_health_needs_the_key(make_client: Callable[..., TestClient]) -> None:
@@ -168,9 +168,9 @@ def test_admin_routes(keys: dict[str, str], token: bytes, allowed: bool) -> None
 def test_no_cors_unless_configured(make_client: Callable[..., TestClient]) -> None:
     origin = {"Origin": "https://a.example"}
     assert "access-control-allow-origin" not in make_client().get("/health", headers=origin).headers
-    told = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
-    assert told["access-control-allow-origin"] == "https://a.example"
-    assert "access-control-allow-credentials" not in told
+    answer = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
+    assert answer["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-credentials" not in answer
 
 
 def test_a_browser_may_send_what_its_client_library_sends(make_client: Callable[..., TestClient]) -> None:
@@ -242,11 +242,11 @@ def test_a_stream_is_closed_even_if_it_never_begins() -> None:
 
 
 def test_a_failed_generation_is_not_to_be_retried() -> None:
-    def told(error: ServiceError, path: str) -> Any:
+    def answer(error: ServiceError, path: str) -> Any:
         return error_response(error, {"type": "http", "path": path})
 
-    assert told(GenerationFailed("x"), "/generate").status_code == 424
-    openai = told(GenerationFailed("x"), "/v1/completions")
+    assert answer(GenerationFailed("x"), "/generate").status_code == 424
+    openai = answer(GenerationFailed("x"), "/v1/completions")
     assert (openai.status_code, openai.headers["x-should-retry"]) == (500, "false")
-    again = told(Unloaded("x"), "/v1/completions")
+    again = answer(Unloaded("x"), "/v1/completions")
     assert (again.status_code, again.headers["x-should-retry"]) == (500, "true")

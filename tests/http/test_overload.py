@@ -81,11 +81,11 @@ def test_a_request_beyond_the_places_is_refused_before_any_computation(
                 over = await client.post(path, json={"prompt": PROMPT})
             assert over.status_code == 429
             assert int(over.headers["retry-after"]) >= 1
-            told = over.json()
+            answer = over.json()
             if path.startswith("/v1"):
-                assert told["error"]["type"] == "rate_limit_error"
+                assert answer["error"]["type"] == "rate_limit_error"
             else:
-                assert told["error_type"] == "overloaded"
+                assert answer["error_type"] == "overloaded"
             assert (await client.get("/health")).status_code == 200
             gate.opened.set()
             assert [text_of(await one) for one in held] == [greedy(5)] * 3
@@ -113,8 +113,8 @@ def test_a_thousand_concurrent_requests_get_their_own_texts(make_app: MakeApp) -
                 for number in range(1000):
                     group.create_task(ask(number))
             await at_rest(app, client)
-            told = (await client.get("/stats")).json()
-            assert told["queue"]["in_flight"] == 0
+            answer = (await client.get("/stats")).json()
+            assert answer["queue"]["in_flight"] == 0
 
     app = make_app(max_concurrent_requests=1000)
     asyncio.run(main())
@@ -158,8 +158,8 @@ def test_a_deadline_in_the_queue_is_a_504_without_computation(
             gate.opened.set()
             late = await waiting
             assert late.status_code == 504
-            told = late.json()
-            assert told["error"] if path.startswith("/v1") else told["error_type"] == "timeout"
+            answer = late.json()
+            assert answer["error"] if path.startswith("/v1") else answer["error_type"] == "timeout"
             assert gate.prompts == [app.state.codec.encode("first")]
             cut = events((await running).text)
             assert [one.get("error_type") for one in cut] == [None] * (len(cut) - 1) + ["timeout"]

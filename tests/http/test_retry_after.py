@@ -42,13 +42,13 @@ def test_it_follows_the_queue(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
         async with entered(app) as client:
             app.state.service.in_flight = 1
 
-            async def told(drain: float | None) -> set[int]:
+            async def answer(drain: float | None) -> set[int]:
                 monkeypatch.setattr(app.state.pool, "drain_seconds", lambda: drain)
                 monkeypatch.setattr("server.service.generation._DRAIN_AGE", 0.0)
                 replies = [await client.post("/generate", json={"inputs": "x"}) for _ in range(60)]
                 return {int(reply.headers["retry-after"]) for reply in replies}
 
-            found = await told(None), await told(15.0)
+            found = await answer(None), await answer(15.0)
             app.state.service.in_flight = 0
             return found
 

@@ -101,18 +101,18 @@ def test_a_request_is_one_span_with_its_figures(
     body = {"inputs": "abc", "parameters": {"max_new_tokens": 5}, "precision": "bf16"}
     headers = {"X-Request-ID": "my-own-id"}
     (span,) = traced(lambda client: client.post("/generate", json=body, headers=headers))
-    told = attributes_of(span)
+    answer = attributes_of(span)
     assert span.name == "generate"
     assert before < span.start_time_unix_nano < span.end_time_unix_nano < time.time_ns()
     assert not span.parent_span_id
-    assert told["gen_ai.operation.name"] == "text_completion"
-    assert told["gen_ai.request.model"] == "fake"
-    assert told["gen_ai.usage.input_tokens"] == 3
-    assert told["gen_ai.usage.output_tokens"] == 5
-    assert told["bitdial.precision"] == "bf16"
-    assert told["bitdial.outcome"] == "success"
-    assert told["bitdial.request_id"] == "my-own-id"
-    parts = sum(told[f"bitdial.{part}_ms"] for part in ("queue", "prefill", "decode"))
+    assert answer["gen_ai.operation.name"] == "text_completion"
+    assert answer["gen_ai.request.model"] == "fake"
+    assert answer["gen_ai.usage.input_tokens"] == 3
+    assert answer["gen_ai.usage.output_tokens"] == 5
+    assert answer["bitdial.precision"] == "bf16"
+    assert answer["bitdial.outcome"] == "success"
+    assert answer["bitdial.request_id"] == "my-own-id"
+    parts = sum(answer[f"bitdial.{part}_ms"] for part in ("queue", "prefill", "decode"))
     assert parts == pytest.approx((span.end_time_unix_nano - span.start_time_unix_nano) / 1e6, abs=0.01)
     assert collector.paths == {"/v1/traces"}
     assert collector.services() == {"bitdial"}

@@ -76,23 +76,23 @@ def test_without_a_report_the_error_says_how_to_make_one(client: TestClient) -> 
     reply = client.get("/report")
     assert (reply.status_code, reply.json()["error_type"]) == (404, "not_found")
     assert "make one with `bitdial report --model bundled` or POST /report" in reply.json()["error"]
-    told = client.get("/stats").json()["report"]
-    assert (told["finished"], told["recommendation"]) == (None, None)
-    assert "bitdial report" in told["note"]
+    answer = client.get("/stats").json()["report"]
+    assert (answer["finished"], answer["recommendation"]) == (None, None)
+    assert "bitdial report" in answer["note"]
 
 
 def test_a_kept_report_is_seen_by_a_server_that_runs(client: TestClient) -> None:
     assert client.get("/report").status_code == 404
     keep_report(reports_of(client))
-    told = client.get("/report").json()
-    assert told["recommendation"]["precision"] == "bf16"
+    answer = client.get("/report").json()
+    assert answer["recommendation"]["precision"] == "bf16"
     assert (
-        told["recommendation"]["sentences"][0]
+        answer["recommendation"]["sentences"][0]
         == "Run bf16: 2.0 × smaller, perplexity +0.1 %, 2.0 × faster here."
     )
-    assert told["front"] == ["bf16", "fp32", "nf4"]
+    assert answer["front"] == ["bf16", "fp32", "nf4"]
     stats = client.get("/stats").json()["report"]
-    assert (stats["recommendation"], stats["finished"]) == ("bf16", told["finished"])
+    assert (stats["recommendation"], stats["finished"]) == ("bf16", answer["finished"])
     assert stats["precisions"]["nf4"]["tokens_per_second"] == {"1": 300.0, "8": 300.0}
     assert stats["precisions"]["nf4"]["perplexity_ratio"] == 1.1
 

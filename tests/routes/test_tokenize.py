@@ -20,17 +20,17 @@ TEXT = "".join(f"the {number} others, é\n" for number in range(6000))
 
 
 def test_tokenize(client: TestClient) -> None:
-    told = client.post("/tokenize", json={"inputs": PROMPT}).json()
-    assert "".join(token["text"] for token in told) == PROMPT
-    assert [token["start"] for token in told[1:]] == [token["stop"] for token in told[:-1]]
-    assert all(set(token) == {"id", "text", "start", "stop"} for token in told)
+    answer = client.post("/tokenize", json={"inputs": PROMPT}).json()
+    assert "".join(token["text"] for token in answer) == PROMPT
+    assert [token["start"] for token in answer[1:]] == [token["stop"] for token in answer[:-1]]
+    assert all(set(token) == {"id", "text", "start", "stop"} for token in answer)
     assert client.post("/tokenize", json={"inputs": ""}).status_code == 422
 
 
 def test_characters_of_several_bytes(client: TestClient) -> None:
     text = 'é😀"\n'
-    told = client.post("/tokenize", json={"inputs": text}).json()
-    assert all(text[token["start"] : token["stop"]] == token["text"] for token in told)
+    answer = client.post("/tokenize", json={"inputs": text}).json()
+    assert all(text[token["start"] : token["stop"]] == token["text"] for token in answer)
 
 
 def test_a_long_text_delays_no_request_and_takes_a_place(
@@ -64,11 +64,12 @@ def test_a_long_response_is_sent_in_chunks_and_is_complete(client: TestClient) -
     reply = client.post("/tokenize", json={"inputs": TEXT})
     assert "content-length" not in reply.headers
     assert reply.headers["content-type"] == "application/json"
-    told = reply.json()
-    assert len(told) > 10_000
-    assert told[5000] == {"id": told[5000]["id"], "start": told[4999]["stop"], "stop": told[5001]["start"],
-                          "text": TEXT[told[4999]["stop"] : told[5001]["start"]]}  # fmt: skip
-    assert told[-1]["stop"] == len(TEXT)
+    answer = reply.json()
+    assert len(answer) > 10_000
+    start, stop = answer[4999]["stop"], answer[5001]["start"]
+    expected = {"id": answer[5000]["id"], "start": start, "stop": stop, "text": TEXT[start:stop]}
+    assert answer[5000] == expected
+    assert answer[-1]["stop"] == len(TEXT)
     short = client.post("/tokenize", json={"inputs": PROMPT})
     assert int(short.headers["content-length"]) == len(short.content)
 

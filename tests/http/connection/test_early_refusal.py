@@ -90,11 +90,11 @@ def test_a_refusal_never_reaches_the_framework(
             patch.setattr(RequestContext, "__call__", pytest.fail)
             connection.sendall(request)
             head, body = answer(connection)
-        told = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}
+        payload = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}
         assert status_of(head) == 429
-        assert (told[b"x-request-id"], told[b"content-type"]) == (b"mine", b"application/json")
-        assert 1 <= int(told[b"retry-after"]) <= 60
-        assert b"date" in told
+        assert (payload[b"x-request-id"], payload[b"content-type"]) == (b"mine", b"application/json")
+        assert 1 <= int(payload[b"retry-after"]) <= 60
+        assert b"date" in payload
         if path.startswith("/v1"):
             assert body["error"]["type"] == "rate_limit_error"
             assert body["error"]["code"] == "overloaded"
@@ -103,8 +103,8 @@ def test_a_refusal_never_reaches_the_framework(
         if is_kept:
             connection.sendall(LIVE)
             assert status_of(answer(connection)[0]) == 200
-        elif b"connection" in told:  # the request arrived before its connection was accepted
-            assert told[b"connection"] == b"close"
+        elif b"connection" in payload:  # the request arrived before its connection was accepted
+            assert payload[b"connection"] == b"close"
             assert received(connection) == b""
         counted = httpx.get(f"{address}/metrics").text
         of_a_generation = 'outcome="overloaded",precision="unread"} 1.0' in counted
@@ -129,14 +129,14 @@ def test_keys_and_sizes_are_checked_before_places(make_app: MakeApp, loads: Load
                     connection.sendall(LIVE)
                     answer(connection)
                     connection.sendall(request_for("/generate", body, *headers))
-                    head, told = answer(connection)
+                    head, payload = answer(connection)
             else:
                 with connected(address) as connection:
                     connection.sendall(request_for("/generate", body, *headers))
-                    head, told = answer(connection)
+                    head, payload = answer(connection)
             assert status_of(head) == status
             assert (b"www-authenticate: Bearer".lower() in head.lower()) == (status == 401)
-            assert told["request_id"].encode() in head
+            assert payload["request_id"].encode() in head
         counted = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer secret"}).text
         assert 'outcome="overloaded",precision="unread"} 1.0' in counted
 

@@ -210,8 +210,8 @@ def test_such_a_refusal_has_the_format_of_its_path(live: str) -> None:
     for request_, kind in ((OPENAI, dict), (AMBIGUOUS[0], str), ("nonsense\r\n\r\n", str)):
         with connected(live) as connection:
             connection.sendall(request_.encode())
-            told = json.loads(received(connection).partition(b"\r\n\r\n")[2])
-        assert isinstance(told["error"], kind)
+            answer = json.loads(received(connection).partition(b"\r\n\r\n")[2])
+        assert isinstance(answer["error"], kind)
 
 
 @pytest.mark.parametrize(

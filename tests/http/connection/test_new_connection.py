@@ -48,13 +48,13 @@ async def accepting(
             opened.append(len(psutil.Process().net_connections("tcp")) - before)
         acceptor.close()
         await acceptor.wait_closed()
-        told = []
+        answer = []
         for client in clients:
             client.setblocking(False)
             with suppress(BlockingIOError, ConnectionResetError):
-                told.append(client.recv(65536))
+                answer.append(client.recv(65536))
             client.close()
-        return told, opened
+        return answer, opened
 
 
 def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
@@ -65,10 +65,10 @@ def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
         return made[-1]
 
     whole = request_for("/generate", BODY, "Connection: keep-alive")
-    told, _ = asyncio.run(accepting(Closed(), whole, 30, make))
+    answer, _ = asyncio.run(accepting(Closed(), whole, 30, make))
     assert not made
-    assert [status_of(one) for one in told] == [429] * 30
-    assert all(b"\r\nconnection: close\r\n" in one for one in told)
+    assert [status_of(one) for one in answer] == [429] * 30
+    assert all(b"\r\nconnection: close\r\n" in one for one in answer)
 
 
 @pytest.mark.parametrize("missing", [1, 60, 100])
@@ -80,8 +80,8 @@ def test_a_connection_with_a_partial_request_is_accepted_with_its_bytes(missing:
         return made[-1]
 
     begun = request_for("/generate", BODY)[:-missing]
-    told, _ = asyncio.run(accepting(Closed(), begun, 3, make))
-    assert told == []
+    answer, _ = asyncio.run(accepting(Closed(), begun, 3, make))
+    assert answer == []
     assert [(one.data, one.promise) for one in made] == [(begun, None)] * 3
 
 

@@ -226,9 +226,9 @@ def test_invalid_http_is_a_400(live: str, bytes_: bytes) -> None:
         connection.sendall(bytes_ + b"\r\n\r\n")
         head, _, body = received(connection).partition(b"\r\n\r\n")
         assert status_of(head) == 400
-        told = json.loads(body)
-        assert told["error_type"] == "validation"
-        assert told["request_id"].encode() in head
+        answer = json.loads(body)
+        assert answer["error_type"] == "validation"
+        assert answer["request_id"].encode() in head
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,10 @@ WRONG_IN_CHATS: list[dict[str, Any]] = [
 def check_refused(client: TestClient, path: str, body: dict[str, Any], wrong: dict[str, Any]) -> None:
     reply = client.post(path, json={**body, **wrong})
     assert reply.status_code == 400, (wrong, reply.text)
-    told = reply.json()["error"]
+    payload = reply.json()["error"]
     [name] = wrong
-    assert told["param"].split(".")[0] == name, wrong
-    assert name in told["message"], told
+    assert payload["param"].split(".")[0] == name, wrong
+    assert name in payload["message"], payload
     assert len(reply.content) < 400
 
 
@@ -158,11 +158,11 @@ def test_the_fewest_tokens(client: TestClient, loads: Loads) -> None:
     loads.runners["fp32"].poison = ends
     body = {"temperature": 0, "max_tokens": 6}
     assert complete(client, **body)["usage"]["completion_tokens"] == 1
-    told = complete(client, **body, min_tokens=4)
-    assert (told["usage"]["completion_tokens"], told["choices"][0]["finish_reason"]) == (5, "stop")
-    told = complete(client, **body, min_tokens=4, stop_token_ids=[other])
-    assert told["usage"]["completion_tokens"] == 5
-    assert byte_tokenizer().decode([other]) not in told["choices"][0]["text"]
+    payload = complete(client, **body, min_tokens=4)
+    assert (payload["usage"]["completion_tokens"], payload["choices"][0]["finish_reason"]) == (5, "stop")
+    payload = complete(client, **body, min_tokens=4, stop_token_ids=[other])
+    assert payload["usage"]["completion_tokens"] == 5
+    assert byte_tokenizer().decode([other]) not in payload["choices"][0]["text"]
     assert complete(client, **body, min_tokens=6)["choices"][0]["finish_reason"] == "length"
 
 
@@ -181,11 +181,11 @@ def test_the_usage_so_far_in_every_chunk(chatty: TestClient, path: str) -> None:
     body: dict[str, Any] = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": SAID}
     options = {"include_usage": True, "continuous_usage_stats": True}
     sent = {**body, "stream": True, "temperature": 0, "max_tokens": 3, "ignore_eos": True}
-    *told, last = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
-    counts = [one["usage"]["completion_tokens"] for one in told]
+    *payload, last = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
+    counts = [one["usage"]["completion_tokens"] for one in payload]
     assert sorted(counts) == counts
     assert set(counts) - {0} == {1, 2, 3}
-    assert all(one["usage"]["prompt_tokens"] == prompt for one in told)
+    assert all(one["usage"]["prompt_tokens"] == prompt for one in payload)
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], prompt + 3)
     for options in ({"include_usage": True}, {"continuous_usage_stats": True}):
         plain = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
@@ -206,8 +206,8 @@ def test_an_empty_prompt_is_the_token_that_documents_begin_with(client: TestClie
 def test_an_empty_prompt_where_there_is_no_such_token(client: TestClient) -> None:
     app: Any = client.app
     app.state.codec._tokenizer.bos_token = app.state.codec._tokenizer.eos_token = None
-    told = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
-    assert (told["param"], told["message"]) == ("prompt", "the input has no tokens")
+    payload = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
+    assert (payload["param"], payload["message"]) == ("prompt", "the input has no tokens")
 
 
 def test_turns_without_a_text(chatty: TestClient) -> None:
@@ -249,11 +249,11 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
          "300 by max_completion_tokens"),
     ]  # fmt: skip
     for path, body, param, words in cases:
-        told = refusal(chatty, path, **body)
-        assert told["message"].startswith(CONTEXT), told
-        assert words in told["message"], told
-        assert "prompt is too long" in told["message"], told
-        assert (told["param"], told["code"]) == (param, "context_length_exceeded"), told
+        payload = refusal(chatty, path, **body)
+        assert payload["message"].startswith(CONTEXT), payload
+        assert words in payload["message"], payload
+        assert "prompt is too long" in payload["message"], payload
+        assert (payload["param"], payload["code"]) == (param, "context_length_exceeded"), payload
     native = chatty.post("/generate", json={"inputs": long, "max_new_tokens": 7})
     assert (native.status_code, native.json()["error"]) == (
         422,
@@ -266,9 +266,10 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
 def test_an_unknown_route_is_no_unknown_model(client: TestClient, path: str) -> None:
     reply = client.post(path, json={})
     assert reply.status_code == 404
-    told = reply.json()["error"]
-    assert told == {"message": told["message"], "type": "invalid_request_error", "param": None, "code": None}
-    assert "route" in told["message"]
+    payload = reply.json()["error"]
+    fields = {"type": "invalid_request_error", "param": None, "code": None}
+    assert payload == {"message": payload["message"], **fields}
+    assert "route" in payload["message"]
 
 
 # names of the model
