@@ -11,7 +11,7 @@ from tests import checkpoints
 from tests.conftest import entered, until
 
 PRECISIONS = ["fp32", "nf4", "dynamic-int8"]
-WISHES: list[dict[str, Any]] = [
+OVERRIDES: list[dict[str, Any]] = [
     {},
     {"stop": ["a"]},
     {"temperature": 0.7, "seed": 1},
@@ -28,9 +28,11 @@ WISHES: list[dict[str, Any]] = [
     {"do_sample": True, "seed": 8, "best_of": 2},
     {"do_sample": True, "seed": 9, "max_new_tokens": 40, "top_n_tokens": 2},
 ]
-PROMPTS = ["the theatre in an era " * (1 + i % 4) + "abcdef"[: i % 6] for i in range(len(WISHES))]
+PROMPTS = ["the theatre in an era " * (1 + i % 4) + "abcdef"[: i % 6] for i in range(len(OVERRIDES))]
 FIXED: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "details": True, "seed": 0}
-BODIES = [{**FIXED, "inputs": prompt, **wishes} for prompt, wishes in zip(PROMPTS, WISHES, strict=True)]
+BODIES = [
+    {**FIXED, "inputs": prompt, **overrides} for prompt, overrides in zip(PROMPTS, OVERRIDES, strict=True)
+]
 
 
 def shown(reply: httpx.Response) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ class Order:
 
 
 @dataclass
-class Told:
+class Received:
     """The events that a request's reader received."""
 
     ids: list[int] = field(default_factory=list)
@@ -58,9 +58,9 @@ class House:
         self.sampler = Sampler(frozenset({END}))
         self.worker = Worker(runner, self.scheduler, self.sampler)
 
-    def serve(self, orders: Sequence[Order]) -> list[Told]:
+    def serve(self, orders: Sequence[Order]) -> list[Received]:
         rows = [Row(one.prompt, one.params, one.deadline) for one in orders]
-        told = {row: Told() for row in rows}
+        received = {row: Received() for row in rows}
         for now in range(400):
             for row, one in zip(rows, orders, strict=True):
                 if one.joins == now:
@@ -68,23 +68,23 @@ class House:
                 if one.leaves is not None and len(row.generated) >= one.leaves:
                     row.cancelled = True
             for row, item in self.worker.step(float(now)).events:
-                self._note(told[row], item)
+                self._note(received[row], item)
             if not self.scheduler.has_work and now > max(one.joins for one in orders):
                 break
         assert not self.runner.held, "a slot still holds what is over"
         assert (self.scheduler.running, self.scheduler.waiting) == (0, 0)
-        return list(told.values())
+        return list(received.values())
 
-    def _note(self, told: Told, item: Token | ServiceError | None) -> None:
-        assert not told.over, "told something after the end"
+    def _note(self, received: Received, item: Token | ServiceError | None) -> None:
+        assert not received.over, "an event after the end"
         if isinstance(item, Token):
-            told.ids.append(item.id)
-            told.finish, told.over = item.finish, item.finish is not None
+            received.ids.append(item.id)
+            received.finish, received.over = item.finish, item.finish is not None
         else:
-            told.error, told.over = type(item) if item is not None else None, True
+            received.error, received.over = type(item) if item is not None else None, True
 
 
-def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda _: None) -> list[Told]:
+def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda _: None) -> list[Received]:
     """The events with overlap, asserted equal to those without it."""
     plain, ahead = FakeRunner(), FakeDeviceRunner()
     assert isinstance(ahead, DeviceRunner)
@@ -162,17 +162,17 @@ def test_tokens_are_the_same_alone_and_in_a_batch(params: dict[str, Any]) -> Non
 def test_rows_that_end_by_the_end_token() -> None:
     """The next token was launched already: it is discarded and never delivered."""
     orders = [order([start], max_new_tokens=100) for start in range(5, 25)]
-    told = both(orders)
-    ended = [one for one in told if one.finish == "eos_token"]
+    received = both(orders)
+    ended = [one for one in received if one.finish == "eos_token"]
     assert len(ended) > 10
     assert all(one.ids[-1] == END and END not in one.ids[:-1] for one in ended)
-    assert all(len(one.ids) == 100 and END not in one.ids for one in told if one not in ended)
+    assert all(len(one.ids) == 100 and END not in one.ids for one in received if one not in ended)
 
 
 def test_a_row_with_penalties_joins_and_leaves() -> None:
     late = order([8, 8], joins=4, max_new_tokens=5, repetition_penalty=1.3)
-    told = both([order([5], ignore_eos=True, max_new_tokens=30), late])
-    assert len(told[0].ids) == 30
+    received = both([order([5], ignore_eos=True, max_new_tokens=30), late])
+    assert len(received[0].ids) == 30
 
 
 def test_clients_that_disconnect_during_generation() -> None:
@@ -190,9 +190,11 @@ def test_clients_that_disconnect_during_generation() -> None:
 def test_a_deadline_during_generation() -> None:
     """The token in flight is not awaited: one fewer than without overlap."""
     orders = [order([5], deadline=9.0, max_new_tokens=100, ignore_eos=True), order([6], ignore_eos=True)]
-    (late, whole), (told, other) = (House(made).serve(orders) for made in (FakeRunner(), FakeDeviceRunner()))
-    assert late.error is told.error is DeadlinePassed
-    assert told.ids == late.ids[:-1]
+    (late, whole), (received, other) = (
+        House(made).serve(orders) for made in (FakeRunner(), FakeDeviceRunner())
+    )
+    assert late.error is received.error is DeadlinePassed
+    assert received.ids == late.ids[:-1]
     assert other == whole
 
 
@@ -210,9 +212,9 @@ def out_of_memory(runner: FakeRunner, bad: int, after: int) -> None:
 @pytest.mark.parametrize("after", [1, 2, 3, 7])
 def test_a_row_that_breaks_the_step(after: int) -> None:
     orders = [order([start], ignore_eos=True) for start in (5, 6, 99, 7)]
-    told = both(orders, partial(out_of_memory, bad=99, after=after))
-    assert [one.error for one in told] == [None, None, GenerationFailed, None]
-    assert [len(one.ids) for one in told] == [12, 12, after + 1, 12]
+    received = both(orders, partial(out_of_memory, bad=99, after=after))
+    assert [one.error for one in received] == [None, None, GenerationFailed, None]
+    assert [len(one.ids) for one in received] == [12, 12, after + 1, 12]
 
 
 def test_all_rows_broken_at_once() -> None:
@@ -223,8 +225,8 @@ def test_all_rows_broken_at_once() -> None:
 
         runner.on_decode = raised
 
-    told = both([order([start], ignore_eos=True) for start in (5, 6, 7)], fail)
-    assert {one.error for one in told} == {GenerationFailed}
+    received = both([order([start], ignore_eos=True) for start in (5, 6, 7)], fail)
+    assert {one.error for one in received} == {GenerationFailed}
 
 
 @pytest.mark.parametrize("at", [2, 3, 6])
@@ -239,9 +241,9 @@ def test_a_row_with_nan_logits(at: int) -> None:
 
         runner.poison = broken
 
-    told = both([order([start], ignore_eos=True) for start in (5, 99, 7)], poison)
-    assert [one.error for one in told] == [None, GenerationFailed, None]
-    assert len(told[1].ids) == at - 1
+    received = both([order([start], ignore_eos=True) for start in (5, 99, 7)], poison)
+    assert [one.error for one in received] == [None, GenerationFailed, None]
+    assert len(received[1].ids) == at - 1
 
 
 def test_a_slot_does_not_affect_its_next_sequence() -> None:

@@ -117,7 +117,7 @@ class Simulation:
         self.estimate.observe_end(sequence, late=outcome == "late")
 
 
-Wish = Callable[[Random], tuple[int, int]]
+Workload = Callable[[Random], tuple[int, int]]
 """Draws the requested and the generated number of tokens."""
 
 
@@ -134,36 +134,36 @@ def early(random: Random) -> tuple[int, int]:
     return 64, random.randint(1, 64)
 
 
-def outcomes(load: float, wish: Wish, *, sheds: bool = True, noise: float = 0.0) -> Counter[str]:
+def outcomes(load: float, workload: Workload, *, sheds: bool = True, noise: float = 0.0) -> Counter[str]:
     """The outcomes of requests in 300 seconds at ``load`` times the capacity."""
     simulation, random, offered = Simulation(sheds), Random(1), 0.0
     while simulation.now < SECONDS:
         offered += load * SLOTS
         while offered > 0:
-            tokens, length = wish(random)
+            tokens, length = workload(random)
             offered -= length
             simulation.ask(tokens, length)
         simulation.step(STEP * random.uniform(1 - noise, 1 + noise))
     return simulation.outcomes
 
 
-@pytest.mark.parametrize("wish", [alike, mixed, early])
+@pytest.mark.parametrize("workload", [alike, mixed, early])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_under_overload_admitted_requests_finish_in_time(wish: Wish, noise: float) -> None:
-    done = outcomes(1.5, wish, noise=noise)
+def test_under_overload_admitted_requests_finish_in_time(workload: Workload, noise: float) -> None:
+    done = outcomes(1.5, workload, noise=noise)
     assert done["tokens"] > 0.9 * CAPACITY * SECONDS
     assert done["late"] < 0.05 * done["served"]
     assert done["refused"] > 50
 
 
-@pytest.mark.parametrize("wish", [alike, mixed, early])
-def test_without_shedding_most_work_is_wasted(wish: Wish) -> None:
+@pytest.mark.parametrize("workload", [alike, mixed, early])
+def test_without_shedding_most_work_is_wasted(workload: Workload) -> None:
     """The purpose of the estimate; if this fails, the simulation proves nothing."""
-    done = outcomes(1.5, wish, sheds=False)
+    done = outcomes(1.5, workload, sheds=False)
     assert done["tokens"] < 0.6 * CAPACITY * SECONDS
 
 
-@pytest.mark.parametrize("wish", [alike, mixed, early])
-def test_a_request_that_can_finish_in_time_is_not_refused(wish: Wish) -> None:
-    done = outcomes(0.8, wish, noise=0.5)
+@pytest.mark.parametrize("workload", [alike, mixed, early])
+def test_a_request_that_can_finish_in_time_is_not_refused(workload: Workload) -> None:
+    done = outcomes(0.8, workload, noise=0.5)
     assert (done["refused"], done["late"]) == (0, 0)
