@@ -33,14 +33,14 @@ async def ask(client: httpx.AsyncClient, precision: str = "bf16", tokens: int = 
     return reply.json()
 
 
-async def answer(client: httpx.AsyncClient) -> Any:
+async def shadow_stats(client: httpx.AsyncClient) -> Any:
     return (await client.get("/stats")).json()["shadow"]
 
 
 async def compared(client: httpx.AsyncClient, count: int, precision: str = "bf16") -> Any:
     async with asyncio.timeout(10):
         while True:
-            found = (await answer(client))["precisions"].get(precision)
+            found = (await shadow_stats(client))["precisions"].get(precision)
             if found and found["requests"]["compared"] >= count:
                 return found
             await asyncio.sleep(0.01)
@@ -113,7 +113,7 @@ def test_the_reference_itself_and_failed_requests_are_not_replayed(make_app: Mak
             await client.post("/generate", json={"inputs": "", "precision": "bf16"})
             await ask(client, "bf16")
             await compared(client, 1)
-            found = await answer(client)
+            found = await shadow_stats(client)
             assert (found["reference"], found["waiting"]) == ("fp32", 0)
             assert list(found["precisions"]) == ["bf16"]
             assert found["precisions"]["bf16"]["requests"] == {"compared": 1, "dropped": 0, "failed": 0}
@@ -130,7 +130,7 @@ def test_only_the_configured_fraction_is_replayed(make_app: MakeApp, monkeypatch
             for _ in range(4):
                 await ask(client)
             assert (await compared(client, 2))["requests"]["compared"] == 2
-            assert (await answer(client))["waiting"] == 0
+            assert (await shadow_stats(client))["waiting"] == 0
 
     asyncio.run(work())
 
@@ -163,7 +163,7 @@ def test_nothing_is_replayed_while_requests_run(make_app: MakeApp) -> None:
             with app.state.service.place():
                 await ask(client)
                 await asyncio.sleep(0.2)
-                assert (await answer(client))["waiting"] == 1
+                assert (await shadow_stats(client))["waiting"] == 1
                 assert not app.state.shadow.active
             await compared(client, 1)
 
@@ -208,7 +208,7 @@ def test_a_replay_does_not_load_an_unloaded_precision(make_app: MakeApp, loads: 
                 await ask(client)
                 await client.post("/precisions/bf16/unload")
             await until(lambda: app.state.shadow.figures()["precisions"].get("bf16"))
-            assert (await answer(client))["precisions"]["bf16"]["requests"]["dropped"] == 1
+            assert (await shadow_stats(client))["precisions"]["bf16"]["requests"]["dropped"] == 1
             assert loads.names.count("bf16") == 1
 
     asyncio.run(work())
