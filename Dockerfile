@@ -1,15 +1,15 @@
-# The server in an image. The parts that change seldom come first: a change of code builds the last layers anew, and
-# nothing is downloaded for it.
+# The server's image. Layers that seldom change come first: a code change rebuilds the last layers only and downloads
+# nothing.
 #
-#   docker build -t bitdial .                                  for CUDA
-#   docker build -t bitdial:cpu --build-arg VARIANT=cpu .      without
+#   docker build -t bitdial .                                  CUDA
+#   docker build -t bitdial:cpu --build-arg VARIANT=cpu .      CPU only
 
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
-# pyproject.toml's; the build fails where they differ
+# equals pyproject.toml's version; otherwise the build fails
 ARG VERSION=0.1.0
 
 
-# What is to be installed, and no other line of those files, so that a change of another builds no packages anew.
+# Only the requirements in those files, so that a change of any other line rebuilds no packages.
 FROM ${BASE_IMAGE} AS requirements
 WORKDIR /requirements
 COPY pyproject.toml scripts/constraints.txt ./
@@ -22,16 +22,16 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
 FROM ${BASE_IMAGE} AS packages
 # cuda or cpu
 ARG VARIANT=cuda
-# where torch's wheel is, and nothing else: an index, or a page or folder of wheels; without one, pip's index
+# source of torch's wheel only: an index, or a page or folder of wheels; default: pip's index
 ARG TORCH_INDEX_URL=
-# pip's own, for those who have a mirror
+# pip's own settings, for a mirror
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 WORKDIR /requirements
 COPY --from=requirements /requirements/run.txt /requirements/constraints.txt ./
-# By its name alone torch is whichever build pip prefers; so "+cpu" is asked for, or the one without a suffix (===), which
-# is PyPI's with CUDA. PyPI has no "+cpu": PyTorch's own index does.
+# The bare requirement torch matches whichever build pip prefers, so the version selects it: "+cpu", or no suffix (===), which
+# is PyPI's build with CUDA. PyPI has no "+cpu"; PyTorch's own index does.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/venv \
  && install="python -m pip --python /opt/venv/bin/python install --disable-pip-version-check" \
@@ -49,8 +49,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       || { [ "$VARIANT" = cpu ] && $install --no-deps --index-url=https://download.pytorch.org/whl/cpu "$torch"; }; \
     fi \
  && $install --constraint constraints.txt --requirement run.txt
-# Not needed to serve: torch's tests and headers (not every build has them), and bitsandbytes' libraries for other versions
-# of CUDA and other makers' cards.
+# Not needed for serving: torch's tests and headers (not every build has them), and bitsandbytes' libraries for other CUDA
+# versions and other vendors' cards.
 RUN site=$(echo /opt/venv/lib/python3*/site-packages) \
  && cuda=$(sed -n "s/^cuda.* = '\([0-9]*\).*/\1/p" "$site/torch/version.py") \
  && if [ "$VARIANT" = cuda ] && [ -z "$cuda" ]; then echo "that torch is built without CUDA" >&2; exit 1; fi \
@@ -66,7 +66,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /kernels
 COPY loaders/kernels/build.py loaders/kernels/*.c loaders/kernels/*.h ./
-# on other processors than x86-64 there are none
+# there are kernels for x86-64 only
 RUN python build.py && if [ "$(uname -m)" = x86_64 ]; then ls -l ./*.so; fi
 
 
@@ -76,7 +76,7 @@ COPY --from=requirements /requirements/build.txt /requirements/constraints.txt .
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-# at the path of the last stage's environment, for the first line of the command
+# at the path of the final stage's environment, which the shebang of the bitdial command contains
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv \
  && /opt/venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --requirement build.txt
@@ -92,7 +92,7 @@ RUN /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-che
 
 
 FROM ${BASE_IMAGE}
-# Group 0 may write what the user may, so that any other user of that group (OpenShift's) can run it as well.
+# Group 0 has the user's write permissions, so that any other user of that group (as on OpenShift) can run the image.
 RUN useradd --uid 10001 --gid 0 --no-create-home --home-dir /data --shell /usr/sbin/nologin bitdial \
  && install --directory --owner=bitdial --group=root --mode=0775 /data
 ENV PATH=/opt/bitdial/bin:/opt/venv/bin:$PATH \
@@ -111,7 +111,7 @@ USER 10001:0
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
   CMD ["python", "-P", "-m", "server.http.health_check"]
 ENTRYPOINT ["bitdial", "serve"]
-# what changes with every commit
+# layers that change with every commit
 COPY --from=code /opt/bitdial /opt/bitdial
 ARG VERSION
 ARG GIT_REVISION=unknown

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Do people's own clients work with this server? Installs them apart, runs them against it, prints a table.
+"""Runs the calls of third-party clients against this server and prints a table of the results.
 
     .venv/bin/python scripts/check_clients.py [--only openai,litellm] [--keep-versions]
 
-The newest releases go into the user's cache (bitdial/clients), never into .venv. guidellm brings torch along,
-some gigabytes (TORCH_INDEX_URL: an index for torch's wheel alone, such as that of its CPU builds). Without
-Node, what is written for it is skipped, and the table says so. Exits with 1 if a call failed.
+The newest releases are installed into the user's cache (bitdial/clients), not into .venv. guidellm depends on
+torch, some gigabytes (TORCH_INDEX_URL: an index for torch's wheel only, such as that of its CPU builds).
+Without Node, its clients are skipped and listed as such. Exits with 1 if a call failed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one call of one client."""
+    """The result of one call of one client."""
 
     client: str
     call: str
@@ -62,7 +62,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(CLIENTS), help=f"some of {', '.join(CLIENTS)}")
-    parser.add_argument("--keep-versions", action="store_true", help="run what is installed; install nothing")
+    parser.add_argument("--keep-versions", action="store_true", help="don't install newer versions")
     options = parser.parse_args()
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(CLIENTS):
@@ -106,14 +106,14 @@ def _install(folder: Path, chosen: list[str], node: bool) -> None:
 
 async def _run(folder: Path, chosen: list[str], node: bool) -> list[Result]:
     with tempfile.TemporaryDirectory() as made:
-        model = _talkative(Path(made) / "bundled")
+        model = _with_chat_template(Path(made) / "bundled")
         settings = ModelSettings(model_id=str(model), device="cpu")
         async with own_server(settings, "fp32", slots=8, threads=1) as server:
             return await asyncio.to_thread(lambda: list(_results(folder, chosen, node, server.url, model)))
 
 
-def _talkative(folder: Path) -> Path:
-    """The bundled model with a chat template, which it has none of."""
+def _with_chat_template(folder: Path) -> Path:
+    """A copy of the bundled model with a chat template."""
     shutil.copytree(ROOT / "loaders" / "bundled", folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -123,23 +123,23 @@ def _results(folder: Path, chosen: list[str], node: bool, address: str, model: P
     venv = folder / "venv" / "bin"
     for name in chosen:
         if name in IN_PYTHON:
-            yield from _told(name, [venv / "python", HERE / "calls.py", name, address])
+            yield from _call_results(name, [venv / "python", HERE / "calls.py", name, address])
         elif name == GUIDELLM:
             yield from _guidellm(venv / "guidellm", address, model)
         elif node:
-            shutil.copy(HERE / "calls.mjs", folder / "node")  # where it finds the package
-            yield from _told(name, ["node", folder / "node" / "calls.mjs", address])
+            shutil.copy(HERE / "calls.mjs", folder / "node")  # next to its node_modules
+            yield from _call_results(name, ["node", folder / "node" / "calls.mjs", address])
         else:
-            yield Result(name, "all", "skipped", "there is no node and npm here")
+            yield Result(name, "all", "skipped", "node or npm is not installed")
 
 
-def _told(name: str, command: list[Path | str]) -> Iterator[Result]:
-    """The calls of a script that prints a JSON object for each."""
-    done = _ended(command)
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"call"')]
-    for one in told:
+def _call_results(name: str, command: list[Path | str]) -> Iterator[Result]:
+    """The results of a script that prints one JSON object per call."""
+    done = _run_client(command)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"call"')]
+    for one in found:
         yield Result(name, one["call"], "failed" if one["error"] else "ok", one["error"] or "")
-    if done.returncode or not told:
+    if done.returncode or not found:
         yield Result(name, "to its end", "failed", _last_line(done.stderr))
 
 
@@ -147,7 +147,7 @@ def _guidellm(program: Path, address: str, model: Path) -> Iterator[Result]:
     for path in ("/v1/completions", "/v1/chat/completions"):
         with tempfile.TemporaryDirectory() as made:
             report = Path(made) / "report.json"
-            done = _ended([  # offline: its tokenizer is a folder
+            done = _run_client([  # offline: its tokenizer is a folder
                 "env", "HF_HUB_OFFLINE=1", program, "run", "--disable-progress",
                 "--backend", f"kind=openai_http,target={address},request_format={path}",
                 "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3",
@@ -159,19 +159,19 @@ def _guidellm(program: Path, address: str, model: Path) -> Iterator[Result]:
 
 
 def _unsuccessful(report: Path) -> str:
-    """What a benchmark's own report says of requests that did not succeed."""
+    """The failed requests in a benchmark's report; empty if there are none."""
     [benchmark] = json.loads(report.read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]
     return "" if totals["successful"] and not totals["errored"] else f"requests: {totals}"
 
 
-def _ended(command: list[Path | str]) -> "subprocess.CompletedProcess[str]":
+def _run_client(command: list[Path | str]) -> "subprocess.CompletedProcess[str]":
     quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_COLOR": "1"}
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet}, timeout=600)
 
 
 def _last_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()[-1:]), "it said nothing")
+    return next(iter(text.strip().splitlines()[-1:]), "no output")
 
 
 def _show(results: list[Result]) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/settings.md from the settings as they are declared; run it after changing one.
+"""Writes the tables of docs/settings.md from the declared settings; run it after changing one.
 
 .venv/bin/python scripts/document_settings.py
 """
@@ -18,7 +18,7 @@ _TABLES = re.compile(r"(?<=<!-- tables -->\n).*(?=<!-- end of the tables -->)", 
 
 
 def document() -> str:
-    """The text of docs/settings.md with its tables as they should be."""
+    """The text of docs/settings.md with up-to-date tables."""
     return _TABLES.sub(lambda _: _tables(), DOCUMENT.read_text())
 
 
@@ -41,7 +41,7 @@ def _row(name: str, field: Any) -> str:
     else:
         options = ", ".join(f"`--{flag}`" for flag in flags)
     value = default_of(field)
-    # what a default is called, where it is none, is no value that could be given
+    # a description of an unset default is not a valid value, so it is not shown as code
     default = f"*{value}*" if field.default is None or field.default == () else f"`{value}`"
     variables = ", ".join(f"`{one.upper()}`" for one in names)
     return f"| {variables} | {options} | {default} | {field.description} |\n"

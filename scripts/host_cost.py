@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a decode step costs the host: everything but the device, which takes no time here.
+"""Measures what a decode step costs the host; the device takes no time here.
 
     .venv/bin/python scripts/host_cost.py [--rows 1 8 16 32 64] [--tokens 300] [--repeats 7]
 
 An engine serves a GPU's runner over a tiny GPT-2 on the CPU. Replaying a graph does nothing; inputs,
-sampling, scheduling, the step ahead, the event loop and its readers, and the metrics are real. Operations on
-tensors that small stand for launches. The engine's thread and the event loop share the interpreter, so that
-a step takes about the sum of both. Prints microseconds; one JSON line last.
+sampling, scheduling, overlap, the event loop and its consumers, and the metrics are real. Operations on
+tiny tensors take the place of kernel launches. The worker thread and the event loop share the GIL, so a
+step takes about the sum of both. Prints microseconds; one JSON line last.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from server.host.threads import compute_with
 from server.observability.metrics import Metrics
 
 VOCABULARY, PROMPT, PRECISION = 8, 4, "fp32"
-SPARED = 20  # steps at either end of a repeat, where rows come and go
+SPARED = 20  # steps at either end of a repeat, while rows start and finish
 MICROSECONDS = 1e6
 
 
@@ -62,7 +62,7 @@ def model(slots: int, tokens: int) -> LoadedModel:
 
 
 class Watch:
-    """Told every step; reads the clocks when ``rows`` have begun to run together, and before they end."""
+    """Receives every step; reads the clocks once all ``rows`` run together, and before they end."""
 
     def __init__(self, rows: int, steps: int) -> None:
         self._rows, self._last, self._seen = rows, steps, 0
@@ -91,7 +91,7 @@ class Watch:
 
 
 async def measured(rows: int, options: argparse.Namespace) -> dict[str, float]:
-    """Medians over the repeats, each by itself."""
+    """The median of each figure over the repeats."""
     watch: Watch | None = None
 
     def on_step(step: StepStats) -> None:

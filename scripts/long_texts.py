@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What slow readers of /tokenize and far too long prompts cost a server, and everyone else on it.
+"""Measures what slow readers of /tokenize and far too long prompts cost a server and its other clients.
 
     .venv/bin/python scripts/long_texts.py [--model bundled] [--readers 12] [--seconds 30] [--megabytes 1.9]
 
-Starts a server of its own on the last CPU (by taskset) and keeps to the first one itself. Prints a line for
-each figure as it comes, and one JSON line last; it judges nothing.
+Starts a server on the last CPU (by taskset) and runs on the first. Prints each figure as it is measured,
+and one JSON line last; no figure makes it fail.
 """
 
 import argparse
@@ -36,13 +36,13 @@ Reader = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Watched:
-    """A server and what was measured of it."""
+    """A server and its measured figures."""
 
     def __init__(self, process: psutil.Popen, client: httpx.AsyncClient) -> None:
         self.process, self.client = process, client
         self.figures: dict[str, Any] = {}
 
-    def tell(self, name: str, value: Any) -> None:
+    def report(self, name: str, value: Any) -> None:
         self.figures[name] = value
         print(f"{name:<45}{value}", flush=True)
 
@@ -57,8 +57,8 @@ class Watched:
         return highest
 
     async def in_flight(self) -> int:
-        told: int = (await self.client.get("/stats")).json()["queue"]["in_flight"]
-        return told
+        count: int = (await self.client.get("/stats")).json()["queue"]["in_flight"]
+        return count
 
 
 @asynccontextmanager
@@ -102,7 +102,7 @@ async def read_slowly(connection: Reader, seconds: float) -> None:
         await asyncio.sleep(0.125)
 
 
-async def asked_all_the_time(client: httpx.AsyncClient, until: asyncio.Event) -> list[float]:
+async def short_requests(client: httpx.AsyncClient, until: asyncio.Event) -> list[float]:
     """Milliseconds of small requests, one after another."""
     took = []
     while not until.is_set():
@@ -114,27 +114,27 @@ async def asked_all_the_time(client: httpx.AsyncClient, until: asyncio.Event) ->
 
 
 async def others_during(watched: Watched, name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs the work; tells what it cost in memory, and what others waited meanwhile."""
+    """Runs the work; reports its CPU time and memory, and the latency of other requests meanwhile."""
     over = asyncio.Event()
-    watched.tell(f"{name}: RSS before, MiB", watched.rss())
-    others = asyncio.create_task(asked_all_the_time(watched.client, over))
+    watched.report(f"{name}: RSS before, MiB", watched.rss())
+    others = asyncio.create_task(short_requests(watched.client, over))
     peak = asyncio.create_task(watched.peak_rss(over))
     before = sum(watched.process.cpu_times()[:2])
     await work()
-    watched.tell(f"{name}: CPU, s", round(sum(watched.process.cpu_times()[:2]) - before, 2))
+    watched.report(f"{name}: CPU, s", round(sum(watched.process.cpu_times()[:2]) - before, 2))
     over.set()
     cuts = quantiles(await others, n=100)
-    watched.tell(f"{name}: others' p50 and p99, ms", (round(cuts[49], 1), round(cuts[98], 1)))
-    watched.tell(f"{name}: RSS at its peak, MiB", await peak)
+    watched.report(f"{name}: others' p50 and p99, ms", (round(cuts[49], 1), round(cuts[98], 1)))
+    watched.report(f"{name}: RSS at its peak, MiB", await peak)
     while await watched.in_flight():
         await asyncio.sleep(0.1)
     await asyncio.sleep(5)
-    watched.tell(f"{name}: RSS 5 s after the last place, MiB", watched.rss())
+    watched.report(f"{name}: RSS 5 s after the last place, MiB", watched.rss())
 
 
 async def long_prompts(watched: Watched, text: str) -> None:
     async def work() -> None:
-        async def ask(path: str, body: dict[str, Any]) -> tuple[int, float]:
+        async def post(path: str, body: dict[str, Any]) -> tuple[int, float]:
             began = time.perf_counter()
             status = (await watched.client.post(path, json=body)).status_code
             return status, time.perf_counter() - began
@@ -145,12 +145,12 @@ async def long_prompts(watched: Watched, text: str) -> None:
         ]
         bodies += [("/compare", {"inputs": text}), ("/generate", {"inputs": text, "truncate": 8})]
         for path, body in bodies:
-            status, took = await ask(path, body)
+            status, took = await post(path, body)
             label = f"one prompt to {path}{' with truncate' if 'truncate' in body else ''}: status, s"
-            watched.tell(label, (status, round(took, 3)))
-        told = await asyncio.gather(*(ask(*bodies[i % 2]) for i in range(8)))
-        watched.tell("8 prompts at once: statuses", dict(Counter(status for status, _ in told)))
-        watched.tell("8 prompts at once: slowest, s", round(max(took for _, took in told), 3))
+            watched.report(label, (status, round(took, 3)))
+        answers = await asyncio.gather(*(post(*bodies[i % 2]) for i in range(8)))
+        watched.report("8 prompts at once: statuses", dict(Counter(status for status, _ in answers)))
+        watched.report("8 prompts at once: slowest, s", round(max(took for _, took in answers), 3))
 
     await others_during(watched, "prompts", work)
 
@@ -163,19 +163,19 @@ async def slow_readers(watched: Watched, text: str, count: int, seconds: float) 
         connections = [await reader(watched.client, sent) for _ in range(count)]
         reading = [asyncio.create_task(read_slowly(one, seconds)) for one in connections]
         await asyncio.sleep(2)
-        watched.tell(f"{label}: places after 2 s", await watched.in_flight())
+        watched.report(f"{label}: places taken after 2 s", await watched.in_flight())
         await asyncio.gather(*reading)
         for _, sink in connections:
             sink.transport.abort()
         left = time.perf_counter()
         while await watched.in_flight():
             await asyncio.sleep(0.05)
-        watched.tell(f"{label}: places free after leaving, s", round(time.perf_counter() - left, 2))
+        watched.report(f"{label}: time until the places are free, s", round(time.perf_counter() - left, 2))
 
     await others_during(watched, label, work)
 
 
-async def told_to_end(watched: Watched, texts: list[str], count: int) -> None:
+async def terminate(watched: Watched, texts: list[str], count: int) -> None:
     connections = [
         await reader(watched.client, request("/tokenize", {"inputs": text}))
         for text in texts
@@ -185,7 +185,7 @@ async def told_to_end(watched: Watched, texts: list[str], count: int) -> None:
     began = time.perf_counter()
     watched.process.send_signal(signal.SIGTERM)
     code = await asyncio.to_thread(watched.process.wait)
-    watched.tell(f"SIGTERM with grace {GRACE} s: code, s", (code, round(time.perf_counter() - began, 2)))
+    watched.report(f"SIGTERM with grace {GRACE} s: code, s", (code, round(time.perf_counter() - began, 2)))
     for _, sink in connections:
         sink.transport.abort()
 
@@ -202,7 +202,7 @@ async def main() -> None:
         await long_prompts(watched, large)
         for text in (large, large[:240_000]):
             await slow_readers(watched, text, options.readers, options.seconds)
-        await told_to_end(watched, [large, large[:240_000]], options.readers // 2)
+        await terminate(watched, [large, large[:240_000]], options.readers // 2)
         print(json.dumps(watched.figures))
 
 

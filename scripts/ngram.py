@@ -1,11 +1,11 @@
-"""An n-gram language model: what the bundled one is compared with."""
+"""An n-gram language model, the baseline of the bundled model."""
 
 import math
 from collections import Counter, defaultdict
 
 
 class KneserNey:
-    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1999, eq. 4.2), the baseline."""
+    """Interpolated Kneser-Ney n-gram model (Chen & Goodman 1999, eq. 4.2)."""
 
     def __init__(self, ids: list[int], order: int, vocabulary: int, discount: float = 0.75) -> None:
         self.order, self.vocabulary, self.discount = order, vocabulary, discount

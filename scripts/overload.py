@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Ten times overload, measured: what is still served, and how soon the rest is refused.
+"""Measures a server under ten times its peak load: goodput, and the latency of refusals.
 
     .venv/bin/python scripts/overload.py [--seconds 15] [--tokens 32] [--factor 10]
 
-Starts a server on one core and loads it from another. First as many clients as there are places ask one
-request after another: the peak. Then ``factor`` times that rate arrives whatever is answered, on connections
-that are kept; then ``factor`` times as many clients as places ask, each of which waits as ``Retry-After``
-says. Then the peak and the rate once more, with a connection for each request. ``share`` is of the peak just
-before; with ``--rounds``, medians of the shares come last. Prints a table, and one JSON line. Latencies are
-from when a request was due, so that a client which falls behind shows; ``lag`` is how late its own event loop
-is. ``by CPU`` is the share of the peak by the server's CPU time, which other work on this host changes less.
+Starts a server on one core and loads it from another. The peak: a closed loop of as many clients as there
+are places. Then an open loop at ``factor`` times that rate on keep-alive connections; then a closed loop of
+``factor`` times as many clients as places, each of which waits for ``Retry-After``. Then peak and open loop
+again, with one connection per request. ``share`` is relative to the preceding peak; with ``--rounds``,
+medians of the shares come last. Prints a table and one JSON line. Latencies count from the time a request was
+due, so that they include the delay of a client that falls behind; ``lag`` is the delay of its event loop.
+``by CPU`` is the share of the peak per CPU second of the server, which other work on this host affects less.
 
-Behind a deadline, at one and a half times the load and with more places than can be served in time:
+With a deadline, at one and a half times the load and with more places than can be served in time:
 
     .venv/bin/python scripts/overload.py --factor 1.5 --places 1000 -- --request-timeout 2
 """
@@ -46,7 +46,7 @@ WARM_UP = 2.0  # seconds of every phase that are not counted
 
 @dataclass
 class Answer:
-    """One answer; status 0 where the connection ended without one."""
+    """One response; status 0 if the connection closed without one."""
 
     status: int
     seconds: float
@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass
 class Phase:
-    """What one phase was answered."""
+    """The responses and figures of one phase."""
 
     name: str
     begun: float = field(default_factory=time.perf_counter)
@@ -64,7 +64,7 @@ class Phase:
     lags: list[float] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """The server's."""
+    """Of the server process."""
 
     def row(self) -> dict[str, object]:
         counts = Counter(answer.status for answer in self.answers)
@@ -91,7 +91,7 @@ def percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 class Connection(asyncio.Protocol):
-    """Sends one encoded request at a time and finds where its answer ends."""
+    """Sends one encoded request at a time and finds the end of its response."""
 
     def __init__(self, request: bytes) -> None:
         self._request, self._received = request, b""
@@ -103,8 +103,8 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    async def ask(self) -> bytes:
-        """The answer's head; empty where there was none."""
+    async def send(self) -> bytes:
+        """The head of the response; empty if there was none."""
         assert self._transport is not None
         self._received, self._answered = b"", asyncio.get_running_loop().create_future()
         self._transport.write(self._request)
@@ -132,7 +132,7 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    """Asks one server the same request over and over."""
+    """Sends the same request to one server repeatedly."""
 
     def __init__(self, port: int, request: bytes, seconds: float, server: psutil.Process) -> None:
         self._port, self._request, self._seconds, self._server = port, request, seconds, server
@@ -143,15 +143,15 @@ class Load:
         head = b""
         try:
             connection = await self._connection(keep)
-            head = await connection.ask()
+            head = await connection.send()
             if keep and connection.reusable:
                 self._idle.append(connection)
             else:
                 connection.close()
         except OSError:
             pass
-        now, told = time.perf_counter(), RETRY.search(head)
-        answer = Answer(int(head[9:12]) if head else 0, now - due, float(told[1]) if told else 0.0)
+        now, retry = time.perf_counter(), RETRY.search(head)
+        answer = Answer(int(head[9:12]) if head else 0, now - due, float(retry[1]) if retry else 0.0)
         if phase.begun + WARM_UP <= now <= phase.begun + WARM_UP + self._seconds:
             phase.answers.append(answer)
         return answer
@@ -165,7 +165,7 @@ class Load:
         return made
 
     async def closed(self, name: str, clients: int, keep: bool = True) -> Phase:
-        """Each client asks again when it was answered, or when ``Retry-After`` says."""
+        """Each client sends its next request after a response, or after its ``Retry-After``."""
 
         async def client() -> None:
             while (now := time.perf_counter()) < end:
@@ -181,7 +181,7 @@ class Load:
         return phase
 
     async def open(self, name: str, per_second: float, keep: bool) -> Phase:
-        """New requests wait for no answer."""
+        """Requests are sent at a fixed rate, independent of responses."""
         phase, tasks = Phase(name), list[asyncio.Task[Answer]]()
         watch = asyncio.ensure_future(self._watch(phase))
         while (gone := time.perf_counter() - phase.begun) < WARM_UP + self._seconds:
@@ -194,7 +194,7 @@ class Load:
         return phase
 
     async def _watch(self, phase: Phase) -> None:
-        """Wakes every ``TICK`` seconds and notes how late it is."""
+        """Wakes every ``TICK`` seconds and records its delay."""
         await asyncio.sleep(WARM_UP)
         used = self._cpu_seconds()
         while (now := time.perf_counter()) < phase.begun + WARM_UP + self._seconds:
@@ -266,7 +266,7 @@ def show(row: dict[str, Any]) -> None:
 
 @contextmanager
 def own_server(options: argparse.Namespace) -> Iterator[tuple[int, psutil.Process]]:
-    """A server on its core; yields its port when it is ready."""
+    """A server on its core; yields its port and process once it listens."""
     arguments = ["--port", "0", "--precisions", "fp32", "--threads", "1", *options.server]
     command = ["taskset", "-c", str(options.server_core), sys.executable, "-m", "server", "serve", *arguments]
     places = str(options.places)
@@ -289,11 +289,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of every phase")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="generated by each request")
-    parser.add_argument("--factor", type=float, default=10, help="how many times too much")
+    parser.add_argument("--factor", type=float, default=10, help="load relative to the peak")
     parser.add_argument("--places", type=int, default=128)
     parser.add_argument("--server-core", type=int, default=0)
     parser.add_argument("--client-core", type=int, default=1)
-    parser.add_argument("--log", help="a file for what the server logs")
+    parser.add_argument("--log", help="a file for the server's log")
     parser.add_argument("server", nargs="*", help="further options of the server, after --")
     options = parser.parse_args()
     os.sched_setaffinity(0, {options.client_core})

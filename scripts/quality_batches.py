@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What it gains to compute several windows of a text together: batches in turn, medians.
+"""Measures the gain of evaluating several windows of a text in one batch: interleaved runs, medians.
 
     .venv/bin/python scripts/quality_batches.py [--model bundled] [--window 512] [--batches 1,2,4]
 
-Prints milliseconds a window: of the forward passes, and of everything, the comparison with fp32 included.
+Prints milliseconds per window: of the forward passes, and in total including the comparison with fp32.
 One JSON line last.
 """
 
@@ -34,7 +34,7 @@ def beginning(size: int) -> Text:
 def once(
     models: list[LoadedModel], text: Text, spec: ModelSpec, window: int, batch: int
 ) -> tuple[int, float, float]:
-    """How many were computed together; ms a window of the candidate's passes, and of everything."""
+    """The batch size used; ms per window of the candidate's passes, and in total."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(spec.checkpoint)
     (found,) = measure(models[0], models[1:], text, tokenizer, window=window, batch=batch, prompts=0)

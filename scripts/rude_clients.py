@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How long others wait for GET /health/live while rude clients hold connections; needs two cores.
+"""Measures the latency of GET /health/live while abusive clients hold connections; needs two cores.
 
     .venv/bin/python scripts/rude_clients.py [--seconds 5] [--tree FOLDER] [--only chunks|idle]
 
-A real server runs on one core, the rude clients and the one who asks on another. Two attacks: `POST
-/generate` in chunks of one byte without end, on 1, 16 and 64 connections without a key and on 16 with it,
-which come back when they are closed; and 400 connections that send nothing, to a server that may open 256
+A server runs on one core, the abusive clients and the measuring client on another. Two attacks: endless
+`POST /generate` bodies in one-byte chunks, on 1, 16 and 64 connections without a key and on 16 with it,
+reopened when closed; and 400 connections that send nothing, to a server limited to 256 open
 files. `--tree` measures the server of another checkout of this repository. Prints milliseconds; one JSON
 line last.
 """
@@ -36,13 +36,13 @@ WITH_KEY = f"Authorization: Bearer {KEY}\r\n".encode()
 CHUNKS = b"1\r\nx\r\n" * 10_000
 CHUNK_ATTACKS = ((1, b""), (16, b""), (64, b""), (16, WITH_KEY))
 FILES, IDLE = 256, 400
-PAUSE = 0.05  # between two questions of the one who asks
+PAUSE = 0.05  # seconds between two measured requests
 CLIENT_CORE, SERVER_CORE = 0, 1
 
 
 @contextlib.contextmanager
 def serving(tree: Path, log: Path, files: int | None = None) -> Iterator[int]:
-    """The server's port; its process has one core, and at most so many open files."""
+    """Yields the port of a server on one core with at most ``files`` open files."""
 
     def confine() -> None:
         os.sched_setaffinity(0, {SERVER_CORE})
@@ -59,7 +59,7 @@ def serving(tree: Path, log: Path, files: int | None = None) -> Iterator[int]:
             assert process.stdout is not None
             found = (re.search(r"listening on http://[\d.]+:(\d+)", line) for line in process.stdout)
             port = int(next(match[1] for match in found if match))
-            while ask(port, "/health/ready")[0] != 200:
+            while get(port, "/health/ready")[0] != 200:
                 time.sleep(0.1)
             yield port
         finally:
@@ -67,8 +67,8 @@ def serving(tree: Path, log: Path, files: int | None = None) -> Iterator[int]:
             process.wait()
 
 
-def ask(port: int, path: str) -> tuple[int, float]:
-    """Status (0: none came) and seconds of a GET on a connection of its own."""
+def get(port: int, path: str) -> tuple[int, float]:
+    """Status (0: no response) and seconds of a GET on a new connection."""
     begun = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -81,11 +81,11 @@ def ask(port: int, path: str) -> tuple[int, float]:
     return status, time.perf_counter() - begun
 
 
-def ask_for(seconds: float, port: int) -> dict[str, Any]:
-    """Milliseconds until the answers came, and their statuses."""
+def measure(seconds: float, port: int) -> dict[str, Any]:
+    """Latencies in milliseconds, and statuses."""
     end, found = time.monotonic() + seconds, []
     while time.monotonic() < end:
-        found.append(ask(port, "/health/live"))
+        found.append(get(port, "/health/live"))
         time.sleep(PAUSE)
     took = sorted(1000 * one for _, one in found)
     statuses = {str(status): sum(one == status for one, _ in found) for status in {one for one, _ in found}}
@@ -94,7 +94,7 @@ def ask_for(seconds: float, port: int) -> dict[str, Any]:
 
 
 def send_chunks(port: int, connections: int, key: bytes, seconds: float) -> None:
-    """A process of its own: every connection sends as fast as it may, and comes back when it is closed."""
+    """Runs in a subprocess: every connection sends as fast as possible and is reopened when closed."""
     end = time.monotonic() + seconds
 
     def send() -> None:
@@ -117,7 +117,7 @@ def under_chunks(tree: Path, log: Path, connections: int, key: bytes, seconds: f
         rude = get_context("spawn").Process(target=send_chunks, args=(port, connections, key, seconds + 1))
         rude.start()
         time.sleep(1)
-        found = ask_for(seconds, port)
+        found = measure(seconds, port)
         rude.join()
     return found
 
@@ -126,8 +126,8 @@ def under_idle(tree: Path, log: Path, seconds: float) -> dict[str, Any]:
     with serving(tree, log, FILES) as port, contextlib.ExitStack() as held:
         for _ in range(IDLE):
             held.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", port), 5)))
-        found = ask_for(seconds, port)
-        found["docs_status"] = ask(port, "/docs/static/swagger-ui.css")[0]
+        found = measure(seconds, port)
+        found["docs_status"] = get(port, "/docs/static/swagger-ui.css")[0]
     return found | {"log_lines": log.read_bytes().count(b"\n")}
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What replaying real traffic costs that traffic: the same arrivals with a shadow and without, in turn.
+"""Measures what a shadow costs the traffic that it replays: the same arrivals with and without it in turn.
 
     .venv/bin/python scripts/shadow_cost.py [--rate 3] [--seconds 8] [--turns 5]
 
-Every turn has a new server: two that are set up alike differ more than a shadow makes. For the same reason
-one that replays nothing (a fraction of 0) stands beside one that has no shadow: they tell the noise. Prints
-percentiles over all turns; one JSON line last.
+Every turn starts new servers, because two servers with the same settings differ by more than a shadow costs.
+For the same reason a server that replays nothing (a fraction of 0) is compared with one without a shadow:
+their difference is the noise. Prints percentiles over all turns; one JSON line last.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SERVERS: dict[str, dict[str, str]] = {
 
 @asynccontextmanager
 async def served(options: argparse.Namespace, environment: dict[str, str]) -> AsyncIterator[Client]:
-    """Serves with these settings beside the model's; all servers hold both precisions."""
+    """A server with these additional settings; every server has both precisions loaded."""
     os.environ.update(environment)
     try:
         server = own_server(ModelSettings(model_id=options.model), options.precision, 16, options.threads)
@@ -103,11 +103,11 @@ async def main() -> None:
             medians[name].append(round(MILLISECONDS * percentile([one.ttft for one in found], 0.5), 1))
             counted = shadow["precisions"].get(options.precision)
             replayed += counted["requests"]["compared"] if counted else 0
-    told = [{"server": name, "requests": len(some), **figures(some)} for name, some in answers.items()]
-    for row in told:
+    table = [{"server": name, "requests": len(some), **figures(some)} for name, some in answers.items()]
+    for row in table:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     print(f"median time to first token of each turn, ms: {medians}; {replayed} replayed")
-    print(json.dumps({"figures": told, "medians": medians, "replayed": replayed}))
+    print(json.dumps({"figures": table, "medians": medians, "replayed": replayed}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Mixed traffic with disconnects, resets, unloads, comparisons, bad input: does anything grow, or stay taken?
+"""Runs mixed traffic with disconnects, resets, unloads, comparisons and bad input, and checks for leaks.
 
     .venv/bin/python scripts/soak.py [--minutes 60] [--model bundled] [--clients 24]
 
-Starts a server of its own. What it holds is looked at in its rests: after a warm-up in which every slot
-of every precision has been full once, on the way, and at the end. Prints a table, and one JSON line last;
-exits with 1 if memory, open files or threads grew, a place or a sequence was taken in any rest, or an answer
-came that should not. Ten minutes (``--minutes 10``) are enough to find a place that is lost.
+Starts a server and measures its resources when it is idle: after a warm-up in which every slot of every
+precision has been full once, several times during the run, and at the end. Prints a table and one JSON line
+last; exits with 1 if memory, open files or threads grew, if a place or a sequence was taken while idle, or
+after an unexpected response. Ten minutes (``--minutes 10``) are enough to find a leaked place.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHADOW = ["--shadow-precision", "fp32", "--shadow-fraction", "1"]
-TAKEN = ("places", "sequences")  # none in any rest
+TAKEN = ("places", "sequences")  # zero whenever the server is idle
 ALLOWED = {
-    "rss_bytes": 32 * 2**20,  # what an allocator may hold at one time and not at another
-    "threads": 2,  # of asyncio's own pool: each is started when it is first needed, up to CPUs and four
+    "rss_bytes": 32 * 2**20,  # fluctuation of the allocator
+    "threads": 2,  # of asyncio's default executor, which starts them on demand, up to CPUs + 4
 }
-PARTS = 6  # after each, what is held is looked at
+PARTS = 6  # resources are measured after each
 
 
 @asynccontextmanager
 async def served(model: str) -> AsyncIterator[tuple[psutil.Popen, httpx.AsyncClient]]:
-    """A server of its own, ready."""
+    """Yields a listening server and a client for it."""
     names = ",".join(PRECISIONS)
     process = psutil.Popen(
         [sys.executable, "-m", "server", "serve", *SHADOW,
@@ -58,30 +58,30 @@ async def served(model: str) -> AsyncIterator[tuple[psutil.Popen, httpx.AsyncCli
 
 
 async def warm_up(client: httpx.AsyncClient) -> None:
-    """Every slot of every precision full once: the pages of the KV caches are taken as they are written."""
+    """Fills every slot of every precision once, because pages of a KV cache are committed when written."""
     context = (await client.get("/info")).json()["max_total_tokens"]
     half = context // 2
     body = {"prompt": [1] * half, "max_tokens": context - half, "ignore_eos": True, "temperature": 0}
     for precision in [*PRECISIONS, COMING_AND_GOING]:
         wanted = [client.post("/v1/completions", json={**body, "precision": precision}) for _ in range(16)]
         assert {reply.status_code for reply in await asyncio.gather(*wanted)} == {200}
-    # long texts are encoded in threads, of which there come to be only so many
+    # starts the threads that encode long texts, whose number is bounded
     await asyncio.gather(*(client.post("/tokenize", json={"inputs": PROMPT * 10_000}) for _ in range(8)))
     await client.post(f"/precisions/{COMING_AND_GOING}/unload")
 
 
 async def at_rest(process: psutil.Popen, client: httpx.AsyncClient) -> dict[str, int]:
-    """What the server holds when nothing is asked of it."""
+    """The server's resources while it is idle."""
     await client.post(f"/precisions/{COMING_AND_GOING}/unload")
     queue: dict[str, int] = {}
-    for _ in range(600):  # what was finished is replayed first, by its shadow
+    for _ in range(600):  # the shadow first replays the finished requests
         stats = (await client.get("/stats")).json()
         queue = stats["queue"]
         if not queue["running"] + queue["waiting"] + queue["in_flight"] + stats["shadow"]["waiting"]:
             break
         await asyncio.sleep(0.1)
     files = []
-    for _ in range(5):  # connections that are just being closed are none that stay open
+    for _ in range(5):  # the minimum excludes connections that are being closed
         await asyncio.sleep(1)
         files.append(process.num_fds())
     return {
@@ -132,10 +132,10 @@ async def main() -> int:
         try:
             return await soak(process, client, options.minutes * 60, options.clients)
         except httpx.ConnectError:
-            print(f"the server ended by itself, with code {process.poll()}")
+            print(f"the server exited unexpectedly, with code {process.poll()}")
             return 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: the server ends too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: ends the server too
     sys.exit(asyncio.run(main()))

@@ -1,4 +1,4 @@
-"""What the clients of ``scripts/soak.py`` do: all that is usual, rude or wrong, at random."""
+"""The clients of ``scripts/soak.py``: regular, abusive and invalid requests, at random."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ BAD: list[tuple[str, bytes]] = [
 
 
 class Traffic:
-    """Clients that do something at random, again and again; ``outcomes`` counts (action, status)."""
+    """Clients that repeat random actions; ``outcomes`` counts (action, status)."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
@@ -72,15 +72,15 @@ class Traffic:
     @staticmethod
     def body(**others: Any) -> dict[str, Any]:
         prompt = PROMPT * random.randint(1, 20)
-        wishes = {"max_new_tokens": random.randint(1, 60), "precision": random.choice(PRECISIONS)}
-        return {"inputs": prompt, **wishes, **others}
+        fields = {"max_new_tokens": random.randint(1, 60), "precision": random.choice(PRECISIONS)}
+        return {"inputs": prompt, **fields, **others}
 
     async def plain(self) -> int:
         return (await self.client.post("/generate", json=self.body())).status_code
 
     async def sampled(self) -> int:
-        wishes = self.body(do_sample=True, best_of=2, top_k=20, stop=["the", "é"], details=True)
-        return (await self.client.post("/generate", json=wishes)).status_code
+        fields = self.body(do_sample=True, best_of=2, top_k=20, stop=["the", "é"], details=True)
+        return (await self.client.post("/generate", json=fields)).status_code
 
     async def stream(self) -> int | str:
         return await self._stream(leave_after=None)
@@ -105,8 +105,8 @@ class Traffic:
         return "left"
 
     async def openai(self) -> int:
-        wishes = {"prompt": [PROMPT, PROMPT * 3], "n": 2, "max_tokens": 10, "logprobs": 2, "echo": True}
-        return (await self.client.post("/v1/completions", json=wishes)).status_code
+        fields = {"prompt": [PROMPT, PROMPT * 3], "n": 2, "max_tokens": 10, "logprobs": 2, "echo": True}
+        return (await self.client.post("/v1/completions", json=fields)).status_code
 
     async def bad(self) -> int:
         path, body = random.choice(BAD)
@@ -123,7 +123,7 @@ class Traffic:
         return (await self.client.post(f"/precisions/{COMING_AND_GOING}/unload")).status_code
 
     async def unload_under_way(self) -> int:
-        """Ends the generations of a precision while they run; a client leaves at that very time."""
+        """Unloads a precision while it generates, and disconnects one of its clients at the same time."""
         body = self.body(precision=COMING_AND_GOING, max_new_tokens=LONG)
         several = {"prompt": [PROMPT] * 3, "n": 2, "max_tokens": LONG, "precision": COMING_AND_GOING}
         calls = [("/generate", body), ("/generate_stream", body), ("/v1/completions", several)]
@@ -137,16 +137,16 @@ class Traffic:
         return (await unloading).status_code
 
     async def compare(self) -> int:
-        wishes = {"precisions": random.sample(PRECISIONS, 2), "max_new_tokens": random.randint(1, 30)}
-        if random.random() < 0.3:  # it leaves
+        fields = {"precisions": random.sample(PRECISIONS, 2), "max_new_tokens": random.randint(1, 30)}
+        if random.random() < 0.3:  # the client disconnects
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(0.01, 0.3)):
-                    await self.client.post("/compare", json={"inputs": PROMPT, **wishes})
+                    await self.client.post("/compare", json={"inputs": PROMPT, **fields})
             return 200
-        return (await self.client.post("/compare", json={"inputs": PROMPT, **wishes})).status_code
+        return (await self.client.post("/compare", json={"inputs": PROMPT, **fields})).status_code
 
     async def reset(self) -> str:
-        """Ends the connection at any moment of a request, without the usual goodbye."""
+        """Resets the connection (RST) at a random moment of a request."""
         path, body = random.choice([
             ("/generate", self.body(max_new_tokens=LONG)),
             ("/generate", self.body(precision=COMING_AND_GOING)),
@@ -179,11 +179,11 @@ class Traffic:
         return (await self.client.post(path, json=sent)).status_code
 
     def unwanted(self) -> dict[str, int]:
-        """Answers that no action should have had."""
+        """The unexpected responses and their counts."""
         refusals = {400, 404, 413, 422}
         return {
             f"{action} {outcome}": count
             for (action, outcome), count in self.outcomes.items()
-            # a precision that comes and goes is gone for some, and its last words are an error
+            # streams of a precision that is unloaded end with an error event
             if not (outcome in (200, 429, "left") or (action == "bad" and outcome in refusals))
         }

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Trains the bundled model: a small GPT-2 on the text that every CPython carries.
+"""Trains the bundled model: a small GPT-2 on the text that comes with CPython.
 
     .venv/bin/python scripts/train_bundled.py [--steps N] [--bf16] [--work DIR] [--out loaders/bundled]
 
-Seeded and resumable: every batch is drawn from (seed, step), and the state is saved to ``--work`` as it
-goes, so an interrupted run continues where it stopped. The learning rate is warm-up, plateau, decay
-(the last quarter of ``--steps``): before the decay begins, ``--steps`` may still be changed on resuming.
-Muon trains the layers' matrices (Jordan et al. 2024, scaled as in arXiv:2502.16982), AdamW all else.
+Seeded and resumable: every batch is drawn from (seed, step), and checkpoints go to ``--work``, so that an
+interrupted run continues where it stopped. The learning rate has warm-up, plateau and decay
+(the last quarter of ``--steps``): before the decay begins, ``--steps`` may be changed on resuming.
+Muon trains the layers' matrices (Jordan et al. 2024, scaled as in arXiv:2502.16982), AdamW the rest.
 Writes config, tokenizer, safetensors and a model card with the figures measured on held-out text.
 """
 
@@ -85,7 +85,7 @@ def batch_for(step: int, prose: np.ndarray[Any, Any], source: np.ndarray[Any, An
 
 
 def schedule(step: int, steps: int) -> float:
-    """The share of the full learning rate that a step is taken with."""
+    """The share of the full learning rate at a step."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     if step < (start := decay_start(steps)):
@@ -94,12 +94,12 @@ def schedule(step: int, steps: int) -> float:
 
 
 def decay_start(steps: int) -> float:
-    """The step from which on the learning rate falls."""
+    """The step at which the learning rate begins to fall."""
     return steps * (1 - DECAY_SHARE)
 
 
 class Optimizers:
-    """Muon and AdamW as one, and their states as one."""
+    """Muon and AdamW behind one interface."""
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self._parameters = list(model.parameters())
@@ -122,7 +122,7 @@ class Optimizers:
         ]
 
     def step(self, share: float) -> None:
-        """One update, with that share of the learning rates."""
+        """One update at that share of the learning rates."""
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for optimizer, rate in self._all:
             for group in optimizer.param_groups:
@@ -178,7 +178,7 @@ def train(args: argparse.Namespace) -> None:
     model.train()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
     for step in bar:
-        if step >= decay_start(args.steps):  # what is learned now is to stay: nothing is dropped any more
+        if step >= decay_start(args.steps):  # no dropout while the learning rate decays
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
@@ -203,7 +203,7 @@ def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, bf16: bool) -> torch.Tens
 
 
 def restore(work: Path, model: GPT2LMHeadModel, optimizers: Optimizers) -> int:
-    """The step to go on from."""
+    """Restores a saved state; returns the next step, 0 without one."""
     if not (path := work / "state.pt").exists():
         return 0
     state = torch.load(path, weights_only=True)
@@ -263,7 +263,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description="Train the bundled model.")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, on a CPU that can")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, on a CPU that supports it")
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--work", type=Path, default=root / ".train")
     parser.add_argument("--out", type=Path, default=root / "loaders" / "bundled")

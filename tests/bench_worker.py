@@ -1,4 +1,4 @@
-"""What a ``WorkerProcess`` runs in the tests: an engine that counts upwards, and libraries that print."""
+"""The ``WorkerProcess`` of the tests: an engine that counts upwards, and a library that prints."""
 
 import os
 

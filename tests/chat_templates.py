@@ -1,4 +1,4 @@
-"""Chat templates as models of several families have them, shortened, and one that uses all there is."""
+"""Shortened chat templates of several model families, and one that uses every feature."""
 
 # ruff: noqa: E501
 SMOLLM = """\

@@ -1,4 +1,4 @@
-"""Small real checkpoints, made on the spot: a GPT-2, a Llama with grouped-query attention."""
+"""Generates small real checkpoints: a GPT-2, a Llama with grouped-query attention."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def exploding_tokenizer() -> PreTrainedTokenizerFast:
-    """One whose pattern takes exponential time on ``EXPLOSIVE``, until the library beneath panics."""
+    """A tokenizer whose pattern takes exponential time on ``EXPLOSIVE``, until the Rust library panics."""
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,7 +63,7 @@ def llama(context: int = 256, seed: int = 0) -> LlamaForCausalLM:
 
 
 def scripted(script: Sequence[int], prompt_tokens: int, vocabulary: int = VOCABULARY) -> GPT2LMHeadModel:
-    """A GPT-2 that says ``script`` after any prompt of so many tokens: it looks at the position alone."""
+    """A GPT-2 that generates ``script`` after any prompt of so many tokens, by position alone."""
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=256, n_embd=256, n_layer=1, n_head=4,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
@@ -79,7 +79,7 @@ def scripted(script: Sequence[int], prompt_tokens: int, vocabulary: int = VOCABU
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
-    """Writes a checkpoint as the hub has them: config, tokenizer, safetensors."""
+    """Writes a checkpoint in the hub's format: config, tokenizer, safetensors."""
     model.save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The service on a model that needs no weights: in process, and behind a real socket."""
+"""The service on a model without weights: in process, and behind a real socket."""
 
 import asyncio
 import logging
@@ -27,9 +27,9 @@ from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 @pytest.fixture(autouse=True)
 def process_logging() -> Iterator[None]:
-    """Gives the process's logging back: a command run here writes to the stderr of its test, closed later."""
-    root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("server", "loaders")]
-    handlers, levels = root.handlers[:], [(logger, logger.level) for logger in (root, *ours)]
+    """Restores the process's logging, which a command configures for its test's stderr."""
+    root, packages = logging.getLogger(), [logging.getLogger(name) for name in ("server", "loaders")]
+    handlers, levels = root.handlers[:], [(logger, logger.level) for logger in (root, *packages)]
     yield
     root.handlers[:] = handlers
     for logger, level in levels:
@@ -38,7 +38,7 @@ def process_logging() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's cache with nothing in it."""
+    """An empty user cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def small_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    """A small checkpoint of each family, of which one has kernels of its own."""
+    """A small checkpoint of each family; GPT-2 has compiled kernels of its own."""
     model = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[request.param]()
     folder = checkpoints.save(model, tmp_path_factory.mktemp(request.param))
     return ModelSpec(open_checkpoint(str(folder)), slots=4)
@@ -54,14 +54,14 @@ def small_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", params=kernels.runnable())
 def library(request: pytest.FixtureRequest) -> kernels.Library:
-    """Every library that this CPU can run, not the best alone."""
+    """Every kernel library that this CPU can run, not only the best one."""
     found = kernels.load(request.param)
     assert isinstance(found, kernels.Library), found
     return found
 
 
 class Loads:
-    """In place of ``loaders.load``: remembers what it loaded, and the runners by precision."""
+    """Replaces ``loaders.load``: records the loads, and the runners by precision."""
 
     def __init__(self) -> None:
         self.runners: dict[str, FakeRunner] = {}
@@ -83,10 +83,10 @@ def loads() -> Loads:
 
 @pytest.fixture
 def make_app(tmp_path: Path, loads: Loads) -> Callable[..., FastAPI]:
-    """An application by settings; ``fp32`` and ``bf16`` are loaded at its start."""
+    """Creates apps with given settings; ``fp32`` and ``bf16`` are loaded at the start."""
 
     def make(**values: Any) -> FastAPI:
-        from server.app import create_app  # here: tests of other parts need not import it all
+        from server.app import create_app  # here, so that other tests don't import the whole app
 
         settings = Settings(**{"precisions": "fp32,bf16", "device": "cpu", **values})
         return create_app(settings, open_checkpoint=lambda *_: fake_checkpoint(tmp_path), load=loads)
@@ -96,7 +96,7 @@ def make_app(tmp_path: Path, loads: Loads) -> Callable[..., FastAPI]:
 
 @pytest.fixture
 def make_client(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., TestClient]]:
-    """Clients whose application is ready."""
+    """Creates clients of ready apps."""
     entered: list[TestClient] = []
 
     def make(**values: Any) -> TestClient:
@@ -118,7 +118,7 @@ def client(make_client: Callable[..., TestClient]) -> TestClient:
 
 @pytest.fixture
 def make_chatty(make_client: Callable[..., TestClient], tmp_path: Path) -> Callable[..., TestClient]:
-    """As ``make_client``, of a model that has a chat template."""
+    """Like ``make_client``, for a model with a chat template."""
 
     def make(**values: Any) -> TestClient:
         from tests.routes.openai.test_openai import TEMPLATE
@@ -139,7 +139,7 @@ def live(make_app: Callable[..., FastAPI]) -> Iterator[str]:
 
 @contextmanager
 def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Iterator[str]:
-    """Behind a socket, as the process has it; ``send_buffer``: the kernel's bytes; ``options``: uvicorn's."""
+    """Serves an app on a socket; ``send_buffer``: its SO_SNDBUF in bytes; ``options``: uvicorn's."""
     with socket.socket() as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -159,7 +159,7 @@ def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Ite
 
 @asynccontextmanager
 async def entered(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application in this very event loop, for many requests at once; bodies come whole."""
+    """A client of the app in the same event loop, for concurrent requests; bodies arrive whole."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -171,14 +171,14 @@ async def entered(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    """As ``wait_until``, for coroutines."""
+    """Like ``wait_until``, for coroutines."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
 
 
 async def at_rest(app: FastAPI, client: httpx.AsyncClient, precision: str = "fp32") -> None:
-    """Nothing runs, waits or holds a slot any more, and a plain request is served."""
+    """Waits until nothing runs, waits or holds a slot, and asserts that a plain request is served."""
     state = app.state
     await until(lambda: not state.service.places.in_flight)
     await until(lambda: not any(engine.running + engine.waiting for engine in state.pool.engines))
@@ -192,5 +192,5 @@ async def at_rest(app: FastAPI, client: httpx.AsyncClient, precision: str = "fp3
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "the awaited did not happen"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.01)

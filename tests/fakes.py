@@ -1,4 +1,4 @@
-"""A model that needs no weights: its next token follows from the ones before, and it fails on demand."""
+"""A model without weights: its next token is a function of the previous ones, and it fails on demand."""
 
 import threading
 import time
@@ -17,10 +17,10 @@ _FIRST, _LETTERS = 65, 26  # ids of "a" … "z" in the byte alphabet of tests/ch
 
 
 class FakeRunner(Runner):
-    """Answers every context with a letter that depends on all of it; the rest of the distribution is flat.
+    """Predicts after every context a letter that depends on all of it; the rest of the distribution is flat.
 
-    Hooks: ``delay`` seconds a call; ``on_prefill(slot, ids)`` and ``on_decode(slots)`` are called first and
-    may raise; ``poison`` maps logits before they are returned.
+    Hooks: ``delay``, seconds per call; ``on_prefill(slot, ids)`` and ``on_decode(slots)`` are called first
+    and may raise; ``poison`` maps logits before they are returned.
     """
 
     def __init__(self, slots: int = 4, context: int = 256) -> None:
@@ -90,10 +90,9 @@ class FakeRunner(Runner):
 
 
 class FakeDeviceRunner(FakeRunner):
-    """As one of an accelerator: it goes on from tokens that the host has not seen.
+    """Behaves like an accelerator's Runner: it continues from tokens that the host has not read.
 
-    What it is given and what it returns it keeps in tensors made once, as captured steps do: whoever reads
-    the logits after the next call reads those of that call.
+    Like captured steps, it returns logits in a fixed tensor, which the next call overwrites.
     """
 
     working_bytes = 64
@@ -128,6 +127,6 @@ def fake_checkpoint(folder: Path, context: int = 256) -> Checkpoint:
 
 
 def fake_load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
-    """In place of ``loaders.load``."""
+    """Replaces ``loaders.load``."""
     progress("loading", 1, 1)
     return fake_model(precision, FakeRunner(spec.slots, spec.max_tokens))

@@ -1,8 +1,8 @@
-"""A stand-in for CUDA graphs that needs no card: operations are recorded with the very tensors they touched.
+"""A replacement of CUDA graphs without a GPU: operations are recorded with the tensors that they touched.
 
-As a real graph, a replay runs no Python of the work: not its conditions, not its lookups. It repeats the
-recorded operations on the recorded tensors and writes into the recorded results. So a step that makes a new
-input tensor, or keeps what changes in a Python variable, gives wrong answers here too.
+As with a real graph, a replay runs no Python of the captured work. It repeats the recorded operations on the
+recorded tensors and writes into the recorded results. A step that allocates a new input tensor, or keeps
+changing state in a Python variable, gives wrong results here too.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _WAITS = {"item", "_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select"}
-"""Operations whose result the host needs: a capture ends with an error there."""
+"""Operations that synchronize with the host: they are an error during capture."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -38,7 +38,7 @@ class _Recorder(TorchDispatchMode):
         fresh = [t for t in results if t.untyped_storage().data_ptr() not in addresses]
         writes = func._schema.is_mutable
         if not fresh and not writes:
-            return  # a view: of the same memory at every replay
+            return  # a view: its memory is the same at every replay
 
         def repeat() -> None:
             again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
@@ -53,7 +53,7 @@ class RecordedGraphs:
     """Implements ``loaders.cuda.cuda_graphs.Graphs``.
 
     Args:
-        refuse: raised by the capture of that number, counted from 1.
+        refuse: exceptions by the number of the capture that raises them, counted from 1.
     """
 
     def __init__(self, refuse: dict[int, Exception] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The documents against the code: settings, routes, precisions, modules and links that they name."""
+"""The documents name existing settings, routes, precisions, modules and links."""
 
 import re
 import runpy
@@ -17,17 +17,17 @@ README, API, SETTINGS, STRUCTURE = (
 )
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLES = {name.upper() for name in Settings.model_fields} | {"MODEL"}
-NOT_OURS = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON", "VARIANT", "XDG_CACHE_HOME"}
-NOT_OURS |= {"OMP_NUM_THREADS"}
-"""Hugging Face's, the installer's, the image's, the desktop's and OpenMP's."""
+EXTERNAL = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON", "VARIANT", "XDG_CACHE_HOME"}
+EXTERNAL |= {"OMP_NUM_THREADS"}
+"""Variables of Hugging Face, the installer, the image, the desktop and OpenMP."""
 
 
-def test_the_table_of_settings_is_the_one_the_code_declares() -> None:
+def test_the_table_of_settings_is_up_to_date() -> None:
     written = runpy.run_path(str(ROOT / "scripts" / "document_settings.py"))["document"]()
     assert SETTINGS.read_text() == written, "run scripts/document_settings.py"
 
 
-def test_every_setting_is_named_with_its_default_and_no_other() -> None:
+def test_exactly_the_settings_are_documented_with_their_defaults() -> None:
     rows = re.findall(r"^\| `([A-Z0-9_]+)`[^|]*\| [^|]*\| [`*](.*?)[`*] \|", SETTINGS.read_text(), re.M)
     assert sorted(name.lower() for name, _ in rows) == sorted(Settings.model_fields)
     for name, default in rows:
@@ -39,14 +39,14 @@ def test_every_setting_is_named_with_its_default_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("document", [README, API, SETTINGS, STRUCTURE], ids=lambda path: path.name)
-def test_the_settings_that_are_named_exist(document: Path) -> None:
+def test_named_settings_exist(document: Path) -> None:
     text = document.read_text()
     named = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", text)) | set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", text))
-    assert named - NOT_OURS <= VARIABLES
+    assert named - EXTERNAL <= VARIABLES
 
 
-def spoken_routes() -> set[tuple[str | None, str]]:
-    """(method or None, path) of all that docs/api.md names, in words and in its examples."""
+def documented_routes() -> set[tuple[str | None, str]]:
+    """(method or None, path) of every route in the text and the examples of docs/api.md."""
     text = API.read_text()
     found: set[tuple[str | None, str]] = set()
     for span in re.findall(r"`([^`\n]+)`", text):
@@ -62,16 +62,16 @@ def spoken_routes() -> set[tuple[str | None, str]]:
 def test_the_routes_of_the_document_and_of_the_app_are_the_same(make_app: Callable[..., FastAPI]) -> None:
     paths = {"/docs": {"get": {}}, "/openapi.json": {"get": {}}, **make_app().openapi()["paths"]}
     routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
-    spoken = spoken_routes()
+    documented = documented_routes()
 
-    def fits(said: tuple[str | None, str], route: tuple[str, str]) -> bool:
+    def matches(named: tuple[str | None, str], route: tuple[str, str]) -> bool:
         pattern = re.sub(r"\\{(\w+)\\}", "[^/]+", re.escape(route[1]))
-        return said[0] in (None, route[0]) and re.fullmatch(pattern, said[1]) is not None
+        return named[0] in (None, route[0]) and re.fullmatch(pattern, named[1]) is not None
 
-    assert not [said for said in spoken if not any(fits(said, route) for route in routes)]
+    assert not [named for named in documented if not any(matches(named, route) for route in routes)]
     for method, path in routes:
-        bare = path.removeprefix("/models/{model}") or "/"  # said of all of them at once
-        assert any(fits(said, (method, bare)) for said in spoken), (method, path)
+        bare = path.removeprefix("/models/{model}") or "/"  # documented for all of them at once
+        assert any(matches(named, (method, bare)) for named in documented), (method, path)
 
 
 def test_the_table_of_precisions_is_the_registry() -> None:
@@ -85,7 +85,7 @@ def test_the_table_of_precisions_is_the_registry() -> None:
         assert ("CUDA" in where) == ("CPU" not in reason), (name, reason)
 
 
-def test_the_structure_names_every_module_and_no_other() -> None:
+def test_the_structure_lists_exactly_the_modules() -> None:
     tree = STRUCTURE.read_text().split("## Folders\n\n```\n")[1].split("\n```")[0]
     named, above = set[str](), list[str]()
     for indent, name in re.findall(r"^((?:  )*)(\w+\.py|\w+/)", tree, re.M):
@@ -96,12 +96,12 @@ def test_the_structure_names_every_module_and_no_other() -> None:
         for room in ("loaders", "server")
         for path in (ROOT / room).rglob("*.py")
     }
-    inside = re.compile(r"(server/bench|loaders/(kernels|bundled))/.+")  # told as a whole
+    inside = re.compile(r"(server/bench|loaders/(kernels|bundled))/.+")  # listed as a whole
     assert named == {name for name in there if not inside.fullmatch(name)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_and_anchors_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
         if target.startswith(("http://", "https://")):
             continue

@@ -1,6 +1,6 @@
-"""The tests of a card, and the check of one, on a card that is emulated: every path for a GPU, real numbers.
+"""Runs the GPU tests and ``gpu_check`` on an emulated card: every GPU path, with real numbers.
 
-In processes of their own: a process can't lose a card again.
+In subprocesses, because emulation can't be undone within a process.
 """
 
 import json
@@ -20,18 +20,18 @@ from tests.http.test_process import ROOT
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA's own kernels"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA"),
 ]
 FEW = [
     "tests/emulated_card/test_rules.py",
-    "tests/gpu/test_steps.py::test_captured_and_equal_to_launched_to_the_last_bit[nf4-gpt2]",
-    "tests/gpu/test_steps.py::test_captured_and_equal_to_launched_to_the_last_bit[int8-gpt2]",
+    "tests/gpu/test_steps.py::test_replayed_steps_equal_launched_ones_bit_for_bit[nf4-gpt2]",
+    "tests/gpu/test_steps.py::test_replayed_steps_equal_launched_ones_bit_for_bit[int8-gpt2]",
     "tests/gpu/test_steps.py::test_a_row_is_the_same_alone_and_among_fifteen[fp32-llama]",
-    "tests/gpu/test_steps.py::test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures",
-    "tests/gpu/test_steps.py::test_what_is_told_is_what_was_taken_and_closing_gives_it_back",
-    "tests/gpu/test_serving.py::test_the_device_chooses_what_the_host_would",
-    "tests/gpu/test_serving.py::test_out_of_memory_fails_the_request_it_befell_and_memory_is_back",
-    "tests/gpu/test_serving.py::test_clients_that_go_leave_their_slots_as_new",
+    "tests/gpu/test_steps.py::test_a_failed_capture_falls_back_and_the_next_load_captures",
+    "tests/gpu/test_steps.py::test_reported_bytes_equal_allocated_ones_and_closing_frees_them",
+    "tests/gpu/test_serving.py::test_the_device_sampler_picks_the_tokens_of_the_host_sampler",
+    "tests/gpu/test_serving.py::test_out_of_memory_fails_its_request_only_and_memory_is_freed",
+    "tests/gpu/test_serving.py::test_a_slot_is_clean_after_its_client_disconnects",
 ]
 
 
@@ -41,18 +41,18 @@ def emulated(*command: str, cards: int = 1) -> subprocess.CompletedProcess[str]:
 
 
 def check(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """The exit status of ``gpu_check`` with tiny models, and what it found."""
+    """The exit status of ``gpu_check`` with tiny models, and its JSON."""
     done = emulated("scripts/gpu_check", "--quick", "--seconds", "1800", "--out", str(out), *arguments)
     return done.returncode, json.loads(out.read_text())
 
 
-def test_the_rules_of_a_card_and_what_matters_most_on_it() -> None:
+def test_the_rules_of_a_card_and_the_main_paths() -> None:
     done = emulated("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *FEW)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "skipped" not in done.stdout
 
 
-def test_a_model_that_one_card_can_not_hold() -> None:
+def test_a_model_larger_than_one_card() -> None:
     done = emulated(
         "-m",
         "pytest",
@@ -68,14 +68,14 @@ def test_a_model_that_one_card_can_not_hold() -> None:
 
 
 @pytest.mark.slow
-def test_all_that_is_tested_on_a_card() -> None:
+def test_every_gpu_test() -> None:
     done = emulated("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")
     assert done.returncode == 0, done.stdout[-4000:]
     assert "skipped" not in done.stdout
 
 
 @pytest.mark.slow
-def test_the_check_of_a_card_finds_nothing_wrong(tmp_path: Path) -> None:
+def test_gpu_check_finds_no_failure(tmp_path: Path) -> None:
     status, found = check(tmp_path / "gpu.json", "--parts", "correctness,speed,continuous,http,xl,steady")
     assert (status, found["failures"], found["skipped"]) == (0, [], [])
     assert [one["precision"] for one in found["correctness"]] == list(PRECISIONS)

@@ -1,4 +1,4 @@
-"""One version: pyproject.toml's. Whoever shows it shows that one."""
+"""Every place shows the version of pyproject.toml."""
 
 import re
 import tomllib
@@ -17,14 +17,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSION: str = PROJECT["project"]["version"]
 
 
-def test_the_command_and_the_routes_show_it(client: TestClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_and_the_routes_show_the_version(
+    client: TestClient, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"bitdial {VERSION}\n"
     assert client.get("/info").json()["version"] == VERSION
     assert client.get("/openapi.json").json()["info"]["version"] == VERSION
 
 
-def test_a_folder_that_is_not_installed_has_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_is_not_installed_has_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -32,7 +34,7 @@ def test_a_folder_that_is_not_installed_has_it_too(monkeypatch: pytest.MonkeyPat
     assert version._find() == VERSION
 
 
-def test_the_label_of_the_image_is_it() -> None:
+def test_the_images_label_has_the_version() -> None:
     defaults = [rest for name, rest in instructions() if name == "ARG" and rest.startswith("VERSION=")]
     assert defaults == [f"VERSION={VERSION}"]
     labels = pairs("LABEL")
@@ -41,8 +43,8 @@ def test_the_label_of_the_image_is_it() -> None:
     assert {f"{prefix}revision", f"{prefix}source"} <= set(labels)
 
 
-def test_the_changelog_comes_to_it() -> None:
-    """What is not released yet stands first; the newest release is this version or an earlier one."""
+def test_the_changelog_ends_at_the_version() -> None:
+    """``Unreleased`` comes first; the newest release is this version or an earlier one."""
     titles = re.findall(r"^## \[(.*?)\](?: - \d{4}-\d\d-\d\d)?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert titles[0] == "Unreleased"
     released = [tuple(map(int, title.split("."))) for title in titles[1:]]
@@ -51,7 +53,7 @@ def test_the_changelog_comes_to_it() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    """A checkout runs from its folder and misses nothing that setuptools does not find; an image would."""
+    """setuptools finds every package; a checkout would run without, an image would not."""
     assert PROJECT["tool"]["setuptools"]["packages"]["find"] == {"include": ["loaders*", "server*"]}
     folders = {path.parent for room in ("loaders", "server") for path in (ROOT / room).rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]

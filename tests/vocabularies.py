@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that causal language models have, made on the spot."""
+"""Small tokenizers of every kind that causal language models use."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def _wrapped(tokenizer: Tokenizer, clean_up: bool = False) -> PreTrainedTokenize
 
 
 def llama() -> PreTrainedTokenizerFast:
-    """Llama 2's kind: SentencePiece's BPE with byte fallback, its first space put on and taken off again."""
+    """Llama 2's kind: SentencePiece's BPE with byte fallback; a first space is added and stripped."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *_BYTES, *WORDS, *_LETTERS])}
     bpe = models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
@@ -51,7 +51,7 @@ def gemma() -> PreTrainedTokenizerFast:
 
 
 def unigram(scheme: str, clean_up: bool = False) -> PreTrainedTokenizerFast:
-    """SentencePiece's Unigram; ``scheme``: before which words a space is put."""
+    """SentencePiece's Unigram; ``scheme``: the words that get a space before them."""
     pieces = [*SPECIAL, *WORDS, *_LETTERS]
     scores = [(piece, -float(i + 1)) for i, piece in enumerate(pieces)]
     tokenizer = Tokenizer(models.Unigram(scores, 0, False))
@@ -61,7 +61,7 @@ def unigram(scheme: str, clean_up: bool = False) -> PreTrainedTokenizerFast:
 
 
 def wordpiece(clean_up: bool) -> PreTrainedTokenizerFast:
-    """BERT's kind; its decoder cleans up word by word or, if asked to, ``transformers`` the whole text."""
+    """BERT's kind; its decoder cleans up each word or, with ``clean_up``, ``transformers`` the whole text."""
     words = [word.removeprefix("▁") for word in WORDS if word.strip("▁")]
     parts = ["##ing", "##s", "##.", "ve", "re", "?", "ab"]
     pieces = dict.fromkeys([*SPECIAL, *words, *parts, *_LETTERS])
@@ -80,7 +80,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def ctrl() -> Any:
-    """CTRL's kind, which is no fast one: a token that a word goes on after ends with ``@@``."""
+    """CTRL's kind, a slow tokenizer: a token that is not the end of a word ends with ``@@``."""
     tokens = ["<unk>", *_LETTERS, *(f"{letter}@@" for letter in _LETTERS), "it", ".", ",", "'", "é"]
     with TemporaryDirectory() as folder:
         vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")

@@ -26,7 +26,7 @@ async function joined(stream, textOf) {
 
 const message = (answer) => answer.choices[0].message.content;
 const delta = (event) => event.choices[0]?.delta.content;
-// of an address without a provider it takes the stream of /v1/completions, whatever its types say
+// for an address without a provider it reads the stream format of /v1/completions, despite its types
 const token = (event) => event.token?.text ?? event.choices[0]?.text;
 
 for (const [where, endpointUrl] of [["", address], [" under /v1", `${address}/v1`]]) {

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 PROMPT = "The with statement"
-SAID = [{"role": "user", "content": "Hi"}]
+MESSAGES = [{"role": "user", "content": "Hi"}]
 LONG = "word " * 2000
 Call = tuple[str, Callable[[], object]]
-"""Its name, and what returns something true if it went well."""
+"""Its name, and a function whose result is true on success."""
 
 
 def _raises(kind: type[BaseException], work: Callable[[], object]) -> Callable[[], object]:
@@ -32,7 +32,7 @@ def of_openai(address: str) -> Iterator[Call]:
 
     client: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     text: dict[str, Any] = {"model": "tgi", "prompt": PROMPT, "max_tokens": 4}
-    chat: dict[str, Any] = {"model": "tgi", "messages": SAID, "max_completion_tokens": 4}
+    chat: dict[str, Any] = {"model": "tgi", "messages": MESSAGES, "max_completion_tokens": 4}
     inert: dict[str, Any] = {
         "tools": [], "tool_choice": "none", "parallel_tool_calls": False, "response_format": {"type": "text"},
         "seed": -1, "top_p": 0, "store": False, "metadata": {}, "service_tier": "auto", "logit_bias": {},
@@ -57,12 +57,12 @@ def of_openai(address: str) -> Iterator[Call]:
     yield "completions, vLLM's", lambda: client.completions.create(**text, extra_body=vllm).usage
     yield "chat", lambda: client.chat.completions.create(**chat).choices[0].finish_reason
     yield "chat, stream", chatted
-    yield "chat, nothing asked for", lambda: client.chat.completions.create(**chat, **inert).usage
+    yield "chat, fields without effect", lambda: client.chat.completions.create(**chat, **inert).usage
     yield "chat, vLLM's", lambda: client.chat.completions.create(**chat, extra_body=vllm).usage
     too_long = {**text, "prompt": LONG}
     yield "context exceeded", _raises(openai.BadRequestError, lambda: client.completions.create(**too_long))
     embed = partial(client.embeddings.create, model="tgi", input="x")
-    yield "a route that isn't there", _raises(openai.NotFoundError, embed)
+    yield "an unknown route", _raises(openai.NotFoundError, embed)
 
 
 def of_huggingface(address: str) -> Iterator[Call]:
@@ -72,13 +72,13 @@ def of_huggingface(address: str) -> Iterator[Call]:
     yield "text_generation", lambda: client.text_generation(PROMPT, max_new_tokens=4)
     more = {"details": True, "decoder_input_details": True}
     text = partial(client.text_generation, PROMPT, max_new_tokens=4)
-    chat = partial(client.chat_completion, SAID, max_tokens=4)
+    chat = partial(client.chat_completion, MESSAGES, max_tokens=4)
     yield "text_generation, details", lambda: text(**more).details.tokens
     yield "text_generation, stream", lambda: "".join(text(stream=True))
     yield "chat_completion", lambda: chat().choices[0].finish_reason
     yield "chat_completion, stream", lambda: list(chat(stream=True))
     under: Any = InferenceClient(f"{address}/v1")
-    yield "chat_completion under /v1", lambda: under.chat_completion(SAID, max_tokens=4).choices[0]
+    yield "chat_completion under /v1", lambda: under.chat_completion(MESSAGES, max_tokens=4).choices[0]
 
 
 def of_litellm(address: str) -> Iterator[Call]:
@@ -90,7 +90,7 @@ def of_litellm(address: str) -> Iterator[Call]:
         "max_tokens": 4,
         "num_retries": 0,
     }
-    chat: dict[str, Any] = {"messages": SAID, **there}
+    chat: dict[str, Any] = {"messages": MESSAGES, **there}
 
     def of_provider(name: str) -> Iterator[Call]:
         one: dict[str, Any] = {"model": f"{name}/tgi", **chat}
@@ -133,14 +133,14 @@ def of_langchain(address: str) -> Iterator[Call]:
 
 
 def of_vllm(address: str) -> Iterator[Call]:
-    """What its benchmark sends and reads (vllm/benchmarks/lib/endpoint_request_func.py)."""
+    """The requests of its benchmark (vllm/benchmarks/lib/endpoint_request_func.py)."""
     import httpx
 
     stream: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     text = {"model": "tgi", "prompt": PROMPT, "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None}
     content = [{"type": "text", "text": PROMPT}]
     chat = {"model": "tgi", "messages": [{"role": "user", "content": content}], "max_completion_tokens": 8}
-    # its own options of sampling go into the body as they are
+    # its sampling options go into the body unchanged
     options = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "frequency_penalty": 0.1,
                "presence_penalty": 0.1, "repetition_penalty": 1.05}  # fmt: skip
 
@@ -172,7 +172,7 @@ def main(client: str, address: str) -> None:
         error = None
         try:
             if not work():
-                error = "nothing came of it"
+                error = "empty result"
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"[:300]
         print(json.dumps({"call": name, "error": error}), flush=True)

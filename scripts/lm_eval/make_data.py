@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the data of the two tasks here, from documentation that the bundled model was not trained on.
+"""Writes the data of this folder's two tasks, from documentation that the bundled model was not trained on.
 
 .venv/bin/python scripts/lm_eval/make_data.py FOLDER
 """
@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from loaders.quality import corpus
 
-_CONTEXT, _LINE = 400, (24, 120)  # characters before the line; of a line that is worth a question
+_CONTEXT, _LINE = 400, (24, 120)  # characters before the line; the length of a line that makes a question
 _EVERY, _PAGES, _CHOICES = 8, 24, 4
 
 
@@ -24,7 +24,7 @@ def pages() -> list[str]:
 
 
 def questions(texts: Sequence[str], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """A page up to a line, that line, and three others from anywhere."""
+    """A page up to a line, that line, and three lines from other places."""
     draw = random.Random(seed)
     lines = [(text, at, line) for text in texts for at, line in _lines(text)]
     for text, at, line in lines[::_EVERY]:
@@ -34,7 +34,7 @@ def questions(texts: Sequence[str], seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(position, line), of lines with something before them."""
+    """(position, line) of the suitable lines with enough context before them."""
     at = 0
     for line in text.splitlines(keepends=True):
         if at >= _CONTEXT and _LINE[0] <= len(line.strip()) <= _LINE[1]:

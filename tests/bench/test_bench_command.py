@@ -1,4 +1,4 @@
-"""`bitdial bench` from its options to its last line, on a small real checkpoint."""
+"""`bitdial bench` from options to output, on a small real checkpoint."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SIZES = ["--batches", "1,3", "--prompt", "6", "--tokens", "120", "--repeat", "2"
 
 @pytest.fixture(autouse=True)
 def _light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test process keeps its CPUs; small buffers will do."""
+    """Disables CPU affinity and uses small buffers."""
     monkeypatch.setattr(server.bench.main, "pin", lambda threads: None)
     monkeypatch.setattr(session, "_PAUSE", 0.0)
     monkeypatch.setattr(host, "_SMALLEST_BUFFER", 2**20)
@@ -32,13 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str], dict[str, Any]]:
-    """(lines before the last, the last as an object) of a run that succeeded."""
+    """(lines before the last, the last as an object) of a successful run."""
     assert main(["bench", *arguments]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     return lines, json.loads(last)
 
 
-def test_engines_beside_generate(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engines_are_compared_with_generate(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "figures.json"
     names = "fp32,dynamic-int8"
     lines, report = run(capsys, "--model", folder, "--precisions", names, *SIZES, "--json", str(file))
@@ -121,7 +123,9 @@ def test_somebodys_server(live: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "shares its CPUs" in "\n".join(lines)
 
 
-def test_a_server_of_its_own_beside_the_engine(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_started_server_is_compared_with_the_engine(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, report = run(
         capsys, "--model", folder, "--precisions", "dynamic-int8", "--batches", "1", "--prompt", "32",
         "--tokens", "200", "--repeat", "1", "--no-generate", "--streams", "2", "--rates", "20",
@@ -147,7 +151,7 @@ def test_a_server_of_its_own_beside_the_engine(folder: str, capsys: pytest.Captu
         (["--contexts", "510"], 1, "--contexts 510: at most 508 in a context of 512"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(
+def test_an_impossible_measurement_is_one_line(
     arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *arguments]) == code

@@ -1,4 +1,4 @@
-"""From arrival times to figures, by examples worked out by hand."""
+"""Figures from arrival times, by examples computed by hand."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_only_tokens_while_all_rows_decode_count() -> None:
     assert run.gaps == [1.0, 1.0, 1.0, 1.0]
 
 
-def test_rows_that_never_decode_together_are_an_error_that_says_what_to_do() -> None:
+def test_rows_that_never_decode_together_are_an_error_with_advice() -> None:
     with pytest.raises(BenchError, match="--tokens"):
         _ = Run([[1.0, 2.0], [3.0, 4.0]], prefill_seconds=1.0).decode_rate
 
@@ -70,7 +70,7 @@ def test_the_mean_context_is_that_of_the_steps() -> None:
     assert mean_context(prompt, tokens) == sum(steps) / len(steps)
 
 
-def test_a_step_reads_a_tied_head_but_no_embedding_that_is_only_looked_up(tmp_path: Path) -> None:
+def test_a_step_reads_a_tied_head_but_no_lookup_embedding(tmp_path: Path) -> None:
     model = checkpoints.gpt2()
     wte = model.transformer.wte.weight.nbytes
     wpe = model.transformer.wpe.weight.nbytes

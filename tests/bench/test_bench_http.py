@@ -1,4 +1,4 @@
-"""The light client and its loads against a real server on a model that needs no weights."""
+"""The benchmark's client and loads against a real server on a model without weights."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -57,7 +57,7 @@ def test_a_stream_is_the_same_however_it_is_cut(size: int) -> None:
     assert (reply.status, len(reply.arrivals), reply.last_event.strip(), reply.whole) == (200, 3, b"3", True)
 
 
-def test_a_broken_stream_is_not_whole() -> None:
+def test_a_broken_stream_is_incomplete() -> None:
     assert not received([HEAD + chunk(b"data: 1\n\n")]).whole
 
 
@@ -66,7 +66,7 @@ def test_a_body_without_chunks_ends_with_its_connection() -> None:
     assert (reply.status, reply.body, reply.whole) == (422, b'{"a": 1}', True)
 
 
-def test_a_request_streams_as_many_tokens_as_asked_for(live: str) -> None:
+def test_a_request_streams_the_requested_number_of_tokens(live: str) -> None:
     answer = ask(live, lambda client: client.stream("abc", 9, "bf16"))
     assert answer.error is None
     assert len(answer.arrivals) == 9
@@ -92,14 +92,14 @@ def test_a_refusal_an_unreachable_server_and_a_fault_are_errors_of_the_answer(
     assert ask(url, lambda client: client.stream("abc", 5, "fp32")).error == "ConnectionRefusedError"
 
 
-def test_a_wrong_address_is_said_at_once() -> None:
+def test_a_wrong_address_is_reported_immediately() -> None:
     for url in ("https://host", "http://", "ftp://host:1"):
         with pytest.raises(BenchError, match="is not an address"):
             Client(url)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 128])
-def test_texts_have_exactly_the_tokens_asked_for(live: str, tokens: int) -> None:
+def test_texts_have_exactly_the_requested_tokens(live: str, tokens: int) -> None:
     async def work(client: Client) -> None:
         texts = await Texts(client).get(5, tokens, distinct=3)
         assert len(texts) == 5
@@ -141,7 +141,7 @@ def test_a_closed_loop_keeps_its_streams_busy(make_app: Callable[..., FastAPI], 
             load = Load(client, Texts(client), Shape("fp32", prompt=4, tokens=10), LOOSE)
             figures = await load.closed_loop(streams=3, seconds=0.3)
             assert (figures.kind, figures.offered, figures.errors) == ("closed loop", 3, {})
-            assert figures.requests >= 6  # every stream sent another after its first
+            assert figures.requests >= 6  # every stream sent a second request
             assert figures.tokens_per_second == pytest.approx(10 * figures.requests_per_second)
             assert figures.goodput == figures.requests_per_second
             assert figures.seconds >= 0.3
@@ -150,7 +150,7 @@ def test_a_closed_loop_keeps_its_streams_busy(make_app: Callable[..., FastAPI], 
         assert max(loads.runners["fp32"].batches) == 3
 
 
-def test_poisson_arrivals_wait_for_nobody_and_refusals_are_counted(
+def test_poisson_arrivals_are_independent_and_refusals_are_counted(
     make_app: Callable[..., FastAPI], loads: Loads
 ) -> None:
     def slow(runner: FakeRunner) -> None:

@@ -1,4 +1,4 @@
-"""What is written for the peers, read back by their own library; and their environment."""
+"""The peers' files, read by their own libraries; and their environment."""
 
 import subprocess
 from pathlib import Path
@@ -87,18 +87,18 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         export(open_checkpoint(str(folder)), tmp_path / "export")
 
 
-def test_peers_stand_beside_precisions_that_exist() -> None:
+def test_peers_are_compared_with_existing_precisions() -> None:
     assert PAIRS.keys() <= loaders.PRECISIONS.keys()
     assert {engine for pairs in PAIRS.values() for engine, _ in pairs} == {"llama.cpp", "CTranslate2"}
 
 
-def test_a_named_environment_must_have_what_is_needed(tmp_path: Path) -> None:
+def test_a_given_environment_must_have_the_packages(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"no virtual environment with .*llama-cpp-python"):
         environment.ensure(tmp_path)
 
 
 def test_the_own_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a pip that installs nothing and an interpreter that finds all it is asked for."""
+    """With a pip that installs nothing and an interpreter that finds every package."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = environment.default_folder()
     assert folder == tmp_path / "bitdial" / "peers-venv"
@@ -122,7 +122,7 @@ def test_the_own_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert ran == [tried]
 
 
-def test_a_failed_installation_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_installation_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
         subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, int("pip" in command))

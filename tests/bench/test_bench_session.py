@@ -1,4 +1,4 @@
-"""A precision measured beside others, on a model that needs no weights; and how it is shown."""
+"""Interleaved measurements on a model without weights, and their output."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Speed(MemorySpeed):
-    """A memory of known speed."""
+    """Replaces the bandwidth measurement by a constant."""
 
     def __init__(self) -> None:
         self.buffer_bytes = 0
@@ -39,7 +39,7 @@ class Speed(MemorySpeed):
 
 
 class Scripted:
-    """Takes a tenth of a second a step; its tokens are the engine's up to the given index."""
+    """Takes a tenth of a second per step; its tokens equal the engine's up to the given index."""
 
     name = "scripted"
     weights_bytes: int | None = 2000
@@ -59,7 +59,7 @@ class Scripted:
 
 
 def slow_runner() -> FakeRunner:
-    """Slow enough for the event loop to see each token by itself."""
+    """Slow enough that the event loop sees each token separately."""
     runner = FakeRunner()
     runner.delay = 0.005
     return runner
@@ -155,7 +155,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
     assert same_tokens(one, replace(other, tokens=())) is None
 
 
-def test_a_line_stands_under_its_heading() -> None:
+def test_a_line_is_aligned_with_its_heading() -> None:
     rows = measure(slow_runner(), [Scripted([], agrees=12)])
     names, units, rule = table.WHOLE.heading().splitlines()
     for row in rows:
@@ -169,7 +169,7 @@ def test_a_line_stands_under_its_heading() -> None:
 
 
 def measured_as(*ratios: float, spread: float = 0.1) -> Row:
-    """A row beside bitdial's, with these ratios in its repeats."""
+    """A row compared with bitdial's, with these ratios in its repeats."""
     figures = Figures(100.0, 10.0, spread, 5.0, 1.0, 2.0)
     return Row("fp16", 1, "scripted", figures, ratio=median(ratios), ratios=ratios)
 
@@ -188,12 +188,12 @@ def test_a_ratio_is_doubted_where_the_repeats_disagree(ratios: tuple[float, ...]
     assert row_figures(measured_as(*ratios))["bitdial_ratios"] == list(ratios)
 
 
-def test_a_noisy_host_is_told_of() -> None:
+def test_a_noisy_host_is_reported() -> None:
     quiet = measured_as(1.0, spread=0.2)
     assert table.warning([]) is table.warning([quiet]) is None
-    told = table.warning([quiet, measured_as(1.0, spread=2.44)])
-    assert told is not None
-    assert told.startswith(
+    answer = table.warning([quiet, measured_as(1.0, spread=2.44)])
+    assert answer is not None
+    assert answer.startswith(
         "This host was too noisy: the decode rates of a row lay up to 244% apart (scripted, fp16, 1 rows)."
     )
 
@@ -226,7 +226,7 @@ def test_the_report_is_one_line_of_json_and_readable_text() -> None:
     assert found["http"] == [{"ttft_p50_ms": None}]
 
 
-def test_a_worker_process_loads_runs_and_says_what_went_wrong() -> None:
+def test_a_worker_process_loads_runs_and_reports_errors() -> None:
     async def main() -> None:
         with WorkerProcess("tests.bench_worker") as process:
             assert process.ask(do="versions") == {"counting": "1.0"}

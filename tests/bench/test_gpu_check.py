@@ -1,4 +1,4 @@
-"""The check of a GPU, tried without one: every part of it that a CPU can run, on models that take no time."""
+"""``gpu_check`` without a GPU: every part that a CPU can run, on tiny models."""
 
 import json
 import os
@@ -38,11 +38,11 @@ PATIENT = [*REHEARSAL, "--seconds", "1800"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a whole rehearsal finds, in one precision."""
+    """The JSON of a complete dry run in one precision."""
     file = tmp_path_factory.mktemp("out") / "deep" / "gpu.json"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_VISIBLE_DEVICES", "")
-        patched.setattr(check, "_TESTS", 900.0)  # a host that does other things takes its time
+        patched.setattr(check, "_TESTS", 900.0)  # a busy host is slow
         assert check.main([*PATIENT, "--precisions", "fp32", "--out", str(file)]) == 0
     document: dict[str, Any] = json.loads(file.read_text())
     return document
@@ -89,7 +89,7 @@ def test_the_targets_are_judged_by_the_figures(found: dict[str, Any]) -> None:
     assert judged["reached"] == (judged["figure"] >= 1500)
 
 
-def test_the_command_is_thin_and_says_where_there_is_no_card() -> None:
+def test_the_command_reports_a_missing_card() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "gpu_check")], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -99,8 +99,8 @@ def test_the_command_is_thin_and_says_where_there_is_no_card() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_it_needs_none_of_the_servers_packages() -> None:
-    """A GPU host may have torch and transformers, and nothing to serve with."""
+def test_gpu_check_needs_none_of_the_servers_packages() -> None:
+    """A GPU host may have torch and transformers but not the server's packages."""
     script = (
         "import sys, server.bench.gpu.check\n"
         "print([n for n in ('fastapi', 'uvicorn', 'pydantic', 'httpx', 'starlette') if n in sys.modules])"
@@ -111,7 +111,7 @@ def test_it_needs_none_of_the_servers_packages() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_part_that_hangs_is_stopped_and_what_was_found_is_kept(
+def test_a_hanging_part_is_stopped_and_earlier_results_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(speed, "measure", lambda *_: time.sleep(60))
@@ -126,7 +126,9 @@ def test_a_part_that_hangs_is_stopped_and_what_was_found_is_kept(
     assert not rows(document, speed.STEADY)
 
 
-def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_and_the_other_parts_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = correctness.check
 
     def broken(precision: str, spec: Any) -> correctness.Correctness:
@@ -143,7 +145,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: py
     assert [one["precision"] for one in document["correctness"]] == ["bf16"]
 
 
-def test_a_part_that_can_not_begin_is_told_and_the_rest_goes_on(
+def test_a_part_that_cannot_start_is_reported_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -158,7 +160,7 @@ def test_a_part_that_can_not_begin_is_told_and_the_rest_goes_on(
     assert (document["steady"], document["complete"]) == (["done"], True)
 
 
-def test_what_no_longer_fits_is_left_out(tmp_path: Path) -> None:
+def test_parts_beyond_the_time_limit_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--parts", "speed,xl", "--seconds", "20", "--out", str(file)]
     folder = models.make(QUICK.small, tmp_path / "model", "cpu", None)
@@ -177,7 +179,7 @@ def verdict(**values: Any) -> correctness.Correctness:
     return correctness.Correctness(**{**fine, **values})
 
 
-def test_what_must_not_be() -> None:
+def test_failures_of_correctness() -> None:
     assert verdict().faults(on_card=True) == []
     assert verdict(captured=False).faults(on_card=False) == []
     faults: list[tuple[dict[str, Any], str]] = [
@@ -195,8 +197,8 @@ def test_what_must_not_be() -> None:
     assert "equal to launched: NO" in verdict(equals_eager=False).line()
 
 
-def test_the_check_of_steps_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner whose rows leak into each other, and one whose replays are not what it computes."""
+def test_the_check_of_steps_detects_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner whose rows affect each other, and one whose replays differ from its launched steps."""
     model = checkpoints.gpt2()
     spec = specified(model, slots=4, context=128)
     runner = GraphRunner(model, spec, RecordedGraphs())
@@ -244,7 +246,7 @@ def test_the_step_that_serves_so_many_rows_and_what_it_costs() -> None:
     assert cost.kernel_ms > 0
 
 
-def test_what_dies_in_a_process_of_its_own_harms_nobody() -> None:
+def test_a_crash_in_a_subprocess_is_isolated() -> None:
     with another_process() as process, pytest.raises(BrokenProcessPool):
         process.submit(os._exit, 3).result(60)
     refused = PrecisionUnavailable("nf4", Availability("there is no card"))
@@ -256,8 +258,8 @@ def test_what_dies_in_a_process_of_its_own_harms_nobody() -> None:
     assert time.monotonic() - began < 60
 
 
-def test_what_came_of_the_kernels_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card's runner under the check, its graphs recorded."""
+def test_the_result_of_the_kernels_part_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's runner under the check, with recorded graphs."""
     model = checkpoints.gpt2()
     spec = replace(specified(model, slots=3), batch_invariant=False)
 
@@ -318,7 +320,7 @@ def test_a_rival_that_will_not_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert whys == ["ValueError: not with this version"] * 2
 
 
-def test_what_pytest_said() -> None:
+def test_the_output_of_pytest_is_parsed() -> None:
     output = "..F\nFAILED tests/gpu/test_steps.py::test_x - assert 1\n1 failed, 2 passed, 3 skipped in 0.1s\n"
     read = suite.read(1, output)
     assert read.counts == {"failed": 1, "passed": 2, "skipped": 3}

@@ -27,9 +27,9 @@ def test_table_and_columns(
     assert main(["compare", "the other theatre", "--model", model, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["precision", "fp32", "nf4"]
-    told = json.loads(out.read_text())
-    assert (told["reference"], list(told["precisions"])) == ("fp32", ["fp32", "nf4"])
-    full, nf4 = told["precisions"].values()
+    answer = json.loads(out.read_text())
+    assert (answer["reference"], list(answer["precisions"])) == ("fp32", ["fp32", "nf4"])
+    full, nf4 = answer["precisions"].values()
     assert full["first_divergence"] is None
     assert nf4["mean_kl"] > 0
     assert nf4["first_divergence"] is not None  # random weights: four bits are enough to change a token
@@ -41,7 +41,7 @@ def test_table_and_columns(
     assert sum(line.count(MARK) for line in beside) == 2
 
 
-def test_the_same_tokens_are_said_to_be_so(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--precisions", "fp32", "--reference", "fp16", "--max-new-tokens", "3"]
     assert main(["compare", "the cat", "--model", model, *options]) == 0
     printed = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_the_same_tokens_are_said_to_be_so(model: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "answer"),
     [
         (["a", "--max-new-tokens", "256"], 2, "exceed the model's context of 256"),
         (["a", "--precisions", "int3"], 2, "unknown precision 'int3'"),
@@ -60,13 +60,13 @@ def test_the_same_tokens_are_said_to_be_so(model: str, capsys: pytest.CaptureFix
         (["a", "--precisions", "fp32", "--json", "/dev/full"], 1, "--json: No space left on device"),
     ],
 )
-def test_what_goes_wrong_is_one_line(
-    model: str, arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_line(
+    model: str, arguments: list[str], code: int, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "--model", model, *arguments]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("bitdial compare: ")
-    assert told in last
+    assert answer in last
 
 
 def test_columns_part_at_the_mark() -> None:
@@ -79,7 +79,7 @@ def test_columns_part_at_the_mark() -> None:
     ]
 
 
-def test_what_would_move_the_cursor_is_not_printed() -> None:
+def test_control_characters_are_not_printed() -> None:
     found = "".join(side_by_side(("a", "b"), ("x\x1b[2J\ry", "x\x07\u202ey"), 60))
     assert not {"\x1b", "\r", "\x07", "\u202e"} & set(found)
 
@@ -101,7 +101,7 @@ def test_equal_texts_are_marked_at_their_end() -> None:
     assert side_by_side(("a", "b"), ("same", "same"), 40)[2:] == [f"same{MARK}{' ' * 13} │ same{MARK}"]
 
 
-def test_a_table_too_wide_goes_on_below() -> None:
+def test_a_wide_table_continues_below() -> None:
     cells = [["name", "aaaa", "bb", "cccccc"], ["x", "1", "22", "3"]]
     assert aligned(cells, 14) == [
         "name  aaaa  bb",
@@ -111,4 +111,4 @@ def test_a_table_too_wide_goes_on_below() -> None:
         "x          3",
     ]
     assert aligned(cells) == ["name  aaaa  bb  cccccc", "x        1  22       3"]
-    assert max(map(len, aligned(cells, 1))) == len("name  cccccc")  # as good as it gets
+    assert max(map(len, aligned(cells, 1))) == len("name  cccccc")  # the first column and the widest

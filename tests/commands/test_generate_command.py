@@ -1,4 +1,4 @@
-"""`bitdial generate` where it can't go on; what it prints is tried in tests/http/test_process.py."""
+"""Errors of `bitdial generate`; tests/http/test_process.py tests its output."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_a_generation_that_fails_is_one_line(
 
 
 def test_ctrl_c_while_loading_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The load runs outside the event loop, which would put the interrupt off until its end."""
+    """The load runs outside the event loop, which would delay the interrupt until its end."""
     import asyncio
 
     def load(*_: object) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""What a person reads who asks the command for help, or asks it for what this host can't do."""
+"""``--help``, and errors for precisions that this host can't run."""
 
 import re
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ def test_a_named_precision_that_cannot_run_ends_the_start(
 
 
 @pytest.mark.usefixtures("no_nf4")
-def test_so_it_does_when_the_environment_names_it(
+def test_so_does_one_that_the_environment_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PRECISIONS", "nf4")
@@ -129,7 +129,7 @@ def test_a_collector_has_an_http_address(address: str, capsys: pytest.CaptureFix
     assert "--otlp-endpoint (or OTLP_ENDPOINT): it must be an address" in capsys.readouterr().err
 
 
-def test_each_wrong_value_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_invalid_value_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--precisions", "int3,int2", "--port", "x"]) == 2
     assert capsys.readouterr().err.count("--") == 2
 
@@ -146,7 +146,7 @@ def test_each_wrong_value_is_told_once(capsys: pytest.CaptureFixture[str]) -> No
         (["nonsense"], "no command 'nonsense'"),
     ],
 )
-def test_wrong_usage_says_what_is_wrong(
+def test_a_usage_error_names_the_problem(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -169,6 +169,6 @@ def test_a_model_that_cannot_be_had_is_one_line(
 
 def test_precisions_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["precisions"]) == 0
-    told = capsys.readouterr().out
+    answer = capsys.readouterr().out
     for name in loaders.PRECISIONS:
-        assert re.search(rf"^{name} .*(yes|no: )", told, re.M)
+        assert re.search(rf"^{name} .*(yes|no: )", answer, re.M)

@@ -24,7 +24,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return screen
 
 
-def test_a_stage_is_a_line_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_is_a_line_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     bars = ProgressBars("int8")
     for done in range(3):
         bars("loading", done, 2)
@@ -46,7 +46,7 @@ def test_a_bar_shows_how_far_a_stage_is(terminal: Terminal) -> None:
     assert "?it/s" not in drawn
 
 
-def test_what_is_loading_is_drawn_and_the_log_goes_on_above_it(terminal: Terminal) -> None:
+def test_progress_is_drawn_below_the_log(terminal: Terminal) -> None:
     states = [
         PrecisionState("fp32"),
         PrecisionState("int8", "loading", progress=LoadProgress("packing", 3, 6)),
@@ -70,5 +70,5 @@ def test_what_is_loading_is_drawn_and_the_log_goes_on_above_it(terminal: Termina
     drawn = terminal.getvalue()
     assert "int8: packing  50%|" in drawn
     assert "fp32" not in drawn
-    assert "\rsomething happened\n" in drawn  # at the begin of a line of its own
+    assert "\rsomething happened\n" in drawn  # at the start of a new line
     assert drawn.endswith("\r")  # the bar is gone

@@ -92,7 +92,7 @@ def test_a_model_that_is_hardly_quantized_is_warned_of(
         (b"the cat", ["--json", "/dev/full"], "--json: No space left on device"),
     ],
 )
-def test_what_goes_wrong_is_one_line(
+def test_an_error_is_one_line(
     model: str,
     content: bytes | None,
     arguments: list[str],

@@ -1,4 +1,4 @@
-"""What `bitdial serve` says: where it listens and what to paste, or in one line why it doesn't."""
+"""The output of `bitdial serve`: its address and an example, or one line with the error."""
 
 import asyncio
 import sys
@@ -31,17 +31,17 @@ from tests.routes.test_report_route import keep_report
 )
 def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     serve._announce(Settings(host=host), 8099)
-    told = capsys.readouterr().out
-    assert f"listening on {address}\n" in told
-    (curl,) = (line for line in told.splitlines() if "curl" in line)
+    answer = capsys.readouterr().out
+    assert f"listening on {address}\n" in answer
+    (curl,) = (line for line in answer.splitlines() if "curl" in line)
     assert curl.startswith(f"  curl {address}/generate -H 'Content-Type")
 
 
-def test_the_line_asks_for_the_key_and_does_not_tell_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_needs_the_key_and_does_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
     serve._announce(Settings(api_key=SecretStr("opensesame")), 8099)
-    told = capsys.readouterr().out
-    assert '-H "Authorization: Bearer $API_KEY"' in told
-    assert "opensesame" not in told
+    answer = capsys.readouterr().out
+    assert '-H "Authorization: Bearer $API_KEY"' in answer
+    assert "opensesame" not in answer
 
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ TOKENS = 75  # a second and a half
 def serving(
     folder: Path, loading: str = "", grace: str = "30", **variables: str
 ) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """The process, and its port as soon as it listens."""
+    """Yields the process and its port once it listens."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE.format(loading=loading), str(folder)],
         cwd=ROOT, env=environment() | {"GRACEFUL_TERMINATION_TIMEOUT": grace} | variables,
@@ -70,7 +70,7 @@ def ready(port: int) -> None:
 
 
 def open_stream(port: int) -> http.client.HTTPResponse:
-    """A stream whose first token has come."""
+    """A stream after its first token."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = json.dumps({"inputs": "a", "max_new_tokens": TOKENS})
     connection.request("POST", "/generate_stream", body, {"Content-Type": "application/json"})
@@ -95,15 +95,15 @@ def test_the_first_one_drains(folder: Path, signal_: signal.Signals) -> None:
         assert process.wait(timeout=5) == 0
 
 
-def test_what_does_not_end_within_the_grace_time_is_told(folder: Path) -> None:
+def test_requests_beyond_the_grace_time_get_an_error(folder: Path) -> None:
     with serving(folder, grace="0.5") as (process, port):
         ready(port)
         stream = open_stream(port)
         process.send_signal(signal.SIGTERM)
         last = [line for line in stream.read().decode().splitlines() if line][-1]
-        told = json.loads(last.removeprefix("data: "))
-        assert told["error_type"] == "generation"
-        assert "shutting down" in told["error"]
+        answer = json.loads(last.removeprefix("data: "))
+        assert answer["error_type"] == "generation"
+        assert "shutting down" in answer["error"]
         assert process.wait(timeout=5) == 0
 
 
@@ -120,7 +120,7 @@ def test_the_second_one_ends_at_once(folder: Path) -> None:
         stream.close()
 
 
-def test_what_was_answered_still_reaches_a_slow_reader(folder: Path) -> None:
+def test_a_finished_response_still_reaches_a_slow_reader(folder: Path) -> None:
     with serving(folder) as (process, port), socket.socket() as slow:
         ready(port)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -137,7 +137,7 @@ def test_what_was_answered_still_reaches_a_slow_reader(folder: Path) -> None:
         assert process.wait(timeout=5) == 0
 
 
-def test_who_watches_a_load_does_not_keep_the_process_up(folder: Path) -> None:
+def test_a_progress_stream_does_not_delay_the_exit(folder: Path) -> None:
     slowly = "if arguments[0] != 'fp32': time.sleep(60)"
     with serving(folder, loading=slowly) as (process, port):
         ready(port)
@@ -147,9 +147,9 @@ def test_who_watches_a_load_does_not_keep_the_process_up(folder: Path) -> None:
         stream.readline()
         process.send_signal(signal.SIGTERM)
         last = [line for line in stream.read().decode().splitlines() if line][-1]
-        told = json.loads(last.removeprefix("data: "))
-        assert told["status"] == "failed"
-        assert "shutting down" in told["error"]
+        answer = json.loads(last.removeprefix("data: "))
+        assert answer["status"] == "failed"
+        assert "shutting down" in answer["error"]
         assert process.wait(timeout=5) == 0
 
 
@@ -172,7 +172,7 @@ def test_one_while_loading(folder: Path) -> None:
         assert process.wait(timeout=5) == 0
 
 
-def test_a_chat_template_that_never_ends_holds_nothing_up(folder: Path, tmp_path: Path) -> None:
+def test_an_endless_chat_template_does_not_delay_the_exit(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(BOMB)
     with serving(folder, grace="0", CHAT_TEMPLATE=str(file)) as (process, port):
@@ -196,10 +196,10 @@ def handler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handler")
-def test_a_first_process_ends_when_told_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pid_1_ends_on_sigterm_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--version"]) == 0
-    assert signal.getsignal(signal.SIGTERM) is before  # any other has the system's default
+    assert signal.getsignal(signal.SIGTERM) is before  # other processes keep the system's default
 
     ended: list[int] = []
     monkeypatch.setattr(os, "getpid", lambda: 1)
@@ -216,7 +216,7 @@ SLEEPY = """
 """
 
 
-def test_slow_readers_and_a_text_being_encoded_do_not_keep_it_longer_than_its_grace(folder: Path) -> None:
+def test_slow_readers_and_encoding_end_with_the_grace_time(folder: Path) -> None:
     with serving(folder, SLEEPY, grace="1") as (process, port):
         ready(port)
         readers = [open_tokens(port, text) for text in ("the others, " * 20_000, "sleep")]
@@ -229,7 +229,7 @@ def test_slow_readers_and_a_text_being_encoded_do_not_keep_it_longer_than_its_gr
 
 
 def open_tokens(port: int, text: str) -> socket.socket:
-    """A reader of ``/tokenize`` that takes nothing of its answer."""
+    """A client of ``/tokenize`` that doesn't read the response."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", port))

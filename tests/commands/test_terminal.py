@@ -1,4 +1,4 @@
-"""What a person at a terminal gets, and what the environment and a pipe may change of it."""
+"""Terminal output, and how the environment and a pipe change it."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ from tests.http.test_process import ROOT, bitdial, environment
 
 
 class Screen(io.StringIO):
-    """Standard output that is a terminal of 80 columns."""
+    """A standard output that is a terminal of 80 columns."""
 
     def isatty(self) -> bool:
         return True
@@ -73,7 +73,7 @@ def a_row() -> Row:
     return Row("dynamic-int8", 16, "llama.cpp Q8_0", figures, weights_bytes=1_000_000, ratio=1.5)
 
 
-def test_a_table_that_is_too_wide_goes_on_below() -> None:
+def test_a_wide_table_continues_below_the_first_columns() -> None:
     narrow = Table(table.COLUMNS, keys=3, width=80)
     first, row = narrow.heading().splitlines(), narrow.line(a_row())
     rest = narrow.rest([a_row(), a_row()]).splitlines()
@@ -130,7 +130,7 @@ def test_all_precisions_are_those_that_this_host_can_run() -> None:
     assert set(settings.required_precisions()) == set(loaders.available("cpu"))
 
 
-def test_ctrl_c_in_a_report_says_what_became_of_it() -> None:
+def test_ctrl_c_in_a_report_says_that_it_is_kept() -> None:
     script = """
 import builtins, os, signal, sys
 real = builtins.__import__

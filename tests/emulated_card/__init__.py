@@ -1,4 +1,4 @@
-"""A card that is emulated on the host: ``tests.emulated_card.dispatch`` says what that means."""
+"""A GPU emulated on the host; ``tests.emulated_card.dispatch`` documents its rules."""
 
 import os
 from pathlib import Path
@@ -7,16 +7,16 @@ _HERE, _SIGN = Path(__file__).parent, "EMULATED_CARD"
 
 
 def is_there() -> bool:
-    """Whether this process has one."""
+    """Whether this process has an emulated card."""
     return os.environ.get(_SIGN) == "1"
 
 
 def environment() -> dict[str, str]:
-    """What makes Python processes begin with the card."""
+    """Environment variables with which Python processes start with the card."""
     paths = [str(_HERE / "site"), str(_HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         _SIGN: "1",
-        "OMP_NUM_THREADS": "1",  # a card's operations are small here, and threads cost more than they bring
-        "TORCHDYNAMO_DISABLE": "1",  # what is compiled for a card would not come by here
+        "OMP_NUM_THREADS": "1",  # operations are small here, and threads cost more than they gain
+        "TORCHDYNAMO_DISABLE": "1",  # compiled code would bypass the emulation
     }

@@ -1,9 +1,9 @@
-"""Runs a command, and all that it starts, as on a host with a card.
+"""Runs a command and its child processes as on a host with a GPU.
 
     python -m tests.emulated_card scripts/gpu_check --quick
 
-What such a run shows: that the paths for a card do what they should, with real numbers, by a card's rules.
-What it can't show is the card's own: its kernels, streams, most of its asynchrony, its speed.
+Such a run verifies the GPU paths with real numbers and by a card's rules. It does not verify CUDA kernels,
+streams, most of the asynchrony, or speed.
 """
 
 import os

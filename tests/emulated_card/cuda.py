@@ -1,7 +1,7 @@
-"""``torch.cuda`` of the emulated cards, whose streams do at once what they are told.
+"""``torch.cuda`` of the emulated cards, whose streams execute immediately.
 
-Captures record the operations with the memory that they touched and replay them on it; as on a card, no
-Python of the work runs again then.
+Captures record the operations with the memory that they touched and replay them on it; as on a card, a
+replay runs no Python.
 """
 
 import threading
@@ -100,7 +100,7 @@ class graph:  # noqa: N801 (as torch has it)
         dispatch.record(None)
         for card in cards:
             card.into(None)
-        if kind is not None:  # as torch: ending a broken capture raises, and the rest is left out
+        if kind is not None:  # like torch: ending a broken capture raises and skips the rest
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self._graph._tape = tape
         _local.stream = self._before
@@ -219,6 +219,6 @@ STAND_INS: dict[str, Any] = {
 
 
 def begin() -> None:
-    """Puts the stand-ins into ``torch.cuda``."""
+    """Installs the replacements in ``torch.cuda``."""
     for name, what in STAND_INS.items():
         setattr(torch.cuda, name, what)

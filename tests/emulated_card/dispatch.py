@@ -1,8 +1,9 @@
-"""What computes on the emulated card: the host's kernels, by the card's rules.
+"""Operations of the emulated card: the host's kernels, by the card's rules.
 
-Every operation on a tensor of the card comes here, and is done by the host on the same memory. Refused is
-what a card refuses: tensors of host and card in one operation; while a stream captures, whatever the host
-must wait for and every copy between the two. What the host was sent without waiting comes when it waits.
+Every operation on a tensor of the card is dispatched here and computed by the host on the same memory. As on
+a card, an operation on tensors of both host and card is an error, and so is, while a stream captures, every
+synchronization and every copy between the two. A non-blocking copy to the host arrives when the host
+synchronizes.
 """
 
 import threading
@@ -17,17 +18,17 @@ from tests.emulated_card.memory import on_card, on_host
 
 _COPIES = {"copy_", "_copy_from", "_copy_from_and_resize"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-"""A card takes their indices from the host, too; it waits for them."""
+"""Their indices may be on the host; the card synchronizes for them."""
 _WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "masked_select", "unique_dim"}
 _COMPOSITE = ("copy_",)
-"""Operations that torch composes of others for every device, and then picks kernels for by hand."""
+"""Composite operations of torch that select kernels themselves."""
 _GARBAGE = 77
 _libraries: list[torch.library.Library] = []
 _local = threading.local()
 
 
 def begin() -> None:
-    """From now on there are operations for the device ``cuda``."""
+    """Registers the operations of the device ``cuda``."""
     everything, several = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(_compute, "CUDA")
     for packet in (getattr(torch.ops.aten, name) for name in _COMPOSITE):
@@ -46,7 +47,7 @@ class Tape:
         self._entries: list[tuple[Any, Any, Any, list[Tensor], list[Tensor]]] = []
 
     def note(self, operation: Any, args: Any, kwargs: Any, found: list[Tensor], fresh: list[Tensor]) -> None:
-        if fresh or operation._schema.is_mutable:  # else a view: of the same memory at every replay
+        if fresh or operation._schema.is_mutable:  # otherwise a view of the same memory
             self._entries.append((operation, args, kwargs, found, fresh))
 
     @torch.inference_mode()
@@ -59,13 +60,13 @@ class Tape:
 
 
 def recording() -> Tape | None:
-    """What this thread's capture is recorded on, if it captures."""
+    """The tape of this thread's capture; None while it doesn't capture."""
     tape: Tape | None = getattr(_local, "tape", None)
     return tape
 
 
 def record(tape: Tape | None) -> None:
-    """From now on, on this thread; None: no more."""
+    """Sets this thread's tape; None ends the recording."""
     _local.tape = tape
 
 
@@ -79,7 +80,7 @@ def check_not_recording(what: str) -> None:
 
 
 def wait(what: str) -> None:
-    """The host waits for the card: what it was sent has come now."""
+    """Synchronizes: completes the pending copies to the host."""
     check_not_recording(what)
     with torch.inference_mode():
         for target, values in _under_way():
@@ -88,13 +89,13 @@ def wait(what: str) -> None:
 
 
 def _under_way() -> list[tuple[Tensor, Tensor]]:
-    """Copies to the host that this thread hasn't waited for, and what is to be in them then."""
+    """This thread's pending copies to the host: (target, values)."""
     found: list[tuple[Tensor, Tensor]] = _local.__dict__.setdefault("under_way", [])
     return found
 
 
 def _copied_later(target: Tensor, source: Tensor) -> Tensor:
-    """Nobody may look at it before having waited; who does finds nothing of use."""
+    """A non-blocking copy: until ``wait`` the target holds garbage."""
     _under_way().append((target, on_host(source).clone()))
     return target.fill_(_GARBAGE)
 
@@ -147,7 +148,7 @@ def _check(name: str, tensors: list[Tensor]) -> None:
 
 
 def _host_of(tensor: Tensor) -> Tensor:
-    """An empty one may be where a result goes, and grows then."""
+    """The host's view; an empty tensor gets new memory, because it may be an output that is resized."""
     if tensor.numel():
         return on_host(tensor)
     with torch.inference_mode(tensor.is_inference()):
@@ -160,8 +161,7 @@ def _resize(tensor: Tensor, host: Tensor | None) -> None:
 
 
 def _with_scalars(operation: Any, args: Any, tensors: list[Tensor]) -> list[Any]:
-    """A number beside tensors comes as what it was in Python, where the operation wants a tensor without
-    dimensions."""
+    """Python numbers → 0-dim tensors, where the operation's schema has a tensor."""
     precise = torch.float64 if any(tensor.is_floating_point() for tensor in tensors) else None
     return [
         torch.tensor(given, dtype=precise if isinstance(given, float) else None)
@@ -182,21 +182,21 @@ def _of_host(leaf: Any, hosts: dict[int, Tensor]) -> Any:
 def _of_card(leaf: Any, card: int, given: dict[int, Tensor], fresh: list[Tensor]) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    if id(leaf) in given:  # an operation in place returns what it was given
+    if id(leaf) in given:  # an in-place operation returns its input
         return given[id(leaf)]
     return on_card(leaf, card, owned=any(leaf is tensor for tensor in fresh))
 
 
 def _card_of(args: Any, kwargs: Any, tensors: list[Tensor]) -> int:
-    """Where a new result is: on the device that is asked for, or where the tensors are."""
-    asked: list[torch.device] = []
-    _mapped(lambda leaf: asked.append(leaf) if isinstance(leaf, torch.device) else None, (args, kwargs))
-    devices = [*asked, *(tensor.device for tensor in tensors if tensor.is_cuda)]
+    """The device of a new result: the ``device`` argument, or that of the tensors."""
+    named: list[torch.device] = []
+    _mapped(lambda leaf: named.append(leaf) if isinstance(leaf, torch.device) else None, (args, kwargs))
+    devices = [*named, *(tensor.device for tensor in tensors if tensor.is_cuda)]
     return next((d.index for d in devices if d.index is not None), current_card())
 
 
 def current_card() -> int:
-    """Where this thread makes what names no card."""
+    """This thread's current device."""
     card: int = getattr(_local, "card", 0)
     return card
 
@@ -206,7 +206,7 @@ def set_card(card: int) -> None:
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """What operations take and give: leaves, in lists, tuples and dicts."""
+    """Applies ``change`` to the leaves of lists, tuples and dicts."""
     if isinstance(tree, list | tuple):
         return type(tree)([_mapped(change, part) for part in tree])
     if isinstance(tree, dict):

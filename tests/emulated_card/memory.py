@@ -1,7 +1,7 @@
 """Tensors of the emulated card: their memory is the host's, their device is ``cuda``.
 
-A tensor goes from one device to the other by DLPack, which says where memory is and asks nobody whether that
-is so. Nothing is copied: both sides are the same bytes.
+DLPack moves a tensor from one device to the other, because it accepts any claimed device without a check.
+Nothing is copied: both tensors share the same memory.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _CPU, _CUDA = 1, 2  # dlpack.h, DLDeviceType
-_BLOCK = 512  # bytes: what torch's allocator rounds to
+_BLOCK = 512  # bytes, to which torch's allocator rounds
 
 
 class _Device(ctypes.Structure):
@@ -56,13 +56,13 @@ _CODES = {  # dlpack.h, DLDataTypeCode, and bits
     torch.bool: (6, 8),
 }
 Pool = tuple[tuple[int, int], int]
-"""A graphs' pool and the stream of the captures."""
+"""A graph pool and the stream of its captures."""
 _new_capsule: Any = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [c_void_p, c_char_p, c_void_p]
 
 
 class Ledger:
-    """Bytes of the tensors that are on a card, by the graphs' pools that they are in."""
+    """Bytes of the tensors on a card, by graph pool."""
 
     def __init__(self, total: int) -> None:
         self.total, self.loose, self.peak, self.refusals = total, 0, 0, 0
@@ -75,7 +75,7 @@ class Ledger:
         return self.loose + self.pools.total()
 
     def into(self, pool: Pool | None) -> None:
-        """Where what this thread makes goes."""
+        """Sets the pool of this thread's allocations."""
         self._local.pool = pool
 
     def take(self, size: int) -> Pool | None:
@@ -115,7 +115,7 @@ def begin(native: Any) -> None:
 
 
 def collect() -> None:
-    """Forgets the tensors that nobody holds any more, and those that only they held."""
+    """Releases tensors without references."""
     while (address := _native.next_gone()) is not None:
         card, size, pool = _held.pop(address)[-1]
         if size:
@@ -126,7 +126,7 @@ def on_card(tensor: Tensor, card: int, owned: bool) -> Tensor:
     """The card's view of a tensor of the host.
 
     Args:
-        owned: the memory is the card's from now on, and is counted.
+        owned: the memory belongs to the card and is counted.
     """
     size = -(-tensor.untyped_storage().nbytes() // _BLOCK) * _BLOCK if owned else 0
     with torch.inference_mode(tensor.is_inference()):

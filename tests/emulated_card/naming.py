@@ -1,6 +1,6 @@
-"""What torch understands only where it was built for a card: pinned memory, and a number as a device's name.
+"""Features that torch supports only with CUDA: pinned memory, and a number as a device.
 
-Pinning is dropped, for there is no allocator for it. Numbers are what accelerate's device maps are made of.
+Pinning is ignored, since it has no allocator here. accelerate's device maps consist of numbers.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from tests.emulated_card.memory import cards
 
 
 class _Named(type):
-    """Devices by number, too, which only a torch that has seen a card takes for one."""
+    """``torch.device`` that accepts a number, which torch without a card does not."""
 
     def __instancecheck__(cls, what: Any) -> bool:
         return isinstance(what, _TrueDevice)
@@ -22,7 +22,7 @@ class _Named(type):
 
 
 class _AnyDevice(metaclass=_Named):
-    """``torch.device`` from now on; what it makes are true ones."""
+    """Replaces ``torch.device``; its instances are real devices."""
 
 
 _TrueDevice = torch.device
@@ -36,7 +36,7 @@ def _name_of(device: Any) -> Any:
 
 
 def begin() -> None:
-    _device_constructors()  # remembered: torch.device("meta") must still know the true ones
+    _device_constructors()  # fills torch's cache: torch.device("meta") needs the original constructors
     for owner, name in _MAKERS + _MOVERS:
         setattr(owner, name, _understanding(getattr(owner, name), moves=(owner, name) in _MOVERS))
     if len(cards) > 1:

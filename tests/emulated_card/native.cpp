@@ -1,15 +1,15 @@
-// The little that can't be done in Python.
+// The parts that need C++.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <mutex>
 #include <vector>
 
-// What torch asks for before it lets tensors be on a device. A build without CUDA has none for it.
+// torch requires a device guard for tensors on a device; a build without CUDA has none for CUDA.
 static c10::impl::DeviceGuardImplRegistrar registrar(
     c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());
 
-// Tensors that nobody holds any more. Python asks for them when it likes: called from here, in the middle of
-// an error's way up, it would lose the error.
+// Tensors without references. Python polls for them: calling it from here, while an exception propagates, would
+// lose the exception.
 static std::mutex lock;
 static std::vector<void*> gone;
 

@@ -1,4 +1,4 @@
-"""Turns this process into one that has an emulated card. Once, before anything asks for a card."""
+"""Installs an emulated card in this process, once, before anything queries torch.cuda."""
 
 import ctypes
 import subprocess
@@ -13,8 +13,8 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 def begin() -> None:
     """Raises: OSError, CalledProcessError: there is no C++ compiler; RuntimeError: torch has CUDA itself."""
     if torch.version.cuda is not None:
-        raise RuntimeError("a torch with CUDA has kernels of its own for cards: none can be emulated")
-    import bitsandbytes  # noqa: F401 (before a card is seen: it would look for its native library for one)
+        raise RuntimeError("this torch has CUDA, so that no card can be emulated")
+    import bitsandbytes  # noqa: F401 (before the card exists: it would load its CUDA library)
 
     from tests.emulated_card import cuda, dispatch, memory, naming
 
@@ -25,7 +25,7 @@ def begin() -> None:
 
 
 def _native() -> ctypes.CDLL:
-    """Compiled against this very torch; it stays loaded when its file goes."""
+    """Compiled against this torch; it stays loaded after its file is deleted."""
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "native.so"

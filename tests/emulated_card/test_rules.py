@@ -1,4 +1,4 @@
-"""That the emulated card has a card's rules. Run by tests/test_emulated_card.py, where there is one."""
+"""The emulated card has a card's rules. tests/test_emulated_card.py runs these tests on one."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ def test_a_view_is_the_same_memory() -> None:
     assert whole.tolist() == [[0, 0, 0], [0, 5, 5]]
 
 
-def test_a_replay_computes_anew_on_the_same_tensors() -> None:
+def test_a_replay_recomputes_on_the_same_tensors() -> None:
     given, result = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda")
     graph = captured(lambda: result.copy_((given * 3).exp().log()))
     given.fill_(2)
@@ -48,7 +48,7 @@ def test_a_replay_computes_anew_on_the_same_tensors() -> None:
 
 
 @pytest.mark.parametrize("waits", ["item", "copy to", "copy from", "boolean index", "synchronize"])
-def test_what_a_capture_refuses(waits: str) -> None:
+def test_a_capture_refuses_synchronization(waits: str) -> None:
     on_card, on_host = torch.ones(2, device="cuda"), torch.ones(2)
     work = {
         "item": lambda: on_card[0].item(),
@@ -63,7 +63,7 @@ def test_what_a_capture_refuses(waits: str) -> None:
     assert on_card.tolist() == [1, 1]  # the capture has ended
 
 
-def test_a_copy_nobody_waits_for_has_not_come() -> None:
+def test_a_non_blocking_copy_arrives_with_the_synchronization() -> None:
     here = torch.zeros(2)
     here.copy_(torch.ones(2, device="cuda"), non_blocking=True)
     assert here.tolist() != [1, 1]
@@ -71,7 +71,7 @@ def test_a_copy_nobody_waits_for_has_not_come() -> None:
     assert here.tolist() == [1, 1]
 
 
-def test_memory_is_counted_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.cuda.memory_allocated()
     one = torch.zeros(1024, device="cuda")
     part = one[:10]

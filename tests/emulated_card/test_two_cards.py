@@ -1,4 +1,4 @@
-"""A model that the first of two cards can't hold. Run by tests/test_emulated_card.py, where there are two."""
+"""A model that doesn't fit the first of two cards. tests/test_emulated_card.py runs these tests on two."""
 
 import gc
 from pathlib import Path
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 MEGABYTES = 2**20
 ROOMS = {"fp32": (4, 28), "int8": (4, 16), "nf4": (4, 8)}
-"""Megabytes in which a precision can't be loaded, for lack of room in one place or another."""
+"""Megabytes in which a precision can't be loaded; memory runs out at different points."""
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("int8", 0.3), ("nf4", 2.0)])
-def test_it_is_spread_over_both(
+def test_a_model_is_spread_over_both_cards(
     folder: Path, precision: str, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if precision == "fp32":
         monkeypatch.setattr(cards[0], "total", cards[0].now + 40 * MEGABYTES)
-    else:  # quantizing takes more than it leaves, and would not fit a card that is so full
+    else:  # quantizing needs more memory than its result, and would not fit such a full card
         monkeypatch.setattr("loaders.cuda.memory.spread", lambda *_: "auto")
     monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)
     checkpoint = open_checkpoint(str(folder))
@@ -62,13 +62,15 @@ def test_it_is_spread_over_both(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
-def test_no_room_is_told_as_such(folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it runs out: ``transformers`` takes what quantizing raises for a broken checkpoint."""
+def test_out_of_memory_is_reported_as_such(
+    folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every point: ``transformers`` reports an exception of quantization as a broken checkpoint."""
     checkpoint = open_checkpoint(str(folder))
     monkeypatch.setattr("loaders.cuda.memory.cards_free", lambda: [2**40])
     monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)
     gc.collect()
-    before = cards[0].now  # once: what a fault's traceback still holds later must not make room
+    before = cards[0].now  # once: memory that a traceback still holds later must not count as free
     for room in ROOMS[precision]:
         monkeypatch.setattr(cards[0], "total", before + room * MEGABYTES)
         with pytest.raises(OutOfMemory):

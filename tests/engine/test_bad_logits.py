@@ -1,4 +1,4 @@
-"""Logits that are not numbers, met while a prompt is scored: that request's error, never a number."""
+"""NaN and infinite logits while a prompt is scored: an error of that request, never a figure."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SCORING = {
 
 
 def poisoned(loads: Loads, row: list[float]) -> None:
-    """A row amid the prompt; the last one, after which a token is picked, is as it was."""
+    """Breaks a row in the middle of the prompt; the last row, from which a token is sampled, stays intact."""
 
     def poison(logits: torch.Tensor, slots: object) -> torch.Tensor:
         if len(logits) > 2:
@@ -54,8 +54,8 @@ def test_scoring_fails_cleanly(make_client: Callable[..., TestClient], loads: Lo
     assert app.state.service.places.in_flight == 0
 
 
-def test_a_token_that_the_model_rules_out(make_client: Callable[..., TestClient], loads: Loads) -> None:
-    """Its log-probability is −∞, which JSON can't say; the other tokens' are as they are."""
+def test_a_token_of_probability_zero(make_client: Callable[..., TestClient], loads: Loads) -> None:
+    """Its log-probability is −∞, which JSON can't represent; those of other tokens are unchanged."""
     ids = byte_tokenizer()(PROMPT)["input_ids"]
 
     def poison(logits: torch.Tensor, slots: object) -> torch.Tensor:
@@ -64,15 +64,16 @@ def test_a_token_that_the_model_rules_out(make_client: Callable[..., TestClient]
 
     loads.prepare = lambda runner: setattr(runner, "poison", poison)
     client = make_client(precisions="fp32")
-    told = client.post("/v1/completions", json=SCORING["/v1/completions"]).json()["choices"][0]["logprobs"]
-    assert told["token_logprobs"][2] == MIN_LOGPROB
-    others = [value for id_, value in zip(ids[1:], told["token_logprobs"][1:], strict=True) if id_ != ids[2]]
+    answer = client.post("/v1/completions", json=SCORING["/v1/completions"]).json()["choices"][0]["logprobs"]
+    assert answer["token_logprobs"][2] == MIN_LOGPROB
+    logprobs = answer["token_logprobs"][1:]
+    others = [value for id_, value in zip(ids[1:], logprobs, strict=True) if id_ != ids[2]]
     assert others
     assert all(-20 < value < 0 for value in others)
 
 
 @pytest.mark.parametrize("on_a_device", [False, True])
-def test_alternatives_that_the_model_rules_out(on_a_device: bool) -> None:
+def test_alternatives_of_probability_zero(on_a_device: bool) -> None:
     logits = torch.full((1, 11), -torch.inf)
     logits[0, 4] = 1.0
     sampler, rows = Sampler(frozenset()), [Sequence([1], SamplingParams(2, logprobs=True, top_n=3))]
@@ -82,13 +83,13 @@ def test_alternatives_that_the_model_rules_out(on_a_device: bool) -> None:
     assert [logprob for _, logprob in token.top] == [0.0, MIN_LOGPROB, MIN_LOGPROB]
 
 
-def test_a_perplexity_beyond_all_numbers(make_client: Callable[..., TestClient], loads: Loads) -> None:
+def test_an_infinite_perplexity(make_client: Callable[..., TestClient], loads: Loads) -> None:
     loads.prepare = lambda runner: setattr(runner, "poison", lambda logits, slots: logits * 1000)
     reply = make_client(precisions="fp32").post("/compare", json=SCORING["/compare"])
     assert (reply.status_code, "no finite perplexity" in reply.text) == (424, True)
 
 
-def test_every_row_is_looked_at() -> None:
+def test_every_row_is_checked() -> None:
     logits = torch.zeros(5, 11)
     assert len(prompt_logprobs(logits, [1, 2, 3, 4, 5], 0)) == 5
     logits[4, 3] = torch.nan

@@ -1,4 +1,4 @@
-"""Sampling all rows together gives what sampling each by itself gives; tried on a CPU's tensors."""
+"""Batched sampling gives the tokens of sampling row by row; tested on CPU tensors."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_the_distribution_is_the_samplers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_each_row_alone_is_chosen_as_the_sampler_chooses(name: str) -> None:
+def test_a_single_row_gets_the_token_of_the_sampler(name: str) -> None:
     sampler = Sampler(frozenset())
     for seed in range(40):
         row, one, other = logits(seed=seed), made(name, seed), made(name, seed)
@@ -85,7 +85,7 @@ def test_each_row_alone_is_chosen_as_the_sampler_chooses(name: str) -> None:
                 each.generated.append(expected.id)
 
 
-def test_all_rows_together_are_chosen_as_each_by_itself() -> None:
+def test_a_batch_gets_the_tokens_of_its_single_rows() -> None:
     sampler, rows = Sampler(frozenset()), logits(len(SETTINGS))
     together = [made(name, seed) for seed, name in enumerate(SETTINGS)]
     alone = [made(name, seed) for seed, name in enumerate(SETTINGS)]
@@ -97,8 +97,8 @@ def test_all_rows_together_are_chosen_as_each_by_itself() -> None:
             alone[row].generated.append(id_)
 
 
-def test_mates_do_not_touch_a_row() -> None:
-    """Each setting beside each other, the mate's logits wild."""
+def test_a_row_is_independent_of_its_batch() -> None:
+    """Every pair of settings; the other row's logits are extreme."""
     sampler, row = Sampler(frozenset()), logits(seed=3)
     for name in SETTINGS:
         expected = chosen(sampler.launch(row, [made(name, 11)]))
@@ -119,8 +119,8 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["greedy", "plain sampling", "all at once"])
-def test_a_broken_row_fails_alone_and_its_token_can_be_looked_up(name: str, broken: float) -> None:
-    """The next step may start from it before anybody knows: it must be a token all the same."""
+def test_a_broken_row_fails_alone_and_its_token_is_a_valid_id(name: str, broken: float) -> None:
+    """The next step may start from it before the host detects the error, so it must be a valid id."""
     rows = logits(3)
     rows[1] = broken
     mates = [made("plain sampling", 1), made(name, 2), made("greedy")]

@@ -141,7 +141,7 @@ def test_nan_logits_cost_that_row_only() -> None:
     with_engine(check)
 
 
-def test_a_dead_worker_is_heard() -> None:
+def test_a_dead_worker_fails_its_streams() -> None:
     deaths: list[str] = []
 
     async def check(engine: Engine, runner: FakeRunner) -> None:
@@ -162,7 +162,7 @@ def test_a_dead_worker_is_heard() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), DeviceLost("the device no longer works")])
-def test_an_engine_that_cannot_warm_up_says_so_and_drops_its_model(error: BaseException) -> None:
+def test_a_failed_warm_up_raises_and_releases_the_model(error: BaseException) -> None:
     async def main() -> None:
         runner = FakeRunner()
 
@@ -181,7 +181,7 @@ def test_an_engine_that_cannot_warm_up_says_so_and_drops_its_model(error: BaseEx
     asyncio.run(main())
 
 
-def test_deadlines_end_what_runs_and_what_waits() -> None:
+def test_deadlines_end_running_and_waiting_sequences() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         soon = time.perf_counter() + 0.1
         streams = [engine.generate([60 + i], params(200), deadline=soon) for i in range(6)]
@@ -209,13 +209,13 @@ def test_prompt_logprobs_in_chunks_and_no_token_at_all() -> None:
     with_engine(check, prefill_chunk=2)
 
 
-def test_tokens_that_are_there_are_read_without_waiting() -> None:
+def test_available_tokens_are_read_without_waiting() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         generation = engine.generate(PROMPT, params(5))
-        await until(lambda: not engine.running + engine.waiting)  # all are handed over
+        await until(lambda: not engine.running + engine.waiting)  # all are delivered
         found = []
         for _ in range(5):
-            with pytest.raises(StopIteration) as read:  # what a coroutine ends with that was not suspended
+            with pytest.raises(StopIteration) as read:  # a coroutine that never suspends raises this
                 anext(generation).__await__().send(None)
             found.append(read.value.value.id)
         assert found == runner.expected(PROMPT, 5)
@@ -223,7 +223,7 @@ def test_tokens_that_are_there_are_read_without_waiting() -> None:
     with_engine(check)
 
 
-def test_a_reader_that_gives_up_waiting_loses_no_token() -> None:
+def test_a_cancelled_wait_loses_no_token() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         runner.delay = 0.03
         generation, found, given_up = engine.generate(PROMPT, params(6)), list[int](), 0
@@ -239,8 +239,8 @@ def test_a_reader_that_gives_up_waiting_loses_no_token() -> None:
     with_engine(check)
 
 
-def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
-    """Its wait is over, but it has not gone on yet."""
+def test_a_token_that_arrives_with_a_cancellation_goes_to_the_next_read() -> None:
+    """Its future is done, but the coroutine has not resumed yet."""
 
     async def check(engine: Engine, runner: FakeRunner) -> None:
         generation = TokenStream(Sequence(PROMPT, params()), engine.cancel)
@@ -257,7 +257,7 @@ def test_a_reader_cancelled_as_its_token_comes_leaves_it_to_the_next() -> None:
     with_engine(check)
 
 
-def test_a_reader_is_told_of_an_end_while_it_waits() -> None:
+def test_a_waiting_reader_receives_the_end() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         for end in (None, GenerationFailed("broken")):
             generation = TokenStream(Sequence(PROMPT, params()), engine.cancel)
@@ -288,7 +288,7 @@ def test_steps_are_reported_with_gaps_and_batch() -> None:
     with_engine(check, on_step=seen.append)
 
 
-def test_a_stalled_step_is_seen_and_failed_streams_end() -> None:
+def test_a_stalled_step_is_detected_and_its_streams_fail() -> None:
     async def check(engine: Engine, runner: FakeRunner) -> None:
         runner.delay = 0.4
         generation = engine.generate(PROMPT, params())

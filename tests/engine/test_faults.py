@@ -1,4 +1,4 @@
-"""A fault in the model costs the request it befell, is told in its dialect, and stays there."""
+"""A fault in the model fails its own request only, with an error in the format of its API."""
 
 import asyncio
 import subprocess
@@ -20,7 +20,7 @@ from tests.http.test_process import ROOT, environment
 from tests.routes.test_generate import PROMPT, events, greedy
 
 MakeApp = Callable[..., FastAPI]
-BAD = "@"  # the prompt that the fault befalls
+BAD = "@"  # the prompt that causes the fault
 
 
 def out_of_memory() -> Exception:
@@ -57,7 +57,7 @@ FAULTS = {"out of memory in prefill": in_prefill, "out of memory in decode": in_
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_request_it_befell_alone(make_app: MakeApp, loads: Loads, fault: str) -> None:
+def test_a_fault_fails_its_request_only(make_app: MakeApp, loads: Loads, fault: str) -> None:
     async def main() -> None:
         async with entered(app) as client:
             FAULTS[fault](loads.runners["fp32"], app.state.codec.encode(BAD)[0])
@@ -80,14 +80,14 @@ def check_told(native: httpx.Response, openai: httpx.Response, stream: httpx.Res
     assert (native.status_code, native.json()["error_type"]) == (424, "generation")
     assert (openai.status_code, openai.headers["x-should-retry"]) == (500, "false")
     assert openai.json()["error"]["type"] == "api_error"
-    told = events(stream.text)
-    assert [one.get("error_type") for one in told] == [None] * (len(told) - 1) + ["generation"]
+    answer = events(stream.text)
+    assert [one.get("error_type") for one in answer] == [None] * (len(answer) - 1) + ["generation"]
     for reply in (native, openai, stream):
         assert "secret" not in reply.text
         assert "Traceback" not in reply.text
 
 
-def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
+def test_a_dead_worker(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             die = threading.Event()
@@ -119,10 +119,10 @@ def test_a_worker_that_is_no_more(make_app: MakeApp, loads: Loads) -> None:
     asyncio.run(main())
 
 
-def test_a_worker_that_waits_for_one_that_hangs_is_not_ready(
+def test_a_worker_behind_a_hanging_one_is_not_ready(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU they take turns: where one hangs, none makes progress."""
+    """On a CPU engines alternate: while one hangs, none makes progress."""
 
     async def main() -> None:
         async with entered(app) as client:
@@ -172,8 +172,8 @@ os._exit(process.serve_forever())
 
 
 @pytest.mark.parametrize("fault", ["raise SystemExit", "time.sleep(60)"], ids=["killed", "hung"])
-def test_a_process_whose_worker_is_no_more_tells_everybody_and_exits_70(tmp_path: Path, fault: str) -> None:
-    """So that a supervisor starts it again."""
+def test_a_process_with_a_dead_worker_fails_its_requests_and_exits_70(tmp_path: Path, fault: str) -> None:
+    """A supervisor then restarts the process."""
     first = byte_tokenizer().decode([FakeRunner().next_id([])])
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER.format(fault=fault), str(tmp_path)],
@@ -189,9 +189,9 @@ def test_a_process_whose_worker_is_no_more_tells_everybody_and_exits_70(tmp_path
             lines = stream.iter_lines()
             next(lines)
             bad = httpx.post(f"{address}/generate", json={"inputs": first})
-            told = [line for line in lines if line]
+            answer = [line for line in lines if line]
         assert (bad.status_code, bad.json()["error_type"]) == (424, "generation")
-        assert '"error_type":"generation"' in told[-1]
+        assert '"error_type":"generation"' in answer[-1]
         assert process.wait(timeout=10) == 70
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""Requests of every kind in one batch, over HTTP and on real weights: each as if it were alone."""
+"""Requests of every kind in one batch, over HTTP and on real weights: each gets the same text as alone."""
 
 import asyncio
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests import checkpoints
 from tests.conftest import entered, until
 
 PRECISIONS = ["fp32", "nf4", "dynamic-int8"]
-WISHES: list[dict[str, Any]] = [
+OVERRIDES: list[dict[str, Any]] = [
     {},
     {"stop": ["a"]},
     {"temperature": 0.7, "seed": 1},
@@ -28,15 +28,17 @@ WISHES: list[dict[str, Any]] = [
     {"do_sample": True, "seed": 8, "best_of": 2},
     {"do_sample": True, "seed": 9, "max_new_tokens": 40, "top_n_tokens": 2},
 ]
-PROMPTS = ["the theatre in an era " * (1 + i % 4) + "abcdef"[: i % 6] for i in range(len(WISHES))]
+PROMPTS = ["the theatre in an era " * (1 + i % 4) + "abcdef"[: i % 6] for i in range(len(OVERRIDES))]
 FIXED: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "details": True, "seed": 0}
-BODIES = [{**FIXED, "inputs": prompt, **wishes} for prompt, wishes in zip(PROMPTS, WISHES, strict=True)]
+BODIES = [
+    {**FIXED, "inputs": prompt, **overrides} for prompt, overrides in zip(PROMPTS, OVERRIDES, strict=True)
+]
 
 
 def shown(reply: httpx.Response) -> tuple[Any, ...]:
-    told = reply.json()
-    ids = [token["id"] for token in told["details"]["tokens"]]
-    return told["generated_text"], ids, told["details"]["finish_reason"], told["details"]["seed"]
+    answer = reply.json()
+    ids = [token["id"] for token in answer["details"]["tokens"]]
+    return answer["generated_text"], ids, answer["details"]["finish_reason"], answer["details"]["seed"]
 
 
 async def large_batches(client: httpx.AsyncClient, precision: str) -> float:
@@ -51,7 +53,7 @@ async def large_batches(client: httpx.AsyncClient, precision: str) -> float:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_each_is_what_it_is_alone(family: str, tmp_path: Path) -> None:
+def test_each_row_is_the_same_alone(family: str, tmp_path: Path) -> None:
     from server.app import create_app
     from server.settings.server import Settings
 
@@ -63,7 +65,7 @@ def test_each_is_what_it_is_alone(family: str, tmp_path: Path) -> None:
                 alone = [shown(await client.post("/generate", json=body)) for body in asked]
                 together = await asyncio.gather(*(client.post("/generate", json=body) for body in asked))
                 assert [shown(reply) for reply in together] == alone
-                assert len({text for text, *_ in alone}) > len(alone) / 2  # the wishes were heard
+                assert len({text for text, *_ in alone}) > len(alone) / 2  # the settings had an effect
                 assert await large_batches(client, precision)
             await until(lambda: not app.state.service.places.in_flight)
 

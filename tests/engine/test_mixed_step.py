@@ -1,4 +1,4 @@
-"""A prompt chunk and the running rows in one pass over the weights, where the runner can do that."""
+"""A prefill chunk and the running rows in one pass, if the runner supports it."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ LONG = list(range(60, 82))
 
 
 class MixedFake(FakeRunner):
-    """Computes a prompt chunk and running rows in one pass, too; ``on_advance`` is called first."""
+    """Also computes a prefill chunk and running rows in one pass; ``on_advance`` is called first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class MixedFake(FakeRunner):
 
 
 def among_running_rows(runner: MixedFake) -> list[list[int]]:
-    """Two rows run; a long prompt joins. What each got, the long one last."""
+    """Two rows run and a long prompt joins. Returns the tokens of each, the long one's last."""
     found: list[list[int]] = []
 
     async def check(engine: Engine, _: FakeRunner) -> None:
@@ -51,7 +51,7 @@ def test_a_prompt_joins_running_rows_in_the_same_pass() -> None:
     assert runner.advances[-5:] == [5, 5, 5, 5, 2]
 
 
-def test_a_pass_that_fails_is_made_in_parts() -> None:
+def test_a_failed_mixed_pass_is_repeated_in_parts() -> None:
     def fail() -> None:
         raise RuntimeError("not both at once")
 

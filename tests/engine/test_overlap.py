@@ -1,4 +1,4 @@
-"""A step launched before the last one's tokens are read: nobody can tell from what is generated."""
+"""Overlap: a step is launched before the last one's tokens are read, with the same generated tokens."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from server.errors import DeadlinePassed, GenerationFailed, ServiceError
 from tests.fakes import FakeDeviceRunner, FakeRunner
 
 END = 70
-"""A token that the fake model gives now and then."""
+"""A token that the fake model generates sometimes."""
 
 
 @dataclass
 class Order:
-    """A request as a test has it: what is asked, when, and when its client goes."""
+    """A test's request: its parameters, when it arrives, and when its client disconnects."""
 
     prompt: list[int]
     params: SamplingParams
@@ -35,8 +35,8 @@ class Order:
 
 
 @dataclass
-class Told:
-    """What a request's reader was told."""
+class Received:
+    """The events that a request's reader received."""
 
     ids: list[int] = field(default_factory=list)
     finish: str | None = None
@@ -50,7 +50,7 @@ def order(prompt: Sequence[int] = (5, 6), joins: int = 0, leaves: int | None = N
 
 
 class House:
-    """A worker stepped by hand; a step is a second."""
+    """A worker that the test steps; a step is a second."""
 
     def __init__(self, runner: FakeRunner, chunk: int = 8) -> None:
         self.runner = runner
@@ -58,9 +58,9 @@ class House:
         self.sampler = Sampler(frozenset({END}))
         self.worker = Worker(runner, self.scheduler, self.sampler)
 
-    def serve(self, orders: Sequence[Order]) -> list[Told]:
+    def serve(self, orders: Sequence[Order]) -> list[Received]:
         rows = [Row(one.prompt, one.params, one.deadline) for one in orders]
-        told = {row: Told() for row in rows}
+        received = {row: Received() for row in rows}
         for now in range(400):
             for row, one in zip(rows, orders, strict=True):
                 if one.joins == now:
@@ -68,24 +68,24 @@ class House:
                 if one.leaves is not None and len(row.generated) >= one.leaves:
                     row.cancelled = True
             for row, item in self.worker.step(float(now)).events:
-                self._note(told[row], item)
+                self._note(received[row], item)
             if not self.scheduler.has_work and now > max(one.joins for one in orders):
                 break
         assert not self.runner.held, "a slot still holds what is over"
         assert (self.scheduler.running, self.scheduler.waiting) == (0, 0)
-        return list(told.values())
+        return list(received.values())
 
-    def _note(self, told: Told, item: Token | ServiceError | None) -> None:
-        assert not told.over, "told something after the end"
+    def _note(self, received: Received, item: Token | ServiceError | None) -> None:
+        assert not received.over, "an event after the end"
         if isinstance(item, Token):
-            told.ids.append(item.id)
-            told.finish, told.over = item.finish, item.finish is not None
+            received.ids.append(item.id)
+            received.finish, received.over = item.finish, item.finish is not None
         else:
-            told.error, told.over = type(item) if item is not None else None, True
+            received.error, received.over = type(item) if item is not None else None, True
 
 
-def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda _: None) -> list[Told]:
-    """What the plain path and the one that looks ahead tell, which must be the same; and the latter did."""
+def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda _: None) -> list[Received]:
+    """The events with overlap, asserted equal to those without it."""
     plain, ahead = FakeRunner(), FakeDeviceRunner()
     assert isinstance(ahead, DeviceRunner)
     assert not isinstance(plain, DeviceRunner)
@@ -98,7 +98,7 @@ def both(orders: Sequence[Order], prepare: Callable[[FakeRunner], None] = lambda
 
 
 def sloped(logits: torch.Tensor, _: Sequence[int]) -> torch.Tensor:
-    """No two logits alike: of equal ones, samplers may differ in which they keep."""
+    """Distinct logits: of equal ones, samplers may keep different ones."""
     return logits + torch.linspace(0, 0.5, logits.shape[1])
 
 
@@ -108,8 +108,8 @@ def looked_ahead(orders: Sequence[Order]) -> int:
     return runner.ahead
 
 
-def test_it_does_look_ahead() -> None:
-    """Ten of eleven steps of a lone row start from a token that nobody has read."""
+def test_steps_overlap() -> None:
+    """Ten of eleven steps of a single row start from a token that the host has not read."""
     assert looked_ahead([order(ignore_eos=True)]) == 10
 
 
@@ -153,29 +153,29 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(monkeypatch: pyte
     ],
     ids=str,
 )
-def test_the_same_tokens_alone_and_among_others(params: dict[str, Any]) -> None:
+def test_tokens_are_the_same_alone_and_in_a_batch(params: dict[str, Any]) -> None:
     others = [order([9, 10, 11], ignore_eos=True), order([7] * 20, do_sample=True, seed=1)]
     (alone,) = both([order(**params)])
     assert both([order(**params), *others])[0] == alone
 
 
 def test_rows_that_end_by_the_end_token() -> None:
-    """The token after it was launched: it is thrown away, and reaches nobody."""
+    """The next token was launched already: it is discarded and never delivered."""
     orders = [order([start], max_new_tokens=100) for start in range(5, 25)]
-    told = both(orders)
-    ended = [one for one in told if one.finish == "eos_token"]
+    received = both(orders)
+    ended = [one for one in received if one.finish == "eos_token"]
     assert len(ended) > 10
     assert all(one.ids[-1] == END and END not in one.ids[:-1] for one in ended)
-    assert all(len(one.ids) == 100 and END not in one.ids for one in told if one not in ended)
+    assert all(len(one.ids) == 100 and END not in one.ids for one in received if one not in ended)
 
 
-def test_a_row_that_must_be_seen_first_comes_and_goes() -> None:
+def test_a_row_with_penalties_joins_and_leaves() -> None:
     late = order([8, 8], joins=4, max_new_tokens=5, repetition_penalty=1.3)
-    told = both([order([5], ignore_eos=True, max_new_tokens=30), late])
-    assert len(told[0].ids) == 30
+    received = both([order([5], ignore_eos=True, max_new_tokens=30), late])
+    assert len(received[0].ids) == 30
 
 
-def test_clients_that_go_midway() -> None:
+def test_clients_that_disconnect_during_generation() -> None:
     orders = [order([start, 4], ignore_eos=True, max_new_tokens=50) for start in range(5, 15)]
     whole = both(orders)
     for leaves in range(6):
@@ -187,17 +187,19 @@ def test_clients_that_go_midway() -> None:
             assert len(one.ids) < 50
 
 
-def test_a_deadline_midway() -> None:
-    """The token under way is not waited for: one fewer than the plain path has by then."""
+def test_a_deadline_during_generation() -> None:
+    """The token in flight is not awaited: one fewer than without overlap."""
     orders = [order([5], deadline=9.0, max_new_tokens=100, ignore_eos=True), order([6], ignore_eos=True)]
-    (late, whole), (told, other) = (House(made).serve(orders) for made in (FakeRunner(), FakeDeviceRunner()))
-    assert late.error is told.error is DeadlinePassed
-    assert told.ids == late.ids[:-1]
+    (late, whole), (received, other) = (
+        House(made).serve(orders) for made in (FakeRunner(), FakeDeviceRunner())
+    )
+    assert late.error is received.error is DeadlinePassed
+    assert received.ids == late.ids[:-1]
     assert other == whole
 
 
 def out_of_memory(runner: FakeRunner, bad: int, after: int) -> None:
-    """A row that begins so breaks every step that it is in, once it has some tokens."""
+    """A row that begins with this breaks every step that it is in, once it has some tokens."""
 
     def fail(slots: Sequence[int]) -> None:
         for slot in slots:
@@ -210,9 +212,9 @@ def out_of_memory(runner: FakeRunner, bad: int, after: int) -> None:
 @pytest.mark.parametrize("after", [1, 2, 3, 7])
 def test_a_row_that_breaks_the_step(after: int) -> None:
     orders = [order([start], ignore_eos=True) for start in (5, 6, 99, 7)]
-    told = both(orders, partial(out_of_memory, bad=99, after=after))
-    assert [one.error for one in told] == [None, None, GenerationFailed, None]
-    assert [len(one.ids) for one in told] == [12, 12, after + 1, 12]
+    received = both(orders, partial(out_of_memory, bad=99, after=after))
+    assert [one.error for one in received] == [None, None, GenerationFailed, None]
+    assert [len(one.ids) for one in received] == [12, 12, after + 1, 12]
 
 
 def test_all_rows_broken_at_once() -> None:
@@ -223,12 +225,12 @@ def test_all_rows_broken_at_once() -> None:
 
         runner.on_decode = raised
 
-    told = both([order([start], ignore_eos=True) for start in (5, 6, 7)], fail)
-    assert {one.error for one in told} == {GenerationFailed}
+    received = both([order([start], ignore_eos=True) for start in (5, 6, 7)], fail)
+    assert {one.error for one in received} == {GenerationFailed}
 
 
 @pytest.mark.parametrize("at", [2, 3, 6])
-def test_a_row_whose_logits_are_no_numbers(at: int) -> None:
+def test_a_row_with_nan_logits(at: int) -> None:
     def poison(runner: FakeRunner) -> None:
         def broken(logits: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
             logits = sloped(logits, slots)
@@ -239,13 +241,13 @@ def test_a_row_whose_logits_are_no_numbers(at: int) -> None:
 
         runner.poison = broken
 
-    told = both([order([start], ignore_eos=True) for start in (5, 99, 7)], poison)
-    assert [one.error for one in told] == [None, GenerationFailed, None]
-    assert len(told[1].ids) == at - 1
+    received = both([order([start], ignore_eos=True) for start in (5, 99, 7)], poison)
+    assert [one.error for one in received] == [None, GenerationFailed, None]
+    assert len(received[1].ids) == at - 1
 
 
-def test_the_next_in_a_slot_is_untouched_by_the_last() -> None:
-    """One slot for all: each leaves while a step with it is under way; the next takes its place at once."""
+def test_a_slot_does_not_affect_its_next_sequence() -> None:
+    """One slot: each row leaves while a step with it is in flight; the next one takes the slot at once."""
     orders = [
         order([start, start], ignore_eos=start % 2 == 0, do_sample=start % 3 == 0, seed=start, leaves=leaves)
         for start, leaves in zip(range(5, 25), [None, 1, 2, 3, None] * 4, strict=True)
@@ -290,7 +292,7 @@ def test_any_mixture(seed: int) -> None:
 
 
 def test_a_device_that_fails_every_call_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access no request can be served: that is not the fault of the one that was running."""
+    """After an illegal memory access no request can be served; the running one did not cause it."""
 
     def refuse() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -1,4 +1,4 @@
-"""What a queue will take, by what it took lately; and queues behind a deadline, on a made-up clock."""
+"""Queue estimates from recent steps, and queues with a deadline on a simulated clock."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -33,13 +33,13 @@ def measured(share: float = 1.0) -> QueueEstimate:
     return estimate
 
 
-def test_nothing_is_estimated_before_something_was_measured() -> None:
+def test_no_estimate_before_the_first_measurement() -> None:
     estimate, ahead = QueueEstimate(slots=1, prefill_chunk=16), [sequence(100)] * 9
     assert estimate.finish_seconds(ahead, 1, 10) is None
     estimate.observe_step(step())
     estimate.observe_step(step(0.1))
     assert estimate.finish_seconds(ahead, 1, 10) is None
-    estimate.observe_end(sequence(10))  # it left before its first token
+    estimate.observe_end(sequence(10))  # cancelled before its first token
     assert estimate.finish_seconds(ahead, 1, 10) is None
     assert estimate.drain_seconds(ahead) is None
     estimate.observe_end(sequence(10, done=10))
@@ -47,7 +47,7 @@ def test_nothing_is_estimated_before_something_was_measured() -> None:
     assert estimate.drain_seconds([]) == 0
 
 
-def test_where_a_slot_is_free_nothing_is_estimated() -> None:
+def test_no_estimate_while_a_slot_is_free() -> None:
     assert measured().finish_seconds([sequence(10**6)], 10**6, 10**6) is None
 
 
@@ -55,7 +55,7 @@ def test_where_a_slot_is_free_nothing_is_estimated() -> None:
     ("ahead", "asked", "steps"),
     [
         ([(30, 0), (50, 0)], (1, 10), 31 + 1 + 10),  # behind the shorter one
-        ([(30, 20), (50, 10)], (1, 10), 10 + 1 + 10),  # of which something is done
+        ([(30, 20), (50, 10)], (1, 10), 10 + 1 + 10),  # partly computed
         ([(30, 29), (50, 49), (5, 0), (8, 0)], (1, 10), 1 + 6 + 1 + 10),  # first come, first served
     ],
 )
@@ -76,7 +76,7 @@ def test_sequences_that_end_early_are_counted_in() -> None:
 
 
 class Simulation:
-    """An engine's queue behind a deadline: the real scheduler and estimate, a clock that steps advance."""
+    """An engine's queue with a deadline: the real scheduler and estimate, a clock that steps advance."""
 
     def __init__(self, sheds: bool) -> None:
         self.sheds, self.now = sheds, 0.0
@@ -116,8 +116,8 @@ class Simulation:
         self.estimate.observe_end(sequence, late=outcome == "late")
 
 
-Wish = Callable[[Random], tuple[int, int]]
-"""Draws how many tokens are asked for, and how many the model generates."""
+Workload = Callable[[Random], tuple[int, int]]
+"""Draws the requested and the generated number of tokens."""
 
 
 def alike(random: Random) -> tuple[int, int]:
@@ -133,36 +133,36 @@ def early(random: Random) -> tuple[int, int]:
     return 64, random.randint(1, 64)
 
 
-def outcomes(load: float, wish: Wish, *, sheds: bool = True, noise: float = 0.0) -> Counter[str]:
-    """How requests end in 300 seconds under ``load`` times what can be served."""
+def outcomes(load: float, workload: Workload, *, sheds: bool = True, noise: float = 0.0) -> Counter[str]:
+    """The outcomes of requests in 300 seconds at ``load`` times the capacity."""
     simulation, random, offered = Simulation(sheds), Random(1), 0.0
     while simulation.now < SECONDS:
         offered += load * SLOTS
         while offered > 0:
-            tokens, length = wish(random)
+            tokens, length = workload(random)
             offered -= length
             simulation.ask(tokens, length)
         simulation.step(STEP * random.uniform(1 - noise, 1 + noise))
     return simulation.outcomes
 
 
-@pytest.mark.parametrize("wish", [alike, mixed, early])
+@pytest.mark.parametrize("workload", [alike, mixed, early])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_under_more_load_than_it_can_take_what_is_admitted_is_finished(wish: Wish, noise: float) -> None:
-    done = outcomes(1.5, wish, noise=noise)
+def test_under_overload_admitted_requests_finish_in_time(workload: Workload, noise: float) -> None:
+    done = outcomes(1.5, workload, noise=noise)
     assert done["tokens"] > 0.9 * CAPACITY * SECONDS
     assert done["late"] < 0.05 * done["served"]
     assert done["refused"] > 50
 
 
-@pytest.mark.parametrize("wish", [alike, mixed, early])
-def test_without_shedding_most_of_it_is_computed_for_nothing(wish: Wish) -> None:
-    """What the estimate is for; if this fails, the simulation shows nothing."""
-    done = outcomes(1.5, wish, sheds=False)
+@pytest.mark.parametrize("workload", [alike, mixed, early])
+def test_without_shedding_most_work_is_wasted(workload: Workload) -> None:
+    """The purpose of the estimate; if this fails, the simulation proves nothing."""
+    done = outcomes(1.5, workload, sheds=False)
     assert done["tokens"] < 0.6 * CAPACITY * SECONDS
 
 
-@pytest.mark.parametrize("wish", [alike, mixed, early])
-def test_what_can_be_served_is_not_refused(wish: Wish) -> None:
-    done = outcomes(0.8, wish, noise=0.5)
+@pytest.mark.parametrize("workload", [alike, mixed, early])
+def test_a_request_that_can_finish_in_time_is_not_refused(workload: Workload) -> None:
+    done = outcomes(0.8, workload, noise=0.5)
     assert (done["refused"], done["late"]) == (0, 0)

@@ -122,7 +122,7 @@ def test_a_row_of_nan_fails_alone() -> None:
     assert isinstance(last, Token)
 
 
-def test_logprobs_are_the_models_own_whatever_the_filters() -> None:
+def test_logprobs_are_those_before_filters() -> None:
     row = logits()
     expected = row[0].log_softmax(-1)
     one = sequence(temperature=0.5, top_k=3, logprobs=True, top_n=5)

@@ -1,4 +1,4 @@
-"""A prompt in several precisions through engines: against the obvious computation, and beside other work."""
+"""A prompt in several precisions through engines: compared with a direct computation, and under load."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ CODEC = TextCodec(checkpoints.byte_tokenizer())
 
 
 class Engines:
-    """Engines by precision; made when first used."""
+    """Engines by precision, created on first use."""
 
     def __init__(self, models: dict[str, LoadedModel], prefill_chunk: int = 16) -> None:
         self._models, self._chunk = models, prefill_chunk
@@ -83,7 +83,7 @@ def by_hand(reference: LoadedModel, model: LoadedModel, ids: list[int]) -> tuple
 
 
 @pytest.mark.parametrize("prefill_chunk", [7, 128])
-def test_figures_equal_the_obvious_computation(tmp_path: Path, prefill_chunk: int) -> None:
+def test_figures_equal_the_direct_computation(tmp_path: Path, prefill_chunk: int) -> None:
     folder = checkpoints.save(checkpoints.gpt2(), tmp_path)
     spec = ModelSpec(open_checkpoint(str(folder)), slots=2)
     names = ("fp32", "dynamic-int8", "nf4")
@@ -130,8 +130,8 @@ def test_first_divergence(one: list[int], other: list[int], index: int | None) -
     assert first_divergence(one, other) == first_divergence(other, one) == index
 
 
-def test_the_running_go_on_while_a_prompt_is_scored() -> None:
-    """Its chunks are steps like others: a running stream gets a token in each."""
+def test_running_sequences_continue_while_a_prompt_is_scored() -> None:
+    """Its chunks are ordinary steps: a running stream gets a token in each."""
     runner = FakeRunner(slots=2)
     runner.delay = 0.002
 
@@ -170,11 +170,11 @@ def test_a_stop_string_ends_the_text() -> None:
     with_engines(fakes(fp32=FakeRunner()), check)
 
 
-def test_generations_are_told_of_and_scoring_is_not() -> None:
-    told: list[tuple[str, str, int, int]] = []
+def test_generations_are_observed_and_scoring_is_not() -> None:
+    answer: list[tuple[str, str, int, int]] = []
 
     def observe(precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        told.append((precision, outcome, timeline.tokens, prompt_tokens))
+        answer.append((precision, outcome, timeline.tokens, prompt_tokens))
 
     async def check(engines: Engines) -> None:
         comparison = Comparison(request(5), CODEC, engines.use, observe)
@@ -183,10 +183,10 @@ def test_generations_are_told_of_and_scoring_is_not() -> None:
 
     with_engines(fakes(fp32=FakeRunner(), int8=FakeRunner()), check)
     count = len(CODEC.encode(PROMPT))
-    assert told == [("fp32", "success", 5, count), ("int8", "success", 5, count)]
+    assert answer == [("fp32", "success", 5, count), ("int8", "success", 5, count)]
 
 
-def test_one_that_fails_is_named_and_the_next_goes_on() -> None:
+def test_a_failed_precision_is_named_and_the_next_one_runs() -> None:
     def broken(logits: Tensor, slots: object) -> Tensor:
         return torch.full_like(logits, math.nan) if len(logits) > 1 else logits
 
@@ -207,7 +207,7 @@ def test_one_that_fails_is_named_and_the_next_goes_on() -> None:
     with_engines(fakes(fp32=FakeRunner(), int8=bad, bf16=FakeRunner()), check)
 
 
-def test_an_observer_that_fails_ends_its_sequence_alone() -> None:
+def test_a_failing_observer_ends_its_sequence_only() -> None:
     async def check(engines: Engines) -> None:
         def fail(logits: Tensor) -> None:
             raise MemoryError
@@ -222,7 +222,7 @@ def test_an_observer_that_fails_ends_its_sequence_alone() -> None:
     with_engines(fakes(fp32=FakeRunner()), check)
 
 
-def test_one_that_is_given_up_frees_its_slot() -> None:
+def test_a_cancelled_comparison_frees_its_slot() -> None:
     runner = FakeRunner(slots=1)
     runner.delay = 0.01
 
@@ -238,6 +238,6 @@ def test_one_that_is_given_up_frees_its_slot() -> None:
     with_engines(fakes(fp32=runner), check)
 
 
-def test_what_is_kept_of_a_reference_is_bounded() -> None:
+def test_the_kept_logits_of_a_reference_are_bounded() -> None:
     assert longest_prompt(50_257) == 5341
     assert longest_prompt(2**40) == 1

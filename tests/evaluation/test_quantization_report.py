@@ -1,4 +1,4 @@
-"""Proof of quantization where people look: ``/stats?layers=true`` and ``bitdial precisions --layers``."""
+"""The quantization report in ``/stats?layers=true`` and ``bitdial precisions --layers``."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.conftest import wait_until
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One narrow layer under a large vocabulary: the head, which int8 keeps, is most of the model."""
+    """A narrow layer and a large vocabulary: the head, which int8 does not quantize, is most of the model."""
     config = GPT2Config(vocab_size=4000, n_positions=64, n_embd=64, n_layer=1, n_head=2)
     return checkpoints.save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("headstrong"))
 
@@ -35,35 +35,37 @@ def client(folder: Path) -> Iterator[TestClient]:
         yield found
 
 
-def test_every_layer_of_what_is_loaded(client: TestClient, folder: Path) -> None:
-    told: Any = client.get("/stats?layers=true").json()["precisions"]
+def test_every_layer_of_a_loaded_model_is_reported(client: TestClient, folder: Path) -> None:
+    answer: Any = client.get("/stats?layers=true").json()["precisions"]
     spec = ModelSpec(open_checkpoint(str(folder)), slots=1)
     expected = layer_errors(loaders.load("int8", spec), spec)
     assert expected is not None
-    proof = {layer["name"]: layer for layer in told["int8"]["proof"]}
+    proof = {layer["name"]: layer for layer in answer["int8"]["proof"]}
     assert list(proof) == [layer.name for layer in expected.layers]
     for layer in expected.layers:
         found = proof[layer.name]
         assert (found["kind_before"], found["nbytes"]) == (layer.kind_before, layer.nbytes)
         assert found["relative_error"] == pytest.approx(layer.relative_error, rel=0.01)
     assert proof["transformer.h.0.mlp.c_fc"]["sqnr_db"] > 30
-    assert told["nf4"]["proof"] is None
-    assert client.get("/stats?layers=true").json()["precisions"]["int8"]["proof"] == told["int8"]["proof"]
+    assert answer["nf4"]["proof"] is None
+    assert client.get("/stats?layers=true").json()["precisions"]["int8"]["proof"] == answer["int8"]["proof"]
     assert "proof" not in client.get("/stats").json()["precisions"]["int8"]
     assert client.get("/stats?layers=perhaps").status_code == 422
 
 
-def test_the_loud_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_quantization_warning_is_reported_and_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     app = create_app(Settings(model_id=str(folder), precisions="fp32,int8", device="cpu", threads=1))
     with caplog.at_level(logging.WARNING), TestClient(app) as client:
         wait_until(lambda: app.state.pool.state("int8").state == "loaded", 30)
-        told = client.get("/stats").json()["precisions"]
+        answer = client.get("/stats").json()["precisions"]
     expected = (
         "int8 has quantized only 16% of this model's linear weights: expect little of its memory and speed"
     )
-    assert told["int8"]["warning"] == expected
-    assert told["int8"]["layers"]["quantized_share"] == pytest.approx(0.161, abs=0.001)
-    assert told["fp32"]["warning"] is told["nf4"]["warning"] is None
+    assert answer["int8"]["warning"] == expected
+    assert answer["int8"]["layers"]["quantized_share"] == pytest.approx(0.161, abs=0.001)
+    assert answer["fp32"]["warning"] is answer["nf4"]["warning"] is None
     assert expected in caplog.messages
 
 
@@ -78,6 +80,6 @@ def test_in_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "fp32: 0.0% of the linear weights quantized" in printed
 
 
-def test_layers_of_a_precision_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_of_an_unknown_precision(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["precisions", "--layers", "int3"]) == 2
     assert "unknown precision 'int3'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The shadow: what it counts, on idle capacity only, and that nobody waits for it."""
+"""The shadow: its figures, and that it runs on idle capacity without delaying requests."""
 
 import asyncio
 import random
@@ -33,14 +33,14 @@ async def ask(client: httpx.AsyncClient, precision: str = "bf16", tokens: int = 
     return reply.json()
 
 
-async def told(client: httpx.AsyncClient) -> Any:
+async def shadow_stats(client: httpx.AsyncClient) -> Any:
     return (await client.get("/stats")).json()["shadow"]
 
 
 async def compared(client: httpx.AsyncClient, count: int, precision: str = "bf16") -> Any:
     async with asyncio.timeout(10):
         while True:
-            found = (await told(client))["precisions"].get(precision)
+            found = (await shadow_stats(client))["precisions"].get(precision)
             if found and found["requests"]["compared"] >= count:
                 return found
             await asyncio.sleep(0.01)
@@ -50,8 +50,8 @@ def make(make_app: MakeApp, **values: Any) -> FastAPI:
     return make_app(shadow_precision="fp32", shadow_fraction=1.0, **values)
 
 
-def test_finished_requests_are_held_against_the_reference(make_app: MakeApp, loads: Loads) -> None:
-    """fp32 gives its favourite 8, the others none; halved logits are the same favourite, less sure."""
+def test_finished_requests_are_compared_with_the_reference(make_app: MakeApp, loads: Loads) -> None:
+    """fp32's top token has logit 8, the others 0; halved logits have the same top token, less probable."""
 
     def soften(runner: FakeRunner) -> None:
         if loads.names[-1] == "bf16":
@@ -84,7 +84,7 @@ def test_finished_requests_are_held_against_the_reference(make_app: MakeApp, loa
 
 
 def test_disagreement_is_counted_token_by_token(make_app: MakeApp, loads: Loads) -> None:
-    """The reference finds another token the most probable wherever the text so far has an even length."""
+    """The reference has another top token after every text of even length."""
 
     class Other(FakeRunner):
         def next_id(self, ids: Any) -> int:
@@ -113,7 +113,7 @@ def test_the_reference_itself_and_failed_requests_are_not_replayed(make_app: Mak
             await client.post("/generate", json={"inputs": "", "precision": "bf16"})
             await ask(client, "bf16")
             await compared(client, 1)
-            found = await told(client)
+            found = await shadow_stats(client)
             assert (found["reference"], found["waiting"]) == ("fp32", 0)
             assert list(found["precisions"]) == ["bf16"]
             assert found["precisions"]["bf16"]["requests"] == {"compared": 1, "dropped": 0, "failed": 0}
@@ -121,7 +121,7 @@ def test_the_reference_itself_and_failed_requests_are_not_replayed(make_app: Mak
     asyncio.run(work())
 
 
-def test_only_the_share_that_is_wanted(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_configured_fraction_is_replayed(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = iter([0.1, 0.6, 0.49, 0.5])
     monkeypatch.setattr(random, "random", lambda: next(draws))
 
@@ -130,12 +130,12 @@ def test_only_the_share_that_is_wanted(make_app: MakeApp, monkeypatch: pytest.Mo
             for _ in range(4):
                 await ask(client)
             assert (await compared(client, 2))["requests"]["compared"] == 2
-            assert (await told(client))["waiting"] == 0
+            assert (await shadow_stats(client))["waiting"] == 0
 
     asyncio.run(work())
 
 
-def test_a_request_that_comes_ends_a_replay_which_is_made_later(make_app: MakeApp, loads: Loads) -> None:
+def test_a_new_request_interrupts_a_replay_which_is_repeated(make_app: MakeApp, loads: Loads) -> None:
     async def work() -> None:
         app = make(make_app, prefill_chunk_busy=1)
         async with entered(app) as client:
@@ -163,16 +163,14 @@ def test_nothing_is_replayed_while_requests_run(make_app: MakeApp) -> None:
             with app.state.service.places.reserved():
                 await ask(client)
                 await asyncio.sleep(0.2)
-                assert (await told(client))["waiting"] == 1
+                assert (await shadow_stats(client))["waiting"] == 1
                 assert not app.state.shadow.active
             await compared(client, 1)
 
     asyncio.run(work())
 
 
-def test_more_than_may_wait_are_dropped_the_oldest_first(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_queue_drops_the_oldest(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shadow, "_MOST_WAITING", 2)
 
     async def work() -> None:
@@ -186,7 +184,7 @@ def test_more_than_may_wait_are_dropped_the_oldest_first(
     asyncio.run(work())
 
 
-def test_logits_that_are_no_numbers_fail_and_the_shadow_lives(make_app: MakeApp, loads: Loads) -> None:
+def test_nan_logits_fail_a_replay_and_the_shadow_continues(make_app: MakeApp, loads: Loads) -> None:
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
@@ -202,7 +200,7 @@ def test_logits_that_are_no_numbers_fail_and_the_shadow_lives(make_app: MakeApp,
     asyncio.run(work())
 
 
-def test_what_was_unloaded_is_not_loaded_again_for_a_replay(make_app: MakeApp, loads: Loads) -> None:
+def test_a_replay_does_not_load_an_unloaded_precision(make_app: MakeApp, loads: Loads) -> None:
     async def work() -> None:
         app = make(make_app)
         async with entered(app) as client:
@@ -210,7 +208,7 @@ def test_what_was_unloaded_is_not_loaded_again_for_a_replay(make_app: MakeApp, l
                 await ask(client)
                 await client.post("/precisions/bf16/unload")
             await until(lambda: app.state.shadow.figures()["precisions"].get("bf16"))
-            assert (await told(client))["precisions"]["bf16"]["requests"]["dropped"] == 1
+            assert (await shadow_stats(client))["precisions"]["bf16"]["requests"]["dropped"] == 1
             assert loads.names.count("bf16") == 1
 
     asyncio.run(work())
@@ -225,7 +223,7 @@ def test_the_reference_is_loaded_at_the_start(make_app: MakeApp, loads: Loads) -
     asyncio.run(work())
 
 
-def test_a_prompt_that_must_delay_nobody_comes_in_small_chunks() -> None:
+def test_a_replayed_prompt_is_prefilled_in_small_chunks() -> None:
     scheduler = Scheduler(slots=2, prefill_chunk=64)
     replayed = Sequence(list(range(40)), SamplingParams(max_new_tokens=0), chunk=4)
     other = Sequence(list(range(40)), SamplingParams(max_new_tokens=1))

@@ -1,4 +1,4 @@
-"""Tests on a card, skipped where there is none; tests/test_emulated_card.py runs them on an emulated one."""
+"""GPU tests, skipped without a GPU; tests/test_emulated_card.py runs them on an emulated card."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def load(folders: dict[str, Path]) -> Iterator[Load]:
-    """Runners of a family in a precision, as a server on the card would have them; closed afterwards."""
+    """Loads Runners of a family in a precision with a server's settings; closes them afterwards."""
     loaded: list[GraphRunner] = []
 
     def make(precision: str = "fp32", family: str = "gpt2", **values: Any) -> GraphRunner:

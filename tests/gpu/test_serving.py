@@ -1,4 +1,4 @@
-"""Engines on a card: a step ahead of the host, several beside each other, faults that stay with their row."""
+"""Engines on a GPU: overlap with the host, several at the same time, faults isolated to their row."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,8 +30,8 @@ def engine_of(runner: GraphRunner, ends: frozenset[int] = frozenset()) -> Engine
 
 
 async def tokens(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
-    asked = SamplingParams(**{"max_new_tokens": 24, "ignore_eos": True, **params})
-    return [token.id async for token in engine.generate(prompt, asked)]
+    sampling = SamplingParams(**{"max_new_tokens": 24, "ignore_eos": True, **params})
+    return [token.id async for token in engine.generate(prompt, sampling)]
 
 
 def with_engine(runner: GraphRunner, work: Callable[[Engine], Awaitable[Any]]) -> Any:
@@ -63,7 +63,7 @@ def generated(model: Any, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("steady", [True, False])
-def test_the_tokens_of_generate_rows_joining_and_leaving(load: Load, family: str, steady: bool) -> None:
+def test_rows_that_join_and_leave_get_the_tokens_of_generate(load: Load, family: str, steady: bool) -> None:
     runner = load("fp32", family, slots=4, batch_invariant=steady)
     expected = [generated(runner.module, prompt, 10 + 3 * i) for i, prompt in enumerate(PROMPTS)]
 
@@ -76,7 +76,7 @@ def test_the_tokens_of_generate_rows_joining_and_leaving(load: Load, family: str
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_seeded_requests_alone_and_among_fifteen(load: Load, precision: str) -> None:
+def test_seeded_requests_are_the_same_alone_and_among_fifteen(load: Load, precision: str) -> None:
     names = list(SETTINGS)
     asks = [{**SETTINGS[names[i % len(names)]], "seed": i} for i in range(16)]
     asks = [{"do_sample": True, **ask} for ask in asks]
@@ -90,7 +90,7 @@ def test_seeded_requests_alone_and_among_fifteen(load: Load, precision: str) -> 
     assert together == alone
 
 
-def test_the_device_chooses_what_the_host_would() -> None:
+def test_the_device_sampler_picks_the_tokens_of_the_host_sampler() -> None:
     sampler = Sampler(frozenset())
     for seed in range(20):
         rows = logits(len(SETTINGS), seed=seed)
@@ -102,8 +102,8 @@ def test_the_device_chooses_what_the_host_would() -> None:
             assert one.id == other.id, name
 
 
-def test_an_engine_that_captures_beside_one_that_serves(load: Load) -> None:
-    """Each on its thread; the one that serves computes, samples and waits all the while."""
+def test_one_engine_captures_while_another_serves(load: Load) -> None:
+    """Each on its own thread; the serving engine computes, samples and waits meanwhile."""
 
     async def main() -> None:
         serving = engine_of(load("fp32"))
@@ -135,8 +135,8 @@ def test_an_engine_that_captures_beside_one_that_serves(load: Load) -> None:
     asyncio.run(main())
 
 
-def test_out_of_memory_fails_the_request_it_befell_and_memory_is_back(load: Load) -> None:
-    """The allocator itself refuses, on the worker's thread, in the midst of a prompt."""
+def test_out_of_memory_fails_its_request_only_and_memory_is_freed(load: Load) -> None:
+    """The allocator raises on the worker's thread in the middle of a prompt."""
 
     def greedy(_: Any) -> None:
         torch.empty(10**13, dtype=torch.float32, device="cuda")
@@ -156,7 +156,7 @@ def test_out_of_memory_fails_the_request_it_befell_and_memory_is_back(load: Load
     with_engine(load("fp32"), work)
 
 
-def test_clients_that_go_leave_their_slots_as_new(load: Load) -> None:
+def test_a_slot_is_clean_after_its_client_disconnects(load: Load) -> None:
     async def work(engine: Engine) -> None:
         expected = await tokens(engine, PROMPTS[3])
         for leaves in range(1, 8):
@@ -169,10 +169,10 @@ def test_clients_that_go_leave_their_slots_as_new(load: Load) -> None:
     with_engine(load("fp32", slots=1), work)
 
 
-def test_fp32_products_keep_their_bits() -> None:
+def test_fp32_matmuls_do_not_use_tf32() -> None:
     disable_tf32()
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = one.double() @ other.double()
     error = (one.to("cuda") @ other.to("cuda")).cpu().double() - exact
-    assert float(error.abs().max()) < 1e-3  # TensorFloat-32 errs by some 3e-2 here
+    assert float(error.abs().max()) < 1e-3  # TensorFloat-32 has an error of some 3e-2 here

@@ -1,4 +1,4 @@
-"""Replayed steps: captured in every precision, equal to launched ones to the last bit, each row by itself."""
+"""Replayed steps: captured in every precision, equal to launched ones bit for bit, rows independent."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ STEPS = 5
 
 
 def run(runner: GraphRunner, work: dict[int, list[int]], watched: int) -> list[Tensor]:
-    """The logits of the watched slot after each prompt of its own and each of a few steps of all."""
+    """The logits of the watched slot after its prompt and after each of a few steps of all slots."""
     found = []
     for slot, prompt in work.items():
         logits = runner.prefill(slot, prompt)
@@ -45,7 +45,7 @@ def work_for(slots: int) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_captured_and_equal_to_launched_to_the_last_bit(load: Load, precision: str, family: str) -> None:
+def test_replayed_steps_equal_launched_ones_bit_for_bit(load: Load, precision: str, family: str) -> None:
     captured, launched = load(precision, family), load(precision, family, cuda_graphs=False)
     work = work_for(16)
     assert same(run(captured, work, 5), run(launched, work, 5))
@@ -65,7 +65,7 @@ def test_a_row_is_the_same_alone_and_among_fifteen(load: Load, precision: str, f
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_how_a_prompt_is_cut_changes_nothing(load: Load, precision: str) -> None:
+def test_prefill_chunks_do_not_change_the_logits(load: Load, precision: str) -> None:
     runner, prompt = load(precision), work_for(16)[4]
     whole = runner.prefill(0, prompt)
     for start, end in ((0, 33), (33, 90), (90, 200)):
@@ -89,13 +89,13 @@ def test_fp32_logits_are_those_of_the_model_itself(load: Load, family: str) -> N
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp4"])
-def test_scales_that_are_quantized_too_are_captured(load: Load, precision: str) -> None:
+def test_double_quantization_is_captured(load: Load, precision: str) -> None:
     runner = load(precision, double_quantization=True)
     runner.prefill(0, [5, 6, 7])
     assert runner.captured, runner.report()
 
 
-def test_an_outlier_threshold_runs_uncaptured_and_says_so(load: Load) -> None:
+def test_an_outlier_threshold_runs_uncaptured_and_reports_why(load: Load) -> None:
     runner = load("int8", int8_threshold=6.0)
     logits = runner.prefill(0, [5, 6, 7])
     assert logits is not None
@@ -105,7 +105,7 @@ def test_an_outlier_threshold_runs_uncaptured_and_says_so(load: Load) -> None:
 
 
 @pytest.mark.parametrize("steady", [True, False])
-def test_sizes_that_fit_and_all_at_once_agree(load: Load, steady: bool) -> None:
+def test_fitted_and_full_step_sizes_agree(load: Load, steady: bool) -> None:
     runner = load("fp32", batch_invariant=steady)
     for slots in (1, 3, 16):
         work = {slot: prompt for slot, prompt in work_for(16).items() if slot < slots}
@@ -114,10 +114,10 @@ def test_sizes_that_fit_and_all_at_once_agree(load: Load, steady: bool) -> None:
             torch.testing.assert_close(found[0], row, atol=1e-3, rtol=1e-3)
 
 
-def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
+def test_a_failed_capture_falls_back_and_the_next_load_captures(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stream, the allocator and the libraries must have recovered from the broken capture."""
+    """The stream, the allocator and the libraries recover from the broken capture."""
     think = LeanGPT2._mlp
 
     def waits(self: LeanGPT2, layer: Any, hidden: Tensor) -> Tensor:
@@ -139,17 +139,17 @@ def test_a_capture_that_fails_leaves_plain_steps_and_the_next_one_captures(
     assert same(run(good, work_for(16), 5), expected)
 
 
-def test_what_is_told_is_what_was_taken_and_closing_gives_it_back(load: Load) -> None:
-    load("fp32").prefill(0, [1])  # what is taken once for all
+def test_reported_bytes_equal_allocated_ones_and_closing_frees_them(load: Load) -> None:
+    load("fp32").prefill(0, [1])  # allocations that are made once
     release_unused()
     before = torch.cuda.memory_reserved()
     runner = load("fp32")
     runner.prefill(0, [5, 6, 7])
     release_unused()
     weights = sum(parameter.nbytes for parameter in runner.module.parameters())
-    told = weights + runner.kv_cache_bytes + runner.working_bytes
+    reported = weights + runner.kv_cache_bytes + runner.working_bytes
     assert isinstance(runner._graphs._graphs, CudaGraphs)
-    assert abs(told - (torch.cuda.memory_reserved() - before)) < 32 * 2**20
+    assert abs(reported - (torch.cuda.memory_reserved() - before)) < 32 * 2**20
     runner.close()
     release_unused()
     assert torch.cuda.memory_reserved() - before < 80 * 2**20  # a thread's workspaces stay

@@ -1,4 +1,4 @@
-"""The limits of a container, from folders laid out as Linux lays them out."""
+"""A container's limits, from a folder tree like that of Linux."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Groups:
-    """A tree of control groups, and a process's place in it."""
+    """A cgroup tree, and a process's group in it."""
 
     def __init__(self, folder: Path) -> None:
         self.mount, self.mine = folder / "cgroup", folder / "self"
@@ -47,7 +47,7 @@ def test_a_container_of_version_2(groups: Groups) -> None:
     assert groups.cpus() == 2
 
 
-def test_a_container_of_version_1_that_is_told_its_path_on_the_host(groups: Groups) -> None:
+def test_a_version_1_container_that_sees_its_path_on_the_host(groups: Groups) -> None:
     groups.mine.write_text("5:memory:/docker/4f2\n3:cpu,cpuacct:/docker/4f2\n1:name=systemd:/\n0::/\n")
     groups.write(
         "memory", memory_limit_in_bytes=2 * GIB, memory_usage_in_bytes=GIB,
@@ -55,7 +55,7 @@ def test_a_container_of_version_1_that_is_told_its_path_on_the_host(groups: Grou
     )  # fmt: skip
     groups.write("cpu,cpuacct", cpu_cfs_quota_us=50_000, cpu_cfs_period_us=100_000)
     assert groups.memory() == (2 * GIB, GIB + GIB // 4)
-    assert groups.cpus() == 1  # half a CPU's time is one thread's
+    assert groups.cpus() == 1  # half a CPU is one thread
 
 
 def test_no_limits(groups: Groups) -> None:
@@ -86,19 +86,19 @@ def test_more_cpus_than_there_are_is_no_limit(groups: Groups) -> None:
     assert groups.cpus() is None
 
 
-def test_more_in_use_than_allowed_leaves_nothing(groups: Groups) -> None:
+def test_usage_above_the_limit_leaves_no_memory(groups: Groups) -> None:
     groups.mine.write_text("0::/\n")
     groups.write(".", memory_max=GIB, memory_current=GIB + 1)
     assert groups.memory() == (GIB, 0)
 
 
-def test_what_is_free_is_what_the_container_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "memory", lambda: (1_000_000, 1_000))
     assert memory.free_bytes("cpu") == 900
     figures = memory.process_memory()
     assert (figures["total_bytes"], figures["available_bytes"]) == (1_000_000, 1_000)
 
 
-def test_a_limit_above_the_hosts_memory_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_above_the_hosts_memory_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "memory", lambda: (2**59, 2**59))
     assert memory.process_memory()["total_bytes"] == psutil.virtual_memory().total

@@ -1,4 +1,4 @@
-"""How many threads compute: what the default is made of, and that every thread that computes has it."""
+"""The number of compute threads: the default, and that every computing thread uses it."""
 
 import asyncio
 import json
@@ -53,11 +53,11 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("may_run_on", "quota", "variable", "expected"),
     [
-        (range(8), None, None, 4),  # one a core, not one a hyper-thread
+        (range(8), None, None, 4),  # one per core, not per hyper-thread
         ({0, 4}, None, None, 1),  # both of one core
         ({1, 2, 6}, None, None, 2),
         (range(8), 3, None, 3),
-        (range(8), 6, None, 4),  # more than there are cores
+        (range(8), 6, None, 4),  # more than the number of cores
         ({0}, 3, None, 1),
         (range(8), 3, "6", 6),  # asked for
         (range(8), None, "2,4", 2),
@@ -97,7 +97,7 @@ def test_under_a_quota_libraries_get_the_number_too(
 
 
 def test_a_threads_number_stays_whatever_others_set() -> None:
-    """Set by itself alone, it gives way at the first parallel operation to what another thread has set."""
+    """Set alone, the first parallel operation replaces it by the number that another thread has set."""
     chosen, others_have_set = threading.Event(), threading.Event()
     found: list[int] = []
 
@@ -117,7 +117,7 @@ def test_a_threads_number_stays_whatever_others_set() -> None:
 
 
 class Recording(FakeRunner):
-    """Notes with how many threads it would compute."""
+    """Records the number of threads that it would compute with."""
 
     def __init__(self, slots: int = 8) -> None:
         super().__init__(slots)
@@ -148,7 +148,7 @@ def test_an_engine_sets_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_is_measured_with_the_number_that_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finding out what the report is of leaves the process's number at 1."""
+    """Determining the report's subject leaves the process's number at 1."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(speed, "PAUSE", 0.0)
     monkeypatch.setattr(speed, "SECONDS", 0.0)
@@ -171,10 +171,10 @@ def test_the_report_is_measured_with_the_number_that_serves(
     assert loading == {3}
 
 
-def test_the_reports_process_is_told_the_number_that_serves(
+def test_the_reports_process_gets_the_servers_thread_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may run on other CPUs than the server, or find another variable."""
+    """It may have another affinity than the server, or another environment."""
     order = tmp_path / "order.json"
     script = f"import sys; open({str(order)!r}, 'w').write(sys.stdin.readline()); print('{{\"kept\": 1}}')"
     monkeypatch.setattr("server.report.background.start_command", lambda *_: [sys.executable, "-c", script])
@@ -215,7 +215,7 @@ main(["serve", "--model", sys.argv[1], "--port", "0", "--precisions", "fp32,bf16
 
 @contextmanager
 def server(folder: Path, **variables: str) -> Iterator[tuple[int, list[tuple[str, int]]]]:
-    """A process with its defaults, as it stands in a terminal: its port, and who computed with how many."""
+    """A server process with default settings: its port, and the thread counts of its computing threads."""
     values = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"}
     values |= {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **variables}
     process = subprocess.Popen(
@@ -252,7 +252,7 @@ def server(folder: Path, **variables: str) -> Iterator[tuple[int, list[tuple[str
 def test_a_server_with_its_defaults_computes_on_every_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after what computes beside it on one core: the look at the host, proofs, comparisons."""
+    """Also after other computations on one core: host information, layer reports, comparisons."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     expected = threads.default_threads()
     wish: dict[str, Any] = {"inputs": "abc", "parameters": {"max_new_tokens": 3}}

@@ -1,4 +1,4 @@
-"""The access log: a line a request, why it was refused, and quiet where supervisors ask again and again."""
+"""The access log: one line per request, with the reason of a refusal, and none for periodic probes."""
 
 import json
 import logging
@@ -80,7 +80,7 @@ def test_the_level_that_is_set(level: str, own: int, others: int) -> None:
         assert logging.getLogger("transformers_or_any").getEffectiveLevel() == others
 
 
-def test_the_icon_that_browsers_ask_for(make_client: MakeClient) -> None:
+def test_the_icon_that_browsers_request(make_client: MakeClient) -> None:
     reply = make_client(api_key="secret").get("/favicon.ico")
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "image/svg+xml"

@@ -32,7 +32,7 @@ def test_plain_json_by_any_of_its_names(client: TestClient, headers: dict[str, s
 @pytest.mark.parametrize(
     "raw", [b'{"a": -Infinity}', b'{"a": -1e400}', b'\xef\xbb\xbf{"a": 1}', b"{'a': 1}", b"1"]
 )
-def test_what_is_no_object(raw: bytes) -> None:
+def test_bodies_that_are_not_objects(raw: bytes) -> None:
     with pytest.raises(BadRequest):
         parse_object(raw)
 

@@ -1,4 +1,4 @@
-"""A container's health check, asking servers that are ready, that aren't yet, and that aren't there."""
+"""A container's health check against servers that are ready, not ready, and absent."""
 
 import socket
 import subprocess
@@ -32,7 +32,7 @@ def test_a_ready_server(live: str, host: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
 
 
-def test_a_proxy_of_the_environment_is_not_asked(live: str) -> None:
+def test_proxy_variables_are_ignored(live: str) -> None:
     done = run(
         HOST="0.0.0.0", PORT=port_of(live), http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9"
     )
@@ -44,7 +44,7 @@ def test_no_key_is_needed(make_app: Callable[..., FastAPI]) -> None:
         assert run(PORT=port_of(address)).returncode == 0
 
 
-def test_a_server_that_shuts_down_says_so(make_app: Callable[..., FastAPI]) -> None:
+def test_a_draining_server_is_unhealthy(make_app: Callable[..., FastAPI]) -> None:
     app = make_app()
     with serving(app) as address:
         app.state.lifecycle.drain()
@@ -52,9 +52,9 @@ def test_a_server_that_shuts_down_says_so(make_app: Callable[..., FastAPI]) -> N
     assert (done.returncode, done.stdout) == (1, "the server is shutting down\n")
 
 
-def test_nobody_there() -> None:
+def test_no_server_is_unhealthy() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and doesn't listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         port = taken.getsockname()[1]
         done = run(PORT=str(port))
     assert done.returncode == 1
@@ -63,7 +63,7 @@ def test_nobody_there() -> None:
 
 
 class Stranger(BaseHTTPRequestHandler):
-    """Another server on that port: it speaks HTTP, but isn't ours."""
+    """Another HTTP server on that port."""
 
     def do_GET(self) -> None:
         self.send_response(500)
@@ -87,7 +87,7 @@ def test_another_server(stranger: int) -> None:
 
 
 def test_it_imports_nothing_heavy() -> None:
-    """It runs every few seconds beside the server."""
+    """It runs every few seconds on the server's host."""
     script = (
         "import sys, server.http.health_check; print({'torch', 'pydantic', 'loaders'} & set(sys.modules))"
     )

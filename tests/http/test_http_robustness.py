@@ -1,4 +1,4 @@
-"""Bad bodies, keys, limits and clients that leave: an error for the sender, nothing for anybody else."""
+"""Bad bodies, keys, limits and disconnects: an error for the sender, no effect on others."""
 
 import asyncio
 import json
@@ -44,8 +44,8 @@ def still_serves(client: TestClient) -> None:
 def test_bodies_that_are_no_json_objects(client: TestClient, route: str, body: bytes) -> None:
     reply = client.post(route, content=body, headers=JSON)
     assert reply.status_code == 400
-    told = reply.json()
-    assert told["error"]["type"] == "invalid_request_error" if "/v1" in route else told["error_type"]
+    answer = reply.json()
+    assert answer["error"]["type"] == "invalid_request_error" if "/v1" in route else answer["error_type"]
     still_serves(client)
 
 
@@ -90,7 +90,7 @@ def test_request_ids(client: TestClient) -> None:
     assert id_for("a\tb") != "a\tb"
 
 
-def test_an_unforeseen_fault_shows_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_shows_no_details(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
 
     def explode(text: str) -> list[int]:
@@ -119,8 +119,8 @@ def test_the_document_describes_every_path_parameter(client: TestClient) -> None
     app: Any = client.app
     for path, methods in app.openapi()["paths"].items():
         for operation in methods.values():
-            told = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
-            assert told == set(re.findall(r"{(\w+)", path)), path
+            answer = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
+            assert answer == set(re.findall(r"{(\w+)", path)), path
 
 
 def test_every_route_but_health_needs_the_key(make_client: Callable[..., TestClient]) -> None:
@@ -173,9 +173,9 @@ def test_admin_routes(keys: dict[str, str], token: bytes, allowed: bool) -> None
 def test_no_cors_unless_configured(make_client: Callable[..., TestClient]) -> None:
     origin = {"Origin": "https://a.example"}
     assert "access-control-allow-origin" not in make_client().get("/health", headers=origin).headers
-    told = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
-    assert told["access-control-allow-origin"] == "https://a.example"
-    assert "access-control-allow-credentials" not in told
+    answer = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
+    assert answer["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-credentials" not in answer
 
 
 def test_a_browser_may_send_what_its_client_library_sends(make_client: Callable[..., TestClient]) -> None:
@@ -247,11 +247,11 @@ def test_a_stream_is_closed_even_if_it_never_begins() -> None:
 
 
 def test_a_failed_generation_is_not_to_be_retried() -> None:
-    def told(error: ServiceError, path: str) -> Any:
+    def answer(error: ServiceError, path: str) -> Any:
         return error_response(error, {"type": "http", "path": path})
 
-    assert told(GenerationFailed("x"), "/generate").status_code == 424
-    openai = told(GenerationFailed("x"), "/v1/completions")
+    assert answer(GenerationFailed("x"), "/generate").status_code == 424
+    openai = answer(GenerationFailed("x"), "/v1/completions")
     assert (openai.status_code, openai.headers["x-should-retry"]) == (500, "false")
-    again = told(Unloaded("x"), "/v1/completions")
+    again = answer(Unloaded("x"), "/v1/completions")
     assert (again.status_code, again.headers["x-should-retry"]) == (500, "true")

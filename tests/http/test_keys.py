@@ -1,4 +1,4 @@
-"""Keys where they don't belong: in paths, queries, ids and logs; and keys that nobody could send."""
+"""Keys in the wrong places: paths, queries, ids and logs; and keys that no header can carry."""
 
 import itertools
 import json
@@ -80,7 +80,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_a_key_in_the_query_is_refused_beside_a_right_header(
+def test_a_key_in_the_query_is_refused_despite_a_valid_header(
     secured: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -136,9 +136,9 @@ def test_an_unusable_key_is_one_line_that_does_not_show_it(
 ) -> None:
     monkeypatch.setenv("API_KEY", "hidden\nline")
     assert main(["serve"]) == 2
-    told = capsys.readouterr().err
-    assert re.fullmatch(r"bitdial serve: --api-key \(or API_KEY\): it has a line break .*\n", told)
-    assert "hidden" not in told
+    answer = capsys.readouterr().err
+    assert re.fullmatch(r"bitdial serve: --api-key \(or API_KEY\): it has a line break .*\n", answer)
+    assert "hidden" not in answer
 
 
 def test_no_log_line_shows_a_key_wherever_it_is_in_a_record() -> None:
@@ -150,10 +150,10 @@ def test_no_log_line_shows_a_key_wherever_it_is_in_a_record() -> None:
     record.fields = {"path": f"/{key}", "model": "gpt2"}
     plain = RedactingFormatter(logging.Formatter("%(message)s"), [key]).format(record)
     assert plain.startswith(f"for {REDACTED}\n")
-    told = RedactingFormatter(JsonFormatter(), [key]).format(record)
-    assert json.loads(told)["path"] == f"/{REDACTED}"
-    assert json.loads(told)["model"] == "gpt2"
-    for line in (plain, told):
+    answer = RedactingFormatter(JsonFormatter(), [key]).format(record)
+    assert json.loads(answer)["path"] == f"/{REDACTED}"
+    assert json.loads(answer)["model"] == "gpt2"
+    for line in (plain, answer):
         assert "secret" not in line
 
 

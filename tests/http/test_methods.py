@@ -1,4 +1,4 @@
-"""HEAD wherever GET is, with the same key; and what an answer of 405 says is allowed."""
+"""HEAD on every GET route, with the same key; and the ``Allow`` of a 405."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from tests.http.connection.test_framing import LAST, LIVE, statuses
 from tests.http.connection.test_slow_clients import connected, received
 from tests.http.test_http_robustness import PUBLIC, all_routes
 
-VARYING = {"/stats", "/metrics"}  # two answers differ
+VARYING = {"/stats", "/metrics"}  # two responses differ
 FILLED = {"{model_id}": "fake", "{model}": "fake", "{name}": "fp32", "{id}": "fake"}
 
 
@@ -72,9 +72,7 @@ def test_head_is_in_no_document(make_app: Callable[..., FastAPI]) -> None:
         ("PUT", "/openapi.json", "GET, HEAD"),
     ],
 )
-def test_another_method_is_told_which_are_allowed(
-    client: TestClient, method: str, path: str, allowed: str
-) -> None:
+def test_a_405_lists_the_allowed_methods(client: TestClient, method: str, path: str, allowed: str) -> None:
     reply = client.request(method, path)
     assert reply.status_code == 405
     assert reply.headers["allow"] == allowed

@@ -1,4 +1,4 @@
-"""More than there is room or time for: refused early, and what was admitted is unharmed."""
+"""Overload: excess requests are refused early, and admitted ones are not affected."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class Gate:
         assert self.opened.wait(10)
 
 
-def test_where_no_place_is_free_nothing_is_read(make_app: MakeApp, loads: Loads) -> None:
+def test_a_full_queue_refuses_before_reading_the_body(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             client.headers.update(KEY)
@@ -67,7 +67,7 @@ def text_of(reply: httpx.Response) -> Any:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/", "/v1/completions"])
-def test_one_more_than_there_are_places_is_refused_before_anything_is_computed(
+def test_a_request_beyond_the_places_is_refused_before_any_computation(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     async def main() -> None:
@@ -81,11 +81,11 @@ def test_one_more_than_there_are_places_is_refused_before_anything_is_computed(
                 over = await client.post(path, json={"prompt": PROMPT})
             assert over.status_code == 429
             assert int(over.headers["retry-after"]) >= 1
-            told = over.json()
+            answer = over.json()
             if path.startswith("/v1"):
-                assert told["error"]["type"] == "rate_limit_error"
+                assert answer["error"]["type"] == "rate_limit_error"
             else:
-                assert told["error_type"] == "overloaded"
+                assert answer["error_type"] == "overloaded"
             assert (await client.get("/health")).status_code == 200
             gate.opened.set()
             assert [text_of(await one) for one in held] == [greedy(5)] * 3
@@ -95,7 +95,7 @@ def test_one_more_than_there_are_places_is_refused_before_anything_is_computed(
     asyncio.run(main())
 
 
-def test_a_thousand_at_once_each_get_their_own(make_app: MakeApp) -> None:
+def test_a_thousand_concurrent_requests_get_their_own_texts(make_app: MakeApp) -> None:
     async def main() -> None:
         async with entered(app) as client:
 
@@ -113,14 +113,14 @@ def test_a_thousand_at_once_each_get_their_own(make_app: MakeApp) -> None:
                 for number in range(1000):
                     group.create_task(ask(number))
             await at_rest(app, client)
-            told = (await client.get("/stats")).json()
-            assert told["queue"]["in_flight"] == 0
+            answer = (await client.get("/stats")).json()
+            assert answer["queue"]["in_flight"] == 0
 
     app = make_app(max_concurrent_requests=1000)
     asyncio.run(main())
 
 
-def test_a_herd_that_tries_again_gets_through(make_app: MakeApp) -> None:
+def test_clients_that_retry_are_all_served(make_app: MakeApp) -> None:
     async def main() -> None:
         refused = 0
         async with entered(app) as client:
@@ -143,7 +143,7 @@ def test_a_herd_that_tries_again_gets_through(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
-def test_a_deadline_that_passes_in_the_queue_is_a_504_and_nothing_is_computed(
+def test_a_deadline_in_the_queue_is_a_504_without_computation(
     make_app: MakeApp, loads: Loads, path: str
 ) -> None:
     async def main() -> None:
@@ -158,8 +158,8 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504_and_nothing_is_computed(
             gate.opened.set()
             late = await waiting
             assert late.status_code == 504
-            told = late.json()
-            assert told["error"] if path.startswith("/v1") else told["error_type"] == "timeout"
+            answer = late.json()
+            assert answer["error"] if path.startswith("/v1") else answer["error_type"] == "timeout"
             assert gate.prompts == [app.state.codec.encode("first")]
             cut = events((await running).text)
             assert [one.get("error_type") for one in cut] == [None] * (len(cut) - 1) + ["timeout"]
@@ -171,10 +171,8 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504_and_nothing_is_computed(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
-def test_what_would_be_late_is_refused_before_it_is_admitted(
-    make_app: MakeApp, loads: Loads, path: str
-) -> None:
-    """Behind 200 tokens of 10 ms and more, which is known from those before."""
+def test_a_request_that_would_be_late_is_not_admitted(make_app: MakeApp, loads: Loads, path: str) -> None:
+    """Behind 200 tokens of 10 ms or more, as measured before."""
 
     async def main() -> None:
         async with entered(app) as client:
@@ -247,7 +245,7 @@ def test_ten_times_overload_leaves_the_goodput_and_the_memory(make_app: MakeApp,
                 return (await client.post("/generate", json=body)).status_code
 
             async def arriving(per_second: float, seconds: float) -> tuple[float, float]:
-                """Requests a second that were served, and refused; new ones wait for no answer."""
+                """Requests per second served and refused, in an open loop."""
                 begun, asked = time.monotonic(), list[asyncio.Task[int]]()
                 while (now := time.monotonic() - begun) < seconds:
                     asked += [asyncio.create_task(ask()) for _ in range(int(now * per_second) - len(asked))]

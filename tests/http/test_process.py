@@ -1,4 +1,4 @@
-"""The process as a supervisor and a person meet it: real subprocesses of the `bitdial` command."""
+"""The process as a supervisor and a user run it: subprocesses of the `bitdial` command."""
 
 import http.client
 import json
@@ -67,7 +67,7 @@ def test_generate_in_the_terminal(folder: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["import transformers", "import server.engine.engine"])
 def test_ctrl_c_ends_a_command_at_once_wherever_it_is(moment: str, folder: Path) -> None:
-    """Interrupted while being imported, transformers tells of a module that can't be found."""
+    """Interrupted during its import, transformers raises an error about a missing module."""
     script = f"""
 import builtins, os, signal, sys
 real = builtins.__import__

@@ -1,4 +1,4 @@
-"""When refused clients are told to come back: not all at once, and later the longer the queue is."""
+"""The ``Retry-After`` of refusals: spread at random, and longer for a longer queue."""
 
 import asyncio
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def test_it_is_a_whole_number_of_seconds_spread_at_random(
     assert drawn == [least, middle, most]
 
 
-def test_what_cannot_be_mended_by_waiting_has_none() -> None:
+def test_errors_that_waiting_does_not_fix_have_none() -> None:
     assert retry_after(ServiceError("no")) is None
 
 
@@ -42,13 +42,13 @@ def test_it_follows_the_queue(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
         async with entered(app) as client:
             app.state.service.places.in_flight = 1
 
-            async def told(drain: float | None) -> set[int]:
+            async def answer(drain: float | None) -> set[int]:
                 monkeypatch.setattr(app.state.pool, "drain_seconds", lambda: drain)
                 monkeypatch.setattr("server.service.admission._DRAIN_AGE", 0.0)
                 replies = [await client.post("/generate", json={"inputs": "x"}) for _ in range(60)]
                 return {int(reply.headers["retry-after"]) for reply in replies}
 
-            found = await told(None), await told(15.0)
+            found = await answer(None), await answer(15.0)
             app.state.service.places.in_flight = 0
             return found
 

@@ -45,7 +45,7 @@ class Series:
         self.samples = [sample for family in self.families.values() for sample in family.samples]
 
     def value(self, name: str, precision: str = "fp32", **labels: str) -> float:
-        """The sum of what agrees with the labels."""
+        """The sum of the samples with these labels."""
         wanted = {"precision": precision, **labels}
         found = [
             s for s in self.samples if s.name == f"bitdial_{name}" and wanted.items() <= s.labels.items()
@@ -104,7 +104,7 @@ def test_counts_are_exact(client: TestClient) -> None:
         assert series.value(f"{name}_sum") > 0
         assert series.value(f"{name}_count", "bf16") == 2
     assert series.value("inter_token_latency_seconds_count") == 0 + 2 + 5 + 3
-    assert series.value("batch_size_count") == 0 + 2 + 5 + 3  # one row at a time here: a step a token
+    assert series.value("batch_size_count") == 0 + 2 + 5 + 3  # one row at a time here: one step per token
     assert series.value("batch_size_sum") == 10
     assert series.value("requests_running") == series.value("requests_waiting") == 0
 
@@ -128,7 +128,7 @@ def fail(slot: int, ids: object) -> None:
     raise RuntimeError
 
 
-def test_gauges_rise_and_return_to_nothing(make_app: MakeApp, loads: Loads) -> None:
+def test_gauges_rise_and_return_to_zero(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             gate = Gate(loads.runners["fp32"])
@@ -150,7 +150,7 @@ def test_gauges_rise_and_return_to_nothing(make_app: MakeApp, loads: Loads) -> N
     asyncio.run(main())
 
 
-def test_what_is_unloaded_takes_nothing(make_app: MakeApp, loads: Loads) -> None:
+def test_an_unloaded_precision_has_no_memory(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             before = await scraped(client)
@@ -179,11 +179,11 @@ def test_percentiles_are_by_nearest_rank() -> None:
     for milliseconds in range(1, 101):
         line = Timeline(arrived=0.0, admitted=0.0, first_token=milliseconds / 1000, last_token=0.2, tokens=2)
         metrics.observe_request("fp32", "success", line, 3)
-    told: Any = metrics.latency("fp32")
-    assert told["requests"] == 100
-    assert told["ttft_ms"] == {"p50": 50, "p90": 90, "p99": 99, "mean": 50.5}
-    assert told["total_ms"]["p50"] == 200
-    assert told["inter_token_ms"] == {"p50": None, "p90": None, "p99": None, "mean": None}
+    answer: Any = metrics.latency("fp32")
+    assert answer["requests"] == 100
+    assert answer["ttft_ms"] == {"p50": 50, "p90": 90, "p99": 99, "mean": 50.5}
+    assert answer["total_ms"]["p50"] == 200
+    assert answer["inter_token_ms"] == {"p50": None, "p90": None, "p99": None, "mean": None}
 
 
 def test_throughput_is_tokens_by_computing_time() -> None:

@@ -1,4 +1,4 @@
-"""Traces as a collector gets them, and requests when it doesn't."""
+"""Traces received by a collector, and requests while it is unreachable."""
 
 import asyncio
 import gzip
@@ -23,7 +23,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 class Collector:
-    """An OTLP collector in a thread; ``close`` it to read all that it got."""
+    """An OTLP collector in a thread; after ``close`` it has everything that was sent."""
 
     def __init__(self) -> None:
         bodies: list[tuple[str, bytes]] = []
@@ -82,7 +82,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture
 def traced(make_app: Callable[..., FastAPI], collector: Collector) -> Callable[..., list[Any]]:
-    """Asks a ready app and returns the spans that the collector has after the app's end."""
+    """Sends requests to a ready app; returns the collector's spans after the app has stopped."""
 
     def ask(ask_it: Callable[[TestClient], object], path: str = "", **settings: Any) -> list[Any]:
         app = make_app(otlp_endpoint=collector.address + path, **settings)
@@ -101,25 +101,25 @@ def test_a_request_is_one_span_with_its_figures(
     body = {"inputs": "abc", "parameters": {"max_new_tokens": 5}, "precision": "bf16"}
     headers = {"X-Request-ID": "my-own-id"}
     (span,) = traced(lambda client: client.post("/generate", json=body, headers=headers))
-    told = attributes_of(span)
+    answer = attributes_of(span)
     assert span.name == "generate"
     assert before < span.start_time_unix_nano < span.end_time_unix_nano < time.time_ns()
     assert not span.parent_span_id
-    assert told["gen_ai.operation.name"] == "text_completion"
-    assert told["gen_ai.request.model"] == "fake"
-    assert told["gen_ai.usage.input_tokens"] == 3
-    assert told["gen_ai.usage.output_tokens"] == 5
-    assert told["bitdial.precision"] == "bf16"
-    assert told["bitdial.outcome"] == "success"
-    assert told["bitdial.request_id"] == "my-own-id"
-    parts = sum(told[f"bitdial.{part}_ms"] for part in ("queue", "prefill", "decode"))
+    assert answer["gen_ai.operation.name"] == "text_completion"
+    assert answer["gen_ai.request.model"] == "fake"
+    assert answer["gen_ai.usage.input_tokens"] == 3
+    assert answer["gen_ai.usage.output_tokens"] == 5
+    assert answer["bitdial.precision"] == "bf16"
+    assert answer["bitdial.outcome"] == "success"
+    assert answer["bitdial.request_id"] == "my-own-id"
+    parts = sum(answer[f"bitdial.{part}_ms"] for part in ("queue", "prefill", "decode"))
     assert parts == pytest.approx((span.end_time_unix_nano - span.start_time_unix_nano) / 1e6, abs=0.01)
     assert collector.paths == {"/v1/traces"}
     assert collector.services() == {"bitdial"}
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
-def test_the_caller_s_trace_goes_on(traced: Callable[..., list[Any]], path: str) -> None:
+def test_the_caller_s_trace_continues(traced: Callable[..., list[Any]], path: str) -> None:
     body: dict[str, Any] = {"prompt": "abc"}
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 
@@ -130,7 +130,7 @@ def test_the_caller_s_trace_goes_on(traced: Callable[..., list[Any]], path: str)
     first, second = traced(ask)
     assert first.trace_id.hex() == TRACE
     assert first.parent_span_id.hex() == PARENT
-    assert second.trace_id.hex() != TRACE  # nothing of one request clings to the next
+    assert second.trace_id.hex() != TRACE  # no state of one request remains for the next
     assert not second.parent_span_id
 
 
@@ -141,7 +141,7 @@ def test_a_broken_traceparent_is_no_parent(traced: Callable[..., list[Any]], par
     assert not span.parent_span_id
 
 
-def test_a_caller_who_does_not_record_is_heeded(traced: Callable[..., list[Any]]) -> None:
+def test_a_caller_s_sampling_decision_is_respected(traced: Callable[..., list[Any]]) -> None:
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
     assert traced(lambda client: client.post("/generate", json={"inputs": "abc"}, headers=headers)) == []
 
@@ -189,13 +189,15 @@ def test_a_refusal_below_the_framework_is_a_span_of_its_trace(traced: Callable[.
     assert attributes_of(span)["bitdial.request_id"] == "mine"
 
 
-def test_a_full_path_is_taken_as_it_is(traced: Callable[..., list[Any]], collector: Collector) -> None:
+def test_a_full_endpoint_path_is_used_unchanged(
+    traced: Callable[..., list[Any]], collector: Collector
+) -> None:
     traced(lambda client: client.post("/generate", json={"inputs": "abc"}), path="/elsewhere/traces")
     assert collector.paths == {"/elsewhere/traces"}
 
 
 @pytest.mark.parametrize("listening", [False, True])
-def test_a_collector_that_is_gone_or_silent_harms_nobody(
+def test_an_unreachable_or_silent_collector_affects_no_request(
     make_app: Callable[..., FastAPI], listening: bool
 ) -> None:
     with socket.socket() as mute:
@@ -209,7 +211,7 @@ def test_a_collector_that_is_gone_or_silent_harms_nobody(
                 assert client.post("/generate", json={"inputs": "abc"}).status_code == 200
 
 
-def test_without_the_extra_the_start_ends(
+def test_the_start_fails_without_the_otlp_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "server.observability.tracing", raising=False)

@@ -1,4 +1,4 @@
-"""``bitdial report``: measured step by step and kept; what it writes; where it refuses."""
+"""``bitdial report``: stored step by step; its output; its errors."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ WORDS = "the other theatre, and in another one, the café again\n" * 40
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few tokens, once, without waiting: what is measured is not the point."""
+    """Few tokens, one run, no pauses: the figures don't matter."""
     monkeypatch.setattr(speed, "TOKENS", 12)
     monkeypatch.setattr(speed, "REPEAT", 1)
     monkeypatch.setattr(speed, "CLOSE", math.inf)
@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> Text:
 
 
 class Counted:
-    """``loaders.load`` of the model in question, counted; may fail before one."""
+    """Counts the calls of ``loaders.load``; may fail before one."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id, self.names = model_id, list[str]()
@@ -75,7 +75,7 @@ def kept_of(plan: Plan, text: Text) -> SavedReport:
     return SavedReport(subject_of(plan.spec), Reading.of(text, plan.window, plan.stride, plan.prompts))
 
 
-def test_an_interrupted_report_goes_on_where_it_was(folder: Path, text: Text) -> None:
+def test_an_interrupted_report_resumes(folder: Path, text: Text) -> None:
     plan, load = plan_of(folder, text, "bf16", "nf4"), Counted(folder.name)
 
     def interrupt(name: str) -> None:
@@ -102,7 +102,7 @@ def test_an_interrupted_report_goes_on_where_it_was(folder: Path, text: Text) ->
         "fp32",
         "bf16",
         "nf4",
-    ]  # fp32 beside nf4's speed, and for all quality
+    ]  # fp32 for nf4's speed, and for the quality of all
     assert (seen[0].step, seen[0].steps, seen[0].precision) == (5, 9, "nf4")
     assert seen[-1].step == 9
     assert half.document["precisions"]["fp32"]["speed"] == kept_of(plan, text).get("fp32", "speed")
@@ -177,7 +177,7 @@ def test_a_precision_that_fails_is_noted_and_tried_again(folder: Path, text: Tex
     assert again.get("bf16", "quality") is not None
 
 
-def test_without_fp32_there_is_nothing_to_hold_the_others_against(folder: Path, text: Text) -> None:
+def test_a_report_needs_fp32(folder: Path, text: Text) -> None:
     plan, load = plan_of(folder, text, "bf16"), Counted(folder.name)
 
     def fail(name: str) -> None:
@@ -188,7 +188,7 @@ def test_without_fp32_there_is_nothing_to_hold_the_others_against(folder: Path, 
         Measurement(plan, kept_of(plan, text), load=load).run()
 
 
-def test_what_is_kept_and_broken_is_measured_anew(folder: Path, text: Text) -> None:
+def test_broken_stored_measurements_are_repeated(folder: Path, text: Text) -> None:
     plan = plan_of(folder, None)
     kept = kept_of(plan, text)
     Measurement(plan, kept).run()
@@ -197,7 +197,7 @@ def test_what_is_kept_and_broken_is_measured_anew(folder: Path, text: Text) -> N
     assert not kept_of(plan, text).document["precisions"]
 
 
-def test_a_run_during_which_the_process_stood_still_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_pause_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses, runner = Pauses(), FakeRunner(slots=8)
 
     def stopped_once(slots: Any) -> None:
@@ -222,7 +222,7 @@ def test_a_run_during_which_the_process_stood_still_is_run_again(monkeypatch: py
 
 
 class Staggered:
-    """Rows that begin a tenth of a second after each other; each then has a token every hundredth."""
+    """Rows that begin a tenth of a second apart and then have a token every hundredth."""
 
     name, weights_bytes = "staggered", None
 
@@ -235,7 +235,7 @@ class Staggered:
         return Run(rows, rows[-1][0])
 
 
-def test_rows_that_hardly_meet_generate_more() -> None:
+def test_rows_with_little_overlap_generate_more_tokens() -> None:
     engine: Any = Staggered()
     speeds = Speeds(1, Pauses(), lambda: fake_model())
     (rounds,) = asyncio.run(speeds._rounds([engine], [[1]] * 8, 48, 1000))
@@ -252,13 +252,13 @@ def run(folder: Path, text: Text, *more: str) -> int:
     )
 
 
-def test_the_command_writes_what_it_says(
+def test_the_command_writes_the_announced_files(
     folder: Path, text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert run(folder, text, "--precisions", "nf4,int8", "--out", str(out)) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("This host was too noisy: after 1 run, ")  # so few tell nothing
+    assert printed.startswith("This host was too noisy: after 1 run, ")  # too few for a conclusion
     heading = next(line for line in printed.splitlines() if "MB" in line)
     assert heading.split()[:3] == ["precision", "disk", "MB"]
     document = json.loads((out / "report.json").read_text())
@@ -277,9 +277,7 @@ def test_the_command_writes_what_it_says(
     assert page.count("<svg") == len(shown)
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
-    assert not re.search(
-        r'<script|(?:src|href)="(?!#|data:)|@import|url\((?!#)', page
-    )  # nothing from elsewhere
+    assert not re.search(r'<script|(?:src|href)="(?!#|data:)|@import|url\((?!#)', page)  # no external files
     assert str(folder) not in page + markdown + json.dumps(document)  # a folder's name, never its path
 
 
@@ -303,7 +301,7 @@ def test_without_matplotlib_there_is_a_report_without_plots(
     assert "No plots: the plots need matplotlib: pip install matplotlib" in capsys.readouterr().out
 
 
-def test_plots_that_are_asked_for_need_matplotlib(
+def test_requested_plots_need_matplotlib(
     folder: Path, text: Text, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)

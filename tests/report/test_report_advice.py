@@ -1,4 +1,4 @@
-"""What follows from measured figures: the front, the recommendation in words, the choice by bounds."""
+"""Conclusions from measured figures: the Pareto front, the recommendation, the choice within bounds."""
 
 from dataclasses import replace
 from statistics import median
@@ -39,7 +39,7 @@ FP4 = row("fp4", 125, 2.1, batch=1.9, increase=0.04, kl=4e-2)
 ALL = [FP32, BF16, INT8, NF4, FP4]
 
 
-def test_the_front_is_what_nothing_beats() -> None:
+def test_the_front_has_the_undominated_precisions() -> None:
     assert front(ALL) == {"fp32", "bf16", "int8", "nf4"}
     assert dominates(NF4, FP4)
     assert not dominates(FP4, FP4)
@@ -65,12 +65,12 @@ def test_the_best_balance_at_tolerable_quality_is_recommended() -> None:
     assert "nf4 is as good as fp4 or better in every respect measured." in others
 
 
-def test_what_costs_too_much_quality_is_not_recommended_however_small() -> None:
+def test_a_precision_with_too_much_loss_is_not_recommended() -> None:
     worse = replace(NF4, perplexity_ratio=1.021)
     assert advise([FP32, BF16, INT8, worse]).precision == "int8"
 
 
-def test_where_everything_costs_too_much_fp32_stays() -> None:
+def test_fp32_is_recommended_if_every_loss_is_too_large() -> None:
     advice = advise([FP32, FP4])
     assert advice.precision == "fp32"
     assert advice.sentences[0].startswith("Run fp32: no other precision is a better balance")
@@ -79,14 +79,14 @@ def test_where_everything_costs_too_much_fp32_stays() -> None:
     )
 
 
-def test_a_slower_one_is_said_to_be() -> None:
+def test_a_slower_precision_is_named() -> None:
     slow = row("int8", 200, 0.5, increase=0.0001, kl=1e-3)
     advice = advise([FP32, slow])
     assert "int8 is slower than fp32 here: 0.50 × its speed." in advice.sentences
     assert any("2.0 × slower here" in one for one in advice.sentences)
 
 
-def test_a_precision_that_hardly_quantizes_is_warned_of() -> None:
+def test_a_precision_that_hardly_quantizes_gets_a_warning() -> None:
     hollow = replace(INT8, warning="int8 has quantized only 16% of this model's linear weights")
     assert (
         "Beware: int8 has quantized only 16% of this model's linear weights."
@@ -94,7 +94,7 @@ def test_a_precision_that_hardly_quantizes_is_warned_of() -> None:
     )
 
 
-def test_without_quality_nothing_is_said_of_it_and_that_is_said() -> None:
+def test_without_quality_the_advice_says_only_that() -> None:
     blind = [replace(one, mean_kl=None, perplexity_ratio=None, perplexity_ratio_error=None) for one in ALL]
     advice = advise(blind, "it was not measured")
     assert advice.precision == "nf4"
@@ -121,13 +121,13 @@ def test_without_fp32_there_is_no_advice() -> None:
         (0.0, "±0 %"),
     ],
 )
-def test_an_increase_is_told_in_two_digits(increase: float, shown: str) -> None:
+def test_an_increase_has_two_digits(increase: float, shown: str) -> None:
     small = row("nf4", 100, 2.0, increase=increase, kl=1e-2)
     assert any(f"perplexity {shown}" in one for one in advise([FP32, small]).sentences)
 
 
 def batch(rates: list[float], reference: list[float] | None = None) -> dict[str, Any]:
-    """A precision's figures from its rates, and from fp32's in turn with them."""
+    """A precision's figures from its rates and the interleaved ones of fp32."""
     ratios = [one / other for one, other in zip(rates, reference or rates, strict=True)]
     return {
         "decode_tokens_per_second": median(rates), "ratio_to_fp32": median(ratios), "ttft_ms": 5,
@@ -147,7 +147,7 @@ def document(perplexity: float | None, vocabulary: int = 50257) -> dict[str, Any
     return {"model": {"vocabulary": vocabulary}, "precisions": {"fp32": steps, "nf4": {"loading": loading}}}
 
 
-def test_a_model_that_guesses_has_no_quality() -> None:
+def test_a_model_at_chance_level_has_no_quality() -> None:
     assert quality_means_something(document(29.9))
     assert not quality_means_something(document(52000.0))
     assert not quality_means_something(document(None))
@@ -173,7 +173,7 @@ def test_a_model_that_guesses_has_no_quality() -> None:
         (Bounds(min_tokens_per_second=170, prefer="quality"), "int8", ("min_tokens_per_second",)),
         (Bounds(max_memory_bytes=220_000_000, max_kl=5e-3), "int8", ("max_kl",)),
         (Bounds(max_memory_bytes=10**12, prefer="quality"), "fp32", ("prefer",)),
-        # each alone leaves the favourite out, so that neither alone decides
+        # each alone excludes the best one, so neither alone decides
         (Bounds(max_perplexity_increase=0.001, max_kl=0.01), "int8", ("max_perplexity_increase", "max_kl")),
     ],
 )  # fmt: skip
@@ -193,12 +193,12 @@ def test_the_reason_has_the_figure_that_keeps_to_the_bound() -> None:
     )
 
 
-def test_bounds_on_quality_replace_what_is_tolerable_otherwise() -> None:
+def test_bounds_on_quality_replace_the_default_tolerance() -> None:
     assert choose([FP32, FP4], Bounds()).precision == "fp32"
     assert choose([FP32, FP4], Bounds(max_perplexity_increase=0.05)).precision == "fp4"
 
 
-def test_where_none_fits_the_nearest_miss_is_named() -> None:
+def test_if_none_is_within_the_bounds_the_nearest_is_named() -> None:
     with pytest.raises(NoneFits, match=r"no precision keeps to max_memory_bytes 100000000;") as caught:
         choose(ALL, Bounds(max_memory_bytes=100_000_000))
     assert "the nearest is nf4, with 135,000,000 bytes (asked for: 100,000,000 bytes)" in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a report does on a host that isn't quiet: measures again, says so first, and concludes what it may."""
+"""Reports on a noisy host: repeated runs, a warning as first sentence, and only significant conclusions."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ from tests.report.test_report_advice import ALL, FP4, FP32, INT8, NF4, batch
 from tests.routes.test_report_route import READING
 
 WILD = [0.1, 0.2, 0.9, 0.25, 2.5, 0.15, 0.3, 2.44]
-"""fp16's speeds to fp32's of one run after the other: 0.275 in the middle, and nothing is known by it."""
+"""fp16's speeds relative to fp32's in successive runs: the median is 0.275, and nothing follows from it."""
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_an_interval_for_the_median(count: int, low: float, high: float) -> None
     assert interval_of([*range(count, 0, -1)]) == Interval(low, high, count)
 
 
-def test_of_four_values_nothing_is_known() -> None:
+def test_four_values_have_no_interval() -> None:
     assert interval_of([1.0, 1.0, 1.0, 1.0]) == Interval(0.0, math.inf, 4)
     assert math.isinf(interval_of([1.0]).factor)
 
@@ -49,18 +49,18 @@ def test_one_outlier_does_not_widen_an_interval() -> None:
     assert interval_of([0.01, 1.98, 1.99, 2.0, 2.0, 2.0, 2.01, 2.02]).factor == pytest.approx(2.01 / 1.98)
 
 
-def test_which_may_be_the_best() -> None:
+def test_candidates_for_the_best() -> None:
     found = [Interval(1, 3), Interval(2.5, 2.6), Interval(0.5, 2.4), Interval(2.6, 9)]
     assert perhaps_best(found, lambda one: one) == [found[0], found[1], found[3]]
 
 
 def spread(row: Row, low: float, high: float, rows: int = 1) -> Row:
-    """The row with its speed's ratio to fp32 known no better than that."""
+    """The row with this interval of its speed ratio to fp32."""
     return replace(row, ratio_intervals={**row.ratio_intervals, rows: Interval(low, high, 20)})
 
 
 def document(**precisions: dict[str, Any]) -> dict[str, Any]:
-    """A report by each one's speeds; weights shrink from one to the next."""
+    """A report from the speeds of each precision; weights decrease from one to the next."""
     steps: dict[str, Any] = {}
     for number, (name, batches) in enumerate(precisions.items()):
         loading = {
@@ -82,8 +82,8 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
     quiet = batch([99.0, 100.0, 101.0, 100.0, 100.0])
     wild = batch([100 * one for one in WILD], [100.0] * 8)
     slow = batch([50.0, 51.0, 50.0, 49.0, 50.0], [100.0] * 5)
-    told = document(fp32={"1": quiet, "8": quiet}, fp16={"1": wild, "8": wild}, int8={"1": slow, "8": slow})
-    rows = rows_of(told)
+    answer = document(fp32={"1": quiet, "8": quiet}, fp16={"1": wild, "8": wild}, int8={"1": slow, "8": slow})
+    rows = rows_of(answer)
     assert rows[1].speed_ratio == pytest.approx(0.275)
     assert rows[1].ratio_interval() == Interval(0.15, 2.44, 8)
     first, *others = advise(rows).sentences
@@ -94,8 +94,8 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
     )
     assert "int8 is slower than fp32 here: 0.50 × its speed." in others
     assert not any("fp16 is slower" in one or "fp16 if one stream" in one for one in others)
-    assert markdown(told).splitlines()[2] == f"**{first}**"
-    _, fp32, fp16, int8 = cells(told, rows)
+    assert markdown(answer).splitlines()[2] == f"**{first}**"
+    _, fp32, fp16, int8 = cells(answer, rows)
     assert [line[-3:] for line in (fp32, fp16, int8)] == [
         ["100", "100", "1.00"],
         ["~28", "~28", "0.15 – 2.44"],
@@ -104,8 +104,8 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
 
 
 @pytest.mark.parametrize("order", [("nf4", "int8"), ("int8", "nf4")])
-def test_where_speeds_cannot_be_told_apart_the_smaller_is_recommended(order: Sequence[str]) -> None:
-    """Whichever happened to be the faster one."""
+def test_among_equal_speeds_the_smaller_is_recommended(order: Sequence[str]) -> None:
+    """Whichever was faster by chance."""
     medians = dict(zip(order, (2.2, 1.1), strict=True))
     rows = [FP32] + [
         spread(replace(one, speed_ratios={1: medians[one.precision], 8: 2.0}), 0.5, 4.0)
@@ -127,30 +127,30 @@ def test_where_speeds_cannot_be_told_apart_the_smaller_is_recommended(order: Seq
     assert not any("one stream" in one or "slower" in one for one in others)
 
 
-def test_a_speed_that_is_surely_higher_is_told_with_its_interval() -> None:
+def test_a_significantly_higher_speed_is_given_with_its_interval() -> None:
     advice = advise([FP32, spread(NF4, 1.4, 3.0)])
     assert "2.2 × faster (1.40 to 3.00 × fp32's speed) here." in advice.sentences[1]
     (alone,) = advise([FP32, spread(NF4, 2.15, 2.25)]).sentences[:1]
     assert alone == "Run nf4: 4.0 × smaller, perplexity +1.9 %, 2.2 × faster here."
 
 
-def test_slower_is_said_where_all_of_the_interval_is() -> None:
+def test_slower_requires_the_whole_interval() -> None:
     slow = replace(INT8, speed_ratios={1: 0.8, 8: 0.8})
-    told = "int8 is slower than fp32 here: 0.80 × its speed."
-    assert told in advise([FP32, spread(slow, 0.7, 0.9)]).sentences
-    assert told not in advise([FP32, spread(slow, 0.7, 1.01)]).sentences
+    answer = "int8 is slower than fp32 here: 0.80 × its speed."
+    assert answer in advise([FP32, spread(slow, 0.7, 0.9)]).sentences
+    assert answer not in advise([FP32, spread(slow, 0.7, 1.01)]).sentences
 
 
 def test_a_precision_leaves_the_front_where_another_is_known_to_be_better() -> None:
     assert dominates(NF4, FP4)
     assert not dominates(spread(NF4, 1.0, 3.0), FP4)
     assert front([spread(one, 0.5, 4.0) for one in ALL]) == {one.precision for one in ALL}
-    # equal, as far as one can tell, and known closely: the worse one in the other respects goes
+    # equal with narrow intervals: the one that is worse otherwise leaves the front
     alike = [spread(one, 2.1, 2.2) for one in (NF4, FP4)]
     assert dominates(*(replace(one, speed_ratios={1: 2.15}) for one in alike))
 
 
-def test_fp32_that_drifts_is_told() -> None:
+def test_drift_of_fp32_is_reported() -> None:
     rates = {1: 100.0, 8: 400.0}
     rows = [FP32, replace(NF4, reference_rates=rates), replace(INT8, reference_rates={1: 60.0, 8: 400.0})]
     assert noise(rows) == [
@@ -171,7 +171,7 @@ def test_many_uncertain_speeds_are_counted() -> None:
     assert "fp32's speed at 1 row lies between 31 and 52 tokens a second." in only
 
 
-def test_auto_prefers_no_speed_by_chance() -> None:
+def test_auto_ignores_insignificant_speed_differences() -> None:
     rows = [FP32, spread(INT8, 1.0, 3.0), spread(NF4, 0.9, 2.6)]
     found = choose(rows, Bounds(prefer="speed"))
     assert (found.precision, found.decided_by) == ("nf4", ("prefer",))
@@ -183,7 +183,7 @@ def test_auto_prefers_no_speed_by_chance() -> None:
     assert choose(apart, Bounds(prefer="speed")).precision == "int8"
 
 
-def test_a_least_speed_is_kept_to_surely_if_one_can() -> None:
+def test_a_minimum_speed_requires_the_whole_interval_if_possible() -> None:
     least = Bounds(min_tokens_per_second=170, prefer="quality")
     doubtful = replace(INT8, rate_intervals={1: Interval(120, 250, 20)})  # 180 in the middle
     assert choose([FP32, doubtful, NF4], least).precision == "nf4"
@@ -199,7 +199,7 @@ def test_a_least_speed_is_kept_to_surely_if_one_can() -> None:
 
 
 class Rated:
-    """Decodes at one rate after the other; each row as fast. Counts its runs in a log that several share."""
+    """Decodes at successive rates, the same for every row. Counts its runs in a shared log."""
 
     weights_bytes = None
 
@@ -231,9 +231,9 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     ("own", "fp32", "expected"),
     [
         ([200.0], [100.0], 5),
-        ([200.0, 50.0], [100.0, 25.0], 5),  # a busy minute hits both
+        ([200.0, 50.0], [100.0, 25.0], 5),  # a busy minute affects both
         ([200.0, 210.0, 190.0, 205.0, 200.0, 205.0, 205.0], [100.0], 8),  # 190 and 210 are the outermost of 8
-        ([100 * one for one in WILD], [100.0], 20),  # it has had its chances
+        ([100 * one for one in WILD], [100.0], 20),  # no runs are left
         ([1.2, 0.4], [0.8], 5),  # runs of a minute
     ],
 )
@@ -251,7 +251,7 @@ def test_runs_far_apart_are_repeated(own: Sequence[float], fp32: Sequence[float]
     assert settled({"batches": {"1": found}}) is (interval_of(ratios).factor <= 1.1)
 
 
-def test_speeds_that_lay_too_far_apart_are_measured_again_by_the_next_report(
+def test_uncertain_speeds_are_measured_again_by_the_next_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"PAUSE": 0.0, "SECONDS": 0.0, "TOKENS": 8, "CLOSE": math.inf}.items():

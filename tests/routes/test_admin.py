@@ -1,4 +1,4 @@
-"""Loading and unloading by request: progress, refusals, repeats, and who may."""
+"""Loading and unloading over HTTP: progress, refusals, repeats, and keys."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ STATES = {"unloaded", "loading", "loaded", "failed", "unavailable"}
 
 
 class Held(Loads):
-    """Loads of int8 wait until they are let go."""
+    """Loads of int8 wait for this event."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_the_list_has_every_precision(client: TestClient) -> None:
     assert [rows[name]["state"] for name in ("fp32", "bf16", "fp16")] == ["loaded", "loaded", "unloaded"]
 
 
-def test_loading_tells_its_progress_and_ends_ready(client: TestClient, loads: Held) -> None:
+def test_loading_streams_its_progress_and_ends_ready(client: TestClient, loads: Held) -> None:
     loads.go.set()
     reply = client.post("/precisions/8bit/load")
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -68,10 +68,10 @@ def test_loading_tells_its_progress_and_ends_ready(client: TestClient, loads: He
     *progress, last = events(reply.text)
     assert last == {"status": "ready"}
     assert progress
-    for told in progress:
-        assert set(told) == {"status", "stage", "progress"}
-        assert told["status"] == "loading"
-        assert 0 <= told["progress"]["current"] <= told["progress"]["total"]
+    for answer in progress:
+        assert set(answer) == {"status", "stage", "progress"}
+        assert answer["status"] == "loading"
+        assert 0 <= answer["progress"]["current"] <= answer["progress"]["total"]
     assert states(client)["int8"] == "loaded"
     assert ask(client, max_new_tokens=2, precision="int8")["precision"] == "int8"
     assert events(client.post("/precisions/int8/load").text) == [{"status": "ready"}]
@@ -82,7 +82,7 @@ def test_progress_comes_while_it_loads(make_app: MakeApp, loads: Held) -> None:
     app = make_app()
     with serving(app) as address, httpx.stream("POST", f"{address}/precisions/int8/load") as reply:
         lines = (json.loads(line[6:]) for line in reply.iter_lines() if line)
-        seen = next(told for told in lines if told["progress"]["current"] == 3)
+        seen = next(answer for answer in lines if answer["progress"]["current"] == 3)
         assert (seen["stage"], seen["progress"]["total"]) == ("quantizing", 3)
         rows = httpx.get(f"{address}/precisions").json()
         assert next(row["state"] for row in rows if row["name"] == "int8") == "loading"
@@ -92,12 +92,12 @@ def test_progress_comes_while_it_loads(make_app: MakeApp, loads: Held) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "answer"),
     [(CheckpointError("the weights are truncated"), "truncated"), (OutOfMemory("no room here"), "no room"),
      (RuntimeError("/secret/path"), "RuntimeError")],
 )  # fmt: skip
 def test_a_load_that_fails_is_one_last_event(
-    client: TestClient, loads: Held, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+    client: TestClient, loads: Held, monkeypatch: pytest.MonkeyPatch, error: Exception, answer: str
 ) -> None:
     def fail(*arguments: object) -> LoadedModel:
         raise error
@@ -109,18 +109,18 @@ def test_a_load_that_fails_is_one_last_event(
     *progress, last = events(reply.text)
     assert all(one["status"] == "loading" for one in progress)
     assert (last["status"], last["error_type"]) == ("failed", "unavailable")
-    assert told in last["error"]
+    assert answer in last["error"]
     assert "secret" not in reply.text
     row = next(row for row in client.get("/precisions").json() if row["name"] == "int8")
     assert row["state"] == "failed"
-    assert told in row["reason"]
+    assert answer in row["reason"]
     asked = client.post("/generate", json={"inputs": PROMPT, "precision": "int8"})
     assert (asked.status_code, asked.json()["error_type"]) == (503, "unavailable")
     assert int(asked.headers["retry-after"]) >= 1
     assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
 
 
-def test_no_room_is_told_with_both_figures(
+def test_not_enough_memory_is_reported_with_both_figures(
     make_client: Callable[..., TestClient], loads: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads.go.set()
@@ -208,7 +208,7 @@ def test_fifty_first_requests_and_an_admin_are_one_load(make_app: MakeApp, loads
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_admin_who_leaves_does_not_stop_the_load(
+def test_a_disconnected_admin_does_not_stop_the_load(
     make_app: MakeApp, loads: Held, caplog: pytest.LogCaptureFixture, fails: bool
 ) -> None:
     app = make_app()
@@ -238,7 +238,7 @@ def out_of_room(runner: object) -> None:
      ({"admin_api_key": "a"}, None, 401), ({"admin_api_key": "a"}, "a", 200), ({}, None, 200)],
 )  # fmt: skip
 @pytest.mark.parametrize("action", ["load", "unload"])
-def test_who_may(
+def test_which_keys_may_load(
     make_client: Callable[..., TestClient], keys: dict[str, str], key: str | None, status: int, action: str
 ) -> None:
     client = make_client(**keys)
@@ -251,13 +251,13 @@ def test_who_may(
         assert app.state.pool.state("bf16").state in ("loading", "loaded")
 
 
-def test_looking_needs_no_administrator(make_client: Callable[..., TestClient]) -> None:
+def test_reading_needs_no_admin_key(make_client: Callable[..., TestClient]) -> None:
     client = make_client(admin_api_key="a")
     assert client.get("/precisions").status_code == 200
     assert ask(client, max_new_tokens=2)["generated_text"] == greedy(2)
 
 
-def test_a_body_that_never_comes_does_not_spoil_an_answer_under_way(
+def test_a_missing_body_does_not_break_a_running_response(
     make_app: MakeApp, loads: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(receive_timeout=0.2)

@@ -1,4 +1,4 @@
-"""``POST /compare``: what it takes, what it tells, and how it fails."""
+"""``POST /compare``: requests, responses and errors."""
 
 import asyncio
 import math
@@ -33,18 +33,18 @@ def compare(client: TestClient, **body: Any) -> Any:
 
 
 def flatter(logits: Tensor, slots: Sequence[int]) -> Tensor:
-    """Half as sure, of the same token."""
+    """The same top token with half the logit."""
     return logits / 2
 
 
 class Forgetful(FakeRunner):
-    """Another letter after the fifth token that it generates."""
+    """Another letter after the fifth generated token."""
 
     def next_id(self, ids: Sequence[int]) -> int:
         return super().next_id(ids) + (len(ids) >= len(byte_tokenizer()(PROMPT)["input_ids"]) + 5)
 
 
-def test_what_is_loaded_is_compared(client: TestClient, loads: Loads) -> None:
+def test_loaded_precisions_are_compared_by_default(client: TestClient, loads: Loads) -> None:
     wait_until(lambda: [one["state"] for one in client.get("/precisions").json()].count("loaded") == 2)
     loads.runners["bf16"].poison = flatter
     answer = compare(client)
@@ -110,7 +110,7 @@ def test_markdown_has_the_table_and_the_texts(client: TestClient, loads: Loads) 
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "payload"),
     [
         ({"inputs": ""}, "inputs"),
         ({}, "inputs"),
@@ -132,10 +132,10 @@ def test_markdown_has_the_table_and_the_texts(client: TestClient, loads: Loads) 
         ({"inputs": "a", "max_new_tokens": 256}, "maximum context length is 256 tokens"),
     ],
 )
-def test_bad_requests(client: TestClient, body: Any, told: str) -> None:
+def test_bad_requests(client: TestClient, body: Any, payload: str) -> None:
     reply = client.post("/compare", json=body)
     assert (reply.status_code, reply.json()["error_type"]) == (422, "validation"), reply.text
-    assert told in reply.json()["error"]
+    assert payload in reply.json()["error"]
     compare(client)
 
 
@@ -188,14 +188,14 @@ def test_one_of_all_that_fails_has_its_error_and_one_that_was_named_fails_all(
         assert (reply.status_code, "retry-after" in reply.headers) == (503, True)
 
 
-def test_it_needs_the_key(make_client: MakeClient) -> None:
+def test_a_comparison_needs_the_key(make_client: MakeClient) -> None:
     client = make_client(api_key="secret")
     assert client.post("/compare", json={"inputs": "a"}).status_code == 401
     bearer = {"Authorization": "Bearer secret"}
     assert client.post("/compare", json={"inputs": "a"}, headers=bearer).status_code == 200
 
 
-def test_it_holds_one_place_and_gives_it_back(make_app: Callable[..., FastAPI], loads: Loads) -> None:
+def test_a_comparison_holds_one_place_and_releases_it(make_app: Callable[..., FastAPI], loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             runner = loads.runners["fp32"]
@@ -214,7 +214,7 @@ def test_it_holds_one_place_and_gives_it_back(make_app: Callable[..., FastAPI], 
 
 
 def test_one_after_another(make_app: Callable[..., FastAPI], loads: Loads) -> None:
-    """What they keep of a reference is large: two never keep it at once."""
+    """The kept logits of a reference are large: two comparisons never keep them at once."""
 
     async def main() -> None:
         async with entered(app) as client:

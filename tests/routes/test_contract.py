@@ -1,4 +1,4 @@
-"""The interface against its own description: what /openapi.json allows, forbids and promises."""
+"""The API against /openapi.json: allowed and forbidden requests, and promised responses."""
 
 import re
 import sys
@@ -35,7 +35,7 @@ CHECKS = [
     negative_data_rejection,
 ]
 MADE_AT_ONCE = [sys.executable, "-c", 'print(\'{"kept": ""}\')']
-"""In place of the process that measures a report."""
+"""Replaces the process that measures a report."""
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setattr("server.report.background.start_command", lambda *_: MADE_AT_ONCE)
         keep_report(app.state.reports)
         report = app.state.reports.latest()
-        patch.setattr(app.state.reports, "latest", lambda: report)  # every test has a cache of its own
+        patch.setattr(app.state.reports, "latest", lambda: report)  # every test has its own cache
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
 def name_the_model(case: Any) -> None:
-    """Which names are right the description can't tell."""
+    """OpenAPI can't express which names are valid."""
     if "model" in case.path_parameters:
         case.path_parameters["model"] = "fake"
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
@@ -67,7 +67,7 @@ def name_the_model(case: Any) -> None:
 
 
 def exchange(operation: Any, mode: GenerationMode) -> set[int]:
-    """The statuses that came."""
+    """The received statuses."""
     statuses: set[int] = set()
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -82,17 +82,17 @@ def exchange(operation: Any, mode: GenerationMode) -> set[int]:
 
 
 @pytest.mark.parametrize("tag", sorted(TAGS))
-def test_what_is_allowed_is_answered_as_described(api: Any, tag: str) -> None:
+def test_valid_requests_get_documented_responses(api: Any, tag: str) -> None:
     operations = [one.ok() for one in api.include(tag=tag).get_all_operations()]
     assert operations
     for operation in operations:
         statuses = exchange(operation, GenerationMode.POSITIVE)
-        # the model has no chat template; the only id is drawn too seldom
+        # the model has no chat template; the only valid id is generated too seldom
         exempt = operation.path.endswith(("/chat/completions", "/v1/models/{id}"))
         assert exempt or 200 in statuses, operation.label
 
 
-def test_what_is_not_allowed_is_refused(api: Any) -> None:
+def test_invalid_requests_are_refused(api: Any) -> None:
     operations = [one.ok() for one in api.include(method="POST").get_all_operations()]
     # the same bodies go to the routes with a model's name in their path
     with_body = [one for one in operations if one.body and not one.path.startswith("/models/")]
@@ -102,7 +102,7 @@ def test_what_is_not_allowed_is_refused(api: Any) -> None:
 
 
 def keys(value: Any) -> Any:
-    """What an answer is made of."""
+    """The kinds of values in a response."""
     if isinstance(value, dict):
         return {name: keys(inner) for name, inner in value.items()}
     return [keys(value[0])] if isinstance(value, list) and value else None
@@ -132,7 +132,7 @@ def example_request(path: str, operation: dict[str, Any]) -> tuple[str, Any]:
     return path, body and body["content"]["application/json"]["example"]
 
 
-def test_every_example_is_answered_as_it_stands(
+def test_every_example_works_unchanged(
     make_chatty: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a model with a chat template, which only chat needs."""
@@ -171,7 +171,7 @@ def test_keys_are_described_where_there_are_any(make_client: Callable[..., TestC
     assert secured["paths"]["/health"]["get"]["security"] == []
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+def test_the_docs_page_loads_no_external_files(client: TestClient) -> None:
     page = client.get("/docs").text
     assert "http" not in page
     for asset in re.findall(r'(?:src|href)="([^"]+)"', page):

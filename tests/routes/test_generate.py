@@ -1,4 +1,4 @@
-"""The native dialect: what /generate and its stream take and tell."""
+"""The API of Text Generation Inference: requests and responses of /generate and its stream."""
 
 import json
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def test_no_stop_string_where_none_is_allowed(make_client: Callable[..., TestCli
     assert ask(client, max_new_tokens=2, stop=[])["generated_text"] == greedy(2)
 
 
-def test_a_seed_repeats_a_sample_and_the_drawn_one_is_told(client: TestClient) -> None:
+def test_a_seed_repeats_a_sample_and_a_drawn_seed_is_reported(client: TestClient) -> None:
     first = ask(client, max_new_tokens=12, temperature=5.0, details=True)
     seed = first["details"]["seed"]
     again = ask(client, max_new_tokens=12, temperature=5.0, seed=seed)
@@ -119,16 +119,16 @@ def test_a_stream(client: TestClient, path: str) -> None:
     reply = client.post(path, json=body)
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["x-accel-buffering"] == "no"
-    told = events(reply.text)
-    assert [one["index"] for one in told] == [1, 2, 3, 4, 5]
-    assert "".join(one["token"]["text"] for one in told) == greedy(5) == told[-1]["generated_text"]
-    assert all(one["token"]["logprob"] < 0 for one in told)
-    assert all(one["generated_text"] is None and one["details"] is None for one in told[:-1])
-    details = told[-1]["details"]
+    payload = events(reply.text)
+    assert [one["index"] for one in payload] == [1, 2, 3, 4, 5]
+    assert "".join(one["token"]["text"] for one in payload) == greedy(5) == payload[-1]["generated_text"]
+    assert all(one["token"]["logprob"] < 0 for one in payload)
+    assert all(one["generated_text"] is None and one["details"] is None for one in payload[:-1])
+    details = payload[-1]["details"]
     assert details["finish_reason"] == "length"
     assert details["input_length"] == int(reply.headers["x-prompt-tokens"])
-    assert told[-1]["precision"] == "fp32"
-    assert told[-1]["timings"]["total_ms"] >= 0
+    assert payload[-1]["precision"] == "fp32"
+    assert payload[-1]["timings"]["total_ms"] >= 0
 
 
 def test_a_fault_in_a_stream_is_its_last_event(client: TestClient, loads: Loads) -> None:
@@ -137,9 +137,9 @@ def test_a_fault_in_a_stream_is_its_last_event(client: TestClient, loads: Loads)
 
     loads.runners["fp32"].on_decode = fail
     reply = client.post("/generate_stream", json={"inputs": PROMPT, "max_new_tokens": 5})
-    told = events(reply.text)
-    assert told[-1]["error_type"] == "generation"
-    assert "generated_text" not in told[-1]
+    payload = events(reply.text)
+    assert payload[-1]["error_type"] == "generation"
+    assert "generated_text" not in payload[-1]
     assert "secret" not in reply.text
 
 
@@ -168,7 +168,7 @@ def test_a_fault_is_a_424_and_the_next_request_is_served(client: TestClient, loa
         ("/generate?precision=bf16", {"X-Precision": "bf16"}, {"precision": "bf16"}),
     ],
 )
-def test_where_the_precision_may_stand(
+def test_where_a_precision_may_be_named(
     client: TestClient, path: str, headers: dict[str, str], extra: dict[str, Any]
 ) -> None:
     reply = client.post(path, json={"inputs": PROMPT, "max_new_tokens": 2, **extra}, headers=headers)
@@ -207,10 +207,10 @@ def test_unknown_precisions(client: TestClient, precision: object) -> None:
 def test_bad_parameters_are_named(client: TestClient, parameters: dict[str, Any]) -> None:
     reply = client.post("/generate", json={"inputs": PROMPT, "parameters": parameters})
     assert reply.status_code == 422
-    told = reply.json()
-    assert told["error_type"] == "validation"
-    assert next(iter(parameters)) in told["error"]
-    assert told["request_id"] == reply.headers["x-request-id"]
+    payload = reply.json()
+    assert payload["error_type"] == "validation"
+    assert next(iter(parameters)) in payload["error"]
+    assert payload["request_id"] == reply.headers["x-request-id"]
 
 
 @pytest.mark.parametrize("parameters", [{"top_k": 10**30}, {"temperature": 1e-45}, {"top_p": 1e-300}])
@@ -243,7 +243,7 @@ def test_bad_bodies(client: TestClient, body: dict[str, Any]) -> None:
     assert PROMPT not in reply.text
 
 
-def test_too_long_a_prompt_tells_both_counts(client: TestClient) -> None:
+def test_the_error_for_a_long_prompt_has_both_counts(client: TestClient) -> None:
     reply = client.post("/generate", json={"inputs": "x" * 400})
     assert reply.status_code == 422
     assert "400" in reply.json()["error"]

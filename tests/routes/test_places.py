@@ -1,4 +1,4 @@
-"""Whatever fails, and whenever the client leaves: places, engines, slots and tasks are all given back."""
+"""Whatever fails, and whenever the client disconnects: places, engines, slots and tasks are released."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.fakes import FakeRunner
 from tests.routes.test_generate import PROMPT
 
 MakeApp = Callable[..., FastAPI]
-STEPS = range(7)  # of the event loop, between what happens and the client's leaving
+STEPS = range(7)  # of the event loop, between the failure and the disconnect
 When = tuple[int, Literal["token", "error"]]
 FAULTS: list[When] = [(1, "error"), (4, "error"), (4, "token")]
 UNLOADS: list[When] = [(3, "error")]
@@ -40,7 +40,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 class Client:
-    """A client at the application's own interface."""
+    """A client on the ASGI interface."""
 
     def __init__(self, app: FastAPI, path: str, body: dict[str, Any]) -> None:
         self._body: bytes | None = json.dumps(body).encode()
@@ -64,13 +64,13 @@ class Client:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
-        await asyncio.sleep(0)  # a server that sends for those who have gone says nothing of it
+        await asyncio.sleep(0)  # a server ignores sends to a closed connection
 
     def leave(self) -> None:
         self._left.set()
 
     def cancel(self) -> None:
-        """As the server does with what still runs when its time to end is up."""
+        """Cancels the request, as the server does at the end of its graceful timeout."""
         self.task.cancel()
 
 
@@ -78,7 +78,7 @@ LEAVING: dict[str, Callable[[Client], None]] = {"leaves": Client.leave, "is canc
 
 
 def after(steps: int, act: Callable[[], Any]) -> None:
-    """Calls ``act`` so many steps of the event loop later."""
+    """Calls ``act`` after so many iterations of the event loop."""
     loop = asyncio.get_running_loop()
     if steps:
         loop.call_soon(after, steps - 1, act)
@@ -87,7 +87,7 @@ def after(steps: int, act: Callable[[], Any]) -> None:
 
 
 class Watch:
-    """Sees the events that reach the engines' readers, and acts at the n-th token or the first error."""
+    """Observes the events for the engines' readers, and acts at the n-th token or the first error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tokens = 0
@@ -114,7 +114,7 @@ class Watch:
 
 
 class Failing:
-    """Ways in which all that runs fails once ``tokens`` have come."""
+    """Ways in which all running requests fail after ``tokens`` tokens."""
 
     def __init__(self, app: FastAPI, loads: Loads, watch: Watch) -> None:
         self._app, self._loads, self._watch = app, loads, watch
@@ -129,7 +129,7 @@ class Failing:
 
     def unload(self, tokens: int) -> None:
         for runner in self._loads.runners.values():
-            runner.delay = 0.001  # it is to be unloaded before it is done
+            runner.delay = 0.001  # unloaded before it has finished
         self._watch.at[tokens] = lambda: asyncio.ensure_future(self._app.state.pool.unload("fp32"))
 
     def over(self) -> None:
@@ -151,7 +151,7 @@ async def ready(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def nothing_is_held(app: FastAPI, tasks: set[asyncio.Task[Any]], case: object) -> None:
-    """No place, no engine, no slot, no task more than there were."""
+    """Asserts that no place, engine, slot or task has leaked."""
     state = app.state
 
     def held() -> list[Any]:
@@ -234,7 +234,7 @@ def test_what_comes_before_a_generation_fails_and_its_client_leaves(
                 loads.prepare = lambda runner: None
             else:
                 await leave_at_every_step()
-            app.state.pool.state("bf16").failed_at = 0.0  # it may be tried again at once
+            app.state.pool.state("bf16").failed_at = 0.0  # it may be retried at once
             await at_rest(app, client, "bf16")
 
     async def leave_at_every_step() -> None:

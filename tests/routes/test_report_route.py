@@ -1,4 +1,4 @@
-"""``/report`` and precision ``auto`` over HTTP: kept reports, new ones, choices and refusals."""
+"""``/report`` and precision ``auto`` over HTTP: stored and new reports, choices and refusals."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ def speed_of(ratio: float, *ratios: float) -> dict[str, Any]:
 
 
 def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, float]] = FIGURES) -> None:
-    """A finished one, made up, in the cache."""
+    """A made-up finished report in the cache."""
     assert reports.subject is not None
     kept = store.SavedReport(reports.subject, READING)
     for name, (weights, ratio, perplexity, kl) in figures.items():
@@ -73,27 +73,27 @@ def ask(client: TestClient, **body: Any) -> Any:
     return client.post("/generate", json={"inputs": PROMPT, "max_new_tokens": 2, **body})
 
 
-def test_without_a_report_it_is_said_how_to_make_one(client: TestClient) -> None:
+def test_without_a_report_the_error_says_how_to_make_one(client: TestClient) -> None:
     reply = client.get("/report")
     assert (reply.status_code, reply.json()["error_type"]) == (404, "not_found")
     assert "make one with `bitdial report --model bundled` or POST /report" in reply.json()["error"]
-    told = client.get("/stats").json()["report"]
-    assert (told["finished"], told["recommendation"]) == (None, None)
-    assert "bitdial report" in told["note"]
+    answer = client.get("/stats").json()["report"]
+    assert (answer["finished"], answer["recommendation"]) == (None, None)
+    assert "bitdial report" in answer["note"]
 
 
 def test_a_kept_report_is_seen_by_a_server_that_runs(client: TestClient) -> None:
     assert client.get("/report").status_code == 404
     keep_report(reports_of(client))
-    told = client.get("/report").json()
-    assert told["recommendation"]["precision"] == "bf16"
+    answer = client.get("/report").json()
+    assert answer["recommendation"]["precision"] == "bf16"
     assert (
-        told["recommendation"]["sentences"][0]
+        answer["recommendation"]["sentences"][0]
         == "Run bf16: 2.0 × smaller, perplexity +0.1 %, 2.0 × faster here."
     )
-    assert told["front"] == ["bf16", "fp32", "nf4"]
+    assert answer["front"] == ["bf16", "fp32", "nf4"]
     stats = client.get("/stats").json()["report"]
-    assert (stats["recommendation"], stats["finished"]) == ("bf16", told["finished"])
+    assert (stats["recommendation"], stats["finished"]) == ("bf16", answer["finished"])
     assert stats["precisions"]["nf4"]["tokens_per_second"] == {"1": 300.0, "8": 300.0}
     assert stats["precisions"]["nf4"]["perplexity_ratio"] == 1.1
 
@@ -109,7 +109,7 @@ def test_a_kept_report_is_seen_by_a_server_that_runs(client: TestClient) -> None
         ("text/html;q=nonsense, text/markdown;q=0", "application/json"),
     ],
 )
-def test_the_kind_that_is_asked_for(client: TestClient, accept: str, kind: str) -> None:
+def test_the_accepted_content_type_is_returned(client: TestClient, accept: str, kind: str) -> None:
     keep_report(reports_of(client))
     reply = client.get("/report", headers={"Accept": accept})
     assert reply.headers["content-type"].split(";")[0] == kind
@@ -132,7 +132,7 @@ def test_auto_chooses_by_the_report(client: TestClient) -> None:
     assert reply.json()["precision"] == reply.headers["x-precision"] == "bf16"
     assert reply.json()["precision_requested"] == "auto"
     assert reply.json()["auto"]["decided_by"] == ["balance"]
-    reply = ask(client, auto={"max_memory_bytes": 2000})  # bounds alone ask for it, too
+    reply = ask(client, auto={"max_memory_bytes": 2000})  # bounds alone select it, too
     assert reply.json()["precision"] == "nf4"
     assert reply.json()["auto"] == {
         "decided_by": ["max_memory_bytes"],
@@ -143,7 +143,7 @@ def test_auto_chooses_by_the_report(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("way", ["header", "query", "model"])
-def test_auto_is_asked_for_wherever_a_precision_is(client: TestClient, way: str) -> None:
+def test_auto_is_accepted_wherever_a_precision_is(client: TestClient, way: str) -> None:
     keep_report(reports_of(client))
     path = {"query": "/generate?precision=auto", "model": "/models/fake:auto/generate"}.get(way, "/generate")
     headers = {"X-Precision": "auto"} if way == "header" else {}
@@ -168,7 +168,7 @@ def test_auto_in_openais_dialect_and_in_streams(client: TestClient) -> None:
     assert (last["precision"], last["auto"]["decided_by"]) == ("bf16", ["balance"])
 
 
-def test_where_nothing_fits_the_nearest_miss_is_told(client: TestClient) -> None:
+def test_if_none_is_within_the_bounds_the_error_names_the_nearest(client: TestClient) -> None:
     keep_report(reports_of(client))
     reply = ask(client, precision="auto", auto={"min_tokens_per_second": 400})
     assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
@@ -221,7 +221,7 @@ def test_auto_as_the_servers_default(tmp_path: Path, loads: Loads) -> None:
         assert (reply["precision"], reply["precision_requested"]) == ("nf4", "auto")
         assert reply["auto"]["decided_by"] == ["prefer"]
         assert ask(client, precision="fp32").json()["precision"] == "fp32"
-        # a request's own bounds go before the server's
+        # a request's bounds override the server's
         assert ask(client, auto={"prefer": "quality"}).json()["precision"] == "fp32"
 
 
@@ -261,7 +261,7 @@ async def made_by(app: FastAPI, **body: Any) -> list[dict[str, Any]]:
     return [*events_of(reply.text), kept]
 
 
-def test_a_report_is_made_beside_the_service(app: FastAPI) -> None:
+def test_a_report_is_made_while_serving(app: FastAPI) -> None:
     *events, kept = asyncio.run(made_by(app, text=TEXT, precisions=["nf4"], plots=False))
     assert events[0] == {"status": "starting"}
     assert events[-1]["status"] == "ready"
@@ -328,14 +328,14 @@ def test_only_the_administrator_has_one_made(make_client: Callable[..., TestClie
 
 
 class Sleeper:
-    """In place of the measuring process: one that does nothing."""
+    """Replaces the measuring process by one that does nothing."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         command = [sys.executable, "-c", "import time; print('{\"status\": 1}', flush=True); time.sleep(60)"]
         monkeypatch.setattr("server.report.background.start_command", lambda *_: command)
 
 
-def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
+def test_a_report_pauses_while_requests_run_and_ends_with_its_client(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Sleeper(monkeypatch)
@@ -355,7 +355,7 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
             await until(lambda: process.status() != psutil.STATUS_STOPPED)
             with service.places.reserved():
                 await until(lambda: process.status() == psutil.STATUS_STOPPED)
-                await events.aclose()  # killed, although it stands still
+                await events.aclose()  # killed, although it is stopped
             assert not process.is_running()
             again = reports.make(options, None)
             await anext(again)
@@ -365,7 +365,7 @@ def test_it_stands_still_while_requests_run_and_ends_with_its_reader(
     asyncio.run(watch())
 
 
-def test_a_process_that_dies_is_told_of(
+def test_a_dead_process_is_reported(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""``/stats``, ``/info``: the shape that is promised, and figures that are those of what was sent."""
+"""``/stats``, ``/info``: their documented format, and figures that match the requests."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -39,12 +39,12 @@ def stats(client: TestClient, **query: str) -> Any:
 
 
 def test_the_shape(client: TestClient) -> None:
-    told = stats(client)
-    assert set(told) == set(SHAPE)
+    answer = stats(client)
+    assert set(answer) == set(SHAPE)
     for key in ("model", "host", "queue", "report", "precisions"):
-        assert set(told[key]) == SHAPE[key]
-    assert set(told["host"]["memory"]) == MEMORY
-    for name, one in told["precisions"].items():
+        assert set(answer[key]) == SHAPE[key]
+    assert set(answer["host"]["memory"]) == MEMORY
+    for name, one in answer["precisions"].items():
         assert set(one) >= PRECISION, name
         assert set(one["latency"]) == {"requests", "queue_ms", "ttft_ms", "inter_token_ms", "total_ms"}
         assert all(set(v) == PERCENTILES for k, v in one["latency"].items() if k != "requests")
@@ -66,47 +66,47 @@ def test_one_start_time(make_client: Callable[..., TestClient], monkeypatch: pyt
 
 
 def test_the_figures_are_those_of_the_model(client: TestClient, loads: Loads) -> None:
-    told = stats(client)
-    assert told["model"] == {
+    answer = stats(client)
+    assert answer["model"] == {
         "id": "fake",
         "revision": None,
         "architecture": "GPT2LMHeadModel",
         "parameters": 1000,
         "context_length": 256,
     }
-    memory, cache = told["precisions"]["fp32"]["memory"], loads.runners["fp32"].kv_cache_bytes
+    memory, cache = answer["precisions"]["fp32"]["memory"], loads.runners["fp32"].kv_cache_bytes
     assert (memory["weights_bytes"], memory["by_dtype"]) == (4000, {"float32": 4000})
     assert (memory["kv_cache_bytes"], memory["total_bytes"]) == (cache, 4000 + cache)
     assert (memory["bits_per_weight"], memory["ratio_to_fp32"]) == (32.0, 1.0)
-    assert told["host"]["device"] == "cpu"
-    assert told["host"]["memory"]["process_rss_bytes"] > 0
+    assert answer["host"]["device"] == "cpu"
+    assert answer["host"]["memory"]["process_rss_bytes"] > 0
 
 
-def test_what_an_accelerators_runner_holds_and_says_is_told(client: TestClient) -> None:
+def test_an_accelerators_memory_and_details_are_reported(client: TestClient) -> None:
     state = client.app.state.pool.state("fp32")  # type: ignore[attr-defined]
     runner = state.engine.model.runner = FakeDeviceRunner()
     runner.report = lambda: {"captured": False, "not_captured_because": "wanted so"}  # type: ignore[attr-defined]
-    told = stats(client)["precisions"]["fp32"]
-    assert told["memory"]["working_bytes"] == runner.working_bytes == 64
-    assert told["memory"]["total_bytes"] == 4000 + runner.kv_cache_bytes + 64
-    assert told["details"] == {"captured": False, "not_captured_because": "wanted so"}
+    answer = stats(client)["precisions"]["fp32"]
+    assert answer["memory"]["working_bytes"] == runner.working_bytes == 64
+    assert answer["memory"]["total_bytes"] == 4000 + runner.kv_cache_bytes + 64
+    assert answer["details"] == {"captured": False, "not_captured_because": "wanted so"}
 
 
-def test_the_counts_are_those_of_what_was_sent(client: TestClient) -> None:
+def test_the_counts_are_those_of_the_requests(client: TestClient) -> None:
     assert stats(client)["precisions"]["fp32"]["latency"]["ttft_ms"]["p50"] is None
     for count in (2, 5, 9):
         ask(client, max_new_tokens=count)
     ask(client, max_new_tokens=4, precision="bf16")
     client.post("/generate", json={"inputs": "", "max_new_tokens": 4})
-    told = stats(client)
-    fp32, bf16 = (told["precisions"][name] for name in ("fp32", "bf16"))
+    answer = stats(client)
+    fp32, bf16 = (answer["precisions"][name] for name in ("fp32", "bf16"))
     assert (fp32["latency"]["requests"], bf16["latency"]["requests"]) == (3, 1)
     assert (fp32["throughput"]["generated_tokens"], bf16["throughput"]["generated_tokens"]) == (16, 4)
     assert fp32["throughput"]["tokens_per_second"] > 0
     for name in ("queue_ms", "ttft_ms", "inter_token_ms", "total_ms"):
         figures = fp32["latency"][name]
         assert 0 <= figures["p50"] <= figures["p90"] <= figures["p99"]
-    assert told["queue"] == {"running": 0, "waiting": 0, "in_flight": 0, "capacity": 128}
+    assert answer["queue"] == {"running": 0, "waiting": 0, "in_flight": 0, "capacity": 128}
 
 
 def test_narrowed_to_one_precision(client: TestClient) -> None:
@@ -124,7 +124,7 @@ def test_an_unknown_precision_is_refused_with_the_choices(client: TestClient, na
 @pytest.mark.parametrize(
     ("fp32", "bf16", "ratio", "slower"), [(0.01, 0.04, 0.25, True), (0.04, 0.01, 4.0, False)]
 )
-def test_the_note_says_when_the_smaller_one_is_slower(
+def test_a_note_is_shown_if_the_smaller_precision_is_slower(
     client: TestClient, fp32: float, bf16: float, ratio: float, slower: bool
 ) -> None:
     app: Any = client.app
@@ -132,31 +132,31 @@ def test_the_note_says_when_the_smaller_one_is_slower(
     for seconds, name in ((fp32, "fp32"), (bf16, "bf16")):
         for _ in range(10):
             metrics.observe_step(name, StepStats(1, 0, 1, seconds, (seconds,)))
-        for _ in range(50):  # steps of other batches say nothing about one row's speed
+        for _ in range(50):  # steps of other batch sizes don't count for one row's speed
             metrics.observe_step(name, StepStats(4, 0, 4, 9.0, (9.0,) * 4))
-    told = stats(client)["precisions"]
-    assert told["bf16"]["speed_ratio_to_fp32"] == ratio
-    assert told["fp32"]["speed_ratio_to_fp32"] == 1.0
-    assert told["fp32"]["note"] is None
+    answer = stats(client)["precisions"]
+    assert answer["bf16"]["speed_ratio_to_fp32"] == ratio
+    assert answer["fp32"]["speed_ratio_to_fp32"] == 1.0
+    assert answer["fp32"]["note"] is None
     if slower:
-        assert "slower than fp32" in told["bf16"]["note"]
-        assert str(ratio) in told["bf16"]["note"]
+        assert "slower than fp32" in answer["bf16"]["note"]
+        assert str(ratio) in answer["bf16"]["note"]
     else:
-        assert told["bf16"]["note"] is None
-    assert told["int8"]["speed_ratio_to_fp32"] is told["int8"]["note"] is None
+        assert answer["bf16"]["note"] is None
+    assert answer["int8"]["speed_ratio_to_fp32"] is answer["int8"]["note"] is None
 
 
 @pytest.mark.parametrize(
-    ("fp32", "bf16", "ratio", "least", "most", "told"),
+    ("fp32", "bf16", "ratio", "least", "most", "answer"),
     [
-        ((0.01, 0.02), (0.01, 0.04), 0.6, 0.25, 2.0, False),  # either may be the slower one
+        ((0.01, 0.02), (0.01, 0.04), 0.6, 0.25, 2.0, False),  # either may be slower
         ((0.010, 0.011), (0.011, 0.012), 0.913, 0.833, 1.0, False),
         ((0.010, 0.011), (0.012, 0.013), 0.84, 0.769, 0.917, True),
     ],
 )
-def test_nothing_is_noted_while_the_steps_of_both_took_as_long(
+def test_there_is_no_note_while_step_times_overlap(
     client: TestClient, fp32: tuple[float, float], bf16: tuple[float, float], ratio: float, least: float,
-    most: float, told: bool,
+    most: float, answer: bool,
 ) -> None:  # fmt: skip
     app: Any = client.app
     for name, several in (("fp32", fp32), ("bf16", bf16)):
@@ -166,7 +166,7 @@ def test_nothing_is_noted_while_the_steps_of_both_took_as_long(
     assert found["bf16"]["speed_ratio_to_fp32"] == ratio
     assert found["bf16"]["speed_ratio_range"] == [least, most]
     assert found["bf16"]["note"] == (
-        f"bf16 is slower than fp32 on this host: {ratio} × its speed" if told else None
+        f"bf16 is slower than fp32 on this host: {ratio} × its speed" if answer else None
     )
     assert found["fp32"]["speed_ratio_range"] == [1.0, 1.0]
     assert found["int8"]["speed_ratio_range"] is None
@@ -180,19 +180,19 @@ def test_slower_in_real_steps(make_client: Callable[..., TestClient], loads: Loa
     assert "slower than fp32" in stats(client)["precisions"]["bf16"]["note"]
 
 
-def test_figures_of_what_was_unloaded_remain(client: TestClient) -> None:
+def test_figures_of_an_unloaded_precision_remain(client: TestClient) -> None:
     ask(client, max_new_tokens=4, precision="bf16")
     assert client.post("/precisions/bf16/unload").json()["state"] == "unloaded"
-    told = stats(client)["precisions"]["bf16"]
-    assert told["memory"] is None
-    assert told["latency"]["requests"] == 1
+    answer = stats(client)["precisions"]["bf16"]
+    assert answer["memory"] is None
+    assert answer["latency"]["requests"] == 1
 
 
 def test_info(make_client: Callable[..., TestClient]) -> None:
     client = make_client(
         max_total_tokens=100, max_input_tokens=50, max_best_of=3, max_stop_sequences=2, precision="bf16"
     )
-    told = client.get("/info").json()
+    answer = client.get("/info").json()
     able = [name for name in loaders.PRECISIONS if loaders.availability(name, "cpu").ok]
     expected = {
         "model_id": "fake",
@@ -208,4 +208,4 @@ def test_info(make_client: Callable[..., TestClient]) -> None:
         "precision": "bf16",
         "precisions": able,
     }
-    assert {key: told[key] for key in expected} == expected
+    assert {key: answer[key] for key in expected} == expected

@@ -20,20 +20,20 @@ TEXT = "".join(f"the {number} others, é\n" for number in range(6000))
 
 
 def test_tokenize(client: TestClient) -> None:
-    told = client.post("/tokenize", json={"inputs": PROMPT}).json()
-    assert "".join(token["text"] for token in told) == PROMPT
-    assert [token["start"] for token in told[1:]] == [token["stop"] for token in told[:-1]]
-    assert all(set(token) == {"id", "text", "start", "stop"} for token in told)
+    answer = client.post("/tokenize", json={"inputs": PROMPT}).json()
+    assert "".join(token["text"] for token in answer) == PROMPT
+    assert [token["start"] for token in answer[1:]] == [token["stop"] for token in answer[:-1]]
+    assert all(set(token) == {"id", "text", "start", "stop"} for token in answer)
     assert client.post("/tokenize", json={"inputs": ""}).status_code == 422
 
 
 def test_characters_of_several_bytes(client: TestClient) -> None:
     text = 'é😀"\n'
-    told = client.post("/tokenize", json={"inputs": text}).json()
-    assert all(text[token["start"] : token["stop"]] == token["text"] for token in told)
+    answer = client.post("/tokenize", json={"inputs": text}).json()
+    assert all(text[token["start"] : token["stop"]] == token["text"] for token in answer)
 
 
-def test_a_long_text_keeps_nobody_waiting_and_takes_a_place(
+def test_a_long_text_delays_no_request_and_takes_a_place(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go = threading.Event(), threading.Event()
@@ -60,15 +60,16 @@ def test_a_long_text_keeps_nobody_waiting_and_takes_a_place(
     asyncio.run(main())
 
 
-def test_a_long_answer_comes_in_pieces_and_is_whole(client: TestClient) -> None:
+def test_a_long_response_is_sent_in_chunks_and_is_complete(client: TestClient) -> None:
     reply = client.post("/tokenize", json={"inputs": TEXT})
     assert "content-length" not in reply.headers
     assert reply.headers["content-type"] == "application/json"
-    told = reply.json()
-    assert len(told) > 10_000
-    assert told[5000] == {"id": told[5000]["id"], "start": told[4999]["stop"], "stop": told[5001]["start"],
-                          "text": TEXT[told[4999]["stop"] : told[5001]["start"]]}  # fmt: skip
-    assert told[-1]["stop"] == len(TEXT)
+    answer = reply.json()
+    assert len(answer) > 10_000
+    start, stop = answer[4999]["stop"], answer[5001]["start"]
+    expected = {"id": answer[5000]["id"], "start": start, "stop": stop, "text": TEXT[start:stop]}
+    assert answer[5000] == expected
+    assert answer[-1]["stop"] == len(TEXT)
     short = client.post("/tokenize", json={"inputs": PROMPT})
     assert int(short.headers["content-length"]) == len(short.content)
 
@@ -98,7 +99,7 @@ def test_a_client_that_leaves_while_its_text_is_tokenized(make_app: Callable[...
             await until(begun.is_set)
             assert app.state.service.places.in_flight == 1
             leaving.leave()
-            await until(lambda: app.state.service.places.in_flight == 0)  # the thread is still at it
+            await until(lambda: app.state.service.places.in_flight == 0)  # the thread is still running
             go.set()
             app.state.codec.tokenize = tokenize
             await at_rest(app, client)
@@ -122,7 +123,7 @@ def test_a_place_is_held_until_the_answer_is_sent_or_its_reader_leaves(
         still_serves(address, app)
 
 
-def test_a_reader_that_goes_on_for_ever_is_cut_off(make_app: Callable[..., FastAPI]) -> None:
+def test_an_endlessly_slow_reader_is_cut_off(make_app: Callable[..., FastAPI]) -> None:
     app = make_app(request_timeout=2, receive_timeout=0.6)
     with serving(app, send_buffer=4096) as address, connected(address, 4096) as slow:
         slow.sendall(request_for("/tokenize", {"inputs": TEXT[:40_000]}))
@@ -131,7 +132,7 @@ def test_a_reader_that_goes_on_for_ever_is_cut_off(make_app: Callable[..., FastA
         try:
             while part := slow.recv(512):
                 said += part
-                time.sleep(0.02)  # never so long that nothing is taken within the receive timeout
+                time.sleep(0.02)  # each pause is shorter than the receive timeout
         except ConnectionResetError:
             pass
         assert not said.endswith(b"0\r\n\r\n")  # the last chunk

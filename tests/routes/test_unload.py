@@ -1,4 +1,4 @@
-"""Unloading by request: weights are dropped, what was being generated ends with an error, others go on."""
+"""Unloading over HTTP: weights are freed, running generations end with an error, others continue."""
 
 import asyncio
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def test_without_its_default_the_server_is_not_ready(client: TestClient) -> None
     assert client.get("/health").status_code == 200
 
 
-def test_unloading_ends_what_is_generated_with_an_error(make_app: MakeApp, loads: Loads) -> None:
+def test_unloading_ends_generations_with_an_error(make_app: MakeApp, loads: Loads) -> None:
     async def main() -> None:
         async with entered(app) as client:
             loads.runners["bf16"].delay = 0.01
@@ -42,9 +42,9 @@ def test_unloading_ends_what_is_generated_with_an_error(make_app: MakeApp, loads
             mate = asyncio.create_task(client.post("/generate", json=slow))
             await until(lambda: 2 in loads.runners["bf16"].batches)
             assert (await client.post("/precisions/bf16/unload")).json()["state"] == "unloaded"
-            told = events((await stream).text)
-            assert [one.get("error_type") for one in told] == [None] * (len(told) - 1) + ["generation"]
-            assert "unloaded" in told[-1]["error"]
+            answer = events((await stream).text)
+            assert [one.get("error_type") for one in answer] == [None] * (len(answer) - 1) + ["generation"]
+            assert "unloaded" in answer[-1]["error"]
             assert (await whole).status_code == 424
             assert (await whole).headers["x-should-retry"] == "true"
             assert (await mate).json()["generated_text"] == greedy(200)

@@ -29,7 +29,7 @@ from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 
 class OneEngine:
-    """A pool of fp32 alone; nf4 is known, but not to be had."""
+    """A pool of fp32 only; nf4 is known but unavailable."""
 
     default = "fp32"
 
@@ -119,7 +119,7 @@ def test_text_comes_in_pieces_that_join(tmp_path: Path) -> None:
     with_service(tmp_path, check)
 
 
-def test_a_stop_string_ends_it_and_never_shows(tmp_path: Path) -> None:
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(tmp_path: Path) -> None:
     async def check(house: House) -> None:
         whole = (await complete(house, prompt="abc", max_new_tokens=12)).text
         stop = whole[5:7]
@@ -151,7 +151,7 @@ def test_the_default_length_is_64_or_what_is_left(tmp_path: Path) -> None:
         ({"prompt": "a", "precision": "nf4"}, Unavailable),
     ],
 )
-def test_what_is_refused_holds_nothing(
+def test_a_refused_request_holds_no_resources(
     tmp_path: Path, request_: dict[str, Any], error: type[Exception]
 ) -> None:
     async def check(house: House) -> None:
@@ -189,7 +189,7 @@ def test_truncate_keeps_the_last_tokens(tmp_path: Path) -> None:
     with_service(tmp_path, check)
 
 
-def test_a_fallback_says_so(tmp_path: Path) -> None:
+def test_a_fallback_is_reported(tmp_path: Path) -> None:
     async def check(house: House) -> None:
         done = await complete(house, prompt="a", precision="nf4", fallback=True, max_new_tokens=1)
         assert (done.precision, done.precision_requested) == ("fp32", "nf4")
@@ -198,7 +198,7 @@ def test_a_fallback_says_so(tmp_path: Path) -> None:
     with_service(tmp_path, check)
 
 
-def test_places_are_counted_and_given_back(tmp_path: Path) -> None:
+def test_places_are_counted_and_released(tmp_path: Path) -> None:
     async def check(house: House) -> None:
         house.runner.delay = 0.005
         requests = [GenerationRequest("abc", max_new_tokens=50)] * 2
@@ -232,7 +232,7 @@ def test_a_draining_server_takes_nothing_new(tmp_path: Path) -> None:
     with_service(tmp_path, check)
 
 
-def test_a_seed_is_drawn_and_told_and_repeats(tmp_path: Path) -> None:
+def test_a_drawn_seed_is_reported_and_repeats(tmp_path: Path) -> None:
     async def check(house: House) -> None:
         params = SamplingParams(max_new_tokens=1, do_sample=True, temperature=4.0)
         first = await complete(house, prompt="abc", params=params, max_new_tokens=20)
@@ -245,7 +245,7 @@ def test_a_seed_is_drawn_and_told_and_repeats(tmp_path: Path) -> None:
     with_service(tmp_path, check)
 
 
-def test_a_reader_that_was_slower_gets_all_that_is_there_at_once(tmp_path: Path) -> None:
+def test_a_slow_reader_gets_all_available_text_at_once(tmp_path: Path) -> None:
     async def test(house: House) -> None:
         whole = await complete(house, prompt=[65, 66], max_new_tokens=12)
         gate = threading.Event()
@@ -270,7 +270,7 @@ def test_a_reader_that_was_slower_gets_all_that_is_there_at_once(tmp_path: Path)
     with_service(tmp_path, test)
 
 
-def test_a_burst_ends_at_a_stop_string(tmp_path: Path) -> None:
+def test_a_chunk_ends_at_a_stop_string(tmp_path: Path) -> None:
     async def test(house: House) -> None:
         whole = await complete(house, prompt=[65, 66], max_new_tokens=12)
         stop = whole.text[4:6]
@@ -284,7 +284,7 @@ def test_a_burst_ends_at_a_stop_string(tmp_path: Path) -> None:
     with_service(tmp_path, test)
 
 
-def test_what_was_generated_before_a_fault_is_told_before_it(tmp_path: Path) -> None:
+def test_text_before_a_fault_is_delivered_before_it(tmp_path: Path) -> None:
     async def test(house: House) -> None:
         warm_up = len(house.runner.batches)
 

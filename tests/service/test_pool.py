@@ -100,7 +100,7 @@ def test_precisions_are_loaded_one_at_a_time(tmp_path: Path) -> None:
     with_pool(tmp_path, check)
 
 
-def test_a_waiter_that_leaves_takes_the_load_from_nobody(tmp_path: Path) -> None:
+def test_a_cancelled_waiter_does_not_cancel_the_load(tmp_path: Path) -> None:
     async def check(pool: Pool, loads: Loads) -> None:
         loads.seconds = 0.2
 
@@ -118,7 +118,7 @@ def test_a_waiter_that_leaves_takes_the_load_from_nobody(tmp_path: Path) -> None
     with_pool(tmp_path, check)
 
 
-def test_a_failed_load_says_why_and_is_not_hammered(tmp_path: Path) -> None:
+def test_a_failed_load_reports_why_and_is_not_retried_at_once(tmp_path: Path) -> None:
     async def check(pool: Pool, loads: Loads) -> None:
         loads.error = CheckpointError("the file is cut short")
         for _ in range(3):
@@ -161,7 +161,7 @@ def test_the_least_recently_used_idle_one_makes_room(tmp_path: Path, monkeypatch
     with_pool(tmp_path, check, memory_budget=3 * one + 500, max_batch_size=4)
 
 
-def test_no_room_tells_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_error_has_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "needed_bytes", lambda precision, spec: 1000)
 
     async def check(pool: Pool, loads: Loads) -> None:
@@ -202,7 +202,7 @@ def test_start_loads_the_default_first(tmp_path: Path) -> None:
 
 
 def test_idle_precisions_are_unloaded_but_the_default_is_not(tmp_path: Path) -> None:
-    """Without its default the server would not be ready, and would never be asked again."""
+    """Without its default the server would not be ready, and would receive no more requests."""
 
     async def check(pool: Pool, loads: Loads) -> None:
         pool.start()

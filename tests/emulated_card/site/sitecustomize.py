@@ -1,4 +1,4 @@
-"""Python runs this when it starts, in every process below one that has the folder on its path."""
+"""Python imports this at start-up of every process that has this folder on its path."""
 
 from tests.emulated_card import start
 

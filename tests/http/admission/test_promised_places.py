@@ -1,4 +1,4 @@
-"""One free place lets one request in, and no place that was promised is lost."""
+"""One free place admits one request, and no promised place leaks."""
 
 import select
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MakeApp = Callable[..., FastAPI]
 def test_a_free_place_lets_one_request_into_the_framework(
     make_app: MakeApp, loads: Loads, monkeypatch: pytest.MonkeyPatch, is_kept: bool
 ) -> None:
-    """However many come before it has reserved its place."""
+    """However many arrive before it reserves its place."""
     app, entered = make_app(max_concurrent_requests=1), []
     real = RequestContext.__call__
 
@@ -66,7 +66,7 @@ def test_no_promised_place_is_lost(make_app: MakeApp, is_kept: bool, leaves: boo
                     wait_until(lambda: (service.places.promised.count, service.places.in_flight) == (0, 0))
 
 
-def test_a_refused_connection_that_lingers_keeps_no_place(make_app: MakeApp) -> None:
+def test_a_lingering_connection_holds_no_place(make_app: MakeApp) -> None:
     app = make_app(max_concurrent_requests=2)
     many = [f"X-{number}: 1" for number in range(255)]  # one line more than a head may have
     with serving(app) as address, connected(address) as connection:

@@ -1,4 +1,4 @@
-"""Requests that are refused below the framework: as cheap as that is, they are told the same."""
+"""Requests refused below the framework get the same responses as those refused within it."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ KEY = "Authorization: Bearer secret"
 
 @contextmanager
 def full(app: FastAPI, loads: Loads) -> Iterator[str]:
-    """The address of a server whose only place is taken until the end."""
+    """The address of a server whose only place is taken throughout."""
     with serving(app) as address:
         gate, headers = Gate(loads.runners["fp32"]), {"authorization": "Bearer secret"}
         held: list[httpx.Response] = []
@@ -59,7 +59,7 @@ def full(app: FastAPI, loads: Loads) -> Iterator[str]:
 
 @contextmanager
 def kept(address: str) -> Iterator[socket.socket]:
-    """A connection that has been served before, and so is past the listening socket."""
+    """A connection that has served a request, and is therefore past the accept."""
     with connected(address) as connection:
         connection.sendall(LIVE)
         assert status_of(answer(connection)[0]) == 200
@@ -67,7 +67,7 @@ def kept(address: str) -> Iterator[socket.socket]:
 
 
 def answer(connection: socket.socket) -> tuple[bytes, Any]:
-    """Head and JSON body of the next answer."""
+    """Head and JSON body of the next response."""
     said = b""
     while b"\r\n\r\n" not in said:
         part = connection.recv(1)
@@ -92,11 +92,11 @@ def test_a_refusal_never_reaches_the_framework(
             patch.setattr(RequestContext, "__call__", pytest.fail)
             connection.sendall(request)
             head, body = answer(connection)
-        told = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}
+        payload = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}
         assert status_of(head) == 429
-        assert (told[b"x-request-id"], told[b"content-type"]) == (b"mine", b"application/json")
-        assert 1 <= int(told[b"retry-after"]) <= 60
-        assert b"date" in told
+        assert (payload[b"x-request-id"], payload[b"content-type"]) == (b"mine", b"application/json")
+        assert 1 <= int(payload[b"retry-after"]) <= 60
+        assert b"date" in payload
         if path.startswith("/v1"):
             assert body["error"]["type"] == "rate_limit_error"
             assert body["error"]["code"] == "overloaded"
@@ -105,8 +105,8 @@ def test_a_refusal_never_reaches_the_framework(
         if is_kept:
             connection.sendall(LIVE)
             assert status_of(answer(connection)[0]) == 200
-        elif b"connection" in told:  # the request was there when its connection was accepted
-            assert told[b"connection"] == b"close"
+        elif b"connection" in payload:  # the request arrived before its connection was accepted
+            assert payload[b"connection"] == b"close"
             assert received(connection) == b""
         counted = httpx.get(f"{address}/metrics").text
         of_a_generation = 'outcome="overloaded",precision="unread"} 1.0' in counted
@@ -114,7 +114,7 @@ def test_a_refusal_never_reaches_the_framework(
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_keys_and_sizes_are_judged_before_places(make_app: MakeApp, loads: Loads, is_kept: bool) -> None:
+def test_keys_and_sizes_are_checked_before_places(make_app: MakeApp, loads: Loads, is_kept: bool) -> None:
     app = make_app(max_concurrent_requests=1, api_key="secret", payload_limit=1000)
     large = {"inputs": "x" * 2000}
     with full(app, loads) as address:
@@ -131,14 +131,14 @@ def test_keys_and_sizes_are_judged_before_places(make_app: MakeApp, loads: Loads
                     connection.sendall(LIVE)
                     answer(connection)
                     connection.sendall(request_for("/generate", body, *headers))
-                    head, told = answer(connection)
+                    head, payload = answer(connection)
             else:
                 with connected(address) as connection:
                     connection.sendall(request_for("/generate", body, *headers))
-                    head, told = answer(connection)
+                    head, payload = answer(connection)
             assert status_of(head) == status
             assert (b"www-authenticate: Bearer".lower() in head.lower()) == (status == 401)
-            assert told["request_id"].encode() in head
+            assert payload["request_id"].encode() in head
         counted = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer secret"}).text
         assert 'outcome="overloaded",precision="unread"} 1.0' in counted
 
@@ -156,7 +156,7 @@ def test_keys_and_sizes_are_judged_before_places(make_app: MakeApp, loads: Loads
         (b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n", 404),
     ],
 )
-def test_what_is_not_plain_goes_the_usual_way(
+def test_a_head_that_is_not_plain_is_parsed_by_h11(
     make_app: MakeApp, loads: Loads, head: bytes, status: int
 ) -> None:
     with full(make_app(max_concurrent_requests=1), loads) as address, connected(address) as connection:
@@ -173,7 +173,7 @@ def test_a_web_page_is_refused_with_the_headers_that_it_needs(make_app: MakeApp,
 
 
 def test_the_body_of_a_refused_request_is_skipped(make_app: MakeApp, loads: Loads) -> None:
-    """Whatever is in it, and however it comes, the next request on the connection is understood."""
+    """Whatever its content and segmentation, the next request on the connection is parsed correctly."""
     inner = request_for("/generate", BODY)
     body = inner * 2000
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -263,9 +263,7 @@ _lines = st.lists(st.tuples(_names, st.sampled_from([":", ": ", " : ", ":\t"]), 
     _lines,
     st.sampled_from(["\r\n", "\n"]),
 )
-def test_what_is_read_here_h11_reads_the_same(
-    target: str, lines: list[tuple[str, str, str]], end: str
-) -> None:
+def test_plain_heads_are_parsed_as_by_h11(target: str, lines: list[tuple[str, str, str]], end: str) -> None:
     head = f"POST {target} HTTP/1.1{end}Host: x{end}" + "".join("".join(line) + end for line in lines) + end
     data = head.encode("latin-1", "replace")
     admission = Closed()
@@ -291,19 +289,19 @@ def test_what_is_read_here_h11_reads_the_same(
 @pytest.mark.parametrize(
     "headers",
     [
-        [f"Content-Length: {'0' * 18}5"],  # nineteen digits: five bytes, or none to whom reads eighteen
+        [f"Content-Length: {'0' * 18}5"],  # nineteen digits: five bytes, or none if a parser reads eighteen
         ["a: b"] * 300,
         [f"X-Large: {'a' * 40_000}"],
     ],
 )
-def test_a_head_that_could_be_read_in_two_ways_or_is_too_large_is_not_judged(headers: list[str]) -> None:
+def test_an_ambiguous_or_too_large_head_is_not_plain(headers: list[str]) -> None:
     lines = ["POST /generate HTTP/1.1", "Host: x", *headers, "", ""]
     judge = EarlyRefusal(Closed(), Settings(device="cpu")).judge
     assert judge("\r\n".join(lines).encode()) is None
 
 
 def test_the_next_request_after_a_padded_length_is_the_clients_own(make_app: MakeApp, loads: Loads) -> None:
-    """What one reader took for the body of the refused request must be no request to another."""
+    """Bytes that one parser reads as the refused request's body must not be a request to another."""
     smuggled = LIVE
     head = (
         "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"

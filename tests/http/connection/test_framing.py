@@ -1,4 +1,4 @@
-"""Requests that are made to be slow to parse, or to end in two places: raw bytes at a real socket."""
+"""Requests that are slow to parse or have an ambiguous end: raw bytes on a real socket."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def statuses(said: bytes) -> list[int]:
 
 
 def keep_sending(connection: socket.socket, endless: bytes) -> Callable[[], None]:
-    """In a thread; returns what waits for its end, which the other side brings about."""
+    """Sends in a thread; returns a function that waits until the server ends it."""
 
     def send() -> None:
         try:
@@ -58,7 +58,7 @@ def keep_sending(connection: socket.socket, endless: bytes) -> Callable[[], None
 
 @pytest.fixture
 def measuring(make_app: MakeApp) -> Iterator[str]:
-    """A server one of whose routes tells how long a body is."""
+    """A server with a route that returns the length of a body."""
     app = make_app()
 
     @app.post("/length")
@@ -87,7 +87,7 @@ def test_tiny_chunks_without_end_end_the_connection(
 
 
 def test_bodies_in_chunks_of_usual_and_unusual_sizes(measuring: str) -> None:
-    """One byte each for a small one; the large one takes many turns; the next request is read as ever."""
+    """A small one in one-byte chunks; a large one takes many turns; the next request is parsed normally."""
     head = b"POST /length HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     for size, chunk in ((FRAMING_BYTES // 8, 1), (1_000_000, 64), (1_900_000, 100_000)):
         with connected(measuring) as connection:
@@ -101,7 +101,7 @@ def test_bodies_in_chunks_of_usual_and_unusual_sizes(measuring: str) -> None:
 
 
 class SilentTransport(asyncio.Transport):
-    """Takes what is written; remembers whether it is asked to read on."""
+    """A transport that collects writes and records whether reading is paused."""
 
     reading, closing = True, False
 
@@ -134,8 +134,8 @@ class SilentTransport(asyncio.Transport):
         return 0
 
 
-def test_parsing_gives_way_to_the_event_loop() -> None:
-    """However much came at once: a little at once, the rest in turns, during which nothing more is read."""
+def test_parsing_yields_to_the_event_loop() -> None:
+    """However much arrives: a little is parsed at once, the rest in turns, during which reading is paused."""
     body = b"x" * 200_000
     taken = 0
 
@@ -148,7 +148,7 @@ def test_parsing_gives_way_to_the_event_loop() -> None:
                 return
 
     async def check() -> None:
-        app: Any = reader  # a function, which may have attributes
+        app: Any = reader  # a function, which can have attributes
         early_refusal = SimpleNamespace(judge=lambda *_: None)
         app.state = SimpleNamespace(early_refusal=early_refusal)
         config = ServerConfig(app, Settings())
@@ -206,12 +206,12 @@ def test_a_request_whose_end_is_ambiguous_is_the_connection_s_last(measuring: st
         assert b"connection: close" in said.lower()
 
 
-def test_such_a_refusal_is_in_the_dialect_of_its_path(live: str) -> None:
+def test_such_a_refusal_has_the_format_of_its_path(live: str) -> None:
     for request_, kind in ((OPENAI, dict), (AMBIGUOUS[0], str), ("nonsense\r\n\r\n", str)):
         with connected(live) as connection:
             connection.sendall(request_.encode())
-            told = json.loads(received(connection).partition(b"\r\n\r\n")[2])
-        assert isinstance(told["error"], kind)
+            answer = json.loads(received(connection).partition(b"\r\n\r\n")[2])
+        assert isinstance(answer["error"], kind)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_such_a_refusal_is_in_the_dialect_of_its_path(live: str) -> None:
     ],
 )
 def test_a_refusal_before_the_body_came(make_app: MakeApp, headers: str, begin: bytes, kept: bool) -> None:
-    """Little that is missing is waited for; before more, or what can't be told apart, the connection ends."""
+    """The server waits for a small missing rest; if more is missing or the end is ambiguous, it closes."""
     with serving(make_app(api_key="right")) as address, connected(address) as connection:
         connection.sendall(f"POST /generate HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\n".encode() + begin)
         said = b""
@@ -246,10 +246,10 @@ def test_a_refusal_before_the_body_came(make_app: MakeApp, headers: str, begin: 
         ("/a b", "", 400),
     ],
 )
-def test_who_sends_all_of_a_body_before_it_reads_gets_the_error(
+def test_a_client_that_sends_its_whole_body_first_receives_the_error(
     make_app: MakeApp, path: str, headers: str, status: int
 ) -> None:
-    body = b"x" * 8_000_000  # more than fits into the buffers between
+    body = b"x" * 8_000_000  # more than the socket buffers hold
     app = make_app(api_key="right")
     with serving(app) as address, connected(address) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
@@ -268,8 +268,8 @@ def test_many_requests_in_one_packet_are_answered_in_order(measuring: str) -> No
         assert statuses(received(connection)) == [404, 200] * (count // 2)
 
 
-def test_a_connection_that_fails_in_its_turn_takes_no_turn_from_others(measuring: str) -> None:
-    """HEAD, whose refusal has no body, behind as many requests as are parsed at once."""
+def test_a_connection_that_fails_does_not_delay_others(measuring: str) -> None:
+    """HEAD, whose refusal has no body, after as many requests as are parsed at once."""
     bad = LIVE * 2 + b"HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n"
     with connected(measuring) as connection:
         connection.sendall(bad)
@@ -281,7 +281,7 @@ def test_a_connection_that_fails_in_its_turn_takes_no_turn_from_others(measuring
         assert statuses(received(connection)) == [200] * 10
 
 
-def test_while_a_reader_takes_nothing_no_refusals_are_piled_up_for_it() -> None:
+def test_refusals_are_not_buffered_for_a_paused_reader() -> None:
     async def handler(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0)
 
@@ -306,7 +306,7 @@ def test_while_a_reader_takes_nothing_no_refusals_are_piled_up_for_it() -> None:
     assert (statuses(refused), waiting) == ([429], b"")
 
 
-def test_a_fault_in_one_turn_leaves_the_others_theirs() -> None:
+def test_an_exception_in_one_connection_does_not_stop_others() -> None:
     taken: list[str] = []
 
     class One:
@@ -334,9 +334,7 @@ def test_a_fault_in_one_turn_leaves_the_others_theirs() -> None:
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
-def test_an_upgrade_is_not_taken_up(
-    make_app: MakeApp, upgrade: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_upgrade_is_ignored(make_app: MakeApp, upgrade: str, caplog: pytest.LogCaptureFixture) -> None:
     app = make_app()
     with serving(app) as address, connected(address) as connection:
         headers = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {upgrade}\r\nHTTP2-Settings: AA\r\n"

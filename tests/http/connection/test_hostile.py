@@ -1,4 +1,4 @@
-"""Requests made to hurt: refused at once, touching nothing, leaving nothing; and whatever chance makes."""
+"""Hostile requests are refused immediately without touching files or leaking state; and random bytes."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from tests.conftest import Loads
 from tests.http.test_http_robustness import JSON, still_serves
 from tests.routes.test_generate import PROMPT
 
-QUICK = 0.05  # seconds for an answer to what nobody should compute
+QUICK = 0.05  # seconds for a response without computation
 MANY_STOPS = ["ab"] * 100_000
 MANY_FIELDS = {str(field): [1] for field in range(30_000)}
 
 
 def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
-    """The best of three, since the machine may be busy; and the answer."""
+    """The shortest of three times, since the machine may be busy; and the response."""
     raw, best = json.dumps(body).encode(), float("inf")
     for _ in range(3):
         begun = time.perf_counter()
@@ -51,7 +51,9 @@ def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
     ],
     ids=range(14),
 )
-def test_too_much_is_refused_at_once(client: TestClient, path: str, body: Any, status: int) -> None:
+def test_too_large_values_are_refused_immediately(
+    client: TestClient, path: str, body: Any, status: int
+) -> None:
     seconds, reply = quickest(client, path, body)
     assert reply.status_code == status
     assert len(reply.content) < 1000
@@ -66,7 +68,7 @@ def test_a_prompt_of_600_000_ids(client: TestClient) -> None:
     still_serves(client)
 
 
-def test_no_place_is_told_at_once(make_client: Callable[..., TestClient]) -> None:
+def test_a_full_queue_is_reported_immediately(make_client: Callable[..., TestClient]) -> None:
     client = make_client(max_concurrent_requests=2)
     body = {"inputs": PROMPT, "do_sample": True, "best_of": 3}
     seconds, reply = quickest(client, "/generate", body)
@@ -85,12 +87,12 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def audited() -> None:
-    sys.addaudithook(watch)  # there is no taking it away
+    sys.addaudithook(watch)  # an audit hook can't be removed
 
 
 @pytest.fixture
 def watched() -> Iterator[list[str]]:
-    """Files and addresses touched since."""
+    """Files and addresses accessed since."""
     global watching
     touched.clear()
     watching = True
@@ -111,7 +113,7 @@ def test_a_model_s_name_touches_no_file_and_no_network(
     assert watched == []
 
 
-def test_the_watch_sees_what_is_touched(watched: list[str]) -> None:
+def test_the_audit_hook_sees_files_and_sockets(watched: list[str]) -> None:
     open(__file__).close()
     assert len(watched) == 1
 
@@ -135,9 +137,9 @@ def test_any_origin_is_never_with_credentials(make_client: Callable[..., TestCli
     client = make_client(cors_allow_origin="*")
     for method in ("GET", "OPTIONS"):
         asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
-        told = client.request(method, "/v1/models", headers=asked).headers
-        assert told["access-control-allow-origin"] == "*"
-        assert "access-control-allow-credentials" not in told
+        answer = client.request(method, "/v1/models", headers=asked).headers
+        assert answer["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in answer
 
 
 NAMES = [
@@ -187,7 +189,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     path=st.sampled_from(["/generate", "/"]),
 )
 @settings(max_examples=300, deadline=None)
-def test_whatever_comes_is_answered_or_refused(fuzzed: TestClient, body: dict[str, Any], path: str) -> None:
+def test_any_request_is_answered_or_refused(fuzzed: TestClient, body: dict[str, Any], path: str) -> None:
     sent = json.dumps(body)
     reply = fuzzed.post(path, content=sent, headers=JSON)
     if reply.status_code != 200:

@@ -1,4 +1,4 @@
-"""Accepting connections: what is refused then and there, and how many are accepted at a time."""
+"""Accepting connections: what is refused on accept, and how many are accepted at a time."""
 
 import asyncio
 import socket
@@ -19,7 +19,7 @@ from tests.http.connection.test_slow_clients import request_for, status_of
 
 
 class Seen(asyncio.Protocol):
-    """Of an accepted connection, what it has sent."""
+    """Records the promise and the received bytes of an accepted connection."""
 
     def __init__(self, promise: Promise | None) -> None:
         self.promise, self.data = promise, b""
@@ -31,7 +31,7 @@ class Seen(asyncio.Protocol):
 async def accepting(
     admission: Any, begun: bytes, count: int, make: Callable[[Promise | None], asyncio.Protocol]
 ) -> tuple[list[bytes], list[int]]:
-    """What clients that begin so are answered, and how many open files of theirs a pass of the loop took."""
+    """The responses to clients that send this, and the open files per event loop iteration."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         acceptor = Acceptor(
@@ -48,16 +48,16 @@ async def accepting(
             opened.append(len(psutil.Process().net_connections("tcp")) - before)
         acceptor.close()
         await acceptor.wait_closed()
-        told = []
+        answer = []
         for client in clients:
             client.setblocking(False)
             with suppress(BlockingIOError, ConnectionResetError):
-                told.append(client.recv(65536))
+                answer.append(client.recv(65536))
             client.close()
-        return told, opened
+        return answer, opened
 
 
-def test_a_request_that_is_there_is_refused_as_its_connection_is_accepted() -> None:
+def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
     made: list[Seen] = []
 
     def make(promise: Promise | None) -> Seen:
@@ -65,14 +65,14 @@ def test_a_request_that_is_there_is_refused_as_its_connection_is_accepted() -> N
         return made[-1]
 
     whole = request_for("/generate", BODY, "Connection: keep-alive")
-    told, _ = asyncio.run(accepting(Closed(), whole, 30, make))
+    answer, _ = asyncio.run(accepting(Closed(), whole, 30, make))
     assert not made
-    assert [status_of(one) for one in told] == [429] * 30
-    assert all(b"\r\nconnection: close\r\n" in one for one in told)
+    assert [status_of(one) for one in answer] == [429] * 30
+    assert all(b"\r\nconnection: close\r\n" in one for one in answer)
 
 
 @pytest.mark.parametrize("missing", [1, 60, 100])
-def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(missing: int) -> None:
+def test_a_connection_with_a_partial_request_is_accepted_with_its_bytes(missing: int) -> None:
     made: list[Seen] = []
 
     def make(promise: Promise | None) -> Seen:
@@ -80,18 +80,18 @@ def test_a_connection_whose_request_is_not_whole_is_accepted_with_all_it_sent(mi
         return made[-1]
 
     begun = request_for("/generate", BODY)[:-missing]
-    told, _ = asyncio.run(accepting(Closed(), begun, 3, make))
-    assert told == []
+    answer, _ = asyncio.run(accepting(Closed(), begun, 3, make))
+    assert answer == []
     assert [(one.data, one.promise) for one in made] == [(begun, None)] * 3
 
 
-def test_in_one_pass_of_the_loop_so_many_are_accepted() -> None:
+def test_accepts_per_event_loop_iteration_are_bounded() -> None:
     begun = request_for("/generate", BODY)[:-1]
     _, opened = asyncio.run(accepting(Closed(), begun, 40, Seen))
     assert [count for count in opened if count] == [16, 16, 8]
 
 
-def test_a_connection_that_cannot_be_opened_gives_its_promise_back() -> None:
+def test_a_connection_that_fails_to_open_releases_its_promise() -> None:
     places = PromisedPlaces()
     promised: list[Promise | None] = []
 

@@ -1,5 +1,4 @@
-"""More connections than there is room for: idle ones go, newcomers are served or told, the log stays
-short."""
+"""More connections than allowed: idle ones are closed, new ones served or refused, the log stays short."""
 
 import contextlib
 import json
@@ -31,7 +30,7 @@ LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Remembered:
-    """In a connection's place."""
+    """Replaces a connection."""
 
     def __init__(self) -> None:
         self.ended: str | None = None
@@ -51,9 +50,8 @@ def admitted(table: OpenConnections, *stages: Stage) -> list[Remembered]:
     return found
 
 
-def test_who_makes_room() -> None:
-    """The idle first, then those whose request is still coming; the longest wait first; none that is
-    served."""
+def test_which_connection_makes_room() -> None:
+    """Idle ones first, then those whose request is arriving; the longest wait first; no active one."""
     table = OpenConnections(5)
     busy, receiving, idle, again, other = admitted(
         table, Stage.BUSY, Stage.RECEIVING, Stage.IDLE, Stage.IDLE, Stage.RECEIVING
@@ -72,7 +70,7 @@ def test_who_makes_room() -> None:
     assert table.admit(Remembered())
 
 
-def test_only_so_many_linger() -> None:
+def test_the_number_of_lingering_connections_is_bounded() -> None:
     table = OpenConnections(4)
     connections = [Remembered() for _ in range(6)]
     for connection in connections:
@@ -108,7 +106,7 @@ class Observed(OpenConnections):
 
 
 def answer_on(connection: socket.socket) -> int:
-    """The status of a JSON object that is read to its end, the connection left open."""
+    """The status of a JSON response that is read to its end; the connection stays open."""
     said = b""
     while not said.endswith(b"}"):
         part = connection.recv(65536)
@@ -118,13 +116,13 @@ def answer_on(connection: socket.socket) -> int:
 
 
 def wait_for_stages(*stages: Stage) -> None:
-    """Of all connections of the server, in the order of their arrival."""
+    """Every connection of the server, in order of arrival."""
     wait_until(lambda: list(Observed.stages.values()) == list(stages))
 
 
 @pytest.fixture
 def three(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FastAPI]]:
-    """A server for three connections, with little room between it and those who read."""
+    """A server for three connections, with small socket buffers."""
     monkeypatch.setattr("server.http.server_config.OpenConnections", Observed)
     Observed.stages.clear()
     app = make_app(max_connections=3, receive_timeout=20)
@@ -158,9 +156,7 @@ POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\
     ("begun", "rest"),
     [(b"GET /health HTTP/1.1\r\n", b"Host: x\r\n\r\n"), (POST % len(BODY) + BODY[:5], BODY[5:])],
 )
-def test_requests_that_do_not_come_to_their_end_make_room(
-    three: tuple[str, FastAPI], begun: bytes, rest: bytes
-) -> None:
+def test_incomplete_requests_make_room(three: tuple[str, FastAPI], begun: bytes, rest: bytes) -> None:
     address, app = three
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(connected(address)) for _ in range(3)]
@@ -195,7 +191,7 @@ def test_a_slow_reader_of_its_last_answer_makes_room(three: tuple[str, FastAPI])
     still_serves(address, app)
 
 
-def test_where_all_are_served_a_newcomer_is_refused_at_once(three: tuple[str, FastAPI], loads: Loads) -> None:
+def test_a_new_connection_is_refused_if_all_are_active(three: tuple[str, FastAPI], loads: Loads) -> None:
     address, app = three
     loads.runners["fp32"].delay = 0.02
     body = {"inputs": "abc", "max_new_tokens": 50, "ignore_eos": True}
@@ -232,8 +228,7 @@ def open_files(pid: int) -> int:
 
 @pytest.fixture
 def confined(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int, Path]]:
-    """A real server that starts with a soft limit of 80 open files and a hard one of 120; its port and
-    log."""
+    """A server process with a soft limit of 80 open files and a hard one of 120; its port and log."""
     checkpoints.save(checkpoints.gpt2(), tmp_path)
     log = tmp_path / "log"
     with log.open("w") as stderr:
@@ -252,7 +247,7 @@ def confined(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int, Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it changes another process's limits")
-def test_a_process_that_runs_out_of_files_goes_on(
+def test_a_process_survives_running_out_of_files(
     confined: tuple["subprocess.Popen[str]", int, Path],
 ) -> None:
     process, port, log = confined
@@ -265,7 +260,7 @@ def test_a_process_that_runs_out_of_files_goes_on(
             for _ in range(150):
                 one = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
                 with contextlib.suppress(OSError):  # closed to make room
-                    one.sendall(b"G")  # silent ones stay in the kernel for a while
+                    one.sendall(b"G")  # silent ones stay in the accept queue for a while
             assert ask(port, "GET", "/health/live")[0] == 200
             assert ask(port, "POST", "/generate", {"inputs": "a", "max_new_tokens": 2})[0] == 200
             assert ask(port, "GET", "/docs/static/swagger-ui.css")[0] == 200
@@ -273,15 +268,15 @@ def test_a_process_that_runs_out_of_files_goes_on(
     flooded_with_idle_connections()
     assert "no connection can be accepted" not in log.read_text()
     wait_until(lambda: open_files(process.pid) <= before)
-    # a limit below what the server reckons with
+    # a limit below the server's estimate
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (before + 10, before + 10))
     flooded_with_idle_connections()
-    told = [line for line in log.read_text().splitlines() if "no connection can be accepted" in line]
-    assert 1 <= len(told) <= 10
+    answer = [line for line in log.read_text().splitlines() if "no connection can be accepted" in line]
+    assert 1 <= len(answer) <= 10
     assert "Traceback" not in log.read_text()
 
 
 def test_more_connections_than_files_are_refused_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--max-connections", "1000000"]) == 2
-    told = r"bitdial serve: --max-connections \(or MAX_CONNECTIONS\): 1000000 connections need .*\n"
-    assert re.fullmatch(told, capsys.readouterr().err)
+    answer = r"bitdial serve: --max-connections \(or MAX_CONNECTIONS\): 1000000 connections need .*\n"
+    assert re.fullmatch(answer, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Clients that send or read slowly, at a real socket: cut off themselves, nobody else disturbed."""
+"""Clients that send or read slowly, on a real socket: they are cut off, and others are not affected."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def connected(address: str, receive_buffer: int | None = None) -> Iterator[socke
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes before the other side ends the connection."""
+    """All bytes until the server closes the connection."""
     parts = []
     try:
         while part := connection.recv(65536):
@@ -49,7 +49,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 def trickle(connection: socket.socket, parts: Iterator[bytes], seconds: float = 10) -> bytes:
-    """Sends part by part, slowly, until the other side has had enough; returns what it said."""
+    """Sends part by part, slowly, until the server closes the connection; returns its response."""
     end = time.monotonic() + seconds
     said = b""
     for part in parts:
@@ -108,7 +108,7 @@ def test_a_second_request_that_trickles_in(make_app: MakeApp) -> None:
         assert [int(part.split()[0]) for part in reply.split(b"HTTP/1.1 ")[1:]] == [200, 408]
 
 
-def test_a_connection_that_says_nothing_is_closed_without_a_word(make_app: MakeApp) -> None:
+def test_a_silent_connection_is_closed_without_a_response(make_app: MakeApp) -> None:
     with serving(make_app(receive_timeout=0.3)) as address, connected(address) as connection:
         assert received(connection) == b""
 
@@ -118,7 +118,7 @@ def test_an_idle_connection_is_kept_for_the_keep_alive_time(make_app: MakeApp) -
     app = make_app(receive_timeout=0.1)
     with serving(app, timeout_keep_alive=1) as address, connected(address) as connection:
         for pause in (0, 0.4):
-            time.sleep(pause)  # longer than a head may take to come
+            time.sleep(pause)  # longer than a head may take to arrive
             connection.sendall(request)
             said = b""
             while not said.endswith(b"}"):
@@ -136,7 +136,7 @@ def test_a_slow_answer_is_not_cut(make_app: MakeApp, loads: Loads) -> None:
         assert json.loads(stream.strip().rpartition("data: ")[2])["generated_text"] == greedy(40)
 
 
-def test_a_reader_that_stops_is_given_up_and_its_batch_mate_is_not(make_app: MakeApp, loads: Loads) -> None:
+def test_a_reader_that_stops_is_cut_off_and_its_batch_continues(make_app: MakeApp, loads: Loads) -> None:
     loads.prepare = lambda runner: setattr(runner, "delay", 0.01)
     app = make_app(receive_timeout=0.5)
     with serving(app, send_buffer=4096) as address, connected(address, 4096) as stopped:
@@ -155,7 +155,7 @@ def test_a_reader_that_stops_is_given_up_and_its_batch_mate_is_not(make_app: Mak
         mate = httpx.post(f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 200}, timeout=30)
         assert mate.json()["generated_text"] == greedy(200)
         wait_until(lambda: app.state.service.places.in_flight == 0 and not runner.held)
-        assert longest < 250, "it was computed to its end for nobody"
+        assert longest < 250, "it was computed to its end after the client had left"
         still_serves(address, app)
 
 
@@ -168,9 +168,7 @@ def request_for(path: str, body: Any = None, *headers: str) -> bytes:
 
 
 @pytest.mark.parametrize("headers", [[], ["Connection: close"]])
-def test_an_answer_that_nobody_fetches_does_not_hold_its_connection(
-    make_app: MakeApp, headers: list[str]
-) -> None:
+def test_an_unread_response_does_not_hold_its_connection(make_app: MakeApp, headers: list[str]) -> None:
     body = {"prompt": ["a"] * 100, "max_tokens": 5, "logprobs": 5}
     app = make_app(receive_timeout=0.4)
     with serving(app, send_buffer=4096) as address, connected(address, 4096) as stopped:
@@ -223,20 +221,20 @@ def test_a_head_too_large(make_app: MakeApp, headers: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("bytes_", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"nonsense\r\n\r\n"])
-def test_what_is_no_http_is_told_so(live: str, bytes_: bytes) -> None:
+def test_invalid_http_is_a_400(live: str, bytes_: bytes) -> None:
     with connected(live) as connection:
         connection.sendall(bytes_ + b"\r\n\r\n")
         head, _, body = received(connection).partition(b"\r\n\r\n")
         assert status_of(head) == 400
-        told = json.loads(body)
-        assert told["error_type"] == "validation"
-        assert told["request_id"].encode() in head
+        answer = json.loads(body)
+        assert answer["error_type"] == "validation"
+        assert answer["request_id"].encode() in head
 
 
 @pytest.mark.parametrize(
     ("path", "status"), [("/generate", 400), ("/v1/completions", 400), ("/nothing", 404)]
 )
-def test_a_body_that_is_no_chunk(
+def test_an_invalid_chunk(
     make_app: MakeApp, path: str, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app()

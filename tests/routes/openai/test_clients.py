@@ -1,4 +1,4 @@
-"""The clients people already have, unchanged, against a real socket."""
+"""Existing clients, unchanged, against a real socket."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,9 +70,9 @@ def test_openai_errors(live: str) -> None:
     client = openai_client(live)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError) as told:
+    with pytest.raises(openai.BadRequestError) as payload:
         client.completions.create(model="fake", prompt="x" * 400)
-    assert told.value.code == "context_length_exceeded"
+    assert payload.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="chat template"):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hi"}])
 
@@ -90,7 +90,7 @@ def test_their_keys(make_app: Callable[..., FastAPI]) -> None:
             client.with_options(api_key="wrong").models.list()
 
 
-def test_what_huggingface_asks_of_an_endpoint(live: str) -> None:
+def test_the_routes_that_huggingface_expects_of_an_endpoint(live: str) -> None:
     client = InferenceClient(provider="hf-inference")
     assert client.health_check(model=live)
     assert client.get_endpoint_info(model=live)["model_id"] == "fake"
@@ -111,6 +111,6 @@ def test_a_conversation(make_app: Callable[..., FastAPI], tmp_path: Path) -> Non
         client = openai_client(address)
         assert client.chat.completions.create(**asked).choices[0].message.content == expected
         stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-        *told, last = list(stream)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == expected
+        *payload, last = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in payload) == expected
         assert last.usage.completion_tokens == 4

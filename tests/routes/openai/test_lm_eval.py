@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness (0.4.13) sends to score a precision, and how it reads the answers."""
+"""The requests of lm-evaluation-harness (0.4.13), and how it reads the responses."""
 
 from collections.abc import Iterator
 from operator import itemgetter
@@ -16,7 +16,7 @@ from tests.conftest import wait_until
 
 PROMPTS = [list(range(40, 70)), [65, 66, 67], [*range(100, 160), 32, 33]]
 CONTEXTS = [20, 1, 60]
-"""Tokens of each prompt that are given; the rest is what is scored."""
+"""Tokens of each prompt that are context; the rest is scored."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def client(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tes
 
 
 def request_of(client: TestClient, precision: str) -> dict[str, Any]:
-    """As ``LocalCompletionsAPI._create_payload`` has it, for a batch of token ids."""
+    """Like ``LocalCompletionsAPI._create_payload``, for a batch of token ids."""
     app: Any = client.app
     return {
         "model": f"{app.state.checkpoint.model_id}:{precision}",
@@ -48,11 +48,11 @@ def request_of(client: TestClient, precision: str) -> dict[str, Any]:
 
 
 def parsed(output: dict[str, Any]) -> list[tuple[float, bool]]:
-    """As ``LocalCompletionsAPI.parse_logprobs``: a continuation's log-probability; whether it is greedy."""
+    """Like ``LocalCompletionsAPI.parse_logprobs``: a continuation's log-probability; whether it is greedy."""
     found = []
     for choice, context in zip(sorted(output["choices"], key=itemgetter("index")), CONTEXTS, strict=True):
-        told = choice["logprobs"]
-        logprobs, tops = told["token_logprobs"][context:-1], told["top_logprobs"][context:-1]
+        answer = choice["logprobs"]
+        logprobs, tops = answer["token_logprobs"][context:-1], answer["top_logprobs"][context:-1]
         greedy = all(one == max(top.values()) for one, top in zip(logprobs, tops, strict=True))
         found.append((sum(logprobs), greedy))
     return found
@@ -81,12 +81,12 @@ def test_a_continuation_has_the_models_own_log_probability(client: TestClient, m
     assert lengths == [len(ids) + 1 for ids in PROMPTS]  # the prompt's, and the one token that was generated
 
 
-def test_what_the_model_itself_would_say_is_greedy(client: TestClient, model: Any) -> None:
+def test_a_greedy_text_has_the_top_log_probabilities(client: TestClient, model: Any) -> None:
     with torch.inference_mode():
         ids = model.generate(torch.tensor([[65, 66]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
     body = {**request_of(client, "fp32"), "prompt": ids.tolist()}
-    told = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
-    for logprob, top in zip(told["token_logprobs"][2:-1], told["top_logprobs"][2:-1], strict=True):
+    answer = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    for logprob, top in zip(answer["token_logprobs"][2:-1], answer["top_logprobs"][2:-1], strict=True):
         assert logprob == max(top.values())
 
 

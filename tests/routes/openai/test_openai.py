@@ -1,4 +1,4 @@
-"""The OpenAI dialect: models, completions, chat."""
+"""The OpenAI API: models, completions, chat."""
 
 import json
 from collections.abc import Callable
@@ -77,33 +77,34 @@ def test_echo_scores_the_prompt(client: TestClient, stream: bool) -> None:
     [choice] = answer["choices"]
     assert choice["text"] == PROMPT
     assert choice["finish_reason"] == "length"
-    told = choice["logprobs"]
-    assert "".join(told["tokens"]) == PROMPT
-    assert told["token_logprobs"][0] is None
-    assert all(value < 0 for value in told["token_logprobs"][1:])
-    assert told["top_logprobs"][0] is None
-    columns = (told["tokens"], told["token_logprobs"], told["top_logprobs"])
+    payload = choice["logprobs"]
+    assert "".join(payload["tokens"]) == PROMPT
+    assert payload["token_logprobs"][0] is None
+    assert all(value < 0 for value in payload["token_logprobs"][1:])
+    assert payload["top_logprobs"][0] is None
+    columns = (payload["tokens"], payload["token_logprobs"], payload["top_logprobs"])
     for token, logprob, top in list(zip(*columns, strict=True))[1:]:
         assert len(top) <= 2
         assert top[token] == logprob == min(top.values())
-    assert told["text_offset"] == [len("".join(told["tokens"][:i])) for i in range(len(told["tokens"]))]
+    texts = payload["tokens"]
+    assert payload["text_offset"] == [len("".join(texts[:i])) for i in range(len(texts))]
 
 
 def test_echo_with_a_continuation(client: TestClient) -> None:
     choice = complete(client, echo=True, max_tokens=3, logprobs=2, temperature=0)["choices"][0]
     assert choice["text"] == PROMPT + greedy(3)
-    told = choice["logprobs"]
-    assert "".join(told["tokens"]) == PROMPT + greedy(3)
-    assert {len(told[key]) for key in told} == {len(byte_tokenizer()(PROMPT)["input_ids"]) + 3}
+    payload = choice["logprobs"]
+    assert "".join(payload["tokens"]) == PROMPT + greedy(3)
+    assert {len(payload[key]) for key in payload} == {len(byte_tokenizer()(PROMPT)["input_ids"]) + 3}
 
 
-def test_a_stream_tells_its_usage_if_asked(client: TestClient) -> None:
+def test_a_stream_has_its_usage_on_request(client: TestClient) -> None:
     body = {"prompt": PROMPT, "stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
-    told = chunks(client.post("/v1/completions", json=body).text)
-    assert "".join(one["choices"][0]["text"] for one in told[:-1]) == greedy(16)
-    assert told[-2]["choices"][0]["finish_reason"] == "length"
-    assert told[-1]["choices"] == []
-    assert told[-1]["usage"]["completion_tokens"] == 16
+    payload = chunks(client.post("/v1/completions", json=body).text)
+    assert "".join(one["choices"][0]["text"] for one in payload[:-1]) == greedy(16)
+    assert payload[-2]["choices"][0]["finish_reason"] == "length"
+    assert payload[-1]["choices"] == []
+    assert payload[-1]["usage"]["completion_tokens"] == 16
 
 
 def test_a_choice_that_is_stopped_is_computed_no_further(client: TestClient, loads: Loads) -> None:
@@ -149,9 +150,9 @@ def test_bad_requests(client: TestClient, body: dict[str, Any]) -> None:
     sent = json.dumps({"model": "fake", "prompt": PROMPT, **body})
     reply = client.post("/v1/completions", content=sent, headers={"content-type": "application/json"})
     assert reply.status_code == 400, reply.text
-    told = reply.json()["error"]
-    assert told["type"] == "invalid_request_error"
-    assert set(told) == {"message", "type", "param", "code"}
+    payload = reply.json()["error"]
+    assert payload["type"] == "invalid_request_error"
+    assert set(payload) == {"message", "type", "param", "code"}
     assert len(reply.content) < 1000
 
 
@@ -175,8 +176,8 @@ def test_an_error_names_its_field_as_this_dialect_does(
 ) -> None:
     reply = client.post("/v1/completions", json={"prompt": PROMPT, **body})
     assert reply.status_code == 400
-    told = reply.json()["error"]
-    assert (told["param"], told["code"]) == (param, code)
+    payload = reply.json()["error"]
+    assert (payload["param"], payload["code"]) == (param, code)
 
 
 def test_chat_needs_a_template(client: TestClient) -> None:
@@ -203,9 +204,9 @@ def test_a_conversation_is_not_rendered_before_there_is_a_place(
 
 
 def test_a_conversation_that_the_context_does_not_hold(chatty: TestClient) -> None:
-    told = chatty.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 400}]})
-    assert (told.status_code, told.json()["error"]["param"]) == (400, "messages")
-    assert told.json()["error"]["code"] == "context_length_exceeded"
+    payload = chatty.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 400}]})
+    assert (payload.status_code, payload.json()["error"]["param"]) == (400, "messages")
+    assert payload.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_contents_in_parts(chatty: TestClient) -> None:
@@ -227,6 +228,6 @@ def test_chat(chatty: TestClient) -> None:
     answer = client.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 1}).json()
     assert answer["choices"][0]["message"]["content"] == expected
     assert len(answer["choices"][0]["logprobs"]["content"]) == 4
-    told = chunks(client.post("/v1/chat/completions", json={**body, "stream": True}).text)
-    assert "".join(one["choices"][0]["delta"].get("content", "") for one in told) == expected
-    assert told[-1]["choices"][0]["finish_reason"] == "length"
+    payload = chunks(client.post("/v1/chat/completions", json={**body, "stream": True}).text)
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in payload) == expected
+    assert payload[-1]["choices"][0]["finish_reason"] == "length"

@@ -1,4 +1,4 @@
-"""What OpenAI's and vLLM's clients send beside plain fields: honoured, ignored if harmless, or refused."""
+"""Further fields of OpenAI's and vLLM's clients: applied, ignored if they have no effect, or refused."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def said(client: TestClient, **body: Any) -> str:
     return text
 
 
-# what clients write out although it asks for nothing
+# defaults that clients send although they have no effect
 
 BOTH: dict[str, list[Any]] = {
     "user": ["me"], "metadata": [{"run": "7"}], "store": [True, False], "service_tier": ["auto", "default"],
@@ -65,13 +65,13 @@ def every(*tables: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [{name: value} for name, values in merged.items() for value in [*values, None]]
 
 
-def test_a_completion_takes_what_asks_for_nothing(client: TestClient) -> None:
+def test_a_completion_accepts_fields_without_effect(client: TestClient) -> None:
     for body in every(BOTH, IN_COMPLETIONS):
         answer = complete(client, **{"temperature": 0, "max_tokens": 4, **body})
         assert answer["choices"][0]["text"] == greedy(4), body
 
 
-def test_a_chat_takes_what_asks_for_nothing(chatty: TestClient) -> None:
+def test_a_chat_accepts_fields_without_effect(chatty: TestClient) -> None:
     for body in every(BOTH, IN_CHATS):
         assert said(chatty, **body) == greedy(4, ANSWER), body
     chat(chatty, **dict.fromkeys(NULLS))
@@ -101,14 +101,14 @@ WRONG_IN_CHATS: list[dict[str, Any]] = [
 def check_refused(client: TestClient, path: str, body: dict[str, Any], wrong: dict[str, Any]) -> None:
     reply = client.post(path, json={**body, **wrong})
     assert reply.status_code == 400, (wrong, reply.text)
-    told = reply.json()["error"]
+    payload = reply.json()["error"]
     [name] = wrong
-    assert told["param"].split(".")[0] == name, wrong
-    assert name in told["message"], told
+    assert payload["param"].split(".")[0] == name, wrong
+    assert name in payload["message"], payload
     assert len(reply.content) < 400
 
 
-def test_what_would_change_the_answer_is_refused_by_name(chatty: TestClient) -> None:
+def test_a_field_with_an_effect_is_refused_by_name(chatty: TestClient) -> None:
     for wrong in WRONG:
         plain = {"prompt": PROMPT, "max_tokens": 4}
         check_refused(chatty, "/v1/completions", plain, wrong)
@@ -116,11 +116,11 @@ def test_what_would_change_the_answer_is_refused_by_name(chatty: TestClient) -> 
         check_refused(chatty, "/v1/chat/completions", {"messages": SAID, "max_tokens": 4}, wrong)
 
 
-# vLLM's that are honoured
+# vLLM's fields that are applied
 
 
-def test_what_narrows_the_draw(client: TestClient) -> None:
-    flat = {"temperature": 2, "max_tokens": 8, "seed": 5}  # where the model's own token has 3 % of the mass
+def test_sampling_filters(client: TestClient) -> None:
+    flat = {"temperature": 2, "max_tokens": 8, "seed": 5}  # where the model's top token has 3 % of the mass
     free = complete(client, **flat)["choices"][0]["text"]
     assert free != greedy(8)
     for narrow in ({"top_k": 1}, {"min_p": 1}, {"top_p": 0}, {"temperature": 0}):
@@ -130,7 +130,7 @@ def test_what_narrows_the_draw(client: TestClient) -> None:
 def test_a_repetition_penalty(client: TestClient, loads: Loads) -> None:
     letters = greedy(12)
     assert len(set(letters)) < 12
-    loads.runners["fp32"].poison = lambda logits, slots: logits - 10  # it multiplies what is below 0
+    loads.runners["fp32"].poison = lambda logits, slots: logits - 10  # it multiplies negative logits
     body = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
     assert complete(client, **body)["choices"][0]["text"] == letters
     assert complete(client, **body, repetition_penalty=9)["choices"][0]["text"] != letters
@@ -149,7 +149,7 @@ def test_a_token_that_ends_the_text(client: TestClient) -> None:
 
 
 def test_the_fewest_tokens(client: TestClient, loads: Loads) -> None:
-    """Neither the model's end token nor one of the request's comes before them."""
+    """Neither the model's end token nor a stop token of the request comes before them."""
     end, other = 0, 70
 
     def ends(logits: Any, slots: Any) -> Any:
@@ -159,11 +159,11 @@ def test_the_fewest_tokens(client: TestClient, loads: Loads) -> None:
     loads.runners["fp32"].poison = ends
     body = {"temperature": 0, "max_tokens": 6}
     assert complete(client, **body)["usage"]["completion_tokens"] == 1
-    told = complete(client, **body, min_tokens=4)
-    assert (told["usage"]["completion_tokens"], told["choices"][0]["finish_reason"]) == (5, "stop")
-    told = complete(client, **body, min_tokens=4, stop_token_ids=[other])
-    assert told["usage"]["completion_tokens"] == 5
-    assert byte_tokenizer().decode([other]) not in told["choices"][0]["text"]
+    payload = complete(client, **body, min_tokens=4)
+    assert (payload["usage"]["completion_tokens"], payload["choices"][0]["finish_reason"]) == (5, "stop")
+    payload = complete(client, **body, min_tokens=4, stop_token_ids=[other])
+    assert payload["usage"]["completion_tokens"] == 5
+    assert byte_tokenizer().decode([other]) not in payload["choices"][0]["text"]
     assert complete(client, **body, min_tokens=6)["choices"][0]["finish_reason"] == "length"
 
 
@@ -182,11 +182,11 @@ def test_the_usage_so_far_in_every_chunk(chatty: TestClient, path: str) -> None:
     body: dict[str, Any] = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": SAID}
     options = {"include_usage": True, "continuous_usage_stats": True}
     sent = {**body, "stream": True, "temperature": 0, "max_tokens": 3, "ignore_eos": True}
-    *told, last = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
-    counts = [one["usage"]["completion_tokens"] for one in told]
+    *payload, last = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
+    counts = [one["usage"]["completion_tokens"] for one in payload]
     assert sorted(counts) == counts
     assert set(counts) - {0} == {1, 2, 3}
-    assert all(one["usage"]["prompt_tokens"] == prompt for one in told)
+    assert all(one["usage"]["prompt_tokens"] == prompt for one in payload)
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], prompt + 3)
     for options in ({"include_usage": True}, {"continuous_usage_stats": True}):
         plain = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
@@ -207,8 +207,8 @@ def test_an_empty_prompt_is_the_token_that_documents_begin_with(client: TestClie
 def test_an_empty_prompt_where_there_is_no_such_token(client: TestClient) -> None:
     app: Any = client.app
     app.state.codec._tokenizer.bos_token = app.state.codec._tokenizer.eos_token = None
-    told = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
-    assert (told["param"], told["message"]) == ("prompt", "the input has no tokens")
+    payload = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
+    assert (payload["param"], payload["message"]) == ("prompt", "the input has no tokens")
 
 
 def test_turns_without_a_text(chatty: TestClient) -> None:
@@ -234,7 +234,7 @@ def refusal(client: TestClient, path: str, **body: Any) -> Any:
 
 
 CONTEXT = "This model's maximum context length is 256 tokens"
-"""What litellm looks for; LangChain: "prompt is too long"."""
+"""The text that litellm matches; LangChain: "prompt is too long"."""
 
 
 def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
@@ -250,11 +250,11 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
          "300 by max_completion_tokens"),
     ]  # fmt: skip
     for path, body, param, words in cases:
-        told = refusal(chatty, path, **body)
-        assert told["message"].startswith(CONTEXT), told
-        assert words in told["message"], told
-        assert "prompt is too long" in told["message"], told
-        assert (told["param"], told["code"]) == (param, "context_length_exceeded"), told
+        payload = refusal(chatty, path, **body)
+        assert payload["message"].startswith(CONTEXT), payload
+        assert words in payload["message"], payload
+        assert "prompt is too long" in payload["message"], payload
+        assert (payload["param"], payload["code"]) == (param, "context_length_exceeded"), payload
     native = chatty.post("/generate", json={"inputs": long, "max_new_tokens": 7})
     assert (native.status_code, native.json()["error"]) == (
         422,
@@ -267,9 +267,10 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
 def test_an_unknown_route_is_no_unknown_model(client: TestClient, path: str) -> None:
     reply = client.post(path, json={})
     assert reply.status_code == 404
-    told = reply.json()["error"]
-    assert told == {"message": told["message"], "type": "invalid_request_error", "param": None, "code": None}
-    assert "route" in told["message"]
+    payload = reply.json()["error"]
+    fields = {"type": "invalid_request_error", "param": None, "code": None}
+    assert payload == {"message": payload["message"], **fields}
+    assert "route" in payload["message"]
 
 
 # names of the model
@@ -302,7 +303,7 @@ def test_names_that_mean_the_served_model(client: TestClient) -> None:
 # limits that are settings
 
 
-def test_as_many_stop_strings_as_the_setting_says(make_chatty: Callable[..., TestClient]) -> None:
+def test_the_number_of_stop_strings_is_limited_by_the_setting(make_chatty: Callable[..., TestClient]) -> None:
     client = make_chatty(max_stop_sequences=100)
     assert client.get("/info").json()["max_stop_sequences"] == 100
     stops = [f"never {i}" for i in range(101)]

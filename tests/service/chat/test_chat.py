@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def ask(make_client: Callable[..., TestClient], tmp_path: Path) -> Callable[..., Any]:
-    """(template, roles and contents …) → the answer."""
+    """(template, roles and contents …) → the response."""
 
     def asked(template: str, *messages: tuple[str, str]) -> Any:
         file = tmp_path / "template.jinja"
@@ -68,9 +68,7 @@ def test_messages_that_a_template_does_not_take_are_refused(
     assert "secret" not in reply.text
 
 
-def test_a_template_that_never_ends_costs_its_request_alone(
-    make_app: Callable[..., FastAPI], tmp_path: Path
-) -> None:
+def test_an_endless_template_fails_its_request_only(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(BOMB)
 

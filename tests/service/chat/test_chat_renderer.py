@@ -1,4 +1,4 @@
-"""Processes that render chat templates: their bounds, what they inherit, and that they end."""
+"""Processes that render chat templates: their limits, what they inherit, and how they end."""
 
 import asyncio
 import os
@@ -46,7 +46,7 @@ def with_renderer(template: str, test: Callable[[ChatRenderer], Awaitable[None]]
 
 
 def mine(parent: int | None = None) -> list[psutil.Process]:
-    """The processes of this one, or of another, that render."""
+    """The rendering child processes of this process, or of another."""
     return [one for one in psutil.Process(parent).children() if _renders(one)]
 
 
@@ -98,7 +98,7 @@ def test_many_at_once_are_rendered_each_for_itself() -> None:
 
 
 @pytest.mark.parametrize("template", [POWER, LOOPS, CONSTANT], ids=["power", "loops", "constant"])
-def test_what_computes_for_ever_is_stopped(template: str) -> None:
+def test_endless_computation_is_stopped(template: str) -> None:
     async def check(renderer: ChatRenderer) -> None:
         turns = 0
 
@@ -110,7 +110,7 @@ def test_what_computes_for_ever_is_stopped(template: str) -> None:
 
         others = asyncio.create_task(turn())
         assert "took longer than 0.3 s" in await fault(renderer)
-        assert turns > 100  # the event loop went on
+        assert turns > 100  # the event loop kept running
         others.cancel()
         await until(lambda: not mine())
 
@@ -137,7 +137,7 @@ def test_others_are_rendered_meanwhile() -> None:
     ],
     ids=["repeated", "formatted", "doubled"],
 )
-def test_what_takes_too_much_memory_is_refused(template: str) -> None:
+def test_too_much_memory_is_refused(template: str) -> None:
     async def check(renderer: ChatRenderer) -> None:
         assert "needs more than 256 MiB" in await fault(renderer)
 
@@ -165,7 +165,7 @@ def test_an_endless_text_is_refused() -> None:
 def test_the_message_of_a_refusal(template: str, expected: str) -> None:
     async def check(renderer: ChatRenderer) -> None:
         assert await fault(renderer, "secret words") == f"the model's chat template {expected}"
-        assert len(mine()) == 1  # and it serves on
+        assert len(mine()) == 1  # and it still serves
 
     with_renderer(template, check)
 
@@ -216,7 +216,7 @@ def test_it_inherits_no_file_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_
             assert process.environ().keys() <= {"TZ", "LD_LIBRARY_PATH"}
             assert process.num_fds() == 3
             assert process.cwd() == "/"
-            assert os.getsid(process.pid) != os.getsid(0)  # Ctrl-C is the server's affair
+            assert os.getsid(process.pid) != os.getsid(0)  # only the server handles Ctrl-C
 
     with_renderer(PLAIN, check)
 
@@ -236,7 +236,7 @@ def test_without_a_process_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_ends_when_its_pipe_is_closed() -> None:
-    """A pipe closed at the other end is all that a process learns of a server that was killed."""
+    """A closed pipe is the only sign that the server was killed."""
 
     async def check(renderer: ChatRenderer) -> None:
         await renderer.render(said("Hi"), soon())
@@ -251,7 +251,7 @@ def test_it_ends_when_its_pipe_is_closed() -> None:
 
 def test_it_ends_by_itself_while_it_computes() -> None:
     async def check(renderer: ChatRenderer) -> None:
-        renderer._seconds = 60  # as a server that was killed, which ends nothing
+        renderer._seconds = 60  # like a killed server, which closes nothing properly
         assert await fault(renderer) == "the model's chat template can't be run on these messages"
         await until(lambda: not mine())
 

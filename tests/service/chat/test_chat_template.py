@@ -1,4 +1,4 @@
-"""A chat template's environment against ``transformers``' own, and what becomes of messages it would drop."""
+"""A chat template's environment compared with ``transformers``', and messages that it would drop."""
 
 import json
 from typing import Any
@@ -131,7 +131,7 @@ FIRST_SYSTEM = (
         ("{{ messages[-1].content }}", [user(), user()], 0, "user"),
     ],
 )
-def test_a_message_is_never_dropped_in_silence(
+def test_a_dropped_message_is_an_error(
     source: str, messages: list[dict[str, str]], index: int, role: str
 ) -> None:
     with pytest.raises(RoleDropped) as dropped:
@@ -150,7 +150,7 @@ def test_a_message_is_never_dropped_in_silence(
         ("{% for m in messages %}{{ m.content[:20] }};{% endfor %}", "x" * 50, "x" * 20 + ";"),
     ],
 )
-def test_a_template_may_change_what_a_message_says(source: str, content: str, expected: str) -> None:
+def test_a_template_may_change_the_contents_of_a_message(source: str, content: str, expected: str) -> None:
     text = template(source).render([user(), {"role": "assistant", "content": content}, user()])
     assert expected in text
     assert "secret" not in text

@@ -26,7 +26,7 @@ def stream(text: str, stop: tuple[str, ...] = (), prompt: str = "x") -> tuple[li
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_the_pieces_join_to_the_text(text: str) -> None:
-    assume("<|endoftext|>" not in text)  # a token that is never shown
+    assume("<|endoftext|>" not in text)  # a special token
     pieces, _ = stream(text)
     assert "".join(pieces) == text
 
@@ -67,7 +67,7 @@ def test_special_tokens_leave_no_text() -> None:
 
 
 class Bytes:
-    """In the place of a vocabulary whose tokens are any bytes; their ids are their places in a list."""
+    """Replaces a vocabulary: tokens of arbitrary bytes, ids are list indices."""
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens
@@ -85,13 +85,13 @@ CROSSING = [b"\xe4\xb8", b"\xad\xe4", b"\xb8\xad\xe4", b"\xb8\xad\xe4", b"\xb8\x
 @given(st.lists(st.binary(min_size=1, max_size=5) | st.sampled_from(CROSSING), max_size=12))
 @example(CROSSING)
 @settings(max_examples=300, deadline=None)
-def test_tokens_that_end_amid_characters_make_the_text_that_they_make_together(tokens: list[bytes]) -> None:
+def test_tokens_that_split_characters_decode_as_a_whole(tokens: list[bytes]) -> None:
     decoder = Detokenizer(Bytes(tokens), [])
     pieces = [decoder.push(id_) for id_ in range(len(tokens))]
     assert "".join([*pieces, decoder.finish()]) == b"".join(tokens).decode(errors="replace")
 
 
-def test_what_is_no_text_is_not_held_back_for_ever() -> None:
+def test_invalid_bytes_are_not_held_back_forever() -> None:
     decoder = Detokenizer(Bytes([b"\xe4"]), [])
     assert "".join(decoder.push(0) for _ in range(50)).count("\ufffd") > 25
 

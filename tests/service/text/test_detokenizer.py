@@ -1,4 +1,4 @@
-"""Token by token, the text is what the tokenizer makes of all ids at once; for tokenizers of every kind."""
+"""Incremental decoding equals decoding all ids at once, for tokenizers of every kind."""
 
 from functools import cache
 from typing import Any
@@ -36,7 +36,7 @@ def streamed(codec: TextCodec, ids: list[int], prompt: list[int]) -> list[str]:
 def test_random_ids(kind: str, data: st.DataObject) -> None:
     tokenizer, codec = made(kind)
     size = len(tokenizer)
-    # some beyond the vocabulary, as rows of a model may be; slow tokenizers show them as <unk>
+    # some beyond the vocabulary, as a model's rows may be; slow tokenizers decode them as <unk>
     any_id = (
         st.integers(0, size + (2 if tokenizer.is_fast else -1))
         | st.sampled_from(tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""Texts, tokens and log-probabilities to the letter, of models that say a given script, over the wire."""
+"""Exact texts, tokens and log-probabilities over HTTP, from models that generate a given script."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,7 +27,7 @@ Says = Callable[..., TestClient]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Makes:
-    """An application whose model says these tokens after ``PROMPT``; the last one for ever."""
+    """An app whose model generates these tokens after ``PROMPT``, and then repeats the last one."""
 
     def make(kind: str, tokens: list[str], **values: Any) -> FastAPI:
         tokenizer = KINDS[kind]()
@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> Makes:
 
 @pytest.fixture
 def says(make: Makes) -> Iterator[Says]:
-    """A client of such an application, which is ready."""
+    """A client of such an app that is ready."""
     with ExitStack() as stack:
 
         def says(kind: str, tokens: list[str]) -> TestClient:
@@ -54,7 +54,7 @@ def says(make: Makes) -> Iterator[Says]:
 
 
 def generate(client: TestClient, **parameters: Any) -> Any:
-    """Whole; the stream's texts must be the same."""
+    """The whole response; asserts that the stream has the same text."""
     body = {"inputs": PROMPT, "max_new_tokens": 12, "details": True, **parameters}
     reply = client.post("/generate", json=body)
     assert reply.status_code == 200, reply.text
@@ -86,7 +86,7 @@ def chat(client: TestClient, **parameters: Any) -> Any:
         ("<|im_end|>", " Hello🤗", 6),
         ("lo🤗<|im_end|>", " Hel", 6),
         ("<|im_end|> wor", " Hello🤗", 7),
-        ("🤗 world", " Hello", 7),  # in the text as it is shown
+        ("🤗 world", " Hello", 7),  # in the decoded text
         ("im_end", " Hello🤗 world world world world world world", 12),  # a part of its name
     ],
 )
@@ -140,13 +140,13 @@ def test_offsets_count_characters_from_the_prompts_beginning(says: Says, echo: b
     choice = complete(client, echo=echo, max_tokens=13, logprobs=2)
     text = choice["text"]
     assert text == (PROMPT if echo else "") + "a 🤗b 🤗c"
-    told = choice["logprobs"]
-    offsets, generated = told["text_offset"], [2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 7, 7, 8]
+    answer = choice["logprobs"]
+    offsets, generated = answer["text_offset"], [2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 7, 7, 8]
     assert offsets == ([0, 1, *generated] if echo else generated)
     whole = PROMPT + "a 🤗b 🤗c"
-    for token, offset in zip(told["tokens"], offsets, strict=True):
+    for token, offset in zip(answer["tokens"], offsets, strict=True):
         assert token.startswith("bytes:") or whole[offset] == token
-    assert told["tokens"][2 * echo :][2:6] == [rf"bytes:\x{byte:02x}" for byte in "🤗".encode()]
+    assert answer["tokens"][2 * echo :][2:6] == [rf"bytes:\x{byte:02x}" for byte in "🤗".encode()]
     body = {"prompt": PROMPT, "echo": echo, "max_tokens": 13, "logprobs": 2, "temperature": 0, "stream": True}
     streamed = chunks(client.post("/v1/completions", json=body).text)
     parts = [one["choices"][0]["logprobs"]["text_offset"] for one in streamed]
@@ -154,7 +154,7 @@ def test_offsets_count_characters_from_the_prompts_beginning(says: Says, echo: b
 
 
 def test_alternatives_have_keys_of_their_own(says: Says) -> None:
-    """Of a letter and the byte that is the same letter; of parts of characters; of rows without a token."""
+    """A letter and the byte token of the same letter; parts of characters; ids without a token."""
     client = says("llama", ["a", "<0x61>"])
     size = len(KINDS["llama"]())
     likely = [*KINDS["llama"]().convert_tokens_to_ids(["a", "<0x61>", "<0xF0>"]), size + 1, size + 2]
@@ -169,12 +169,12 @@ def test_alternatives_have_keys_of_their_own(says: Says) -> None:
 def test_the_sampled_token_is_among_its_alternatives(says: Says) -> None:
     client = says("byte-level", ["a"] * 9)
     sampled = {"temperature": 2, "seed": 5, "logit_bias": {str(id_): 20 for id_ in range(70, 90)}}
-    told = complete(client, logprobs=1, **sampled)["logprobs"]
-    columns = (told["tokens"], told["token_logprobs"], told["top_logprobs"])
+    answer = complete(client, logprobs=1, **sampled)["logprobs"]
+    columns = (answer["tokens"], answer["token_logprobs"], answer["top_logprobs"])
     for token, logprob, top in zip(*columns, strict=True):
         assert top[token] == logprob
         assert len(top) == 1 + (logprob < max(top.values()))
-    assert any(len(top) == 2 for top in told["top_logprobs"])
+    assert any(len(top) == 2 for top in answer["top_logprobs"])
     content = chat(client, logprobs=True, top_logprobs=1, **sampled)["logprobs"]["content"]
     for entry in content:
         assert entry["token"] in [top["token"] for top in entry["top_logprobs"]]
@@ -182,7 +182,7 @@ def test_the_sampled_token_is_among_its_alternatives(says: Says) -> None:
 
 
 def test_line_ends_inside_of_events(make: Makes) -> None:
-    """Clients take Unicode's line ends for those of the stream."""
+    """Clients treat Unicode's line ends as those of the stream."""
     ends = "\u2028\u2029\u0085\v\f\x1c\x1d\x1e\r\n"
     letters = KINDS["byte-level"]().tokenize(f"x{ends}y")
     app = make("byte-level", [*letters, "<|endoftext|>"])
@@ -199,5 +199,5 @@ def test_line_ends_inside_of_events(make: Makes) -> None:
         assert "".join(chunk.choices[0].text for chunk in stream) == said
         messages: Any = [{"role": "user", "content": PROMPT}]
         for chatting in (inference.chat_completion, other.chat.completions.create):
-            told: Any = chatting(messages=messages, model="tgi", max_tokens=40, temperature=0, stream=True)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == said
+            answer: Any = chatting(messages=messages, model="tgi", max_tokens=40, temperature=0, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == said

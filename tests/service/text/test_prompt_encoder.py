@@ -1,4 +1,4 @@
-"""Long prompts: refused by their length; encoded few at a time, in time, for those who are still there."""
+"""Long prompts: refused by length; encoded a few at a time, within the deadline, unless disconnected."""
 
 import asyncio
 import json
@@ -44,15 +44,15 @@ def test_a_prompt_that_cannot_fit_is_refused_unencoded(
             encode = codec.encode
             codec.encode = Noted(encode, encoded)
             reply = await client.post(path, json=body)
-            told = reply.json()["error"]
+            answer = reply.json()["error"]
             if path.startswith("/v1"):
-                assert (reply.status_code, told["code"]) == (400, "context_length_exceeded")
-                assert told["param"] == ("messages" if "chat" in path else "prompt")
-                told = told["message"]
+                assert (reply.status_code, answer["code"]) == (400, "context_length_exceeded")
+                assert answer["param"] == ("messages" if "chat" in path else "prompt")
+                answer = answer["message"]
             else:
                 assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
-            assert "maximum context length is 256 tokens" in told
-            assert "at least 150000 tokens" in told  # the longest token has 13 characters
+            assert "maximum context length is 256 tokens" in answer
+            assert "at least 150000 tokens" in answer  # the longest token has 13 characters
             assert max(encoded, default=0) <= 1
             await at_rest(app, client)
 
@@ -80,7 +80,7 @@ def test_of_a_far_longer_text_than_truncate_keeps_its_end_is_encoded(make_app: M
 
 
 class Noted:
-    """An ``encode`` that notes the length of every text."""
+    """An ``encode`` that records the length of every text."""
 
     def __init__(self, encode: Callable[..., list[int]], lengths: list[int]) -> None:
         self._encode, self._lengths = encode, lengths
@@ -91,14 +91,14 @@ class Noted:
 
 
 class Gate:
-    """In place of a codec's ``encode``: long texts wait until it is opened."""
+    """Replaces a codec's ``encode``: long texts wait until the gate is opened."""
 
     def __init__(self, app: FastAPI) -> None:
         self.opened = threading.Event()
         self.begun = 0
         self._encode = app.state.codec.encode
         app.state.codec.encode = self
-        app.state.codec.token_length = None  # of a tokenizer of which nothing is known
+        app.state.codec.token_length = None  # of a tokenizer without a known bound
 
     def __call__(self, text: str, *rest: Any) -> list[int]:
         if len(text) < 1000:
@@ -109,7 +109,7 @@ class Gate:
         return [65, 66]
 
 
-def test_two_are_encoded_at_a_time_and_none_whose_client_has_left(make_app: MakeApp) -> None:
+def test_two_texts_are_encoded_at_a_time_and_none_of_disconnected_clients(make_app: MakeApp) -> None:
     async def main() -> None:
         async with entered(app) as client:
             gate, service = Gate(app), app.state.service
@@ -156,7 +156,7 @@ def test_the_deadline_covers_encoding(make_app: MakeApp) -> None:
     asyncio.run(main())
 
 
-def test_a_prompt_of_which_several_continuations_are_wanted_is_encoded_once(make_app: MakeApp) -> None:
+def test_a_prompt_with_several_continuations_is_encoded_once(make_app: MakeApp) -> None:
     async def main() -> None:
         async with entered(app) as client:
             gate = Gate(app)
@@ -170,7 +170,7 @@ def test_a_prompt_of_which_several_continuations_are_wanted_is_encoded_once(make
     asyncio.run(main())
 
 
-def test_the_end_waits_for_no_text() -> None:
+def test_shutdown_does_not_wait_for_encoding() -> None:
     begun, never = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -190,7 +190,7 @@ def test_the_end_waits_for_no_text() -> None:
     never.set()
 
 
-def test_what_is_no_exception_reaches_its_request() -> None:
+def test_a_base_exception_reaches_its_request() -> None:
     class Panic(BaseException):
         pass
 

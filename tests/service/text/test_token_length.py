@@ -1,4 +1,4 @@
-"""What is certain of a token's length, and what isn't."""
+"""Tokenizers with and without a bound on the length of a token."""
 
 import inspect
 import pydoc
@@ -28,7 +28,7 @@ def bundled() -> Any:
 
 
 def sentencepiece(**options: Any) -> PreTrainedTokenizerFast:
-    """A BPE as Llama's first: spaces are ▁, and what it doesn't know is bytes."""
+    """A BPE like Llama's first: spaces are ▁, unknown characters are bytes."""
     vocabulary = {token: i for i, token in enumerate([UNKNOWN, *BYTES, *PIECES])}
     known = {"unk_token": UNKNOWN, "byte_fallback": True, "fuse_unk": True, **options}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES, **known))
@@ -57,7 +57,9 @@ def each_unknown_by_itself() -> PreTrainedTokenizerFast:
         (each_unknown_by_itself, len("<0x00>"), False),
     ],
 )
-def test_no_text_has_fewer_tokens_than_is_said(make: Callable[[], Any], most: int, in_bytes: bool) -> None:
+def test_the_lower_bound_of_tokens_holds_for_every_text(
+    make: Callable[[], Any], most: int, in_bytes: bool
+) -> None:
     tokenizer, drawn = make(), random.Random(0)
     length = token_length(tokenizer)
     assert length is not None
@@ -85,7 +87,7 @@ def word_level() -> PreTrainedTokenizerFast:
     "make",
     [
         word_level,
-        lambda: sentencepiece(byte_fallback=False),  # a run of what it doesn't know is one token
+        lambda: sentencepiece(byte_fallback=False),  # a run of unknown characters is one token
         lambda: sentencepiece(byte_fallback=False, fuse_unk=False, unk_token=None),  # … is no token
         lambda: changed(lambda t: setattr(t, "normalizer", normalizers.Strip())),
         lambda: changed(lambda t: setattr(t, "normalizer", normalizers.Replace(Regex(" +"), " "))),
@@ -95,11 +97,11 @@ def word_level() -> PreTrainedTokenizerFast:
         lambda: None,
     ],
 )
-def test_where_a_token_may_stand_for_any_length(make: Callable[[], Any]) -> None:
+def test_tokenizers_without_a_bound(make: Callable[[], Any]) -> None:
     assert token_length(make()) is None
 
 
-def test_bytes_that_leave_no_token() -> None:
+def test_bytes_without_a_token() -> None:
     alphabet = [letter for byte, letter in bytes_to_unicode().items() if byte not in (0x04, 0xF1, 0xFF)]
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -111,7 +113,7 @@ def test_bytes_that_leave_no_token() -> None:
         assert codec.token_length.end(text, 1) == text
 
 
-def test_a_token_that_takes_the_spaces_beside_it() -> None:
+def test_a_token_that_absorbs_adjacent_spaces() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
     length = token_length(tokenizer)
