@@ -1,5 +1,6 @@
 """The protocol of a loaded model: token ids in, logits out, over KV slots; and optional extensions of it."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ class Runner(Protocol):
     """Maximum tokens of a slot."""
     vocabulary: int
 
+    @abstractmethod
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
         """Appends ``ids`` to the slot. Long prompts are computed in several calls.
 
@@ -28,6 +30,7 @@ class Runner(Protocol):
         """
         ...
 
+    @abstractmethod
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
         """Appends one id to each of the (distinct) slots; returns (len(slots), vocabulary) logits."""
         ...
@@ -36,6 +39,7 @@ class Runner(Protocol):
         """Teacher-forced logits (len(ids), vocabulary) of a text no longer than ``context``; uses no slot."""
         return self.score_together([ids], len(ids))[0]
 
+    @abstractmethod
     def score_together(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
         """Teacher-forced logits of texts of equal length, in one pass; uses no slot.
 
@@ -43,10 +47,12 @@ class Runner(Protocol):
         """
         ...
 
+    @abstractmethod
     def free(self, slot: int) -> None:
         """Empties the slot. Freeing an empty one does nothing."""
         ...
 
+    @abstractmethod
     def close(self) -> None:
         """Drops the weights and the cache; later calls raise."""
         ...

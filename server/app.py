@@ -53,8 +53,12 @@ def create_app(
         default_choice: why the report chose ``settings.precision``, if it did.
         open_checkpoint: (model id, revision) → ``Checkpoint``.
         load: loads one precision; same signature as ``loaders.load``.
+
+    Raises:
+        ValueError: ``settings.precision`` is ``AUTO``.
     """
-    assert settings.precision != AUTO
+    if settings.precision == AUTO:
+        raise ValueError("resolve the precision 'auto' first: server.report.auto.resolve_default")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,10 +80,8 @@ def create_app(
     routes = RouteTable(ROUTES)
     admission = AdmissionControl(Auth(app, settings, routes), settings, routes)
     early_refusal = _make_early_refusal(admission, settings)
-    app.state.settings, app.state.early_refusal = (
-        settings,
-        early_refusal,
-    )  # replaced by the lifespan: see AppState
+    # the lifespan replaces them by an AppState
+    app.state.settings, app.state.early_refusal = settings, early_refusal
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     for router in _ROUTERS:

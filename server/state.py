@@ -93,6 +93,7 @@ async def build_state(
     Raises:
         LoaderError: the checkpoint or its tokenizer can't be read.
     """
+    started, started_monotonic = time.time(), time.monotonic()
     opened = await asyncio.to_thread(open_checkpoint, settings.model_id, settings.revision)
     tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, opened)
     checkpoint, codec = with_end_token(opened, tokenizer), TextCodec(tokenizer)
@@ -105,8 +106,8 @@ async def build_state(
     reports = Reports(settings, checkpoint, activity)
     await reports.find_subject()
     return AppState(
-        started=time.time(),
-        started_monotonic=time.monotonic(),
+        started=started,
+        started_monotonic=started_monotonic,
         settings=settings,
         default_choice=default_choice,
         early_refusal=early_refusal,

@@ -11,6 +11,7 @@ from loaders.kernels.build import compiled
 from loaders.kernels.gpt2 import GPT2, BeyondHalf, KeyValues, Layer, Norm
 from loaders.kernels.library import Format, Library
 from loaders.kernels.matrix import FourBit, PackedMatrix
+from loaders.kernels.structures import StructureMismatch
 from loaders.kernels.summary import Summary, summarize
 
 __all__ = ["GPT2", "BeyondHalf", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm"]
@@ -44,18 +45,14 @@ def runnable() -> list[str]:
 
 
 def load(target: str) -> Library | str:
-    """The library compiled for ``target``, after a trial product; or the reason why it can't be used.
-
-    Raises:
-        StructureMismatch: the library and this package differ in a shared structure.
-    """
+    """The library compiled for ``target``, after a trial product; or the reason why it can't be used."""
     path = compiled(target)
     if not path.exists():
         return "not compiled (python -m loaders.kernels.build does it, given a C compiler)"
     try:
         found = Library(path, target)
         _try_out(found)
-    except (OSError, AttributeError, ArithmeticError) as error:
+    except (OSError, AttributeError, ArithmeticError, RuntimeError, StructureMismatch) as error:
         return f"{path.name} does not work here: {error}"
     return found
 

@@ -74,6 +74,10 @@ def compare_sizes(library: ctypes.CDLL) -> None:
         StructureMismatch: names the first structure whose sizes differ.
     """
     for name, structure in SHARED.items():
-        expected, found = I64.in_dll(library, f"bitdial_sizeof_{name}").value, ctypes.sizeof(structure)
+        try:
+            expected = I64.in_dll(library, f"bitdial_sizeof_{name}").value
+        except ValueError as error:  # the library lacks the symbol
+            raise StructureMismatch(f"structure {name!r} is unknown in C") from error
+        found = ctypes.sizeof(structure)
         if expected != found:
             raise StructureMismatch(f"structure {name!r} has {expected} bytes in C, {found} in Python")

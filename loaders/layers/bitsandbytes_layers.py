@@ -13,7 +13,7 @@ from loaders import kernels
 from loaders.kernels import FourBit
 from loaders.layers.dequantize import dequantize_four_bit, dequantize_int8
 from loaders.layers.huge_pages import Arena
-from loaders.layers.layer_weights import LayerWeights, weights_of
+from loaders.layers.layer_weights import LayerWeights, dense, weights_of
 from loaders.layers.native_linear import NativeLinear, to_native
 
 _INT8_LEVELS = 127  # the scales are rows' largest magnitudes
@@ -37,8 +37,10 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
 def _(module: Any) -> LayerWeights:
     """The first forward pass moves the scales from the weight to the layer's state."""
     held = getattr(module.weight, "SCB", None)
-    scales: Tensor = module.state.SCB if held is None else held
+    scales: Tensor | None = module.state.SCB if held is None else held
     codes: Tensor = module.weight.data
+    if scales is None:  # not quantized yet
+        return dense(codes)
     return LayerWeights(
         "int8",
         (module.out_features, module.in_features),
@@ -51,6 +53,8 @@ def _(module: Any) -> LayerWeights:
 @weights_of.register(Linear4bit)
 def _(module: Any) -> LayerWeights:
     state, codes = module.weight.quant_state, module.weight.data
+    if state is None:  # not quantized yet
+        return dense(codes)
     shape = module.out_features, module.in_features
     packed = getattr(state, "packing_format_for_cpu", False)
     described = four_bit(state)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from loaders.runner import DeviceRunner, LengthRunner, Logits, MixedRunner, Runner
 from server.engine.faults import run_isolated
+from server.engine.logprobs import prompt_logprobs
 from server.engine.overlap import Overlap
-from server.engine.sampler import PendingTokens, Sampler, prompt_logprobs
+from server.engine.sampler import PendingTokens, Sampler
 from server.engine.scheduler import Chunk, Plan
 from server.engine.sequence import PromptToken, Sequence, Status
 from server.errors import ServiceError
@@ -140,8 +141,10 @@ class Executor:
 
 def _prompt_output(chunk: Chunk, logits: Tensor | None) -> Output:
     rows = [chunk.sequence] if chunk.is_last else []
-    generates = chunk.sequence.params.max_new_tokens > 0
-    return Output(rows, logits if rows and generates else None, prompt_tokens=chunk.length)
+    if not rows or chunk.sequence.params.max_new_tokens == 0:
+        return Output(rows, None, prompt_tokens=chunk.length)
+    assert logits is not None
+    return Output(rows, logits, prompt_tokens=chunk.length)
 
 
 def _needs_all_logits(sequence: Sequence) -> bool:

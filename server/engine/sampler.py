@@ -17,14 +17,12 @@ from loaders import kernels
 from loaders.kernels import Summary, summarize
 from server.engine.device_sampler import DeviceTokens, sample_on_device
 from server.engine.faults import BadLogits, run_isolated
+from server.engine.logprobs import logprob_of, most_probable, not_numbers, with_logprobs
 from server.engine.sequence import (
-    MIN_LOGPROB,
     MIN_TEMPERATURE,
     FinishReason,
-    PromptToken,
     Sequence,
     Token,
-    TokenLogprob,
 )
 
 
@@ -69,7 +67,7 @@ class Sampler:
         """The token of one row, with few calls into torch: the overhead of each exceeds its work."""
         id_, logit = summary.ids[row], summary.largest[row]
         if not math.isfinite(logit):
-            raise _not_numbers()
+            raise not_numbers()
         if not sequence.params.is_plain:
             id_ = _sample(logits[row], sequence)
             logit = float(logits[row, id_])
@@ -77,8 +75,8 @@ class Sampler:
         if summary.log_totals is None or not sequence.params.reports:
             return Token(id_, None, (), finish)
         log_total = summary.log_totals[row]
-        top = _top(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
-        return Token(id_, _logprob(logit, log_total), top, finish)
+        top = most_probable(logits[row], log_total, sequence.params.top_n) if sequence.params.top_n else ()
+        return Token(id_, logprob_of(logit, log_total), top, finish)
 
     def launch(self, logits: Tensor, sequences: Rows[Sequence]) -> PendingTokens:
         """As ``sample``, all rows together on the device of the logits; raises nothing."""
@@ -102,12 +100,12 @@ class Sampler:
         tokens: list[Token | Exception] = [
             Token(id_, None, (), self._finish_reason(id_, sequence))
             if math.isfinite(logit)
-            else _not_numbers()
+            else not_numbers()
             for id_, logit, sequence in zip(map(int, ids), highest, sequences, strict=True)
         ]
         if not logprobs:
             return tokens
-        return [_with_logprobs(*row) for row in zip(tokens, sequences, *logprobs, strict=True)]
+        return [with_logprobs(*row) for row in zip(tokens, sequences, *logprobs, strict=True)]
 
     def _finish_reason(self, id_: int, sequence: Sequence) -> FinishReason | None:
         if id_ in self._eos_ids and not sequence.params.ignore_eos:
@@ -115,46 +113,6 @@ class Sampler:
         if id_ in sequence.params.stop_ids:
             return "stop_sequence"
         return "length" if len(sequence.generated) + 1 >= sequence.params.max_new_tokens else None
-
-
-def _not_numbers() -> BadLogits:
-    return BadLogits("the model returned logits that are not numbers")
-
-
-def _with_logprobs(
-    token: Token | Exception, sequence: Sequence, logprob: float, *alternatives: float
-) -> Token | Exception:
-    """The token with the log-probabilities that its request reports.
-
-    Args:
-        alternatives: n ids, then their n log-probabilities.
-    """
-    if isinstance(token, Exception) or not sequence.params.reports:
-        return token
-    half = len(alternatives) // 2
-    pairs = zip(map(int, alternatives[:half]), alternatives[half:], strict=True)
-    top = tuple(TokenLogprob(*pair) for pair in pairs)[: sequence.params.top_n]
-    return token._replace(logprob=logprob, top=top)
-
-
-def prompt_logprobs(logits: Tensor, following: Rows[int], top_n: int) -> list[PromptToken]:
-    """Each of ``following`` (n ids) with its log-probability by the (n, vocabulary) logits before it.
-
-    Raises:
-        BadLogits: a row's logits are not numbers.
-    """
-    if not following:
-        return []
-    logits = logits.cpu()
-    summary = summarize(logits, True, kernels.get())
-    if not all(map(math.isfinite, summary.largest)):
-        raise _not_numbers()
-    log_totals = summary.log_totals or []
-    own = logits.gather(1, torch.tensor(following)[:, None])[:, 0].tolist()
-    return [
-        PromptToken(id_, _logprob(logit, log_total), _top(row, log_total, top_n) if top_n else ())
-        for id_, logit, log_total, row in zip(following, own, log_totals, logits, strict=True)
-    ]
 
 
 def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
@@ -243,14 +201,3 @@ def _typical_p(weights: Tensor, typical_p: float) -> Tensor:
     mass = probabilities[order].cumsum(0)
     kept = order[: int((mass < typical_p).sum()) + 1]
     return torch.zeros_like(weights).index_copy(0, kept, weights[kept])
-
-
-def _top(logits: Tensor, log_total: float, count: int) -> tuple[TokenLogprob, ...]:
-    """The ``count`` most probable tokens with their log-probabilities under the model's own distribution."""
-    values, ids = logits.topk(min(count, len(logits)))
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return tuple(TokenLogprob(id_, _logprob(value, log_total)) for id_, value in pairs)
-
-
-def _logprob(logit: float, log_total: float) -> float:
-    return max(min(logit - log_total, 0.0), MIN_LOGPROB)

@@ -69,7 +69,3 @@ class TokenStream(AsyncIterator[Token]):
         """Cancels the sequence; has no effect once it has finished."""
         self._closed = True
         self._cancel(self._sequence)
-
-    async def aclose(self) -> None:
-        """``close``, for ``contextlib.aclosing``."""
-        self.close()

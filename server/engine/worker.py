@@ -73,6 +73,7 @@ class Worker:
                 for output in self._executor.forward(plan):
                     tokens = self._sample(output)
                     self._publish(step, output, tokens)
+                    del output  # its logits need not stay while the next pass computes
         return step
 
     @contextmanager

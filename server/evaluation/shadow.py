@@ -95,11 +95,6 @@ class Shadow:
         self._arrived = asyncio.Event()
         self._quiet_since = time.monotonic()
 
-    @property
-    def active(self) -> bool:
-        """Whether a replay computes."""
-        return self._activity.replaying
-
     def arrival(self) -> None:
         """Interrupts a running replay, as a request has arrived."""
         self._arrived.set()

@@ -88,7 +88,8 @@ class RouteTable:
     def _find(self, method: str, path: str) -> RouteFacts:
         """As Starlette's router: the first route that takes the path and the method.
 
-        A method that none of the path's routes takes (405) needs the administrator's key if one of them does.
+        A method that none of the path's routes takes (405) needs the administrator's key if one of them does,
+        unless it is GET, which changes nothing.
         """
         method = "GET" if method == "HEAD" else method
         found = [route for route in self._routes if route.path_regex.match(path)]
@@ -98,7 +99,8 @@ class RouteTable:
         if not found:
             return _unknown(path)
         strictest = max((declared(route) or RouteFacts() for route in found), key=lambda facts: facts.admin)
-        return replace(strictest, takes_a_place=False, generates=False)
+        admin = strictest.admin and method != "GET"
+        return replace(strictest, admin=admin, takes_a_place=False, generates=False)
 
 
 def facts_of(scope: Scope) -> RouteFacts:

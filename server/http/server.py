@@ -103,9 +103,8 @@ class Process(Server):
         until = time.monotonic() + grace
         done = await self._idle_within(grace)
         if not done and lifecycle.fatal is None:
-            self._state.fail_running(
-                "the server is shutting down"
-            )  # clients get an error, not a closed connection
+            # clients receive an error, not a closed connection
+            self._state.fail_running("the server is shutting down")
         await asyncio.sleep(_FLUSH_SECONDS if lifecycle.fatal or not done else 0)
         # everything is computed; responses may still be on their way to slow clients
         self.config.timeout_graceful_shutdown = max(1, math.ceil(until - time.monotonic()))

@@ -77,9 +77,9 @@ async def _within_time(state: AppState, body: CompareBody) -> Answer:
 async def _compare(state: AppState, body: CompareBody) -> Answer:
     reference = known_precision(body.reference)
     names = _select(state.pool, body.precisions, reference)
-    wish = await _wish(state, body)
-    answer = Answer(reference, len(wish.ids), wish.params.seed, {})
-    comparison = Comparison(wish, state.codec, state.pool.use, state.service.observe)
+    request = await _comparison_request(state, body)
+    answer = Answer(reference, len(request.ids), request.params.seed, {})
+    comparison = Comparison(request, state.codec, state.pool.use, state.service.observe)
     async with state.comparing:  # one at a time: the reference's logits are kept in memory meanwhile
         for name in names:
             try:
@@ -102,7 +102,7 @@ def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> lis
     return list(dict.fromkeys([reference, *names]))
 
 
-async def _wish(state: AppState, body: CompareBody) -> ComparisonRequest:
+async def _comparison_request(state: AppState, body: CompareBody) -> ComparisonRequest:
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     deadline = time.perf_counter() + state.settings.request_timeout
     ids = await state.service.prompts.encode(request, deadline)

@@ -95,7 +95,7 @@ def known_precision(name: object) -> str:
     """The registry's name of a precision or alias.
 
     Raises:
-        BadPrecision: neither; the message lists the choices.
+        BadPrecision: neither, with the choices in its message; or ``AUTO``.
     """
     if name == AUTO:
         raise BadPrecision("precision 'auto' is not offered here; name one")

@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.engine.faults import BadLogits
-from server.engine.sampler import Sampler, prompt_logprobs
+from server.engine.logprobs import prompt_logprobs
+from server.engine.sampler import Sampler
 from server.engine.sequence import MIN_LOGPROB, SamplingParams, Sequence, Token
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import Loads

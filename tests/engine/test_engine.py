@@ -83,7 +83,7 @@ def test_closing_frees_the_slot_queued_or_running() -> None:
         streams = [engine.generate(PROMPT, params(200)) for _ in range(6)]
         await anext(streams[0])
         for stream in streams:
-            await stream.aclose()
+            stream.close()
         await settled(engine)
         assert not runner.held
         assert await ids_of(engine.generate(PROMPT, params(4))) == runner.expected(PROMPT, 4)

@@ -13,7 +13,8 @@ from transformers.generation.logits_process import (
 )
 
 from server.engine.faults import BadLogits
-from server.engine.sampler import Sampler, distribution, prompt_logprobs
+from server.engine.logprobs import prompt_logprobs
+from server.engine.sampler import Sampler, distribution
 from server.engine.sequence import SamplingParams, Sequence, Token
 
 VOCABULARY = 500

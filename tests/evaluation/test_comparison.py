@@ -143,7 +143,7 @@ def test_running_sequences_continue_while_a_prompt_is_scored() -> None:
             before = stream.timeline.tokens
             await comparison.run("fp32")
             assert stream.timeline.tokens - before >= len(CODEC.encode(PROMPT * 3)) // 8
-            await stream.aclose()
+            stream.close()
 
     with_engines(fakes(fp32=runner), check, prefill_chunk=8)
 

@@ -142,11 +142,11 @@ def test_a_new_request_interrupts_a_replay_which_is_repeated(make_app: MakeApp, 
             state = app.state.shadow
             await ask(client, tokens=40)
             loads.runners["fp32"].delay = 0.05  # a token of the prompt in each step: some two seconds
-            await until(lambda: state.active)
+            await until(lambda: state._activity.replaying)
             engine = app.state.pool.state("fp32").engine
             await until(lambda: engine.running)
             await ask(client, tokens=1)
-            assert not state.active
+            assert not state._activity.replaying
             await until(lambda: not engine.running, 0.5)  # its slot is free within a step
             loads.runners["fp32"].delay = 0.0
             found = await compared(client, 2)
@@ -164,7 +164,7 @@ def test_nothing_is_replayed_while_requests_run(make_app: MakeApp) -> None:
                 await ask(client)
                 await asyncio.sleep(0.2)
                 assert (await shadow_stats(client))["waiting"] == 1
-                assert not app.state.shadow.active
+                assert not app.state.shadow._activity.replaying
             await compared(client, 1)
 
     asyncio.run(work())

@@ -163,7 +163,7 @@ def test_a_slot_is_clean_after_its_client_disconnects(load: Load) -> None:
             gone = engine.generate(PROMPTS[1], SamplingParams(100, ignore_eos=True))
             for _ in range(leaves):
                 await anext(gone)
-            await gone.aclose()
+            gone.close()
             assert await tokens(engine, PROMPTS[3]) == expected
 
     with_engine(load("fp32", slots=1), work)

@@ -82,6 +82,7 @@ def test_every_route_that_takes_a_body_declares_its_facts() -> None:
         ("HEAD", "/report", set(), Dialect.NATIVE),
         ("PUT", "/report", {"admin"}, Dialect.NATIVE),
         ("DELETE", "/precisions/int8/load", {"admin"}, Dialect.NATIVE),
+        ("GET", "/precisions/int8/load", set(), Dialect.NATIVE),
     ],
 )
 def test_other_requests(table: RouteTable, method: str, path: str, flags: set[str], dialect: Dialect) -> None:
@@ -95,6 +96,13 @@ def test_a_path_that_the_router_takes_for_an_admins_needs_the_admins_key(
     """A route's pattern ends before a last line feed."""
     client = make_client(api_key="client", admin_api_key="admin")
     assert client.post(path, headers={"Authorization": "Bearer client"}).status_code == 401
+
+
+def test_what_changes_the_server_needs_the_admins_key() -> None:
+    for route in ROUTES:
+        if route.path.startswith(("/precisions", "/report")) and route.methods != {"GET"}:
+            facts = declared(route)
+            assert facts is not None and facts.admin, route.path
 
 
 def test_a_route_is_found_once_for_a_request(table: RouteTable) -> None:

@@ -1,7 +1,4 @@
-"""What every precision of the registry guarantees, as classes of tests.
-
-A module of tests derives classes from them and has a fixture ``precision``: a name of ``loaders.PRECISIONS``.
-"""
+"""What every precision guarantees, as classes of tests for modules with a fixture ``precision``, its name."""
 
 from pathlib import Path
 from typing import Any

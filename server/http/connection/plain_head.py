@@ -37,11 +37,6 @@ class PlainHead:
     names_an_id: bool
     """It has an ``X-Request-ID``."""
 
-    @property
-    def path(self) -> str:
-        path: str = self.scope["path"]
-        return path
-
 
 class PlainHeads:
     """Parses plain heads and caches them.

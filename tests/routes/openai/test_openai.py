@@ -111,10 +111,11 @@ def test_a_choice_that_is_stopped_is_computed_no_further(client: TestClient, loa
     other = "Another"
     stop = next(a for a in greedy(5, other) if a not in greedy(200))
     body = {"prompt": [PROMPT, other], "temperature": 0, "max_tokens": 200, "stop": stop}
+    loads.runners["fp32"].delay = 0.002  # a busy event loop finds the stop string some steps late
     choices = complete(client, **body)["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["length", "stop"]
     batches = loads.runners["fp32"].batches
-    assert batches.count(2) < 199  # a busy event loop finds the stop string some steps late
+    assert batches.count(2) < 100 < batches.count(1)
 
 
 def test_stop_seed_and_bias(client: TestClient) -> None:
