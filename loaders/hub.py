@@ -34,9 +34,8 @@ def locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Pat
     """
     if model_id == BUNDLED:
         return Path(__file__).parent / "bundled", BUNDLED, None
-    with contextlib.suppress(
-        OSError, ValueError, RuntimeError
-    ):  # not a path: too long, a NUL byte, an unknown home
+    # not a path: too long, a NUL byte, an unknown home
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
             return folder, folder.name, None
     if not _HUB_ID.fullmatch(model_id) or ".." in model_id:

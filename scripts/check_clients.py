@@ -62,7 +62,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(CLIENTS), help=f"some of {', '.join(CLIENTS)}")
-    parser.add_argument("--keep-versions", action="store_true", help="don't install newer versions")
+    parser.add_argument(
+        "--keep-versions", action="store_true", help="install nothing; use the installed versions"
+    )
     options = parser.parse_args()
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(CLIENTS):

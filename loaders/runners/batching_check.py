@@ -14,9 +14,8 @@ from loaders.runner import Runner
 
 _LONG, _SHORT = 24, 5  # tokens of the two rows
 _FARTHEST = 1024  # longest attention window that the check exceeds
-_TOLERANCE = (
-    0.25  # relative error of logits: rounding makes 0.013 at most (bf16), lost positions 0.5 and more
-)
+# relative error of logits: rounding makes 0.013 at most (bf16), lost positions 0.5 and more
+_TOLERANCE = 0.25
 
 
 def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> None:

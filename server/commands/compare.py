@@ -33,7 +33,7 @@ _WHAT, _MORE = "what is compared", "more"
 _WIDEST = 160
 _LEGEND = (
     "mean and max KL: divergence (nats) from {0}'s distributions after each prompt token;\n"
-    "top-1: prompt tokens after which both predict the same one\n"
+    "top-1: prompt tokens after which both have the same most probable token\n"
     "times are of this one run; see `bitdial report` for which precision is faster"
 )
 

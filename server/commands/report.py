@@ -51,7 +51,7 @@ class Options(ModelSettings):
     prompts: int = option(PROMPTS, _HOW, "N", "prompts that are continued greedily", ge=0)
     fresh: bool = option(False, _HOW, None, "measure anew what was measured before")
     out: OutputFolder | None = option(
-        None, _MORE, "FOLDER", "Markdown, JSON, an HTML page and the plots", unset="only what is kept"
+        None, _MORE, "FOLDER", "Markdown, JSON, an HTML page and the plots", unset="only the saved report"
     )
     plots: bool = option(
         True, _MORE, None, "draw plots; without matplotlib none are drawn unless this is given"
@@ -105,14 +105,14 @@ def _report(options: Options) -> None:
     bars = _Bars()
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        kept = job.make(options, checkpoint, request, bars)
+        saved = job.make(options, checkpoint, request, bars)
     finally:
         bars.close()
-    _show(kept.document)
+    _show(saved.document)
     if not request.plots and options.plots:
         print(f"\nNo plots: {plots.MISSING}")
     if options.out is not None:
-        written = files.write(kept.document, kept.folder, options.out)
+        written = files.write(saved.document, saved.folder, options.out)
         print(f"\nwritten: {', '.join(map(str, written))}")
 
 

@@ -23,9 +23,8 @@ def memory(mount: Path = _MOUNT, mine: Path = _MINE) -> tuple[int, int] | None:
     for folder in _groups("memory", mount, mine):
         for name, (used, cached) in _MEMORY.items():
             limit, now = _number(folder / name), _number(folder / used)
-            if (
-                limit is not None and now is not None and limit < 2**60
-            ):  # version 1 has a huge number for no limit
+            # version 1 has a huge number for no limit
+            if limit is not None and now is not None and limit < 2**60:
                 found.append((limit, max(0, limit - now + _cached(folder, cached))))
     return min(found, key=lambda pair: pair[1], default=None)
 
@@ -48,9 +47,8 @@ def _groups(controller: str, mount: Path, mine: Path) -> Iterator[Path]:
         if number != "0" and controller not in controllers.split(","):
             continue
         root = mount if number == "0" else mount / controllers.removeprefix("name=")
-        inside = root / path.lstrip(
-            "/"
-        )  # in a container this may be the path on the host, which doesn't exist here
+        # in a container this may be the path on the host, which doesn't exist here
+        inside = root / path.lstrip("/")
         yield from (folder for folder in (inside, *inside.parents) if folder.is_relative_to(root))
 
 

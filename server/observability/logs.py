@@ -9,7 +9,7 @@ from server.http.redaction import Redaction
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; the values passed in ``extra={"fields": {...}}`` becomes its members."""
+    """One JSON object a line; the values passed in ``extra={"fields": {...}}`` become its members."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {

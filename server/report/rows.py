@@ -62,11 +62,6 @@ class Row:
         return self.speed_ratios[1]
 
     @property
-    def batch_ratio(self) -> float:
-        """Speed of the largest batch ÷ fp32's."""
-        return self.speed_ratios[self.most_rows]
-
-    @property
     def most_rows(self) -> int:
         return max(self.speed_ratios)
 

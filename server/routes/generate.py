@@ -97,17 +97,17 @@ async def _answer(request: Request, stream: bool = False, listed: bool = False) 
     state = state_of(request.app)
     precision = choose_precision(request, values)
     body = validate(GenerateBody, values, state.settings)
-    asked = resolve_precision(request, precision, body.auto)
+    requested = resolve_precision(request, precision, body.auto)
     if stream or body.stream:
         body.check_stream()
-        return await _stream(request, body, asked)
-    done = await run_all(request, _wanted(body, asked))
+        return await _stream(request, body, requested)
+    done = await run_all(request, _requests(body, requested))
     done.sort(key=attrgetter("mean_logprob"), reverse=True)
     reply = _reply(body, done, state.codec)
     return whole(request, [reply] if listed else reply, headers(done[0]))
 
 
-def _wanted(body: GenerateBody, asked: PrecisionChoice) -> list[GenerationRequest]:
+def _requests(body: GenerateBody, requested: PrecisionChoice) -> list[GenerationRequest]:
     count = body.best_of or 1
     first = drawn_seed() if body.seed is None else body.seed
     detailed = bool(body.details or body.decoder_input_details)
@@ -115,7 +115,7 @@ def _wanted(body: GenerateBody, asked: PrecisionChoice) -> list[GenerationReques
         make_request(
             body.inputs,
             body,
-            asked=asked,
+            requested=requested,
             fallback=body.fallback,
             seed=(first + i) % SEEDS,
             logprobs=detailed or count > 1 or bool(body.stream),
@@ -194,10 +194,10 @@ def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
     ]
 
 
-async def _stream(request: Request, body: GenerateBody, asked: PrecisionChoice) -> Response:
+async def _stream(request: Request, body: GenerateBody, requested: PrecisionChoice) -> Response:
     state = state_of(request.app)
     body.stream = True
-    return await stream_all(request, _wanted(body, asked), partial(_events, body, state.codec))
+    return await stream_all(request, _requests(body, requested), partial(_events, body, state.codec))
 
 
 async def _events(body: GenerateBody, codec: TextCodec, opened: list[Continuation]) -> AsyncGenerator[bytes]:

@@ -43,7 +43,7 @@ def make_request(
     prompt: str | list[int] | Conversation,
     sampling: Sampling,
     *,
-    asked: PrecisionChoice = _DEFAULT,
+    requested: PrecisionChoice = _DEFAULT,
     fallback: bool | None,
     seed: int | None,
     logprobs: bool = False,
@@ -80,12 +80,12 @@ def make_request(
     return GenerationRequest(
         prompt,
         params,
-        asked.precision,
+        requested.precision,
         bool(fallback),
         tuple(sampling.stop or ()),
         sampling.truncate,
         sampling.max_new_tokens,
         more.length_parameter if more else length_parameter,
         seed,
-        asked.choice,
+        requested.choice,
     )

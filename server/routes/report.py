@@ -1,4 +1,4 @@
-"""``GET /report``: the kept report. ``POST /report``: a new one, with progress as server-sent events."""
+"""``GET /report``: the saved report. ``POST /report``: a new one, with progress as server-sent events."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -83,7 +83,7 @@ NamesOrAll = Annotated[Any, BeforeValidator(_names_or_all, json_schema_input_typ
 
 
 class AutoBounds(Strict):
-    """Bounds on the kept report's figures, for precision ``auto``."""
+    """Bounds on the saved report's figures, for precision ``auto``."""
 
     max_memory_bytes: int | None = Field(None, ge=1, description="weights and KV cache")
     max_perplexity_increase: float | None = Field(None, ge=0, description="0.02 is two per cent of fp32's")

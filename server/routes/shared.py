@@ -21,11 +21,11 @@ SEEDS = 2**64
 _SLICE = 2**16  # bytes; uvicorn's high-water mark: it buffers no more until the client reads
 
 
-async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list[Continuation]:
+async def run_all(request: Request, requests: Sequence[GenerationRequest]) -> list[Continuation]:
     """Runs the requests concurrently and returns the finished continuations; cancelled on disconnect."""
 
     async def work() -> list[Continuation]:
-        opened = await state_of(request.app).service.open_all(wanted, held)
+        opened = await state_of(request.app).service.open_all(requests, held)
         runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
             # all are read as their tokens arrive, so that a stop string ends each at once
@@ -40,13 +40,13 @@ async def run_all(request: Request, wanted: Sequence[GenerationRequest]) -> list
 
 async def stream_all(
     request: Request,
-    wanted: Sequence[GenerationRequest],
+    requests: Sequence[GenerationRequest],
     events: Callable[[list[Continuation]], AsyncGenerator[bytes]],
 ) -> EventStream:
     """Opens the requests and streams what ``events`` yields of them; closes them when the stream ends."""
     with ExitStack() as held:
         service = state_of(request.app).service
-        opened = await until_disconnect(request, service.open_all(wanted, held))
+        opened = await until_disconnect(request, service.open_all(requests, held))
         headers, body = opening_headers(opened[0]), events(opened)
         return EventStream(body, held.pop_all().close, headers)
 

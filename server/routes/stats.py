@@ -78,7 +78,7 @@ async def stats(
 
 
 def _report(reports: Reports) -> dict[str, Any]:
-    """A summary of the kept report, or how to make one."""
+    """A summary of the saved report, or how to make one."""
     if (report := reports.latest()) is None:
         return {"finished": None, "note": reports.how_to_make_one(), "recommendation": None, "precisions": {}}
     advice = advice_of(report.document)

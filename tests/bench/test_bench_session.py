@@ -191,9 +191,9 @@ def test_a_ratio_is_doubted_where_the_repeats_disagree(ratios: tuple[float, ...]
 def test_a_noisy_host_is_reported() -> None:
     quiet = measured_as(1.0, spread=0.2)
     assert table.warning([]) is table.warning([quiet]) is None
-    answer = table.warning([quiet, measured_as(1.0, spread=2.44)])
-    assert answer is not None
-    assert answer.startswith(
+    warning = table.warning([quiet, measured_as(1.0, spread=2.44)])
+    assert warning is not None
+    assert warning.startswith(
         "This host was too noisy: the decode rates of a row lay up to 244% apart (scripted, fp16, 1 rows)."
     )
 

@@ -27,9 +27,9 @@ def test_table_and_columns(
     assert main(["compare", "the other theatre", "--model", model, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["precision", "fp32", "nf4"]
-    answer = json.loads(out.read_text())
-    assert (answer["reference"], list(answer["precisions"])) == ("fp32", ["fp32", "nf4"])
-    full, nf4 = answer["precisions"].values()
+    saved = json.loads(out.read_text())
+    assert (saved["reference"], list(saved["precisions"])) == ("fp32", ["fp32", "nf4"])
+    full, nf4 = saved["precisions"].values()
     assert full["first_divergence"] is None
     assert nf4["mean_kl"] > 0
     assert nf4["first_divergence"] is not None  # random weights: four bits are enough to change a token
@@ -50,7 +50,7 @@ def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "answer"),
+    ("arguments", "code", "expected"),
     [
         (["a", "--max-new-tokens", "256"], 2, "exceed the model's context of 256"),
         (["a", "--precisions", "int3"], 2, "unknown precision 'int3'"),
@@ -61,12 +61,12 @@ def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_an_error_is_one_line(
-    model: str, arguments: list[str], code: int, answer: str, capsys: pytest.CaptureFixture[str]
+    model: str, arguments: list[str], code: int, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "--model", model, *arguments]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("bitdial compare: ")
-    assert answer in last
+    assert expected in last
 
 
 def test_columns_part_at_the_mark() -> None:

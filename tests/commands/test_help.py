@@ -169,6 +169,6 @@ def test_a_model_that_cannot_be_had_is_one_line(
 
 def test_precisions_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["precisions"]) == 0
-    answer = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in loaders.PRECISIONS:
-        assert re.search(rf"^{name} .*(yes|no: )", answer, re.M)
+        assert re.search(rf"^{name} .*(yes|no: )", printed, re.M)

@@ -31,17 +31,17 @@ from tests.routes.test_report_route import keep_report
 )
 def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     serve._announce(Settings(host=host), 8099)
-    answer = capsys.readouterr().out
-    assert f"listening on {address}\n" in answer
-    (curl,) = (line for line in answer.splitlines() if "curl" in line)
+    printed = capsys.readouterr().out
+    assert f"listening on {address}\n" in printed
+    (curl,) = (line for line in printed.splitlines() if "curl" in line)
     assert curl.startswith(f"  curl {address}/generate -H 'Content-Type")
 
 
 def test_the_example_needs_the_key_and_does_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
     serve._announce(Settings(api_key=SecretStr("opensesame")), 8099)
-    answer = capsys.readouterr().out
-    assert '-H "Authorization: Bearer $API_KEY"' in answer
-    assert "opensesame" not in answer
+    printed = capsys.readouterr().out
+    assert '-H "Authorization: Bearer $API_KEY"' in printed
+    assert "opensesame" not in printed
 
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

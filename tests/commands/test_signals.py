@@ -101,9 +101,9 @@ def test_requests_beyond_the_grace_time_get_an_error(folder: Path) -> None:
         stream = open_stream(port)
         process.send_signal(signal.SIGTERM)
         last = [line for line in stream.read().decode().splitlines() if line][-1]
-        answer = json.loads(last.removeprefix("data: "))
-        assert answer["error_type"] == "generation"
-        assert "shutting down" in answer["error"]
+        event = json.loads(last.removeprefix("data: "))
+        assert event["error_type"] == "generation"
+        assert "shutting down" in event["error"]
         assert process.wait(timeout=5) == 0
 
 
@@ -147,9 +147,9 @@ def test_a_progress_stream_does_not_delay_the_exit(folder: Path) -> None:
         stream.readline()
         process.send_signal(signal.SIGTERM)
         last = [line for line in stream.read().decode().splitlines() if line][-1]
-        answer = json.loads(last.removeprefix("data: "))
-        assert answer["status"] == "failed"
-        assert "shutting down" in answer["error"]
+        event = json.loads(last.removeprefix("data: "))
+        assert event["status"] == "failed"
+        assert "shutting down" in event["error"]
         assert process.wait(timeout=5) == 0
 
 

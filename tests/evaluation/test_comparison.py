@@ -171,10 +171,10 @@ def test_a_stop_string_ends_the_text() -> None:
 
 
 def test_generations_are_observed_and_scoring_is_not() -> None:
-    answer: list[tuple[str, str, int, int]] = []
+    observed: list[tuple[str, str, int, int]] = []
 
     def observe(precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        answer.append((precision, outcome, timeline.tokens, prompt_tokens))
+        observed.append((precision, outcome, timeline.tokens, prompt_tokens))
 
     async def check(engines: Engines) -> None:
         comparison = Comparison(request(5), CODEC, engines.use, observe)
@@ -183,7 +183,7 @@ def test_generations_are_observed_and_scoring_is_not() -> None:
 
     with_engines(fakes(fp32=FakeRunner(), int8=FakeRunner()), check)
     count = len(CODEC.encode(PROMPT))
-    assert answer == [("fp32", "success", 5, count), ("int8", "success", 5, count)]
+    assert observed == [("fp32", "success", 5, count), ("int8", "success", 5, count)]
 
 
 def test_a_failed_precision_is_named_and_the_next_one_runs() -> None:

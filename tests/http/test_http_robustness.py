@@ -119,8 +119,8 @@ def test_the_document_describes_every_path_parameter(client: TestClient) -> None
     app: Any = client.app
     for path, methods in app.openapi()["paths"].items():
         for operation in methods.values():
-            answer = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
-            assert answer == set(re.findall(r"{(\w+)", path)), path
+            parameters = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
+            assert parameters == set(re.findall(r"{(\w+)", path)), path
 
 
 def test_every_route_but_health_needs_the_key(make_client: Callable[..., TestClient]) -> None:
@@ -173,9 +173,9 @@ def test_admin_routes(keys: dict[str, str], token: bytes, allowed: bool) -> None
 def test_no_cors_unless_configured(make_client: Callable[..., TestClient]) -> None:
     origin = {"Origin": "https://a.example"}
     assert "access-control-allow-origin" not in make_client().get("/health", headers=origin).headers
-    answer = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
-    assert answer["access-control-allow-origin"] == "https://a.example"
-    assert "access-control-allow-credentials" not in answer
+    headers = make_client(cors_allow_origin="https://a.example").get("/health", headers=origin).headers
+    assert headers["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-credentials" not in headers
 
 
 def test_a_browser_may_send_what_its_client_library_sends(make_client: Callable[..., TestClient]) -> None:

@@ -136,9 +136,9 @@ def test_an_unusable_key_is_one_line_that_does_not_show_it(
 ) -> None:
     monkeypatch.setenv("API_KEY", "hidden\nline")
     assert main(["serve"]) == 2
-    answer = capsys.readouterr().err
-    assert re.fullmatch(r"bitdial serve: --api-key \(or API_KEY\): it has a line break .*\n", answer)
-    assert "hidden" not in answer
+    printed = capsys.readouterr().err
+    assert re.fullmatch(r"bitdial serve: --api-key \(or API_KEY\): it has a line break .*\n", printed)
+    assert "hidden" not in printed
 
 
 def test_no_log_line_shows_a_key_wherever_it_is_in_a_record() -> None:
@@ -150,10 +150,10 @@ def test_no_log_line_shows_a_key_wherever_it_is_in_a_record() -> None:
     record.fields = {"path": f"/{key}", "model": "gpt2"}
     plain = RedactingFormatter(logging.Formatter("%(message)s"), [key]).format(record)
     assert plain.startswith(f"for {REDACTED}\n")
-    answer = RedactingFormatter(JsonFormatter(), [key]).format(record)
-    assert json.loads(answer)["path"] == f"/{REDACTED}"
-    assert json.loads(answer)["model"] == "gpt2"
-    for line in (plain, answer):
+    as_json = RedactingFormatter(JsonFormatter(), [key]).format(record)
+    assert json.loads(as_json)["path"] == f"/{REDACTED}"
+    assert json.loads(as_json)["model"] == "gpt2"
+    for line in (plain, as_json):
         assert "secret" not in line
 
 

@@ -102,7 +102,8 @@ def test_what_changes_the_server_needs_the_admins_key() -> None:
     for route in ROUTES:
         if route.path.startswith(("/precisions", "/report")) and route.methods != {"GET"}:
             facts = declared(route)
-            assert facts is not None and facts.admin, route.path
+            assert facts is not None
+            assert facts.admin, route.path
 
 
 def test_a_route_is_found_once_for_a_request(table: RouteTable) -> None:

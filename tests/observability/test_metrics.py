@@ -179,11 +179,11 @@ def test_percentiles_are_by_nearest_rank() -> None:
     for milliseconds in range(1, 101):
         line = Timeline(arrived=0.0, admitted=0.0, first_token=milliseconds / 1000, last_token=0.2, tokens=2)
         metrics.observe_request("fp32", "success", line, 3)
-    answer: Any = metrics.latency("fp32")
-    assert answer["requests"] == 100
-    assert answer["ttft_ms"] == {"p50": 50, "p90": 90, "p99": 99, "mean": 50.5}
-    assert answer["total_ms"]["p50"] == 200
-    assert answer["inter_token_ms"] == {"p50": None, "p90": None, "p99": None, "mean": None}
+    latency: Any = metrics.latency("fp32")
+    assert latency["requests"] == 100
+    assert latency["ttft_ms"] == {"p50": 50, "p90": 90, "p99": 99, "mean": 50.5}
+    assert latency["total_ms"]["p50"] == 200
+    assert latency["inter_token_ms"] == {"p50": None, "p90": None, "p99": None, "mean": None}
 
 
 def test_throughput_is_tokens_by_computing_time() -> None:

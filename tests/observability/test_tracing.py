@@ -101,18 +101,18 @@ def test_a_request_is_one_span_with_its_figures(
     body = {"inputs": "abc", "parameters": {"max_new_tokens": 5}, "precision": "bf16"}
     headers = {"X-Request-ID": "my-own-id"}
     (span,) = traced(lambda client: client.post("/generate", json=body, headers=headers))
-    answer = attributes_of(span)
+    attributes = attributes_of(span)
     assert span.name == "generate"
     assert before < span.start_time_unix_nano < span.end_time_unix_nano < time.time_ns()
     assert not span.parent_span_id
-    assert answer["gen_ai.operation.name"] == "text_completion"
-    assert answer["gen_ai.request.model"] == "fake"
-    assert answer["gen_ai.usage.input_tokens"] == 3
-    assert answer["gen_ai.usage.output_tokens"] == 5
-    assert answer["bitdial.precision"] == "bf16"
-    assert answer["bitdial.outcome"] == "success"
-    assert answer["bitdial.request_id"] == "my-own-id"
-    parts = sum(answer[f"bitdial.{part}_ms"] for part in ("queue", "prefill", "decode"))
+    assert attributes["gen_ai.operation.name"] == "text_completion"
+    assert attributes["gen_ai.request.model"] == "fake"
+    assert attributes["gen_ai.usage.input_tokens"] == 3
+    assert attributes["gen_ai.usage.output_tokens"] == 5
+    assert attributes["bitdial.precision"] == "bf16"
+    assert attributes["bitdial.outcome"] == "success"
+    assert attributes["bitdial.request_id"] == "my-own-id"
+    parts = sum(attributes[f"bitdial.{part}_ms"] for part in ("queue", "prefill", "decode"))
     assert parts == pytest.approx((span.end_time_unix_nano - span.start_time_unix_nano) / 1e6, abs=0.01)
     assert collector.paths == {"/v1/traces"}
     assert collector.services() == {"bitdial"}

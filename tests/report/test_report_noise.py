@@ -82,8 +82,8 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
     quiet = batch([99.0, 100.0, 101.0, 100.0, 100.0])
     wild = batch([100 * one for one in WILD], [100.0] * 8)
     slow = batch([50.0, 51.0, 50.0, 49.0, 50.0], [100.0] * 5)
-    answer = document(fp32={"1": quiet, "8": quiet}, fp16={"1": wild, "8": wild}, int8={"1": slow, "8": slow})
-    rows = rows_of(answer)
+    report = document(fp32={"1": quiet, "8": quiet}, fp16={"1": wild, "8": wild}, int8={"1": slow, "8": slow})
+    rows = rows_of(report)
     assert rows[1].speed_ratio == pytest.approx(0.275)
     assert rows[1].ratio_interval() == Interval(0.15, 2.44, 8)
     first, *others = advise(rows).sentences
@@ -94,8 +94,8 @@ def test_a_median_of_runs_far_apart_is_no_conclusion() -> None:
     )
     assert "int8 is slower than fp32 here: 0.50 × its speed." in others
     assert not any("fp16 is slower" in one or "fp16 if one stream" in one for one in others)
-    assert markdown(answer).splitlines()[2] == f"**{first}**"
-    _, fp32, fp16, int8 = cells(answer, rows)
+    assert markdown(report).splitlines()[2] == f"**{first}**"
+    _, fp32, fp16, int8 = cells(report, rows)
     assert [line[-3:] for line in (fp32, fp16, int8)] == [
         ["100", "100", "1.00"],
         ["~28", "~28", "0.15 – 2.44"],
@@ -136,9 +136,9 @@ def test_a_significantly_higher_speed_is_given_with_its_interval() -> None:
 
 def test_slower_requires_the_whole_interval() -> None:
     slow = replace(INT8, speed_ratios={1: 0.8, 8: 0.8})
-    answer = "int8 is slower than fp32 here: 0.80 × its speed."
-    assert answer in advise([FP32, spread(slow, 0.7, 0.9)]).sentences
-    assert answer not in advise([FP32, spread(slow, 0.7, 1.01)]).sentences
+    expected = "int8 is slower than fp32 here: 0.80 × its speed."
+    assert expected in advise([FP32, spread(slow, 0.7, 0.9)]).sentences
+    assert expected not in advise([FP32, spread(slow, 0.7, 1.01)]).sentences
 
 
 def test_a_precision_leaves_the_front_where_another_is_known_to_be_better() -> None:

@@ -68,10 +68,10 @@ def test_loading_streams_its_progress_and_ends_ready(client: TestClient, loads: 
     *progress, last = events(reply.text)
     assert last == {"status": "ready"}
     assert progress
-    for answer in progress:
-        assert set(answer) == {"status", "stage", "progress"}
-        assert answer["status"] == "loading"
-        assert 0 <= answer["progress"]["current"] <= answer["progress"]["total"]
+    for event in progress:
+        assert set(event) == {"status", "stage", "progress"}
+        assert event["status"] == "loading"
+        assert 0 <= event["progress"]["current"] <= event["progress"]["total"]
     assert states(client)["int8"] == "loaded"
     assert ask(client, max_new_tokens=2, precision="int8")["precision"] == "int8"
     assert events(client.post("/precisions/int8/load").text) == [{"status": "ready"}]
@@ -82,7 +82,7 @@ def test_progress_comes_while_it_loads(make_app: MakeApp, loads: Held) -> None:
     app = make_app()
     with serving(app) as address, httpx.stream("POST", f"{address}/precisions/int8/load") as reply:
         lines = (json.loads(line[6:]) for line in reply.iter_lines() if line)
-        seen = next(answer for answer in lines if answer["progress"]["current"] == 3)
+        seen = next(event for event in lines if event["progress"]["current"] == 3)
         assert (seen["stage"], seen["progress"]["total"]) == ("quantizing", 3)
         rows = httpx.get(f"{address}/precisions").json()
         assert next(row["state"] for row in rows if row["name"] == "int8") == "loading"
@@ -92,12 +92,12 @@ def test_progress_comes_while_it_loads(make_app: MakeApp, loads: Held) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "answer"),
+    ("error", "expected"),
     [(CheckpointError("the weights are truncated"), "truncated"), (OutOfMemory("no room here"), "no room"),
      (RuntimeError("/secret/path"), "RuntimeError")],
 )  # fmt: skip
 def test_a_load_that_fails_is_one_last_event(
-    client: TestClient, loads: Held, monkeypatch: pytest.MonkeyPatch, error: Exception, answer: str
+    client: TestClient, loads: Held, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
 ) -> None:
     def fail(*arguments: object) -> LoadedModel:
         raise error
@@ -109,11 +109,11 @@ def test_a_load_that_fails_is_one_last_event(
     *progress, last = events(reply.text)
     assert all(one["status"] == "loading" for one in progress)
     assert (last["status"], last["error_type"]) == ("failed", "unavailable")
-    assert answer in last["error"]
+    assert expected in last["error"]
     assert "secret" not in reply.text
     row = next(row for row in client.get("/precisions").json() if row["name"] == "int8")
     assert row["state"] == "failed"
-    assert answer in row["reason"]
+    assert expected in row["reason"]
     asked = client.post("/generate", json={"inputs": PROMPT, "precision": "int8"})
     assert (asked.status_code, asked.json()["error_type"]) == (503, "unavailable")
     assert int(asked.headers["retry-after"]) >= 1

@@ -110,7 +110,7 @@ def test_markdown_has_the_table_and_the_texts(client: TestClient, loads: Loads) 
 
 
 @pytest.mark.parametrize(
-    ("body", "payload"),
+    ("body", "expected"),
     [
         ({"inputs": ""}, "inputs"),
         ({}, "inputs"),
@@ -132,10 +132,10 @@ def test_markdown_has_the_table_and_the_texts(client: TestClient, loads: Loads) 
         ({"inputs": "a", "max_new_tokens": 256}, "maximum context length is 256 tokens"),
     ],
 )
-def test_bad_requests(client: TestClient, body: Any, payload: str) -> None:
+def test_bad_requests(client: TestClient, body: Any, expected: str) -> None:
     reply = client.post("/compare", json=body)
     assert (reply.status_code, reply.json()["error_type"]) == (422, "validation"), reply.text
-    assert payload in reply.json()["error"]
+    assert expected in reply.json()["error"]
     compare(client)
 
 

@@ -119,16 +119,16 @@ def test_a_stream(client: TestClient, path: str) -> None:
     reply = client.post(path, json=body)
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["x-accel-buffering"] == "no"
-    payload = events(reply.text)
-    assert [one["index"] for one in payload] == [1, 2, 3, 4, 5]
-    assert "".join(one["token"]["text"] for one in payload) == greedy(5) == payload[-1]["generated_text"]
-    assert all(one["token"]["logprob"] < 0 for one in payload)
-    assert all(one["generated_text"] is None and one["details"] is None for one in payload[:-1])
-    details = payload[-1]["details"]
+    streamed = events(reply.text)
+    assert [one["index"] for one in streamed] == [1, 2, 3, 4, 5]
+    assert "".join(one["token"]["text"] for one in streamed) == greedy(5) == streamed[-1]["generated_text"]
+    assert all(one["token"]["logprob"] < 0 for one in streamed)
+    assert all(one["generated_text"] is None and one["details"] is None for one in streamed[:-1])
+    details = streamed[-1]["details"]
     assert details["finish_reason"] == "length"
     assert details["input_length"] == int(reply.headers["x-prompt-tokens"])
-    assert payload[-1]["precision"] == "fp32"
-    assert payload[-1]["timings"]["total_ms"] >= 0
+    assert streamed[-1]["precision"] == "fp32"
+    assert streamed[-1]["timings"]["total_ms"] >= 0
 
 
 def test_a_fault_in_a_stream_is_its_last_event(client: TestClient, loads: Loads) -> None:
@@ -137,9 +137,9 @@ def test_a_fault_in_a_stream_is_its_last_event(client: TestClient, loads: Loads)
 
     loads.runners["fp32"].on_decode = fail
     reply = client.post("/generate_stream", json={"inputs": PROMPT, "max_new_tokens": 5})
-    payload = events(reply.text)
-    assert payload[-1]["error_type"] == "generation"
-    assert "generated_text" not in payload[-1]
+    streamed = events(reply.text)
+    assert streamed[-1]["error_type"] == "generation"
+    assert "generated_text" not in streamed[-1]
     assert "secret" not in reply.text
 
 

@@ -147,7 +147,7 @@ def test_a_note_is_shown_if_the_smaller_precision_is_slower(
 
 
 @pytest.mark.parametrize(
-    ("fp32", "bf16", "ratio", "least", "most", "answer"),
+    ("fp32", "bf16", "ratio", "least", "most", "noted"),
     [
         ((0.01, 0.02), (0.01, 0.04), 0.6, 0.25, 2.0, False),  # either may be slower
         ((0.010, 0.011), (0.011, 0.012), 0.913, 0.833, 1.0, False),
@@ -156,7 +156,7 @@ def test_a_note_is_shown_if_the_smaller_precision_is_slower(
 )
 def test_there_is_no_note_while_step_times_overlap(
     client: TestClient, fp32: tuple[float, float], bf16: tuple[float, float], ratio: float, least: float,
-    most: float, answer: bool,
+    most: float, noted: bool,
 ) -> None:  # fmt: skip
     app: Any = client.app
     for name, several in (("fp32", fp32), ("bf16", bf16)):
@@ -166,7 +166,7 @@ def test_there_is_no_note_while_step_times_overlap(
     assert found["bf16"]["speed_ratio_to_fp32"] == ratio
     assert found["bf16"]["speed_ratio_range"] == [least, most]
     assert found["bf16"]["note"] == (
-        f"bf16 is slower than fp32 on this host: {ratio} × its speed" if answer else None
+        f"bf16 is slower than fp32 on this host: {ratio} × its speed" if noted else None
     )
     assert found["fp32"]["speed_ratio_range"] == [1.0, 1.0]
     assert found["int8"]["speed_ratio_range"] is None

@@ -42,9 +42,9 @@ def test_unloading_ends_generations_with_an_error(make_app: MakeApp, loads: Load
             mate = asyncio.create_task(client.post("/generate", json=slow))
             await until(lambda: 2 in loads.runners["bf16"].batches)
             assert (await client.post("/precisions/bf16/unload")).json()["state"] == "unloaded"
-            answer = events((await stream).text)
-            assert [one.get("error_type") for one in answer] == [None] * (len(answer) - 1) + ["generation"]
-            assert "unloaded" in answer[-1]["error"]
+            cut = events((await stream).text)
+            assert [one.get("error_type") for one in cut] == [None] * (len(cut) - 1) + ["generation"]
+            assert "unloaded" in cut[-1]["error"]
             assert (await whole).status_code == 424
             assert (await whole).headers["x-should-retry"] == "true"
             assert (await mate).json()["generated_text"] == greedy(200)

@@ -28,7 +28,7 @@ class Chat:
 
     request: Request
     body: ChatBody
-    asked: PrecisionChoice
+    requested: PrecisionChoice
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -49,7 +49,7 @@ class Chat:
             make_request(
                 prompt,
                 sampling,
-                asked=self.asked,
+                requested=self.requested,
                 fallback=body.fallback,
                 seed=(first + i) % SEEDS,
                 logprobs=bool(body.logprobs),

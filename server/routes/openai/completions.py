@@ -73,7 +73,7 @@ class Completion:
 
     request: Request
     body: CompletionBody
-    asked: PrecisionChoice
+    requested: PrecisionChoice
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -102,7 +102,7 @@ class Completion:
             make_request(
                 prompt or self._beginning(),
                 sampling,
-                asked=self.asked,
+                requested=self.requested,
                 fallback=self.body.fallback,
                 seed=(first + i) % SEEDS,
                 logprobs=self.body.logprobs is not None or self.each > self.n,

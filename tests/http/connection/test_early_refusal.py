@@ -92,11 +92,11 @@ def test_a_refusal_never_reaches_the_framework(
             patch.setattr(RequestContext, "__call__", pytest.fail)
             connection.sendall(request)
             head, body = answer(connection)
-        payload = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}
+        headers = {line.split(b": ")[0]: line.split(b": ")[1] for line in head.split(b"\r\n")[1:-2]}
         assert status_of(head) == 429
-        assert (payload[b"x-request-id"], payload[b"content-type"]) == (b"mine", b"application/json")
-        assert 1 <= int(payload[b"retry-after"]) <= 60
-        assert b"date" in payload
+        assert (headers[b"x-request-id"], headers[b"content-type"]) == (b"mine", b"application/json")
+        assert 1 <= int(headers[b"retry-after"]) <= 60
+        assert b"date" in headers
         if path.startswith("/v1"):
             assert body["error"]["type"] == "rate_limit_error"
             assert body["error"]["code"] == "overloaded"
@@ -105,8 +105,8 @@ def test_a_refusal_never_reaches_the_framework(
         if is_kept:
             connection.sendall(LIVE)
             assert status_of(answer(connection)[0]) == 200
-        elif b"connection" in payload:  # the request arrived before its connection was accepted
-            assert payload[b"connection"] == b"close"
+        elif b"connection" in headers:  # the request arrived before its connection was accepted
+            assert headers[b"connection"] == b"close"
             assert received(connection) == b""
         counted = httpx.get(f"{address}/metrics").text
         of_a_generation = 'outcome="overloaded",precision="unread"} 1.0' in counted

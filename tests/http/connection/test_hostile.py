@@ -137,9 +137,9 @@ def test_any_origin_is_never_with_credentials(make_client: Callable[..., TestCli
     client = make_client(cors_allow_origin="*")
     for method in ("GET", "OPTIONS"):
         asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
-        answer = client.request(method, "/v1/models", headers=asked).headers
-        assert answer["access-control-allow-origin"] == "*"
-        assert "access-control-allow-credentials" not in answer
+        headers = client.request(method, "/v1/models", headers=asked).headers
+        assert headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in headers
 
 
 NAMES = [

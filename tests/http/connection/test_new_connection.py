@@ -48,13 +48,13 @@ async def accepting(
             opened.append(len(psutil.Process().net_connections("tcp")) - before)
         acceptor.close()
         await acceptor.wait_closed()
-        answer = []
+        responses = []
         for client in clients:
             client.setblocking(False)
             with suppress(BlockingIOError, ConnectionResetError):
-                answer.append(client.recv(65536))
+                responses.append(client.recv(65536))
             client.close()
-        return answer, opened
+        return responses, opened
 
 
 def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
@@ -65,10 +65,10 @@ def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
         return made[-1]
 
     whole = request_for("/generate", BODY, "Connection: keep-alive")
-    answer, _ = asyncio.run(accepting(Closed(), whole, 30, make))
+    responses, _ = asyncio.run(accepting(Closed(), whole, 30, make))
     assert not made
-    assert [status_of(one) for one in answer] == [429] * 30
-    assert all(b"\r\nconnection: close\r\n" in one for one in answer)
+    assert [status_of(one) for one in responses] == [429] * 30
+    assert all(b"\r\nconnection: close\r\n" in one for one in responses)
 
 
 @pytest.mark.parametrize("missing", [1, 60, 100])
@@ -80,8 +80,8 @@ def test_a_connection_with_a_partial_request_is_accepted_with_its_bytes(missing:
         return made[-1]
 
     begun = request_for("/generate", BODY)[:-missing]
-    answer, _ = asyncio.run(accepting(Closed(), begun, 3, make))
-    assert answer == []
+    responses, _ = asyncio.run(accepting(Closed(), begun, 3, make))
+    assert responses == []
     assert [(one.data, one.promise) for one in made] == [(begun, None)] * 3
 
 

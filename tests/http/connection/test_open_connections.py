@@ -271,12 +271,12 @@ def test_a_process_survives_running_out_of_files(
     # a limit below the server's estimate
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (before + 10, before + 10))
     flooded_with_idle_connections()
-    answer = [line for line in log.read_text().splitlines() if "no connection can be accepted" in line]
-    assert 1 <= len(answer) <= 10
+    warnings = [line for line in log.read_text().splitlines() if "no connection can be accepted" in line]
+    assert 1 <= len(warnings) <= 10
     assert "Traceback" not in log.read_text()
 
 
 def test_more_connections_than_files_are_refused_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--max-connections", "1000000"]) == 2
-    answer = r"bitdial serve: --max-connections \(or MAX_CONNECTIONS\): 1000000 connections need .*\n"
-    assert re.fullmatch(answer, capsys.readouterr().err)
+    expected = r"bitdial serve: --max-connections \(or MAX_CONNECTIONS\): 1000000 connections need .*\n"
+    assert re.fullmatch(expected, capsys.readouterr().err)

@@ -70,9 +70,9 @@ def test_openai_errors(live: str) -> None:
     client = openai_client(live)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError) as payload:
+    with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="fake", prompt="x" * 400)
-    assert payload.value.code == "context_length_exceeded"
+    assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="chat template"):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hi"}])
 
@@ -111,6 +111,6 @@ def test_a_conversation(make_app: Callable[..., FastAPI], tmp_path: Path) -> Non
         client = openai_client(address)
         assert client.chat.completions.create(**asked).choices[0].message.content == expected
         stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-        *payload, last = list(stream)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in payload) == expected
+        *earlier, last = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in earlier) == expected
         assert last.usage.completion_tokens == 4

@@ -51,8 +51,8 @@ def parsed(output: dict[str, Any]) -> list[tuple[float, bool]]:
     """Like ``LocalCompletionsAPI.parse_logprobs``: a continuation's log-probability; whether it is greedy."""
     found = []
     for choice, context in zip(sorted(output["choices"], key=itemgetter("index")), CONTEXTS, strict=True):
-        answer = choice["logprobs"]
-        logprobs, tops = answer["token_logprobs"][context:-1], answer["top_logprobs"][context:-1]
+        columns = choice["logprobs"]
+        logprobs, tops = columns["token_logprobs"][context:-1], columns["top_logprobs"][context:-1]
         greedy = all(one == max(top.values()) for one, top in zip(logprobs, tops, strict=True))
         found.append((sum(logprobs), greedy))
     return found
@@ -85,8 +85,8 @@ def test_a_greedy_text_has_the_top_log_probabilities(client: TestClient, model: 
     with torch.inference_mode():
         ids = model.generate(torch.tensor([[65, 66]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
     body = {**request_of(client, "fp32"), "prompt": ids.tolist()}
-    answer = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
-    for logprob, top in zip(answer["token_logprobs"][2:-1], answer["top_logprobs"][2:-1], strict=True):
+    columns = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    for logprob, top in zip(columns["token_logprobs"][2:-1], columns["top_logprobs"][2:-1], strict=True):
         assert logprob == max(top.values())
 
 

@@ -101,10 +101,10 @@ WRONG_IN_CHATS: list[dict[str, Any]] = [
 def check_refused(client: TestClient, path: str, body: dict[str, Any], wrong: dict[str, Any]) -> None:
     reply = client.post(path, json={**body, **wrong})
     assert reply.status_code == 400, (wrong, reply.text)
-    payload = reply.json()["error"]
+    error = reply.json()["error"]
     [name] = wrong
-    assert payload["param"].split(".")[0] == name, wrong
-    assert name in payload["message"], payload
+    assert error["param"].split(".")[0] == name, wrong
+    assert name in error["message"], error
     assert len(reply.content) < 400
 
 
@@ -159,11 +159,11 @@ def test_the_fewest_tokens(client: TestClient, loads: Loads) -> None:
     loads.runners["fp32"].poison = ends
     body = {"temperature": 0, "max_tokens": 6}
     assert complete(client, **body)["usage"]["completion_tokens"] == 1
-    payload = complete(client, **body, min_tokens=4)
-    assert (payload["usage"]["completion_tokens"], payload["choices"][0]["finish_reason"]) == (5, "stop")
-    payload = complete(client, **body, min_tokens=4, stop_token_ids=[other])
-    assert payload["usage"]["completion_tokens"] == 5
-    assert byte_tokenizer().decode([other]) not in payload["choices"][0]["text"]
+    answer = complete(client, **body, min_tokens=4)
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (5, "stop")
+    answer = complete(client, **body, min_tokens=4, stop_token_ids=[other])
+    assert answer["usage"]["completion_tokens"] == 5
+    assert byte_tokenizer().decode([other]) not in answer["choices"][0]["text"]
     assert complete(client, **body, min_tokens=6)["choices"][0]["finish_reason"] == "length"
 
 
@@ -182,11 +182,11 @@ def test_the_usage_so_far_in_every_chunk(chatty: TestClient, path: str) -> None:
     body: dict[str, Any] = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": SAID}
     options = {"include_usage": True, "continuous_usage_stats": True}
     sent = {**body, "stream": True, "temperature": 0, "max_tokens": 3, "ignore_eos": True}
-    *payload, last = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
-    counts = [one["usage"]["completion_tokens"] for one in payload]
+    *earlier, last = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
+    counts = [one["usage"]["completion_tokens"] for one in earlier]
     assert sorted(counts) == counts
     assert set(counts) - {0} == {1, 2, 3}
-    assert all(one["usage"]["prompt_tokens"] == prompt for one in payload)
+    assert all(one["usage"]["prompt_tokens"] == prompt for one in earlier)
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], prompt + 3)
     for options in ({"include_usage": True}, {"continuous_usage_stats": True}):
         plain = chunks(chatty.post(path, json={**sent, "stream_options": options}).text)
@@ -207,8 +207,8 @@ def test_an_empty_prompt_is_the_token_that_documents_begin_with(client: TestClie
 def test_an_empty_prompt_where_there_is_no_such_token(client: TestClient) -> None:
     app: Any = client.app
     app.state.codec._tokenizer.bos_token = app.state.codec._tokenizer.eos_token = None
-    payload = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
-    assert (payload["param"], payload["message"]) == ("prompt", "the input has no tokens")
+    error = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
+    assert (error["param"], error["message"]) == ("prompt", "the input has no tokens")
 
 
 def test_turns_without_a_text(chatty: TestClient) -> None:
@@ -250,11 +250,11 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
          "300 by max_completion_tokens"),
     ]  # fmt: skip
     for path, body, param, words in cases:
-        payload = refusal(chatty, path, **body)
-        assert payload["message"].startswith(CONTEXT), payload
-        assert words in payload["message"], payload
-        assert "prompt is too long" in payload["message"], payload
-        assert (payload["param"], payload["code"]) == (param, "context_length_exceeded"), payload
+        error = refusal(chatty, path, **body)
+        assert error["message"].startswith(CONTEXT), error
+        assert words in error["message"], error
+        assert "prompt is too long" in error["message"], error
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded"), error
     native = chatty.post("/generate", json={"inputs": long, "max_new_tokens": 7})
     assert (native.status_code, native.json()["error"]) == (
         422,
@@ -267,10 +267,10 @@ def test_the_context_is_exceeded_in_the_usual_words(chatty: TestClient) -> None:
 def test_an_unknown_route_is_no_unknown_model(client: TestClient, path: str) -> None:
     reply = client.post(path, json={})
     assert reply.status_code == 404
-    payload = reply.json()["error"]
+    error = reply.json()["error"]
     fields = {"type": "invalid_request_error", "param": None, "code": None}
-    assert payload == {"message": payload["message"], **fields}
-    assert "route" in payload["message"]
+    assert error == {"message": error["message"], **fields}
+    assert "route" in error["message"]
 
 
 # names of the model

@@ -140,13 +140,13 @@ def test_offsets_count_characters_from_the_prompts_beginning(says: Says, echo: b
     choice = complete(client, echo=echo, max_tokens=13, logprobs=2)
     text = choice["text"]
     assert text == (PROMPT if echo else "") + "a 🤗b 🤗c"
-    answer = choice["logprobs"]
-    offsets, generated = answer["text_offset"], [2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 7, 7, 8]
+    logprobs = choice["logprobs"]
+    offsets, generated = logprobs["text_offset"], [2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 7, 7, 8]
     assert offsets == ([0, 1, *generated] if echo else generated)
     whole = PROMPT + "a 🤗b 🤗c"
-    for token, offset in zip(answer["tokens"], offsets, strict=True):
+    for token, offset in zip(logprobs["tokens"], offsets, strict=True):
         assert token.startswith("bytes:") or whole[offset] == token
-    assert answer["tokens"][2 * echo :][2:6] == [rf"bytes:\x{byte:02x}" for byte in "🤗".encode()]
+    assert logprobs["tokens"][2 * echo :][2:6] == [rf"bytes:\x{byte:02x}" for byte in "🤗".encode()]
     body = {"prompt": PROMPT, "echo": echo, "max_tokens": 13, "logprobs": 2, "temperature": 0, "stream": True}
     streamed = chunks(client.post("/v1/completions", json=body).text)
     parts = [one["choices"][0]["logprobs"]["text_offset"] for one in streamed]
@@ -169,12 +169,12 @@ def test_alternatives_have_keys_of_their_own(says: Says) -> None:
 def test_the_sampled_token_is_among_its_alternatives(says: Says) -> None:
     client = says("byte-level", ["a"] * 9)
     sampled = {"temperature": 2, "seed": 5, "logit_bias": {str(id_): 20 for id_ in range(70, 90)}}
-    answer = complete(client, logprobs=1, **sampled)["logprobs"]
-    columns = (answer["tokens"], answer["token_logprobs"], answer["top_logprobs"])
+    logprobs = complete(client, logprobs=1, **sampled)["logprobs"]
+    columns = (logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"])
     for token, logprob, top in zip(*columns, strict=True):
         assert top[token] == logprob
         assert len(top) == 1 + (logprob < max(top.values()))
-    assert any(len(top) == 2 for top in answer["top_logprobs"])
+    assert any(len(top) == 2 for top in logprobs["top_logprobs"])
     content = chat(client, logprobs=True, top_logprobs=1, **sampled)["logprobs"]["content"]
     for entry in content:
         assert entry["token"] in [top["token"] for top in entry["top_logprobs"]]
@@ -199,5 +199,5 @@ def test_line_ends_inside_of_events(make: Makes) -> None:
         assert "".join(chunk.choices[0].text for chunk in stream) == said
         messages: Any = [{"role": "user", "content": PROMPT}]
         for chatting in (inference.chat_completion, other.chat.completions.create):
-            answer: Any = chatting(messages=messages, model="tgi", max_tokens=40, temperature=0, stream=True)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == said
+            deltas: Any = chatting(messages=messages, model="tgi", max_tokens=40, temperature=0, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == said

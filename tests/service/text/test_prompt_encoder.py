@@ -44,15 +44,15 @@ def test_a_prompt_that_cannot_fit_is_refused_unencoded(
             encode = codec.encode
             codec.encode = Noted(encode, encoded)
             reply = await client.post(path, json=body)
-            answer = reply.json()["error"]
+            error = reply.json()["error"]
             if path.startswith("/v1"):
-                assert (reply.status_code, answer["code"]) == (400, "context_length_exceeded")
-                assert answer["param"] == ("messages" if "chat" in path else "prompt")
-                answer = answer["message"]
+                assert (reply.status_code, error["code"]) == (400, "context_length_exceeded")
+                assert error["param"] == ("messages" if "chat" in path else "prompt")
+                error = error["message"]
             else:
                 assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
-            assert "maximum context length is 256 tokens" in answer
-            assert "at least 150000 tokens" in answer  # the longest token has 13 characters
+            assert "maximum context length is 256 tokens" in error
+            assert "at least 150000 tokens" in error  # the longest token has 13 characters
             assert max(encoded, default=0) <= 1
             await at_rest(app, client)
 
