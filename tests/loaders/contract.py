@@ -153,9 +153,8 @@ class RunnerContract:
     ) -> None:
         footprint, full = model.footprint, reference.footprint
         assert sum(footprint.by_dtype.values()) == footprint.weights_bytes
-        assert (
-            0 <= full.weights_bytes - 4 * full.parameters <= 512
-        )  # rotary tables are read, but no parameters
+        # rotary tables are read, but no parameters
+        assert 0 <= full.weights_bytes - 4 * full.parameters <= 512
         assert footprint.parameters == full.parameters
         assert footprint.bits_per_weight == pytest.approx(8 * footprint.weights_bytes / full.parameters)
         matrices = {*footprint.quantized, *(layer.name for layer in footprint.kept)}
