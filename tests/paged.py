@@ -23,20 +23,14 @@ class FakePagedRunner(FakeRunner):
         budget: the memory of all pools; unlimited if None.
     """
 
-    def __init__(
-        self,
-        slots: int = 4,
-        context: int = 256,
-        budget: KVBudget | None = None,
-        block_bytes: int = BLOCK_BYTES,
-    ) -> None:
+    def __init__(self, slots: int = 4, context: int = 256, budget: KVBudget | None = None) -> None:
         super().__init__(slots, context)
         self._memory: dict[int, list[int]] = {}
         self.computed = 0
         """Tokens that were computed."""
         self.prefilled: list[int] = []
         """Tokens of each prompt chunk."""
-        self.pool = BlockPool(slots, context, block_bytes, budget or KVBudget(None), self._release)
+        self.pool = BlockPool(slots, context, BLOCK_BYTES, budget or KVBudget(None), self._release)
 
     def attach(self, slot: int, ids: Sequence[int], owner: str | None) -> int:
         return self.pool.attach(slot, ids, owner)
