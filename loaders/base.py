@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from loaders.kv_cache.budget import KVBudget
 from loaders.runner import Runner
 
 Progress = Callable[[str, int, int], None]
@@ -76,6 +77,8 @@ class ModelSpec:
     result doesn't depend on the batch size. Otherwise steps use the smallest captured size that fits."""
     cuda_graphs: bool = True
     """On a GPU: capture steps as CUDA graphs and replay them."""
+    kv_budget: KVBudget | None = None
+    """On a CPU: the memory of the KV caches of all precisions together; None: a runner's own, unlimited."""
     room: int | None = None
     """Bytes on the device for weights and KV cache together; if None, all of its free memory."""
 

@@ -39,7 +39,7 @@ class DecoderCPURunner(Runner):
         """
         Raises:
             UnsupportedArchitecture: the compiled forward pass can't compute the model.
-            MemoryError: the KV budget doesn't hold one sequence.
+            CacheTooSmall: the KV budget doesn't hold one sequence.
         """
         self.slots, self.context = spec.slots, spec.max_tokens
         self.vocabulary = spec.checkpoint.vocabulary
@@ -57,7 +57,7 @@ class DecoderCPURunner(Runner):
         wanted = {"none": 0, "last": 1, "all": count}[logits]
         self._reserve(slot, count)
         found = self._pass([slot] * count, range(start, start + count), ids, wanted)
-        self.pool.append(slot, ids)
+        self._append(slot, ids)
         return found if wanted else None
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
@@ -65,7 +65,7 @@ class DecoderCPURunner(Runner):
             self._reserve(slot, 1)
         logits = self._pass(slots, [self.pool.length(slot) for slot in slots], ids, len(ids))
         for slot, id_ in zip(slots, ids, strict=True):
-            self.pool.append(slot, [id_])
+            self._append(slot, [id_])
         return logits
 
     def advance(self, slot: int, ids: Sequence[int], slots: Sequence[int], next_ids: Sequence[int]) -> Tensor:
@@ -75,15 +75,14 @@ class DecoderCPURunner(Runner):
             self._reserve(other, 1)
         positions = [*range(start, start + count), *(self.pool.length(other) for other in slots)]
         logits = self._pass([*[slot] * count, *slots], positions, [*ids, *next_ids], 1 + len(slots))
-        self.pool.append(slot, ids)
+        self._append(slot, ids)
         for other, id_ in zip(slots, next_ids, strict=True):
-            self.pool.append(other, [id_])
+            self._append(other, [id_])
         return logits
 
     def attach(self, slot: int, ids: Sequence[int], owner: str | None) -> int:
-        found = self.pool.attach(slot, ids, owner)
-        self._tables.update(slot, self.pool.table(slot))
-        return found
+        self._tables.clear(slot)
+        return self.pool.attach(slot, ids, owner)
 
     def free(self, slot: int) -> None:
         self.pool.free(slot)  # a row attends only to what its own table holds
@@ -114,8 +113,6 @@ class DecoderCPURunner(Runner):
 
     def close(self) -> None:
         self._model = self._compute = None
-        for slot in range(self.slots):
-            self.free(slot)
         self.pool.close()
         self._memory = BlockMemory(0, PAGE)
 
@@ -133,7 +130,7 @@ class DecoderCPURunner(Runner):
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self.pool.used_bytes
+        return self.pool.committed_bytes
 
     def _pass(
         self, slots: Sequence[int], positions: Sequence[int], ids: Sequence[int], wanted: int
@@ -148,6 +145,12 @@ class DecoderCPURunner(Runner):
         if not self.pool.reserve(slot, tokens):
             raise MemoryError("the KV cache has no block left")
         self._tables.update(slot, self.pool.table(slot))
+
+    def _append(self, slot: int, ids: Sequence[int]) -> None:
+        filled = self.pool.length(slot) // BLOCK_TOKENS
+        self.pool.append(slot, ids)
+        if self.pool.length(slot) // BLOCK_TOKENS > filled:
+            self._tables.clear(slot)  # a full block may be replaced by an equal, shared one
 
     def _widening(self, compute: Callable[[], Tensor]) -> Tensor:
         try:
@@ -168,7 +171,7 @@ class DecoderCPURunner(Runner):
         if not self.pool.widen(wide.block_bytes):
             raise MemoryError("the KV budget has no room for a cache in float32")
         elements = self._elements()
-        for block in self.pool.held():
+        for block in {block for slot in range(self.slots) for block in self.pool.table(slot)}:
             values = narrow.block(block, torch.float16)[:elements]
             wide.block(block, torch.float32)[:elements].copy_(values)
         self._memory, self._half, self._widened = wide, False, True
@@ -208,7 +211,7 @@ class _Tables:
         self._counts = [0] * slots
 
     def update(self, slot: int, table: Sequence[int]) -> None:
-        """Copies the blocks that were added since the last call."""
+        """Copies the blocks that were added since the last call or ``clear``."""
         before, now = self._counts[slot], len(table)
         if now > before:
             self.array[slot, before:now] = table[before:now]
