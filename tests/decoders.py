@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 VOCABULARY, CONTEXT = 133, 128
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": CONTEXT, "pad_token_id": None,
-    "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2, "hidden_size": 192, "intermediate_size": 320,
-    "num_attention_heads": 6,
+    "vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": CONTEXT,
+    "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2,
+    "hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 6,
 }  # fmt: skip
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 
@@ -29,7 +29,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, linear rope": ("llama", {**_GROUPED, **_rope("linear", factor=4.0)}),
     "llama 3": ("llama", {
         **_GROUPED,
-        **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+        **_rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
     }),
     "llama, yarn": ("llama", {
         **_GROUPED, "head_dim": 64, **_rope("yarn", factor=4.0, original_max_position_embeddings=32),
@@ -40,11 +43,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_GROUPED, "pad_token_id": 0}),
     "gemma": ("gemma", {**_GROUPED, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 40}),
     "gpt_neox": ("gpt_neox", _COMMON),
-    "gpt_neox, sequential": ("gpt_neox", {**_COMMON, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt_neox, sequential": ("gpt_neox", {
+        **_COMMON, "use_parallel_residual": False, "hidden_act": "gelu_new",
+    }),
     "opt": ("opt", {
-        "vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": CONTEXT, "pad_token_id": 1,
-        "bos_token_id": 0, "eos_token_id": 0, "hidden_size": 192, "ffn_dim": 320, "num_attention_heads": 6,
-        "init_std": 0.2, "word_embed_proj_dim": 192,
+        "vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": CONTEXT,
+        "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "hidden_size": 192, "ffn_dim": 320,
+        "num_attention_heads": 6, "init_std": 0.2, "word_embed_proj_dim": 192,
     }),
 }  # fmt: skip
 """(model type, configuration) by name."""

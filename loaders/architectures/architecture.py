@@ -1,4 +1,4 @@
-"""What the compiled forward pass needs to know of an architecture, read from a ``transformers`` configuration."""
+"""What the compiled forward pass needs to know of an architecture, from its configuration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

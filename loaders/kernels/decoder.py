@@ -41,7 +41,8 @@ class KVBlocks:
     struct: structures.Cache = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.tables.dtype == np.int32 and self.tables.flags.c_contiguous
+        assert self.tables.dtype == np.int32
+        assert self.tables.flags.c_contiguous
         kind = 1 if self.half else 2 * self.rounded  # FLOAT, HALF, ROUNDED of attention.h
         length = self.tables.shape[1]
         self.struct = structures.Cache(self.address, self.tables.ctypes.data, length, self.block_bytes, kind)

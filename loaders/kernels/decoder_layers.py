@@ -1,4 +1,4 @@
-"""The layers of a decoder as the kernels expect them, and the checks of their shapes, which C doesn't make."""
+"""The layers of a decoder as the kernels expect them, and checks of their shapes, which C doesn't make."""
 
 import math
 from collections.abc import Sequence

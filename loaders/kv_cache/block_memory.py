@@ -1,4 +1,4 @@
-"""The memory of KV blocks: reserved at once, committed by the system as it is written, and given back by block."""
+"""The memory of KV blocks: reserved at once, committed as it is written, and given back by block."""
 
 import mmap
 from collections.abc import Iterable

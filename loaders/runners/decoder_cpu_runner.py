@@ -1,4 +1,4 @@
-"""The Runner of decoders on a CPU: a step is one call into C; ``transformers``' forward makes a thousand calls.
+"""The Runner of decoders on a CPU: a step is one call into C; ``transformers``' forward makes thousands.
 
 Every token is a row: (slot, position, id). Prompt chunks and decode steps are the same computation on
     different rows, and each row's result depends on its past alone; so neither the batch nor the chunks of

@@ -36,7 +36,7 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
         runner = DecoderCPURunner(model, spec, architecture_of(model.config))
     except UnsupportedArchitecture as error:
         return _checked(TransformersRunner(model, spec, str(error)), spec)
-    check_numbers(runner, spec.checkpoint.architecture)
+    check_numbers(runner, spec.checkpoint.architecture, model.dtype)
     return runner
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of the compiled runner, loaded from a checkpoint: ``generate``'s tokens, isolated rows."""
+"""Every architecture of the compiled runner, from a checkpoint: ``generate``'s tokens, isolated rows."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from tests import checkpoints, decoders
 
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 PROMPTS = [[5, 6, 7, 8], list(range(20, 80)), [9] * 17]
+# inputs of every layer are a multiple of the 64 that int8's kernel and nf4's blocks need
+_WHOLE_BLOCKS = {
+    "opt": {"ffn_dim": 384},
+    "qwen3": {"intermediate_size": 384, "head_dim": 64},
+    "gemma": {"intermediate_size": 384, "head_dim": 48},
+}
 PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4", "fp4", "dynamic-int8"]
 
 
@@ -60,7 +67,7 @@ def test_greedy_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt_neox", "opt"])
 def test_rows_are_isolated(name: str, precision: str, tmp_path: Path) -> None:
     """Bit for bit: a row alone, in a batch, and its prompt in one pass or in chunks."""
-    sizes = {"opt": {"ffn_dim": 384}}.get(name, {"intermediate_size": 384})  # multiples of nf4's blocks
+    sizes = _WHOLE_BLOCKS.get(name, {"intermediate_size": 384})
     model = loaders.load(precision, spec_of(name, tmp_path, **sizes))
     runner = model.runner
     assert isinstance(runner, DecoderCPURunner)
@@ -79,9 +86,9 @@ def test_rows_are_isolated(name: str, precision: str, tmp_path: Path) -> None:
     ("name", "changes", "reason"),
     [
         ("llama", {"hidden_act": "gelu_10"}, "activation is 'gelu_10'"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
+        ("llama", {"rope_parameters": DYNAMIC}, "rotary positions are of type 'dynamic'"),
         ("llama", {"head_dim": 20}, "head dimension 20"),
-        ("llama", {"hidden_size": 200}, "width 200"),
+        ("llama", {"hidden_size": 204}, "width 204"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "not GPT-2's standard one"),
         ("opt", {"word_embed_proj_dim": 96}, "projected to another width"),
     ],

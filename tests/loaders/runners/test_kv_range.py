@@ -59,13 +59,14 @@ def test_scaled_weights_give_the_same_logits(
     precision: str, keys: float, values: float, plain: ModelSpec, tmp_path: Path
 ) -> None:
     exact = loaders.load(precision, replace(plain, kv_dtype="fp32")).runner
+    assert isinstance(exact, DecoderCPURunner)
     expected = exact.score(PROMPT)
     runner = loaders.load(precision, spec_of(scaled(keys, values), tmp_path / "scaled")).runner
     assert isinstance(runner, DecoderCPURunner)
     assert distance(runner.score(PROMPT), expected) < 0.05
     runner.prefill(1, PROMPT[:-1], "none")
     assert distance(runner.decode([1], PROMPT[-1:])[0], expected[-1]) < 0.05
-    assert runner.kv_cache_bytes == exact.kv_cache_bytes
+    assert runner.pool.block_bytes == exact.pool.block_bytes
     assert runner.report()["kv_cache_dtype"].startswith("float32, since float16")
 
 
