@@ -5,8 +5,9 @@
     {"do": "score", "key": …, "texts": [[…]], "kept": 8, "file": …}  →  {}
     {"do": "unload", "key": …}                                 →  {}
 
-The logits of a score are written to the file. An answer with "error" has the reason of a failure. The process ends at the end of its input. Engines run in
-processes of their own because each engine's threads spin while idle, and would slow down the others.
+The logits of a score are written to the file. An answer with "error" has the reason of a failure. The process
+ends at the end of its input. Engines run in processes of their own because each engine's threads spin while
+idle, and would slow down the others.
 """
 
 import json

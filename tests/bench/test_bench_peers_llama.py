@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from loaders.checkpoint import open_checkpoint
-from server.bench.errors import BenchError
 from server.bench.peers import environment
 from server.bench.peers.export import Export, export
 from server.bench.processes import WorkerProcess

@@ -58,7 +58,9 @@ def export(checkpoint: Checkpoint, folder: Path, longest: int) -> Export:
     if why := _difference(checkpoint.config, facts, longest):
         raise BenchError(f"the peers would not compute this model: {why}")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(load_pretrained(ModelSpec(checkpoint), ignore_progress, dtype=torch.float32), folder, facts)
+    _write_weights(
+        load_pretrained(ModelSpec(checkpoint), ignore_progress, dtype=torch.float32), folder, facts
+    )
     (folder / DESCRIPTION).write_text(json.dumps(facts))
     scaled = facts.get("rope", {}).get("rope_type", "default") != "default"
     return Export(folder, ("llama.cpp",) if scaled else ("llama.cpp", "CTranslate2"))
@@ -129,7 +131,9 @@ def _difference(config: Any, facts: dict[str, Any], longest: int) -> str | None:
         return f"its rotary scaling is {rope['rope_type']!r}"
     if rope.get("rope_type") == "llama3" and facts["architecture"] != "llama":
         return f"llama.cpp has Llama 3's rotary scaling for Llama alone, not for {facts['architecture']}"
-    if rope.get("rope_type") == "yarn" and (own := _YARN_IGNORED & {key for key in rope if rope[key] is not None}):
+    if rope.get("rope_type") == "yarn" and (
+        own := _YARN_IGNORED & {key for key in rope if rope[key] is not None}
+    ):
         return f"llama.cpp ignores {', '.join(sorted(own))} of its YaRN"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "it rotates a part of each head"

@@ -69,7 +69,9 @@ def write_gguf(exported: Exported, file: Path) -> Path:
     else:
         _describe_rotary(writer, facts)
     for name in exported.names():
-        writer.add_tensor(gguf_name(name), _in_llama_cpps_order(gguf_name(name), exported.weight(name), facts))
+        writer.add_tensor(
+            gguf_name(name), _in_llama_cpps_order(gguf_name(name), exported.weight(name), facts)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
