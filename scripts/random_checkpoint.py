@@ -3,8 +3,8 @@
 
     .venv/bin/python scripts/random_checkpoint.py qwen2.5-0.5b FOLDER
 
-For `bitdial bench --model FOLDER` where the real weights are not at hand. The tokenizer is a stand-in of the same
-vocabulary.
+For `bitdial bench --model FOLDER` where the real weights are not at hand. The tokenizer is a stand-in of the
+same vocabulary.
 """
 
 import argparse

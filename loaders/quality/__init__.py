@@ -35,7 +35,6 @@ __all__ = [
     "Passes",
     "Quality",
     "QualityError",
-    "ScoredModel",
     "Text",
     "held_out",
     "measure",

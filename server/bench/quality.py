@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loaders import quality
 from loaders.base import LoadedModel
-from loaders.quality import Quality, ScoredModel, Text
-from loaders.quality.passes import MOST_LOGITS
+from loaders.quality import Quality, Text
+from loaders.quality.passes import MOST_LOGITS, ScoredModel
 from loaders.quality.text import TokenStream
 from loaders.runner import Logits, Runner
 from server.bench.contenders import Contender
