@@ -122,3 +122,26 @@ def test_the_peers_compute_the_logits_of_transformers(
             torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:]) for logits in (found, expected)
         ]
         assert float((losses[0] - losses[1]).exp()) == pytest.approx(1.0, abs=1e-3), engine
+
+
+def test_llama_cpps_own_quantizations_cost_what_their_bits_say(peers: WorkerProcess, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = _llama(
+        hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4
+    ).eval()
+    ids = torch.randint(1, 331, (LONGEST,), generator=torch.manual_seed(2))
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    folder = str(exported(model, tmp_path).folder)
+    plain = sum(one.nbytes for one in model.parameters())
+    sizes, errors = [], []
+    for kind in ("f32", "Q8_0", "Q4_K_M"):
+        loaded = peers.ask(do="load", key="it", engine="llama.cpp", kind=kind, export=folder, threads=1)
+        sizes.append(loaded["weights_bytes"] / plain)
+        peers.ask(do="unload", key="it")
+        found = logits_of(peers, tmp_path, ids.tolist(), "llama.cpp", kind)
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert sizes[0] == 1.0
+    assert 8.5 / 32 <= sizes[1] < 0.28  # blocks of 32 int8 and a float16
+    assert 4.5 / 32 <= sizes[2] < 0.22  # some tensors, and the tied head, have 6 bits
+    assert errors[0] < errors[1] / 10 < errors[2] / 30
