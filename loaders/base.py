@@ -70,7 +70,7 @@ class ModelSpec:
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
-    """Type of the KV cache where the compiled kernels run GPT-2; ``auto``: fp32 for fp32, else fp16.
+    """Type of the KV cache of the compiled forward pass; ``auto``: fp32 for fp32, else fp16.
     Other runners use the type of the model."""
     batch_invariant: bool = True
     """On a GPU: every decode step computes all slots and every prompt chunk has one length, so that a row's

@@ -33,7 +33,7 @@ LAYERS = (
     "loaders.footprint loaders.runners",
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",
-    "loaders.layers loaders.end_tokens",
+    "loaders.layers loaders.architectures loaders.end_tokens",
     "loaders.hub loaders.config_check loaders.kernels",
     "loaders",
     "loaders.errors",

@@ -38,18 +38,23 @@ def check_rows(runner: Runner, config: Any, name: str, dtype: torch.dtype) -> No
     if deviation >= _TOLERANCE:
         raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
     if not deviation < _TOLERANCE:
-        beyond = " (beyond the range of float16? fp32 and bf16 have more)" if dtype == torch.float16 else ""
-        raise CheckpointError(f"{name} can't be served: its logits are not numbers{beyond}")
+        raise not_numbers(name, dtype)
 
 
-def check_numbers(runner: Runner, name: str) -> None:
+def check_numbers(runner: Runner, name: str, dtype: torch.dtype) -> None:
     """Computes one token; for runners that need no other check.
 
     Raises:
         CheckpointError: its logits are not numbers.
     """
     if not runner.score([0]).isfinite().any():
-        raise CheckpointError(f"{name} can't be served: its logits are not numbers")
+        raise not_numbers(name, dtype)
+
+
+def not_numbers(name: str, dtype: torch.dtype) -> CheckpointError:
+    """The error for logits that are not numbers, by the type of the weights."""
+    beyond = " (beyond the range of float16? fp32 and bf16 have more)" if dtype == torch.float16 else ""
+    return CheckpointError(f"{name} can't be served: its logits are not numbers{beyond}")
 
 
 def _texts(runner: Runner, config: Any) -> list[list[int]]:
