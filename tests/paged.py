@@ -1,6 +1,8 @@
 """A model without weights whose slots take blocks of a real pool, and whose memory is those blocks."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +10,14 @@ from torch import Tensor
 from loaders.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from loaders.kv_cache.budget import KVBudget
 from loaders.runner import Logits
-from tests.fakes import FakeRunner
+from server.engine.engine import Engine
+from server.engine.sequence import SamplingParams, Token
+from server.engine.token_stream import TokenStream
+from tests.conftest import until
+from tests.fakes import FakeRunner, fake_model
 
 BLOCK_BYTES = 64
+LONG = [60 + i % 30 for i in range(5 * BLOCK_TOKENS)]
 
 
 class FakePagedRunner(FakeRunner):
@@ -90,3 +97,39 @@ class FakePagedRunner(FakeRunner):
     def _release(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             self._memory.pop(block, None)
+
+
+def paged(blocks: int | None = None, slots: int = 16, context: int = 256) -> FakePagedRunner:
+    return FakePagedRunner(slots, context, KVBudget(None if blocks is None else blocks * BLOCK_BYTES))
+
+
+def with_engines(test: Callable[..., Awaitable[None]], *runners: FakePagedRunner, **options: Any) -> None:
+    """Runs the test with an engine for each runner; afterwards no sequence may hold a block."""
+
+    async def main() -> None:
+        engines = [Engine(fake_model(runner=runner), eos_ids=frozenset({0}), **options) for runner in runners]
+        for engine in engines:
+            await engine.start()
+        try:
+            await test(*engines)
+            for engine, runner in zip(engines, runners, strict=True):
+                await until(lambda engine=engine: not engine.running + engine.waiting)
+                await until(lambda runner=runner: not runner.pool.stats().used)
+        finally:
+            for engine in engines:
+                await engine.stop()
+        assert all(runner.closed and not runner.pool.budget.used for runner in runners)
+
+    asyncio.run(main())
+
+
+def params(count: int = 8, **others: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, **others)
+
+
+async def tokens_of(stream: TokenStream) -> list[Token]:
+    return [token async for token in stream]
+
+
+async def ids_of(stream: TokenStream) -> list[int]:
+    return [token.id for token in await tokens_of(stream)]

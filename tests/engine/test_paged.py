@@ -2,59 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 import torch
 
 from loaders.kv_cache.block_pool import BLOCK_TOKENS
-from loaders.kv_cache.budget import KVBudget
 from server.engine.engine import Engine
-from server.engine.sequence import SamplingParams, Token
 from server.engine.token_stream import TokenStream
-from server.errors import DeadlinePassed, GenerationFailed
-from tests.conftest import until
-from tests.fakes import fake_model
-from tests.paged import BLOCK_BYTES, FakePagedRunner
-
-LONG = [60 + i % 30 for i in range(5 * BLOCK_TOKENS)]
-
-
-def paged(blocks: int | None = None, slots: int = 16, context: int = 256) -> FakePagedRunner:
-    return FakePagedRunner(slots, context, KVBudget(None if blocks is None else blocks * BLOCK_BYTES))
-
-
-def with_engines(test: Callable[..., Awaitable[None]], *runners: FakePagedRunner, **options: Any) -> None:
-    """Runs the test with an engine for each runner; afterwards no sequence may hold a block."""
-
-    async def main() -> None:
-        engines = [Engine(fake_model(runner=runner), eos_ids=frozenset({0}), **options) for runner in runners]
-        for engine in engines:
-            await engine.start()
-        try:
-            await test(*engines)
-            for engine, runner in zip(engines, runners, strict=True):
-                await until(lambda engine=engine: not engine.running + engine.waiting)
-                await until(lambda runner=runner: not runner.pool.stats().used)
-        finally:
-            for engine in engines:
-                await engine.stop()
-        assert all(runner.closed and not runner.pool.budget.used for runner in runners)
-
-    asyncio.run(main())
-
-
-def params(count: int = 8, **others: Any) -> SamplingParams:
-    return SamplingParams(max_new_tokens=count, **others)
-
-
-async def tokens_of(stream: TokenStream) -> list[Token]:
-    return [token async for token in stream]
-
-
-async def ids_of(stream: TokenStream) -> list[int]:
-    return [token.id for token in await tokens_of(stream)]
+from server.errors import GenerationFailed
+from tests.paged import LONG, FakePagedRunner, ids_of, paged, params, tokens_of, with_engines
 
 
 def test_a_known_prefix_is_not_computed_again() -> None:
@@ -182,70 +139,6 @@ def test_a_sequence_waits_until_its_prompt_has_room_and_the_first_comes_first() 
     with_engines(check, runner)
 
 
-def test_a_waiting_sequence_expires_in_time_while_nothing_runs_here() -> None:
-    budget = KVBudget(8 * BLOCK_BYTES)
-    holder, waiter = FakePagedRunner(2, 256, budget), FakePagedRunner(2, 256, budget)
-
-    async def check(holding: Engine, waiting: Engine) -> None:
-        holder.delay = 0.005
-        running = holding.generate(LONG, params(90, ignore_eos=True))
-        assert (await anext(running)).id == holder.expected(LONG, 1)[0]
-        late = waiting.generate(LONG, params(2), deadline=time.perf_counter() + 0.05)
-        cancelled = waiting.generate(LONG, params(2))
-        with pytest.raises(DeadlinePassed):
-            await ids_of(late)
-        cancelled.close()
-        await until(lambda: not waiting.waiting)
-        assert holding.running == 1
-        running.close()
-        assert await ids_of(waiting.generate(LONG, params(2))) == waiter.expected(LONG, 2)
-
-    with_engines(check, holder, waiter)
-
-
-def test_two_precisions_share_a_budget_that_holds_one_sequence_each_at_most() -> None:
-    budget = KVBudget(9 * BLOCK_BYTES)
-    runners = [FakePagedRunner(4, 256, budget), FakePagedRunner(4, 256, budget)]
-    most = 0
-
-    def record(slots: object) -> None:
-        nonlocal most
-        most = max(most, budget.committed)
-
-    async def check(*engines: Engine) -> None:
-        for runner in runners:
-            runner.on_decode = record
-        prompts = [[60 + i, *LONG[: 40 + i]] for i in range(6)]
-        found = await asyncio.gather(
-            *(ids_of(one.generate(p, params(50), owner="")) for p in prompts for one in engines)
-        )
-        assert found == [runners[0].expected(p, 50) for p in prompts for _ in engines]
-        assert most <= budget.limit
-
-    with_engines(check, *runners)
-
-
-def test_a_busy_precision_does_not_starve_another() -> None:
-    budget = KVBudget(8 * BLOCK_BYTES)
-    busy, other = FakePagedRunner(4, 256, budget), FakePagedRunner(4, 256, budget)
-    ended: list[str] = []
-
-    async def run(name: str, stream: TokenStream) -> None:
-        await ids_of(stream)
-        ended.append(name)
-
-    async def check(first: Engine, second: Engine) -> None:
-        busy.delay = 0.001
-        many = [run("busy", first.generate([60 + i, *LONG[:60]], params(20))) for i in range(20)]
-        tasks = [asyncio.create_task(one) for one in many]
-        await until(lambda: first.running > 0)
-        tasks.append(asyncio.create_task(run("other", second.generate(LONG, params(2)))))
-        await asyncio.gather(*tasks)
-        assert ended.index("other") < 12
-
-    with_engines(check, busy, other)
-
-
 def test_cancellation_storms_leave_no_block_behind() -> None:
     runner = paged(blocks=10)
 
@@ -279,41 +172,6 @@ def test_a_failing_pass_frees_the_blocks_of_its_sequence_alone() -> None:
         assert await ids_of(fine) == runner.expected(LONG[1:40], 4)
 
     with_engines(check, runner, prefill_chunk=32)
-
-
-def test_a_sequence_that_exceeds_the_whole_budget_fails_and_others_go_on() -> None:
-    runner = paged(blocks=8)
-
-    async def check(engine: Engine) -> None:
-        assert engine.capacity == 256
-        assert runner.pool.widen(2 * BLOCK_BYTES)
-        assert engine.capacity == 128
-        fine = engine.generate(LONG[:40], params(4))
-        too_long = engine.generate(LONG, params(4))
-        growing = engine.generate(LONG[1:126], params(20))
-        for stream in (too_long, growing):
-            with pytest.raises(GenerationFailed, match="out of memory"):
-                await ids_of(stream)
-        assert await ids_of(fine) == runner.expected(LONG[:40], 4)
-
-    with_engines(check, runner)
-
-
-def test_an_engine_starts_while_others_hold_all_blocks() -> None:
-    budget = KVBudget(8 * BLOCK_BYTES)
-    first = FakePagedRunner(2, 256, budget)
-
-    async def check(engine: Engine) -> None:
-        first.delay = 0.003
-        running = engine.generate(LONG, params(90, ignore_eos=True))
-        await until(lambda: first.pool.stats().used == 8)
-        second = FakePagedRunner(2, 256, budget)
-        late = Engine(fake_model(runner=second), eos_ids=frozenset({0}))
-        await asyncio.gather(late.start(), ids_of(running))
-        assert await ids_of(late.generate([70], params(2))) == second.expected([70], 2)
-        await late.stop()
-
-    with_engines(check, first)
 
 
 def test_reserving_a_token_for_each_row_costs_little() -> None:
