@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loaders.kv_cache.block_pool import PoolStats
 from server.engine.sequence import StepStats, Timeline
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -107,6 +108,13 @@ class Metrics:
         self._memory = gauge(
             "memory_bytes", "Bytes counted from live tensors", ["model", "precision", "kind"]
         )
+        self._usage = gauge("kv_cache_usage", "Share of the cache's blocks that running sequences use")
+        self._totals = {
+            "queries": counter("prefix_cache_queries", "Prompt tokens looked for in the cache"),
+            "hits": counter("prefix_cache_hits", "Prompt tokens found in the cache"),
+            "preemptions": counter("preemptions", "Sequences preempted for lack of blocks"),
+        }
+        self._last_totals: dict[tuple[str, str], int] = {}
         self._load = gauge("load_seconds", "Seconds that loading took")
         outcomes = ["model", "precision", "outcome"]
         self._shadowed = counter("shadow_requests", "Requests chosen for a replay, by outcome", outcomes)
@@ -179,6 +187,17 @@ class Metrics:
     def set_load(self, precision: str, running: int, waiting: int) -> None:
         self._running.labels(self._model, precision).set(running)
         self._waiting.labels(self._model, precision).set(waiting)
+
+    def set_kv_cache(self, precision: str, pool: PoolStats, preemptions: int, size: int) -> None:
+        """Sets the state of a cache in blocks; ``size`` is its memory in bytes."""
+        self._usage.labels(self._model, precision).set(pool.used / pool.blocks)
+        self._memory.labels(self._model, precision, "kv_cache").set(size)
+        totals = {"queries": pool.queried_tokens, "hits": pool.hit_tokens, "preemptions": preemptions}
+        for name, total in totals.items():
+            last = self._last_totals.get((precision, name), 0)
+            grown = total - last if total >= last else total  # less: the precision was loaded again
+            self._totals[name].labels(self._model, precision).inc(grown)
+            self._last_totals[precision, name] = total
 
     def latency(self, precision: str) -> dict[str, object]:
         """Requests that succeeded, and percentiles (ms) over the latest of them."""
