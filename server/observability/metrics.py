@@ -2,6 +2,7 @@
 
 import statistics
 from bisect import bisect_left
+from collections import Counter as Counts
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ class Metrics:
             "hits": counter("prefix_cache_hits", "Prompt tokens found in the cache"),
             "preemptions": counter("preemptions", "Sequences preempted for lack of blocks"),
         }
-        self._last_totals: dict[tuple[str, str], int] = {}
+        self._last_totals: dict[str, Counts[str]] = defaultdict(Counts)
         self._load = gauge("load_seconds", "Seconds that loading took")
         outcomes = ["model", "precision", "outcome"]
         self._shadowed = counter("shadow_requests", "Requests chosen for a replay, by outcome", outcomes)
@@ -183,6 +184,7 @@ class Metrics:
         for kind, size in memory.items():
             self._memory.labels(self._model, precision, kind).set(size)
         self._load.labels(self._model, precision).set(load_seconds)
+        self._last_totals.pop(precision, None)  # the next one counts from 0
 
     def set_load(self, precision: str, running: int, waiting: int) -> None:
         self._running.labels(self._model, precision).set(running)
@@ -194,10 +196,9 @@ class Metrics:
         self._memory.labels(self._model, precision, "kv_cache").set(size)
         totals = {"queries": pool.queried_tokens, "hits": pool.hit_tokens, "preemptions": preemptions}
         for name, total in totals.items():
-            last = self._last_totals.get((precision, name), 0)
-            grown = total - last if total >= last else total  # less: the precision was loaded again
-            self._totals[name].labels(self._model, precision).inc(grown)
-            self._last_totals[precision, name] = total
+            counter = self._totals[name].labels(self._model, precision)
+            counter.inc(total - self._last_totals[precision][name])
+            self._last_totals[precision][name] = total
 
     def latency(self, precision: str) -> dict[str, object]:
         """Requests that succeeded, and percentiles (ms) over the latest of them."""
