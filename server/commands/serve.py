@@ -135,14 +135,16 @@ def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
     from server.host import memory
 
     needed = memory.needed_bytes(options.precision, options.spec(checkpoint, options.max_batch_size))
+    if options.resolved_device() == "cpu":
+        needed += options.kv_cache_memory or 0
     free = memory.free_bytes(options.resolved_device())
     if options.memory_budget is not None:
         free = min(free, options.memory_budget)
     if needed > free:
         raise UsageError(
             f"no room for {options.precision}: it needs {needed} bytes, {free} are free; "
-            "choose another --precision (or PRECISION) as the default, fewer --max-total-tokens or more "
-            "--memory-budget"
+            "choose another --precision (or PRECISION) as the default, fewer --max-total-tokens, less "
+            "--kv-cache-memory or more --memory-budget"
         )
 
 

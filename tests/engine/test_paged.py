@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from loaders.kv_cache.block_pool import BLOCK_TOKENS
 from server.engine.engine import Engine
 from server.engine.token_stream import TokenStream
 from server.errors import GenerationFailed
-from tests.paged import LONG, FakePagedRunner, ids_of, paged, params, tokens_of, with_engines
+from tests.paged import LONG, ids_of, paged, params, with_engines
 
 
 def test_a_known_prefix_is_not_computed_again() -> None:
@@ -82,40 +81,6 @@ def test_a_prompt_whose_logits_are_read_is_computed_in_full() -> None:
         assert (sum(seen), reported.cached_tokens, observed.cached_tokens) == (len(LONG), 0, 0)
 
     with_engines(check, runner, prefill_chunk=50)
-
-
-SAMPLED: list[dict[str, Any]] = [
-    {},
-    {"do_sample": True, "temperature": 1.3, "seed": 4},
-    {"logprobs": True, "top_n": 2},
-    {"repetition_penalty": 1.4, "frequency_penalty": 0.7},
-    {"prompt_logprobs": True, "do_sample": True, "seed": 9},
-]
-
-
-async def run_mixed(engine: Engine, runner: FakePagedRunner) -> list[Any]:
-    """Sixteen sequences of all kinds at once; what their readers got."""
-    streams, seen = [], [[] for _ in range(16)]  # type: list[TokenStream], list[list[float]]
-    for i in range(16):
-        observe = None if i % 3 else lambda logits, i=i: seen[i].extend(logits.argmax(1).tolist())
-        options = params(30 + i, ignore_eos=True, **SAMPLED[i % len(SAMPLED)])
-        prompt = [60 + i, *LONG[: 20 + 7 * i]]
-        streams.append(engine.generate(prompt, options, owner=f"key {i % 2}", observe=observe))
-    tokens = await asyncio.gather(*map(tokens_of, streams))
-    return [tokens, [one.prompt_tokens for one in streams], seen]
-
-
-def test_preempted_sequences_continue_as_if_nothing_had_happened() -> None:
-    found: dict[int | None, list[Any]] = {}
-    for blocks in (None, 8):
-        runner = paged(blocks)
-
-        async def check(engine: Engine, blocks: int | None = blocks, runner: Any = runner) -> None:
-            found[blocks] = await run_mixed(engine, runner)
-            assert bool(engine.preemptions) is (blocks is not None)
-
-        with_engines(check, runner, prefill_chunk=40, prefill_chunk_busy=16)
-    assert found[8] == found[None]
 
 
 def test_a_sequence_waits_until_its_prompt_has_room_and_the_first_comes_first() -> None:
