@@ -112,9 +112,8 @@ def with_engines(test: Callable[..., Awaitable[None]], *runners: FakePagedRunner
             await engine.start()
         try:
             await test(*engines)
-            for engine, runner in zip(engines, runners, strict=True):
-                await until(lambda engine=engine: not engine.running + engine.waiting)
-                await until(lambda runner=runner: not runner.pool.stats().used)
+            await until(lambda: not any(engine.running + engine.waiting for engine in engines))
+            await until(lambda: not any(runner.pool.stats().used for runner in runners))
         finally:
             for engine in engines:
                 await engine.stop()

@@ -138,8 +138,9 @@ class Engine:
     def capacity(self) -> int:
         """Most tokens of one sequence."""
         runner = self.model.runner
-        paged = isinstance(runner, PagedRunner)
-        return min(runner.context, runner.pool.capacity) if paged else runner.context
+        if isinstance(runner, PagedRunner):
+            return min(self.model.runner.context, runner.pool.capacity)
+        return runner.context
 
     def drain_seconds(self) -> float | None:
         """Until every running and waiting sequence has finished; None before that can be estimated."""
