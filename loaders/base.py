@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from loaders.kv_cache.budget import KVBudget
 from loaders.runner import Runner
 
 Progress = Callable[[str, int, int], None]
@@ -69,13 +70,15 @@ class ModelSpec:
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
-    """Type of the KV cache where the compiled kernels run GPT-2; ``auto``: fp32 for fp32, else fp16.
+    """Type of the KV cache of the compiled forward pass; ``auto``: fp32 for fp32, else fp16.
     Other runners use the type of the model."""
     batch_invariant: bool = True
     """On a GPU: every decode step computes all slots and every prompt chunk has one length, so that a row's
     result doesn't depend on the batch size. Otherwise steps use the smallest captured size that fits."""
     cuda_graphs: bool = True
     """On a GPU: capture steps as CUDA graphs and replay them."""
+    kv_budget: KVBudget | None = None
+    """On a CPU: the memory of the KV caches of all precisions together; None: a runner's own, unlimited."""
     room: int | None = None
     """Bytes on the device for weights and KV cache together; if None, all of its free memory."""
 

@@ -6,6 +6,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from loaders.kv_cache.block_pool import BlockPool
+
 Logits = Literal["none", "last", "all"]
 
 
@@ -72,6 +74,22 @@ class MixedRunner(Protocol):
 
         Returns (1 + len(slots), vocabulary) logits: after the last of ``ids``, then of each slot.
         """
+        ...
+
+
+@runtime_checkable
+class PagedRunner(Protocol):
+    """A runner whose slots take blocks of ``pool`` as they grow.
+
+    ``prefill``, ``decode`` and ``advance`` reserve the blocks that were not reserved before, or raise
+    ``MemoryError``; after the pass they append its tokens. ``close`` closes the pool before the memory goes.
+    A slot's table is read anew in every pass: an append may replace a block by an equal, shared one.
+    """
+
+    pool: BlockPool
+
+    def attach(self, slot: int, ids: Sequence[int], owner: str | None) -> int:
+        """As ``BlockPool.attach``: the next ``prefill`` continues after the returned number of tokens."""
         ...
 
 

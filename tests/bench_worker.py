@@ -2,6 +2,8 @@
 
 import os
 
+import numpy as np
+
 from server.bench.worker import Worker
 
 
@@ -19,6 +21,11 @@ class Counting:
             os._exit(3)
         rows = [[len(prompt) + self._first + i for i in range(tokens)] for prompt in prompts]
         return [0.1 * (i + 1) for i in range(tokens)], rows
+
+    def score(self, texts: list[list[int]], kept: int) -> np.ndarray:
+        """Of a vocabulary of two: the id, and the id plus the first."""
+        ids = np.array(texts)[:, -kept:]
+        return np.stack([ids, ids + self._first], -1)
 
     def close(self) -> None:
         pass

@@ -33,12 +33,13 @@ LAYERS = (
     "loaders.footprint loaders.runners",
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",
-    "loaders.layers loaders.end_tokens",
+    "loaders.layers loaders.architectures loaders.end_tokens",
     "loaders.hub loaders.config_check loaders.kernels",
     "loaders",
     "loaders.errors",
     "loaders.base",
     "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
+    "loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""
 MOST_LINES = 250

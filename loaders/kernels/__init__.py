@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: matrix products, a whole GPT-2 step, and the reduction of logits."""
+"""The compiled CPU kernels: matrix products, a whole forward pass, and the reduction of logits."""
 
 import os
 import platform
@@ -8,14 +8,26 @@ from pathlib import Path
 import torch
 
 from loaders.kernels.build import compiled
-from loaders.kernels.gpt2 import GPT2, BeyondHalf, KeyValues, Layer, Norm
+from loaders.kernels.decoder import BeyondHalf, Decoder, KVBlocks
+from loaders.kernels.decoder_layers import Layer, Norm, Shape
 from loaders.kernels.library import Format, Library
 from loaders.kernels.matrix import FourBit, PackedMatrix
 from loaders.kernels.structures import StructureMismatch
 from loaders.kernels.summary import Summary, summarize
 
-__all__ = ["GPT2", "BeyondHalf", "Format", "FourBit", "KeyValues", "Layer", "Library", "Norm"]
-__all__ += ["PackedMatrix", "Summary", "describe", "find", "get", "load", "runnable", "summarize", "supports"]
+__all__ = ["BeyondHalf", "Decoder", "Format", "FourBit", "KVBlocks", "Layer", "Library", "Norm"]
+__all__ += [
+    "PackedMatrix",
+    "Shape",
+    "Summary",
+    "describe",
+    "find",
+    "get",
+    "load",
+    "runnable",
+    "summarize",
+    "supports",
+]
 
 # the CPU flags that each library needs, as in /proc/cpuinfo; best first
 _NEEDS = {

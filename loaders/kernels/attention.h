@@ -1,12 +1,14 @@
-/* Attention of single rows over KV slots, one head at a time. Keys and values are float32 or float16.
+/* Attention over a cache in blocks. Keys and values are float32 or float16. A tile of a few queries that attend to the same
+ * keys (heads that share them, or tokens of a prompt) reads them once; the sums of a query don't depend on its tile.
  *
- * Heads are a few KiB each and far apart, so the hardware prefetcher finds the next one late: reading keys prefetches the
- * values, and reading values the next head's keys. */
+ * A block holds BLOCK_TOKENS tokens of one sequence, or of several that share a prefix: the keys of all layers' heads and
+ * their values, contiguous. A head's part of it is a few KiB, far from the next one, which the hardware prefetcher finds
+ * late: reading keys prefetches the values, and reading values the next head's keys. */
 #pragma once
 #include <math.h>
-#include <string.h>
 
-#include "avx2.h"
+#include "kv_blocks.h"
+#include "simd.h"
 
 /* scores → weights that sum to 1, in place; `count` rounded up to a multiple of 8 may be written. */
 static void softmax(float *scores, int64_t count) {
@@ -25,91 +27,183 @@ static void softmax(float *scores, int64_t count) {
         _mm256_storeu_ps(scores + t, _mm256_mul_ps(_mm256_loadu_ps(scores + t), inverse));
 }
 
-/* Eight elements of keys or values, from element `at`. */
-static inline __attribute__((always_inline)) __m256 load8(const void *from, int64_t at, int half) {
+#ifdef __AVX512BW__
+enum { QUERIES = 4, PARTS_OF_ONE = 4, PARTS_OF_MANY = 4 }; /* queries in a tile; accumulators that stay in registers */
+typedef __mmask16 lane_mask;
+
+/* The lanes that a head has left from element d. */
+static inline lane_mask lanes_left(int64_t d, int64_t dim) { return dim - d < SIMD_WIDTH ? 0xFF : 0xFFFF; }
+
+/* Elements of keys or values from `at`; zero where the mask is. */
+static inline __attribute__((always_inline)) floats load_cached(const void *from, int64_t at, int half, lane_mask mask) {
+    if (!half) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at));
+}
+
+static inline floats load_lanes(const float *at, lane_mask mask) { return _mm512_maskz_loadu_ps(mask, at); }
+static inline void store_lanes(float *at, floats v, lane_mask mask) { _mm512_mask_storeu_ps(at, mask, v); }
+#else
+enum { QUERIES = 2, PARTS_OF_ONE = 8, PARTS_OF_MANY = 4 };
+typedef int lane_mask; /* not used: a head has a multiple of eight elements */
+
+static inline lane_mask lanes_left(int64_t d, int64_t dim) {
+    (void)d, (void)dim;
+    return 0;
+}
+
+static inline __attribute__((always_inline)) floats load_cached(const void *from, int64_t at, int half, lane_mask mask) {
+    (void)mask;
     if (!half) return _mm256_loadu_ps((const float *)from + at);
     return _mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)from + at)));
 }
 
-/* Whether float16 represents a head's key or value to its usual precision: no element above float16's largest, and the
- * largest not below its smallest normal number. NaN fits: it stays NaN. */
-static inline int fits_half(const float *values, int64_t dim) {
-    __m256 most = _mm256_setzero_ps();
-    for (int64_t d = 0; d < dim; d += LANES)
-        most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(values + d)), most);
-    float largest = hmax8(most);
-    return largest == 0 || (largest >= 0x1p-14f && largest <= 65504);
+static inline floats load_lanes(const float *at, lane_mask mask) {
+    (void)mask;
+    return load(at);
 }
 
-/* How keys and values are stored. ROUNDED is float32 rounded to float16 wherever that fits: when a cache becomes float32
- * because of one sequence, no bit changes for the others. */
-enum { FLOAT, HALF, ROUNDED };
-
-/* Stores a head's key or value. */
-static inline void store_head(void *to, int64_t at, const float *values, int64_t dim, int kind, int fits) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        __m256 eight = _mm256_loadu_ps(values + d);
-        __m128i half = _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT);
-        if (kind == HALF)
-            _mm_storeu_si128((void *)((uint16_t *)to + at + d), half);
-        else
-            _mm256_storeu_ps((float *)to + at + d, kind == ROUNDED && fits ? _mm256_cvtph_ps(half) : eight);
-    }
+static inline void store_lanes(float *at, floats v, lane_mask mask) {
+    (void)mask;
+    store(at, v);
 }
+#endif
 
-/* `half` is a compile-time constant after inlining. */
-#define HEAD static inline __attribute__((always_inline)) void
+/* A query and what it attends to. */
+typedef struct {
+    const float *query; /* (dim,) */
+    float *out;         /* (dim,) */
+    int64_t start, end; /* tokens start … end - 1 */
+    float *scores;      /* a token more than `end` - the tile's `start`, and SCORES_PADDING */
+} attention_query;
 
-/* scores[t] = scale · query · keys[t], four keys at a time; the order of the sum is the same for every key. */
-HEAD attention_scores(const float *query, const void *keys, const void *values, int64_t count, int64_t dim, float scale,
-           float *scores, int half) {
-    int64_t bytes = dim * (half ? 2 : 4);
-    for (int64_t t = 0; t < count; t += 4) {
-        int64_t present = count - t < 4 ? count - t : 4;
-        __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+enum { SCORES_PADDING = 16 };
+
+/* Queries that attend to the same head of a sequence; `start` and `end` enclose those of all of them. */
+typedef struct {
+    attention_query queries[QUERIES];
+    head_blocks of, next; /* `next`: whose keys are prefetched; its table is as long */
+    int64_t start, end, dim;
+    float scale;
+} attention_tile;
+
+/* `half`, `count` (queries) and `parts` are compile-time constants after inlining. */
+#define TILE static inline __attribute__((always_inline)) void
+
+/* scores[t] = scale · query · keys[t] of tokens within a block, four keys at a time; the order of a sum is the same for
+ * every key and in every tile. Up to three scores behind the last are written as well. */
+TILE span_scores(const attention_tile *a, int count, const void *keys, const void *values, int64_t tokens, int64_t at,
+                 int half) {
+    int64_t dim = a->dim, bytes = dim * (half ? 2 : 4);
+    for (int64_t t = 0; t < tokens; t += 4) {
+        int64_t present = tokens - t < 4 ? tokens - t : 4;
+        floats sums[QUERIES][4];
+        for (int q = 0; q < count; q++)
+            for (int i = 0; i < 4; i++) sums[q][i] = broadcast(0);
         for (int64_t byte = 0; byte < 4 * bytes; byte += 64)
             _mm_prefetch((const char *)values + t * bytes + byte, _MM_HINT_T0);
-        for (int64_t d = 0; d < dim; d += LANES) {
-            __m256 part = _mm256_loadu_ps(query + d);
-            for (int i = 0; i < 4; i++)
-                sums[i] = _mm256_fmadd_ps(part, load8(keys, (i < present ? t + i : t) * dim + d, half), sums[i]);
+        for (int64_t d = 0; d < dim; d += SIMD_WIDTH) {
+            lane_mask mask = lanes_left(d, dim);
+            floats key[4];
+            for (int i = 0; i < 4; i++) key[i] = load_cached(keys, (i < present ? t + i : t) * dim + d, half, mask);
+            for (int q = 0; q < count; q++) {
+                floats part = load_lanes(a->queries[q].query + d, mask);
+                for (int i = 0; i < 4; i++) sums[q][i] = fmadd(part, key[i], sums[q][i]);
+            }
         }
-        _mm_storeu_ps(scores + t, _mm_mul_ps(hsum8x4(sums), _mm_set1_ps(scale)));
+        for (int q = 0; q < count; q++)
+            _mm_storeu_ps(a->queries[q].scores + at - a->start + t, _mm_mul_ps(hsum4(sums[q]), _mm_set1_ps(a->scale)));
     }
 }
 
-/* out = Σ weights[t] · values[t]; eight accumulators at a time stay in registers. */
-HEAD weighted_sum(const float *weights, const void *values, int64_t count, int64_t dim, const char *next, float *out,
-           int half) {
-    enum { PARTS = 8 };
-    int64_t bytes = dim * (half ? 2 : 4);
-    for (int64_t d = 0; d < dim; d += PARTS * LANES) {
-        int64_t left = (dim - d) / LANES, parts = left < PARTS ? left : PARTS;
-        __m256 sums[PARTS];
-        for (int i = 0; i < PARTS; i++) sums[i] = _mm256_setzero_ps();
-        for (int64_t t = 0; t < count; t++) {
-            __m256 weight = _mm256_set1_ps(weights[t]);
-            int64_t at = t * dim + d;
-            for (int64_t byte = 0; d == 0 && byte < bytes; byte += 64) _mm_prefetch(next + t * bytes + byte, _MM_HINT_T0);
-            if (parts == PARTS)
-                for (int i = 0; i < PARTS; i++)
-                    sums[i] = _mm256_fmadd_ps(weight, load8(values, at + i * LANES, half), sums[i]);
-            else
-                for (int64_t i = 0; i < parts; i++)
-                    sums[i] = _mm256_fmadd_ps(weight, load8(values, at + i * LANES, half), sums[i]);
-        }
-        for (int64_t i = 0; i < parts; i++) _mm256_storeu_ps(out + d + i * LANES, sums[i]);
+TILE attention_scores(const attention_tile *a, int count, int half) {
+    int64_t bytes = a->dim * (half ? 2 : 4);
+    for (int64_t at = a->start; at < a->end;) {
+        span s = next_span(at, a->end);
+        const char *block = block_at(&a->of, s.block);
+        span_scores(a, count, block + a->of.keys + s.at * bytes, block + a->of.values + s.at * bytes, s.count, at, half);
+        at += s.count;
     }
 }
 
-/* out (dim,): `query` attends to the first `count` of keys and values (…, dim). `scores` holds count + 8; `next` are
- * keys to prefetch. dim is a multiple of 8. */
-#define ATTEND(name, half) \
-    static __attribute__((noinline)) void name(const float *query, const void *keys, const void *values, int64_t count, \
-                                               int64_t dim, const char *next, float *scores, float *out) { \
-        attention_scores(query, keys, values, count, dim, 1.0f / sqrtf((float)dim), scores, half); \
-        softmax(scores, count); \
-        weighted_sum(scores, values, count, dim, next, out, half); \
+/* Scores → weights: 0 for tokens of the tile that the query doesn't attend to. */
+static void weigh(const attention_tile *a, const attention_query *q) {
+    float *own = q->scores + q->start - a->start;
+    softmax(own, q->end - q->start);
+    for (int64_t t = a->start; t < q->start; t++) q->scores[t - a->start] = 0;
+    for (int64_t t = q->end; t < a->end; t++) q->scores[t - a->start] = 0;
+}
+
+/* sums += Σ weights[t] · values[t] of tokens within a block, elements from d; prefetches `next`. */
+TILE add_span(const attention_tile *a, int count, int parts, const void *values, const char *next, int64_t tokens,
+              int64_t at, int64_t d, floats (*sums)[PARTS_OF_ONE], int half) {
+    int64_t dim = a->dim, bytes = dim * (half ? 2 : 4);
+    for (int64_t t = 0; t < tokens; t++) {
+        floats value[PARTS_OF_ONE];
+        for (int64_t byte = 0; d == 0 && byte < bytes; byte += 64) _mm_prefetch(next + t * bytes + byte, _MM_HINT_T0);
+        for (int p = 0; p < parts; p++) {
+            int64_t from = d + p * SIMD_WIDTH;
+            value[p] = load_cached(values, t * dim + from, half, lanes_left(from, dim));
+        }
+        for (int q = 0; q < count; q++) {
+            floats weight = broadcast(a->queries[q].scores[at - a->start + t]);
+            for (int p = 0; p < parts; p++) sums[q][p] = fmadd(weight, value[p], sums[q][p]);
+        }
     }
-ATTEND(attend_float, 0)
-ATTEND(attend_half, 1)
+}
+
+/* out = Σ weights[t] · values[t], elements from d. */
+TILE sum_parts(const attention_tile *a, int count, int parts, int64_t d, int half) {
+    int64_t bytes = a->dim * (half ? 2 : 4);
+    floats sums[QUERIES][PARTS_OF_ONE];
+    for (int q = 0; q < count; q++)
+        for (int p = 0; p < parts; p++) sums[q][p] = broadcast(0);
+    for (int64_t at = a->start; at < a->end;) {
+        span s = next_span(at, a->end);
+        const char *values = block_at(&a->of, s.block) + a->of.values + s.at * bytes;
+        const char *keys = block_at(&a->next, s.block) + a->next.keys + s.at * bytes;
+        add_span(a, count, parts, values, keys, s.count, at, d, sums, half);
+        at += s.count;
+    }
+    for (int q = 0; q < count; q++)
+        for (int p = 0; p < parts; p++) {
+            int64_t from = d + p * SIMD_WIDTH;
+            store_lanes(a->queries[q].out + from, sums[q][p], lanes_left(from, a->dim));
+        }
+}
+
+TILE weighted_sums(const attention_tile *a, int count, int parts, int half) {
+    int64_t d = 0;
+    for (; d + parts * SIMD_WIDTH <= a->dim; d += parts * SIMD_WIDTH) sum_parts(a, count, parts, d, half);
+    for (; d < a->dim; d += SIMD_WIDTH) sum_parts(a, count, 1, d, half);
+}
+
+/* Computes the outputs of all queries of a tile. dim is a multiple of 8. */
+#define ATTEND(name, count, parts, half) \
+    static __attribute__((noinline)) void name(const attention_tile *a) { \
+        attention_scores(a, count, half); \
+        for (int q = 0; q < count; q++) weigh(a, &a->queries[q]); \
+        weighted_sums(a, count, parts, half); \
+    }
+ATTEND(attend_float_1, 1, PARTS_OF_ONE, 0)
+ATTEND(attend_half_1, 1, PARTS_OF_ONE, 1)
+ATTEND(attend_float_2, 2, PARTS_OF_MANY, 0)
+ATTEND(attend_half_2, 2, PARTS_OF_MANY, 1)
+#ifdef __AVX512BW__
+ATTEND(attend_float_3, 3, PARTS_OF_MANY, 0)
+ATTEND(attend_half_3, 3, PARTS_OF_MANY, 1)
+ATTEND(attend_float_4, 4, PARTS_OF_MANY, 0)
+ATTEND(attend_half_4, 4, PARTS_OF_MANY, 1)
+#endif
+
+static void attend(const attention_tile *a, int count, int half) {
+    typedef void attend_function(const attention_tile *);
+#ifdef __AVX512BW__
+    static attend_function *const functions[2][QUERIES] = {
+        {attend_float_1, attend_float_2, attend_float_3, attend_float_4},
+        {attend_half_1, attend_half_2, attend_half_3, attend_half_4},
+    };
+#else
+    static attend_function *const functions[2][QUERIES] = {{attend_float_1, attend_float_2}, {attend_half_1, attend_half_2}};
+#endif
+    functions[half][count - 1](a);
+}

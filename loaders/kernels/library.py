@@ -27,9 +27,10 @@ class Library:
         self.name = name
         loaded = ctypes.CDLL(str(path))  # releases the GIL for the length of a call
         compare_sizes(loaded)
-        self.linear, self.gpt2 = loaded.bitdial_linear, loaded.bitdial_gpt2
+        self.linear, self.decode = loaded.bitdial_linear, loaded.bitdial_decode
         self.linear.argtypes = [P, P, I64, P, P, ctypes.c_int]
-        self.gpt2.argtypes = [P, P, P, I64, P, ctypes.c_int]
+        self.decode.argtypes = [P, P, P, I64, P, ctypes.c_int]
+        self.block_tokens = I64.in_dll(loaded, "bitdial_block_tokens").value
         self.summarize = loaded.bitdial_summarize
         self.summarize.argtypes = [P, I64, I64, P, P, P, ctypes.c_int]
         for query in (loaded.bitdial_multiple, loaded.bitdial_computes_in):

@@ -26,22 +26,26 @@ class Norm(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """``layer`` of gpt2.c, as the following ones."""
+    """``layer`` of decoder.h, as the following ones."""
 
     _fields_ = [
-        ("before_attention", Norm),
-        ("before_mlp", Norm),
-        *((name, P) for name in ("qkv", "attention_out", "up", "down")),
+        *((name, Norm) for name in ("before_attention", "before_mlp", "query", "key")),
+        ("qkv", P * 3),
+        ("attention_out", P),
+        ("mlp_in", P * 2),
+        ("down", P),
+        ("window", I64),
     ]
 
 
-class Model(ctypes.Structure):
+class Decoder(ctypes.Structure):
     _fields_ = [
-        *((name, I64) for name in ("width", "heads", "layer_count")),
-        *((name, P) for name in ("tokens", "positions", "layers")),
+        *((name, I64) for name in ("width", "heads", "kv_heads", "head_dim", "inner", "layer_count")),
+        *((name, I64) for name in ("norm_kind", "activation", "gated", "interleaved", "parallel", "rotary")),
+        *((name, P) for name in ("tokens", "positions", "turns", "layers")),
         ("last", Norm),
         ("head", P),
-        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("epsilon", "embedding_scale", "attention_scale")),
     ]
 
 
@@ -50,14 +54,18 @@ class TokenRows(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    _fields_ = [("keys", P), ("values", P), ("context", I64), ("kind", I64)]
+    _fields_ = [
+        ("pool", P),
+        ("tables", P),
+        *((name, I64) for name in ("table_length", "block_bytes", "kind")),
+    ]
 
 
 SHARED: dict[str, type[ctypes.Structure]] = {
     "matrix": Matrix,
     "norm": Norm,
     "layer": Layer,
-    "gpt2": Model,
+    "decoder": Decoder,
     "token_rows": TokenRows,
     "cache": Cache,
 }

@@ -21,8 +21,7 @@ from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.layers.native_linear import adopt
 from loaders.pretrained import load_pretrained, meta_model, misfit
-from loaders.runners import gpt2_cpu_runner as gpt2_runner
-from loaders.runners.select import runner_for
+from loaders.runners.select import is_compiled, runner_for
 
 BLOCK = 64  # weights that share one absmax
 _CPU_CAST = "MatMul8bitLt: inputs will be cast"
@@ -99,14 +98,14 @@ def quantization_config(precision: str, spec: ModelSpec) -> Any:
 def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
     """The type of the tensors that are not quantized.
 
-    On a CPU bf16 if the lean runner can read it, since the head is most of a small model's memory traffic;
-    otherwise fp32. On a GPU the type that the kernels accept without casting.
+    On a CPU bf16 if the compiled forward pass reads it, since the head is most of a small model's memory
+    traffic; otherwise fp32. On a GPU the type that the kernels accept without casting.
     """
     if spec.unquantized_dtype != "auto":
         return DTYPES[spec.unquantized_dtype]
     if spec.device == "cpu":
-        lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
-        return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
+        compiled = is_compiled(spec.checkpoint.config)
+        return torch.bfloat16 if compiled and not spec.int8_threshold else torch.float32
     return torch.float16 if precision == "int8" else _sixteen_bits()
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from loaders.base import LoadedModel, Progress, ignore_progress
+from loaders.base import Progress, ignore_progress
 from loaders.quality import greedy
 from loaders.quality.divergence import Mean, Quantiles, TokenFigures, compare, exponential
 from loaders.quality.greedy import GreedyDivergence
-from loaders.quality.passes import Passes, Scorer
+from loaders.quality.passes import Passes, ScoredModel, Scorer
 from loaders.quality.text import (
     QualityError,
     Text,
@@ -134,8 +134,8 @@ class _Totals:
 
 
 def measure(
-    reference: LoadedModel,
-    candidates: Sequence[LoadedModel],
+    reference: ScoredModel,
+    candidates: Sequence[ScoredModel],
     text: Text,
     tokenizer: Any,
     *,
@@ -235,7 +235,7 @@ def _few_threads() -> Iterator[None]:
 
 
 def _continue(
-    reference: LoadedModel, totals: Sequence[_Totals], prompts: greedy.Prompts, progress: Progress
+    reference: ScoredModel, totals: Sequence[_Totals], prompts: greedy.Prompts, progress: Progress
 ) -> list[GreedyDivergence | None]:
     chosen, total = prompts.chosen(), len(totals) + 1
     # the same batches for every model, since the rounding of some kernels depends on the batch

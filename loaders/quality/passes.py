@@ -1,16 +1,16 @@
 """The passes of a model over a text: batches of windows, bounded in memory."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loaders.base import LoadedModel
 from loaders.quality.text import QualityError, Window
-from loaders.runner import DeviceRunner, LengthRunner
+from loaders.runner import DeviceRunner, LengthRunner, Runner
 
 MOST_LOGITS = 2**26
 """Logits of one model held at a time, in float32: 256 MB, and as much for the other model."""
@@ -18,6 +18,21 @@ MOST_TOKENS = 2**14
 """Most tokens of a pass, whatever ``batch`` is; bounds the activations."""
 PAYS, PAYS_ON_A_DEVICE = 2**10, 2**13
 """Tokens of a pass above which more bring little speed: measured on two cores, assumed for accelerators."""
+
+
+class ScoredModel(Protocol):
+    """What is scored: a ``LoadedModel``, or another engine's."""
+
+    @property
+    def precision(self) -> str:
+        """Its name in results and errors."""
+        ...
+
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def details(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Passes:
 
     @classmethod
     def of(
-        cls, models: Sequence[LoadedModel], window: int | None, stride: int | None, batch: int | None = None
+        cls, models: Sequence[ScoredModel], window: int | None, stride: int | None, batch: int | None = None
     ) -> "Passes":
         """Passes that fit all models: by default their context, half of it, and as many as speed it up.
 
@@ -55,7 +70,7 @@ class Passes:
         return cls(window, stride, max(1, min(fitting, batch or _paying(models, window))), rows)
 
 
-def _paying(models: Sequence[LoadedModel], window: int) -> int:
+def _paying(models: Sequence[ScoredModel], window: int) -> int:
     """Windows per pass beyond which more bring little speed."""
     if any(model.details.get("outlier_threshold") for model in models):
         return 1  # int8 finds outlier columns over the whole pass: windows would affect each other
@@ -66,7 +81,7 @@ def _paying(models: Sequence[LoadedModel], window: int) -> int:
 class Scorer:
     """Computes the windows with one model and adds up the seconds."""
 
-    def __init__(self, model: LoadedModel, passes: Passes) -> None:
+    def __init__(self, model: ScoredModel, passes: Passes) -> None:
         self.model, self.seconds = model, 0.0
         self._rows = passes.rows
 

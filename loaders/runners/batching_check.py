@@ -43,11 +43,11 @@ def check_rows(runner: Runner, config: Any, name: str) -> None:
         raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
 
 
-def check_numbers(runner: Runner, name: str, dtype: torch.dtype = torch.float32) -> None:
+def check_numbers(runner: Runner, name: str, dtype: torch.dtype) -> None:
     """Scores a short text, in the arithmetic that serves.
 
     Args:
-        dtype: of the computation.
+        dtype: of the weights.
 
     Raises:
         CheckpointError: some logits are not numbers.

@@ -1,10 +1,13 @@
 """Which Runner computes a loaded ``transformers`` model."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from loaders import kernels
+from loaders.architectures import UnsupportedArchitecture, architecture_of
 from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import CudaGraphs
 from loaders.cuda.forward import LeanGPT2
@@ -13,8 +16,8 @@ from loaders.cuda.memory import card_free
 from loaders.cuda.static_cache import Unsuitable
 from loaders.errors import CheckpointError
 from loaders.runner import Runner
-from loaders.runners import gpt2_cpu_runner as gpt2_runner
 from loaders.runners.batching_check import check_numbers, check_rows
+from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from loaders.runners.full_precision import full_precision
 from loaders.runners.transformers_runner import TransformersRunner
 
@@ -22,7 +25,7 @@ _CHECK_SLOTS = 2  # slots that the check of an architecture needs
 
 
 def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
-    """The lean runner if it supports the architecture and the layers, else ``TransformersRunner``.
+    """The compiled runner if it has the architecture and the layers, else ``TransformersRunner``.
 
     Raises:
         CheckpointError: no runner can batch the architecture.
@@ -30,11 +33,23 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     """
     if spec.device == "cuda":
         return _on_a_card(model, spec)
-    if gpt2_runner.supports(model):
-        runner = gpt2_runner.GPT2CPURunner(model, spec)
-        check_numbers(runner, spec.checkpoint.architecture)
-        return runner
-    return _checked(TransformersRunner(model, spec), spec)
+    try:
+        runner = DecoderCPURunner(model, spec, architecture_of(model.config))
+    except UnsupportedArchitecture as error:
+        return _checked(TransformersRunner(model, spec, str(error)), spec)
+    check_numbers(runner, spec.checkpoint.architecture, model.dtype)
+    return runner
+
+
+def is_compiled(config: Any) -> bool:
+    """Whether the compiled forward pass computes models of this configuration on a CPU."""
+    if kernels.get() is None:
+        return False
+    try:
+        architecture_of(config)
+    except UnsupportedArchitecture:
+        return False
+    return True
 
 
 def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:

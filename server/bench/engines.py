@@ -3,16 +3,21 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import loaders
-from loaders.base import LoadedModel, ModelSpec
-from server.bench import table
+from loaders.base import LoadedModel, ModelSpec, ignore_progress
+from loaders.checkpoint import load_tokenizer
+from loaders.errors import CheckpointError
+from loaders.quality import QualityError, held_out, text_file
+from server.bench import comparison, table
 from server.bench.bandwidth import MemorySpeed
 from server.bench.contenders import Contender
 from server.bench.document import Report
+from server.bench.errors import BenchError
 from server.bench.http.contender import HttpContender
 from server.bench.http.own_server import own_server
 from server.bench.options import Options
@@ -20,9 +25,11 @@ from server.bench.peers import environment
 from server.bench.peers.export import export
 from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
+from server.bench.quality import WINDOW, Qualities, excerpt
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
 from server.bench.table import PrintedTable
 from server.host.threads import run_in_own_thread
+from server.settings.output import save
 from server.terminal import folded, say
 
 ProgressOf = Callable[[str], AbstractContextManager[Progress]]
@@ -56,6 +63,7 @@ class Engines:
 
     def measure(self) -> None:
         """Raises: BenchError, LoaderError."""
+        qualities = self._qualities()
         with self._reference() as reference, self._peers() as peers:
             self._table = PrintedTable(table.COLUMNS, 3, table.LEGEND)
             for name in self._options.names():
@@ -70,12 +78,57 @@ class Engines:
                         device=self._spec.device,
                     )
                     asyncio.run(session.measure())
-        self._table.end()
-        if (warning := table.warning(self._table.rows)) is not None:
-            say(f"{folded(warning)}\n")
+            self._table.end()
+            if (warning := table.warning(self._table.rows)) is not None:
+                say(f"{folded(warning)}\n")
+            if qualities is not None:
+                self._measure_quality(qualities, lambda name: [*reference(name), *peers(name)])
+        self._compare(qualities)
 
-    def _load(self, name: str, progress: Progress) -> LoadedModel:
-        return run_in_own_thread(lambda: loaders.load(name, self._spec, progress), self._threads)
+    def _qualities(self) -> Qualities | None:
+        """Raises: BenchError, if the text can't be scored; so this comes first."""
+        if not self._options.quality_tokens:
+            return None
+        checkpoint, path = self._spec.checkpoint, self._options.text
+        try:
+            tokenizer = load_tokenizer(checkpoint)
+        except CheckpointError as error:
+            say(f"{folded(f'The quality is not measured: {error}')}\n")
+            return None
+        try:
+            text = held_out() if path is None else text_file(path)
+            text = excerpt(text, tokenizer, self._options.quality_tokens)
+        except QualityError as error:
+            raise BenchError(str(error)) from error
+        spec = replace(self._spec, slots=1)
+        load = partial(self._load, progress=ignore_progress, spec=spec)
+        return Qualities(load, text, tokenizer, spec.max_tokens, checkpoint.vocabulary, self._threads)
+
+    def _measure_quality(self, qualities: Qualities, others: MakersOf) -> None:
+        try:
+            with self._progress_of("quality") as progress, qualities.reference() as is_trained:
+                if is_trained:
+                    names = self._options.names()
+                    for done, name in enumerate(names):
+                        progress(f"scoring {name}", done, len(names))
+                        asyncio.run(qualities.add(name, others(name)))
+        except QualityError as error:
+            raise BenchError(str(error)) from error
+        self._report.sections["quality"] = qualities.figures()
+        say(f"{folded(qualities.heading())}\n")
+
+    def _compare(self, qualities: Qualities | None) -> None:
+        """Prints the table of speed beside quality, and writes it where it is asked for."""
+        found = comparison.lines(self._table.rows, {} if qualities is None else qualities.shown)
+        self._report.sections["comparison"] = [line.figures() for line in found]
+        printed = PrintedTable(comparison.columns(found), 2, comparison.legend(found))
+        for line in found:
+            printed.add(line)
+        printed.end()
+        save(self._options.markdown, comparison.markdown(found), "--markdown")
+
+    def _load(self, name: str, progress: Progress, spec: ModelSpec | None = None) -> LoadedModel:
+        return run_in_own_thread(lambda: loaders.load(name, spec or self._spec, progress), self._threads)
 
     def _http(self, precision: str) -> list[MakeContender]:
         return [partial(self._over_http, precision)] if self._options.own_server else []
@@ -106,11 +159,15 @@ class Engines:
             WorkerProcess("server.bench.peers.worker", python) as process,
         ):
             self._report.host["peers"] = process.ask(do="versions")
-            exported = run_in_own_thread(lambda: export(self._spec.checkpoint, Path(folder)), self._threads)
-            load = partial(process.load, export=str(exported), threads=self._threads)
+            longest = max(self._options.prompt + self._options.tokens, WINDOW)
+            exported = run_in_own_thread(
+                lambda: export(self._spec.checkpoint, Path(folder), longest), self._threads
+            )
+            load = partial(process.load, export=str(exported.folder), threads=self._threads)
             yield lambda precision: [
                 partial(load, f"{engine} {kind}", engine, kind=kind)
                 for engine, kind in PAIRS.get(precision, [])
+                if engine in exported.engines
             ]
 
     def _show(self, row: Row) -> None:

@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from server.bench.contenders import Prompts
 from server.bench.errors import BenchError
@@ -86,6 +89,18 @@ class RemoteContender:
             self._process.ask, do="run", key=self.name, prompts=prompts, tokens=tokens
         )
         return Run([answer["times"]] * len(prompts), answer["times"][0], answer["tokens"])
+
+    def score(self, texts: Prompts, kept: int) -> np.ndarray:
+        """Logits (texts, kept, vocabulary) after the last ``kept`` ids of texts of equal length, in float32.
+
+        Raises:
+            BenchError
+        """
+        with TemporaryDirectory(prefix="bitdial-logits-") as folder:
+            file = Path(folder) / "logits.npy"
+            self._process.ask(do="score", key=self.name, texts=texts, kept=kept, file=str(file))
+            found: np.ndarray = np.load(file)
+        return found
 
     async def close(self) -> None:
         self._process.ask(do="unload", key=self.name)

@@ -5,6 +5,7 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -61,6 +62,13 @@ class Generate:
                 **self._options,
             )
         return clock.times, output[:, ids.shape[1] :].tolist()
+
+    def score(self, texts: list[list[int]], kept: int) -> np.ndarray:
+        """Logits (texts, kept, vocabulary) after the last ``kept`` ids of each text, in float32."""
+        with torch.inference_mode():
+            logits = self._model(torch.tensor(texts, device=self._model.device), logits_to_keep=kept).logits
+        found: np.ndarray = logits.float().cpu().numpy()
+        return found
 
     def close(self) -> None:
         self._model = None

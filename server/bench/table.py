@@ -33,7 +33,7 @@ COLUMNS: list[Column[Row]] = [
     Column("floor", "tok/s", 7, lambda row: f"{row.floor.tokens_per_second:.0f}" if row.floor else None),
     Column("of it", "%", 5, lambda row: f"{_share(row):.0%}".rstrip("%") if row.floor else None),
     Column("same", "%", 4, lambda row: None if row.same_tokens is None else f"{100 * row.same_tokens:.0f}"),
-    Column("ratio", "×", 6, lambda row: _ratio(row)),
+    Column("ratio", "×", 6, lambda row: ratio_text(row)),
 ]
 
 LEGEND = """\
@@ -49,7 +49,8 @@ same      greedy tokens that equal bitdial's, each row up to its first differenc
 ratio     bitdial's decode ÷ this engine's;  ?: above 1 in one repeat, below in another"""
 
 
-def _ratio(row: Row) -> str | None:
+def ratio_text(row: Row) -> str | None:
+    """bitdial's decode rate ÷ the row's; None for bitdial itself."""
     if row.ratio is None:
         return None
     doubtful = bool(row.ratios) and min(row.ratios) <= 1 <= max(row.ratios)

@@ -2,10 +2,12 @@
 
     {"do": "load", "key": …, "engine": "llama.cpp", …}         →  {"weights_bytes": …}
     {"do": "run", "key": …, "prompts": [[…]], "tokens": 48}    →  {"times": […], "tokens": [[…]]}
+    {"do": "score", "key": …, "texts": [[…]], "kept": 8, "file": …}  →  {}
     {"do": "unload", "key": …}                                 →  {}
 
-An answer with "error" has the reason of a failure. The process ends at the end of its input. Engines run in
-processes of their own because each engine's threads spin while idle, and would slow down the others.
+The logits of a score are written to the file. An answer with "error" has the reason of a failure. The process
+ends at the end of its input. Engines run in processes of their own because each engine's threads spin while
+idle, and would slow down the others.
 """
 
 import json
@@ -14,14 +16,20 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 
 class BatchEngine(Protocol):
-    """A loaded engine that continues a batch in lockstep."""
+    """A loaded engine that continues a batch in lockstep, and scores texts of equal length."""
 
     weights_bytes: int | None
 
     def run(self, prompts: list[list[int]], tokens: int) -> tuple[list[float], list[list[int]]]:
         """Greedy. Returns seconds from the start to each step's last token, and each row's tokens."""
+        ...
+
+    def score(self, texts: list[list[int]], kept: int) -> np.ndarray:
+        """Logits (texts, kept, vocabulary) after the last ``kept`` ids of each text, in float32."""
         ...
 
     def close(self) -> None: ...
@@ -64,6 +72,10 @@ class Worker:
     def _run(self, key: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         times, ids = self._engines[key].run(prompts, tokens)
         return {"times": times, "tokens": ids}
+
+    def _score(self, key: str, texts: list[list[int]], kept: int, file: str) -> dict[str, Any]:
+        np.save(file, self._engines[key].score(texts, kept))
+        return {}
 
     def _unload(self, key: str) -> dict[str, Any]:
         self._engines.pop(key).close()

@@ -47,8 +47,8 @@ def json_option(group: str, text: str, unset: str) -> Any:
     return option(None, group, "FILE", text, unset=unset, validation_alias=names)
 
 
-def save(file: Path | None, text: str) -> None:
-    """Writes ``text`` to the file of ``--json``, if one was given; creates its folder.
+def save(file: Path | None, text: str, option: str = "--json") -> None:
+    """Writes ``text`` to the file of an option, if one was given; creates its folder.
 
     Raises:
         NotSaved
@@ -59,7 +59,7 @@ def save(file: Path | None, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise NotSaved(f"--json: {error.strerror}") from error
+        raise NotSaved(f"{option}: {error.strerror}") from error
 
 
 def precisions_option(group: str) -> Any:

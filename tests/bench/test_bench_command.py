@@ -65,7 +65,55 @@ def test_engines_are_compared_with_generate(
     assert "kernels: " in text
     assert "read + written bytes" in text
     assert folder not in text + json.dumps(report)
-    assert sum(line.startswith(("fp32", "dynamic-int8")) for line in lines) == 8
+    assert sum(line.startswith(("fp32", "dynamic-int8")) for line in lines) == 8 + 4
+    # weights at random: no quality, and it is said
+    assert "The weights predict no better than chance" in text
+    assert not [line for line in lines if line.startswith("perplexity ")]
+    assert not report["quality"]["trained"]
+    assert [line["mean_kl"] for line in report["comparison"]] == [None] * 4
+
+
+def test_quality_is_shown_beside_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "summary.md"
+    lines, report = run(
+        capsys, "--precisions", "fp32,nf4", "--batches", "1", "--prompt", "4", "--tokens", "60",
+        "--repeat", "1", "--quality-tokens", "300", "--markdown", str(file),
+    )  # fmt: skip
+    quality = report["quality"]
+    assert quality["trained"]
+    assert 300 <= quality["tokens"] <= 800
+    assert quality["scored"] == quality["tokens"] - -(-quality["tokens"] // quality["window"])
+    found = {(line["precision"], line["engine"]): line for line in report["comparison"]}
+    assert list(found) == [
+        (name, engine) for name in ("fp32", "nf4") for engine in ("bitdial", "transformers")
+    ]
+    ours, generate, nf4, bnb = found.values()
+    assert ours["mean_kl"] == 0.0
+    assert generate["mean_kl"] < 1e-6  # the same weights in another process
+    assert generate["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
+    assert 0.01 < nf4["mean_kl"] < 0.5
+    assert bnb["mean_kl"] == pytest.approx(nf4["mean_kl"], rel=0.2)
+    assert nf4["top1_agreement"] < ours["top1_agreement"] == 1.0
+    [rate] = [row["decode_tokens_per_second"] for row in report["rows"] if row["engine"] == "bitdial"][1:]
+    assert nf4["decode_tokens_per_second"] == {"1": rate}
+    assert f"first {quality['tokens']} tokens of held-out" in "\n".join(lines)
+    head, _, *rows = file.read_text().splitlines()
+    assert head.startswith(
+        "| precision | engine | weights (MB) | perplexity | KL (nats) | top-1 (%) | tok/s 1 |"
+    )
+    assert len(rows) == 4
+    assert f" {nf4['perplexity']:.3f} | {nf4['mean_kl']:.4f} | " in rows[2]
+
+
+def test_quality_can_be_left_out(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, report = run(
+        capsys, "--model", folder, "--precisions", "fp32", *SIZES, "--no-generate", "--quality-tokens", "0"
+    )
+    assert "quality" not in report
+    assert "better than chance" not in "\n".join(lines)
+    [line] = report["comparison"]
+    assert line["perplexity"] is None
+    assert line["decode_tokens_per_second"].keys() == {"1", "3"}
 
 
 def test_costs_by_context_and_their_plot(
@@ -148,6 +196,7 @@ def test_a_started_server_is_compared_with_the_engine(
         (["--rates", "0"], 2, "is not a list of rates"),
         (["--precisions", "int3"], 2, "choose from fp32"),
         (["--prompt", "500", "--tokens", "20"], 1, "exceed the context of 512"),
+        (["--text", "missing.txt"], 1, "missing.txt is not a file"),
         (["--contexts", "510"], 1, "--contexts 510: at most 508 in a context of 512"),
     ],
 )

@@ -7,21 +7,37 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import loaders
 from loaders.checkpoint import open_checkpoint
 from server.bench.errors import BenchError
 from server.bench.peers import environment
-from server.bench.peers.convert import Exported, gguf_name, write_gguf
 from server.bench.peers.export import export
+from server.bench.peers.exported import Exported
+from server.bench.peers.gguf_file import gguf_name, write_gguf
 from server.bench.peers.worker import PAIRS
 from tests import checkpoints
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
 
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Exported:
     folder = checkpoints.save(checkpoints.gpt2(), tmp_path / "tiny")
-    return Exported(export(open_checkpoint(str(folder)), tmp_path / "export"))
+    return Exported(export(open_checkpoint(str(folder)), tmp_path / "export", 64).folder)
 
 
 def field(reader: gguf.GGUFReader, name: str) -> Any:
@@ -57,7 +73,7 @@ def test_the_gguf_holds_the_models_weights_under_llama_cpps_names(exported: Expo
         assert f"{known.get_name(stem)}.{kind}" == gguf_name(name)
 
 
-def test_the_gguf_describes_the_model_and_its_tokenizer(exported: Exported, tmp_path: Path) -> None:
+def test_the_gguf_describes_a_gpt2_without_a_tokenizer(exported: Exported, tmp_path: Path) -> None:
     reader = gguf.GGUFReader(write_gguf(exported, tmp_path / "f32.gguf"))
     config = checkpoints.gpt2().config
     assert field(reader, "general.architecture") == "gpt2"
@@ -67,24 +83,84 @@ def test_the_gguf_describes_the_model_and_its_tokenizer(exported: Exported, tmp_
     assert field(reader, "gpt2.feed_forward_length") == 4 * config.n_embd
     assert field(reader, "gpt2.attention.head_count") == config.n_head
     assert field(reader, "gpt2.attention.layer_norm_epsilon") == pytest.approx(config.layer_norm_epsilon)
-    assert field(reader, "tokenizer.ggml.model") == "gpt2"
-    assert field(reader, "tokenizer.ggml.pre") == "gpt-2"
-    tokenizer = checkpoints.byte_tokenizer()
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    assert len(tokens) == len(set(tokens)) == config.vocab_size
-    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    assert field(reader, "tokenizer.ggml.merges")[:2] == ["t h", "th e"]
-    types = field(reader, "tokenizer.ggml.token_type")
-    assert types[0] == gguf.TokenType.CONTROL
-    assert types[1] == gguf.TokenType.NORMAL
-    assert types[-1] == gguf.TokenType.UNUSED
-    assert field(reader, "tokenizer.ggml.eos_token_id") == config.eos_token_id
+    assert field(reader, "gpt2.vocab_size") == config.vocab_size
+    assert field(reader, "tokenizer.ggml.model") == "no_vocab"
 
 
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    folder = checkpoints.save(checkpoints.llama(), tmp_path / "llama")
-    with pytest.raises(BenchError, match="GPT-2 checkpoints; this is a LlamaForCausalLM"):
-        export(open_checkpoint(str(folder)), tmp_path / "export")
+def test_a_llamas_rotated_rows_are_in_pairs(tmp_path: Path) -> None:
+    model = checkpoints.llama()
+    folder = checkpoints.save(model, tmp_path / "llama")
+    exported = Exported(export(open_checkpoint(str(folder)), tmp_path / "export", 64).folder)
+    reader = gguf.GGUFReader(write_gguf(exported, tmp_path / "f32.gguf"))
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
+    named = dict(model.named_parameters())
+    assert len(written) == len(named)
+    keys = named["model.layers.1.self_attn.k_proj.weight"].detach().numpy()
+    # two heads of 16: row 1 is the first half's partner of row 0, which was 8 rows further
+    assert np.array_equal(written["blk.1.attn_k.weight"][:3], keys[[0, 8, 1]])
+    assert np.array_equal(written["blk.1.attn_k.weight"][16:19], keys[[16, 24, 17]])
+    values = named["model.layers.1.self_attn.v_proj.weight"].detach().numpy()
+    assert np.array_equal(written["blk.1.attn_v.weight"], values)
+    assert np.array_equal(written["output.weight"], named["lm_head.weight"].detach().numpy())
+    assert field(reader, "general.architecture") == "llama"
+    assert field(reader, "llama.attention.head_count_kv") == 2
+    assert field(reader, "llama.rope.freq_base") == model.config.rope_parameters["rope_theta"]
+    assert field(reader, "llama.rope.dimension_count") == 16
+    # every name is one that llama.cpp's Llama knows
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name in named:
+        stem, kind = name.rsplit(".", 1)
+        assert f"{known.get_name(stem)}.{kind}" == gguf_name(name.removeprefix("model."))
+
+
+ROPE = {"rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)), "measured on GPT2, Llama, .*; this is a GPTNeoXFor"),
+        (LlamaForCausalLM(LlamaConfig(**SMALL, hidden_act="relu")), "its activation is relu"),
+        (
+            MistralForCausalLM(MistralConfig(**SMALL, sliding_window=63)),
+            "slides over 63 tokens, fewer than the 64",
+        ),
+        (
+            LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=ROPE | {"rope_type": "dynamic"})),
+            "its rotary scaling is 'dynamic'",
+        ),
+        (
+            LlamaForCausalLM(
+                LlamaConfig(**SMALL, rope_parameters=ROPE | {"rope_type": "yarn", "attention_factor": 1.5})
+            ),
+            "llama.cpp ignores attention_factor of its YaRN",
+        ),
+        (
+            Qwen2ForCausalLM(
+                Qwen2Config(
+                    **SMALL,
+                    rope_parameters=ROPE
+                    | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                )
+            ),
+            "Llama 3's rotary scaling for Llama alone, not for qwen2",
+        ),
+    ],
+    ids=["architecture", "activation", "window", "scaling", "yarn", "llama3"],
+)
+def test_what_the_peers_would_compute_otherwise_is_refused(model: Any, reason: str, tmp_path: Path) -> None:
+    folder = checkpoints.save(model, tmp_path / "model")
+    with pytest.raises(BenchError, match=reason):
+        export(open_checkpoint(str(folder)), tmp_path / "export", 64)
+
+
+def test_a_window_that_no_sequence_fills_is_no_difference(tmp_path: Path) -> None:
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64))
+    folder = checkpoints.save(model, tmp_path / "mistral")
+    assert export(open_checkpoint(str(folder)), tmp_path / "export", 64).engines == (
+        "llama.cpp",
+        "CTranslate2",
+    )
 
 
 def test_peers_are_compared_with_existing_precisions() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import ctranslate2
+import numpy as np
 
 
 class CTranslate2:
@@ -14,12 +15,10 @@ class CTranslate2:
         folder: of the converted model.
         kind: ``float32`` or ``int8``; the weights are quantized while loading.
         threads: of a forward pass.
-        vocabulary: its tokens by id: it takes prompts as tokens.
     """
 
-    def __init__(self, folder: Path, kind: str, threads: int, vocabulary: list[str]) -> None:
+    def __init__(self, folder: Path, kind: str, threads: int) -> None:
         self.weights_bytes: int | None = None  # not reported
-        self._vocabulary = vocabulary
         self._generator = ctranslate2.Generator(str(folder), compute_type=kind, intra_threads=threads)
 
     def run(self, prompts: list[list[int]], tokens: int) -> tuple[list[float], list[list[int]]]:
@@ -32,7 +31,7 @@ class CTranslate2:
             return False
 
         results = self._generator.generate_batch(
-            [[self._vocabulary[id_] for id_ in prompt] for prompt in prompts],
+            [[str(id_) for id_ in prompt] for prompt in prompts],
             max_length=tokens,
             min_length=tokens,
             sampling_topk=1,
@@ -40,6 +39,11 @@ class CTranslate2:
             callback=on_token,
         )
         return times, [result.sequences_ids[0] for result in results]
+
+    def score(self, texts: list[list[int]], kept: int) -> np.ndarray:
+        """Logits (texts, kept, vocabulary) after the last ``kept`` ids of each text, in float32."""
+        logits = self._generator.forward_batch(texts, return_log_probs=False)
+        return np.array(logits, dtype=np.float32)[:, -kept:]
 
     def close(self) -> None:
         self._generator.unload_model()

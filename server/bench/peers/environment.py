@@ -26,7 +26,7 @@ def ensure(folder: Path | None = None) -> Path:
         BenchError: it can't be created; pip has printed the reason.
     """
     python = (folder or default_folder()) / "bin" / "python"
-    if _works(python):
+    if works(python):
         return python
     if folder is not None:
         raise BenchError(f"{folder} is no virtual environment with {', '.join(REQUIREMENTS)}")
@@ -34,7 +34,8 @@ def ensure(folder: Path | None = None) -> Path:
     return python
 
 
-def _works(python: Path) -> bool:
+def works(python: Path) -> bool:
+    """Whether this interpreter exists and can import the peers."""
     return python.exists() and not subprocess.run([python, "-c", _TRIAL], capture_output=True).returncode
 
 
@@ -49,7 +50,7 @@ def _install(folder: Path, python: Path) -> None:
         _run([sys.executable, "-m", "venv", str(folder)])
     # verbose, to show the compiler's progress
     _run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-v", *REQUIREMENTS])
-    if not _works(python):
+    if not works(python):
         raise BenchError(f"what was installed into {folder} can't be imported")
 
 

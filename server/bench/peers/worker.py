@@ -3,16 +3,16 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from server.bench.peers.convert import Exported, write_ctranslate2, write_gguf
+from server.bench.peers.exported import Exported
 from server.bench.worker import BatchEngine, Worker
 
 PAIRS: dict[str, list[tuple[str, str]]] = {
     "fp32": [("llama.cpp", "f32"), ("CTranslate2", "float32")],
     "dynamic-int8": [("llama.cpp", "Q8_0"), ("CTranslate2", "int8")],
     "int8": [("llama.cpp", "Q8_0"), ("CTranslate2", "int8")],
-    "nf4": [("llama.cpp", "Q4_0")],
+    "nf4": [("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_K_M")],
 }
-"""Peers by precision: (engine, its closest format)."""
+"""Peers by precision: (engine, its closest formats)."""
 
 
 def main() -> None:
@@ -21,6 +21,7 @@ def main() -> None:
 
 
 def _llama_cpp(kind: str, export: str, threads: int) -> BatchEngine:
+    from server.bench.peers.gguf_file import write_gguf
     from server.bench.peers.llama import LlamaCpp, quantize
 
     plain, wanted = Path(export) / "f32.gguf", Path(export) / f"{kind}.gguf"
@@ -33,8 +34,9 @@ def _llama_cpp(kind: str, export: str, threads: int) -> BatchEngine:
 
 def _ctranslate2(kind: str, export: str, threads: int) -> BatchEngine:
     from server.bench.peers.ct2 import CTranslate2
+    from server.bench.peers.ct2_folder import write_ctranslate2
 
-    exported, folder = Exported(Path(export)), Path(export) / "ctranslate2"
+    folder = Path(export) / "ctranslate2"
     if not folder.exists():
-        write_ctranslate2(exported, folder)
-    return CTranslate2(folder, kind, threads, exported.facts["tokens"])
+        write_ctranslate2(Exported(Path(export)), folder)
+    return CTranslate2(folder, kind, threads)

@@ -8,7 +8,8 @@ import pytest
 
 from loaders import kernels
 from loaders.kernels import Library, build, structures
-from tests.loaders.kernels import test_gpt2_kernel as small
+from tests import decoders
+from tests.loaders.kernels.test_decoder_kernel import IDS, Cache, packed
 
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
@@ -29,13 +30,14 @@ def test_a_structure_of_another_size_is_refused(name: str, monkeypatch: pytest.M
 def test_miscounted_phases_are_an_error(phases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*build.SOURCES, *build.HEADERS]:
         (tmp_path / name).write_bytes((build.FOLDER / name).read_bytes())
-    source = tmp_path / "gpt2.c"
+    source = tmp_path / "decoder.c"
     source.write_text(re.sub(r"PHASES_PER_LAYER = \d+", f"PHASES_PER_LAYER = {phases}", source.read_text()))
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     try:
         build._compile(["-march=x86-64-v3", "-O1"], tmp_path / "miscounted.so")
     except build.BuildError as error:
         pytest.skip(str(error))
-    compute = small.packed(Library(tmp_path / "miscounted.so", "miscounted"), small.reference(8))
+    model = decoders.make("llama")
+    compute = packed(Library(tmp_path / "miscounted.so", "miscounted"), model)
     with pytest.raises(RuntimeError, match="another number of phases"):
-        compute(small.empty_cache(8), [0] * 5, range(5), small.ids_of(5), 5)
+        compute(Cache(model), [0] * 5, range(5), IDS[:5], 5)

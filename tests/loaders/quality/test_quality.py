@@ -19,7 +19,7 @@ from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.quality import Quality, QualityError, Text, held_out, measure, text_file
 from loaders.quality.divergence import BLOCK
-from loaders.runners.gpt2_cpu_runner import GPT2CPURunner
+from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from tests.fakes import FakeRunner, fake_model
 
 WORDS = "the naïve café – in an other theatre, 東京 and then there …\n    indented, and again\n" * 24
@@ -114,7 +114,7 @@ def test_every_figure_equals_the_obvious_computation(
         reference, [candidate], text_of(content, tmp_path), tokenizer, window=length, stride=stride
     )
     # windows are computed together, which transformers' own forward rounds differently
-    near = 1e-7 if isinstance(reference.runner, GPT2CPURunner) else 1e-4
+    near = 1e-7 if isinstance(reference.runner, DecoderCPURunner) else 1e-4
     for name, value in expected.items():
         histogram = name in ("median_kl", "p99_kl")
         assert getattr(found, name) == pytest.approx(value, rel=0.003 if histogram else near), name

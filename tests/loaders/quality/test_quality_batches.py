@@ -16,7 +16,7 @@ from loaders.checkpoint import load_tokenizer
 from loaders.quality import Text, measure, passes
 from loaders.quality.passes import Passes
 from loaders.quality.text import Window, batches, windows
-from loaders.runners.gpt2_cpu_runner import GPT2CPURunner
+from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from tests.fakes import FakeDeviceRunner, FakeRunner, fake_model
 
 WORDS = "the naïve café – in an other theatre, 東京 and then there …\n    indented, and again\n" * 24
@@ -62,7 +62,7 @@ def test_together_the_figures_are_those_of_each_window_alone(
         together = figures(models, small_spec, window=window, stride=stride, batch=batch)
         assert together[0]["batch"] == (batch or passes.PAYS // window)
         # the compiled kernels compute each row by itself
-        assert_same(together, alone, exactly=isinstance(models[0].runner, GPT2CPURunner))
+        assert_same(together, alone, exactly=isinstance(models[0].runner, DecoderCPURunner))
 
 
 def test_a_window_with_too_many_logits_is_computed_in_chunks(
@@ -72,7 +72,7 @@ def test_a_window_with_too_many_logits_is_computed_in_chunks(
     monkeypatch.setattr(passes, "MOST_LOGITS", 17 * models[0].runner.vocabulary)
     parts = figures(models, small_spec, window=100, stride=60)
     assert parts[0]["batch"] == 1
-    assert_same(parts, whole, exactly=isinstance(models[0].runner, GPT2CPURunner))
+    assert_same(parts, whole, exactly=isinstance(models[0].runner, DecoderCPURunner))
 
 
 @pytest.mark.parametrize("kept", [5, 9])
@@ -83,7 +83,7 @@ def test_texts_scored_together_have_the_logits_of_each(models: list[LoadedModel]
         assert (found.shape, found.dtype) == ((3, kept, model.runner.vocabulary), torch.float32)
         for row, ids in zip(found, texts, strict=True):
             torch.testing.assert_close(row, model.runner.score(ids)[-kept:], atol=2e-4, rtol=1e-4)
-            assert not isinstance(model.runner, GPT2CPURunner) or torch.equal(
+            assert not isinstance(model.runner, DecoderCPURunner) or torch.equal(
                 row, model.runner.score(ids)[-kept:]
             )
 

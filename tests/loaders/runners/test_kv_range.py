@@ -14,7 +14,7 @@ from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.cuda.static_cache import Shape, StaticCache
 from loaders.errors import CheckpointError
-from loaders.runners.gpt2_cpu_runner import GPT2CPURunner
+from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from tests import checkpoints
 
 compiled = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
@@ -59,20 +59,21 @@ def test_scaled_weights_give_the_same_logits(
     precision: str, keys: float, values: float, plain: ModelSpec, tmp_path: Path
 ) -> None:
     exact = loaders.load(precision, replace(plain, kv_dtype="fp32")).runner
+    assert isinstance(exact, DecoderCPURunner)
     expected = exact.score(PROMPT)
     runner = loaders.load(precision, spec_of(scaled(keys, values), tmp_path / "scaled")).runner
-    assert isinstance(runner, GPT2CPURunner)
+    assert isinstance(runner, DecoderCPURunner)
     assert distance(runner.score(PROMPT), expected) < 0.05
     runner.prefill(1, PROMPT[:-1], "none")
     assert distance(runner.decode([1], PROMPT[-1:])[0], expected[-1]) < 0.05
-    assert runner.kv_cache_bytes == exact.kv_cache_bytes
+    assert runner.pool.block_bytes == exact.pool.block_bytes
     assert runner.report()["kv_cache_dtype"].startswith("float32, since float16")
 
 
 @compiled
 def test_keys_and_values_in_range_are_kept_in_float16(plain: ModelSpec) -> None:
     runner = loaders.load("bf16", plain).runner
-    assert isinstance(runner, GPT2CPURunner)
+    assert isinstance(runner, DecoderCPURunner)
     runner.score(PROMPT)
     assert runner.report() == {"kv_cache_dtype": "float16"}
 
@@ -93,7 +94,7 @@ def test_a_sequence_that_widens_the_cache_changes_no_bit_of_the_others(tmp_path:
 
     def run(mate: bool) -> tuple[list[Tensor], str]:
         runner = loaders.load("bf16", spec).runner
-        assert isinstance(runner, GPT2CPURunner)
+        assert isinstance(runner, DecoderCPURunner)
         runner.prefill(0, common[:3], "none")
         found = [runner.decode([0], common[3:4])]
         if mate:

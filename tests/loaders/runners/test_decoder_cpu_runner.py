@@ -1,4 +1,4 @@
-"""The lean GPT-2 against ``transformers``' forward, and its guarantee of bit-identical results."""
+"""The compiled runner against ``transformers``' forward, and its guarantee of bit-identical results."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.pretrained import load_pretrained
-from loaders.runners.gpt2_cpu_runner import GPT2CPURunner
+from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
 
@@ -33,8 +33,8 @@ def model(request: pytest.FixtureRequest, spec: ModelSpec) -> LoadedModel:
     return loaders.load(request.param, spec)
 
 
-def test_it_serves_gpt2_in_every_precision(model: LoadedModel) -> None:
-    assert isinstance(model.runner, GPT2CPURunner)
+def test_it_serves_every_precision(model: LoadedModel) -> None:
+    assert isinstance(model.runner, DecoderCPURunner)
     assert "compiled" in model.details["kernels"]
 
 
@@ -48,10 +48,12 @@ def test_fp32_logits_equal_transformers(spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "dynamic-int8"])
 def test_keys_and_values_take_half_as_much_where_weights_are_rounded(precision: str, spec: ModelSpec) -> None:
-    sizes = {
-        kind: loaders.load(precision, replace(spec, kv_dtype=kind)).runner.kv_cache_bytes
-        for kind in ("auto", "fp32", "fp16")
-    }
+    sizes = {}
+    for kind in ("auto", "fp32", "fp16"):
+        runner = loaders.load(precision, replace(spec, kv_dtype=kind)).runner
+        assert runner.kv_cache_bytes == 0  # memory is taken with the first token
+        runner.prefill(0, PROMPT, "none")
+        sizes[kind] = runner.kv_cache_bytes
     assert sizes["fp32"] == 2 * sizes["fp16"]
     assert sizes["auto"] == sizes["fp32" if precision == "fp32" else "fp16"]
 
@@ -76,7 +78,7 @@ def test_results_do_not_depend_on_how_a_prompt_is_chunked(model: LoadedModel) ->
 def test_prefill_and_decode_in_one_pass(model: LoadedModel) -> None:
     """Bit-identical to prefill and decode one after the other."""
     runner = model.runner
-    assert isinstance(runner, GPT2CPURunner)
+    assert isinstance(runner, DecoderCPURunner)
 
     def begin() -> None:
         runner.prefill(1, PROMPT[:20], "none")
