@@ -28,6 +28,9 @@ from loaders.runners.packing import pack
 
 _log = logging.getLogger(__name__)
 
+FORWARD = "compiled"
+"""The name of this runner's forward pass in ``/stats``."""
+
 
 class DecoderCPURunner(Runner):
     """Implements ``MixedRunner``, ``PagedRunner`` and ``ReportingRunner`` as well.
@@ -121,7 +124,8 @@ class DecoderCPURunner(Runner):
     def report(self) -> Mapping[str, Any]:
         """For ``/stats``."""
         kind = "float16" if self._half else "float32"
-        return {"kv_cache_dtype": f"{kind}, since float16 did not hold it" if self._widened else kind}
+        widened = f"{kind}, since float16 did not hold it"
+        return {"forward": FORWARD, "kv_cache_dtype": widened if self._widened else kind}
 
     @property
     def module(self) -> PreTrainedModel:
