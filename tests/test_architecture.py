@@ -36,6 +36,7 @@ LAYERS = (
     "loaders.layers loaders.architectures loaders.end_tokens",
     "loaders.hub loaders.config_check loaders.kernels",
     "loaders",
+    "loaders.config_values",
     "loaders.errors",
     "loaders.base",
     "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",

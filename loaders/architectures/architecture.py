@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.config_values import known_value
 from loaders.kernels.decoder_layers import Activation, Shape
 
 # names in ``transformers.activations.ACT2FN``
@@ -81,8 +82,8 @@ def windows(config: Any) -> list[int | None]:
     Raises:
         UnsupportedArchitecture: a layer has other attention than full or sliding.
     """
-    count, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
+    count, window = config.num_hidden_layers, known_value(config, "sliding_window")
+    types = known_value(config, "layer_types")
     if types is None:
         types = ["full_attention" if window is None else "sliding_attention"] * count
     if unknown := set(types) - {"full_attention", "sliding_attention"}:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loaders.config_values import known_value
 from loaders.errors import CheckpointError
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -34,8 +35,8 @@ class Masks:
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
-        self._window: int | None = getattr(config, "sliding_window", None)
-        self._types = set(getattr(config, "layer_types", None) or ())
+        self._window: int | None = known_value(config, "sliding_window")
+        self._types = set(known_value(config, "layer_types") or ())
         if unknown := self._types - _ATTENTION_TYPES:
             raise CheckpointError(
                 f"{type(model).__name__} has {', '.join(sorted(unknown))} layers; only models whose state is "

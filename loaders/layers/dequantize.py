@@ -5,6 +5,7 @@ Independent of bitsandbytes, whose own functions depend on the device and on whe
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loaders.kernels import FourBit
 
@@ -19,11 +20,11 @@ def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
 
 def dequantize_four_bit(codes: Tensor, state: FourBit) -> Tensor:
     """(outputs, inputs) of (outputs, inputs / 2) bytes, the first of two weights in the upper half."""
-    nibbles = torch.stack([codes >> 4, codes & 15], dim=-1)
     scales = state.scales.reshape(-1)
     if state.nested_table is not None and state.nested_scales is not None:
         outer = state.nested_scales.repeat_interleave(256)[: len(scales)]  # one for 256 inner ones
         scales = state.nested_table[scales.long()] * outer + state.nested_offset
-    weights = state.table[nibbles.view(-1).int()]
-    blocks = scales.repeat_interleave(state.block)[: len(weights)]
-    return weights.mul_(blocks).view(codes.shape[0], -1)
+    table = state.table
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=-1)  # of every byte
+    weights = functional.embedding(codes.reshape(-1).int(), pairs)
+    return weights.view(-1, state.block).mul_(scales[:, None]).view(codes.shape[0], -1)

@@ -23,7 +23,7 @@ class RowRope(nn.Module):
 
     def __init__(self, rope: nn.Module, original: int) -> None:
         super().__init__()
-        self._rope, self._original = rope, original
+        self._rope, self.original = rope, original
         self.long: Tensor | bool = False
         """Whether rows are beyond the original context: one value for all rows, or (rows,) booleans."""
 
@@ -38,9 +38,9 @@ class RowRope(nn.Module):
         self, long: bool, x: Tensor, positions: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, ...]:
         if not long:
-            return tuple(self._rope(x, positions.clamp(max=self._original - 1), *args, **kwargs))
+            return tuple(self._rope(x, positions.clamp(max=self.original - 1), *args, **kwargs))
         # one more position, beyond the original context, selects the long set
-        beyond = positions.new_full((len(positions), 1), self._original)
+        beyond = positions.new_full((len(positions), 1), self.original)
         parts = self._rope(x, torch.cat([positions, beyond], dim=1), *args, **kwargs)
         return tuple(part[:, :-1] for part in parts)
 
@@ -57,9 +57,13 @@ class LongRope:
     def of(cls, model: nn.Module, slots: int, context: int) -> "LongRope | None":
         """Replaces the model's rotary embeddings by ``RowRope``; None if no text exceeds an original context.
 
+        A second runner of the model uses those of the first; only one of them computes at a time.
+
         Raises:
             CheckpointError: layers of different kinds have different original contexts.
         """
+        if held := [module for module in model.modules() if isinstance(module, RowRope)]:
+            return cls(held, held[0].original, slots)
         found = dict(_switching(model, context))
         if not found:
             return None

@@ -18,6 +18,7 @@ from loaders.errors import CheckpointError
 from loaders.runner import Runner
 from loaders.runners.batching_check import check_numbers, check_rows
 from loaders.runners.decoder_cpu_runner import DecoderCPURunner
+from loaders.runners.full_precision import full_precision
 from loaders.runners.transformers_runner import TransformersRunner
 
 _CHECK_SLOTS = 2  # slots that the check of an architecture needs
@@ -71,17 +72,34 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
 
 def _check_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
     """Checks the architecture on a small temporary cache, uncaptured: the engine's thread captures."""
-    few = replace(spec, slots=min(spec.slots, _CHECK_SLOTS))
+    name, few = spec.checkpoint.architecture, _few_slots(spec)
+    with full_precision(model):
+        runner = GraphRunner(model, few, None, why_not="a check", free=_free(model, spec))
+        try:
+            check_rows(runner, spec.checkpoint.config, name)
+        finally:
+            runner.close()
     runner = GraphRunner(model, few, None, why_not="a check", free=_free(model, spec))
     try:
-        check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
+        check_numbers(runner, name, runner.module.dtype)
     finally:
         runner.close()
 
 
 def _checked(runner: TransformersRunner, spec: ModelSpec) -> TransformersRunner:
-    check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture, runner.module.dtype)
+    model, name = runner.module, spec.checkpoint.architecture
+    with full_precision(model):
+        trial = TransformersRunner(model, _few_slots(spec))
+        try:
+            check_rows(trial, spec.checkpoint.config, name)
+        finally:
+            trial.close()
+    check_numbers(runner, name, model.dtype)
     return runner
+
+
+def _few_slots(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, slots=min(spec.slots, _CHECK_SLOTS))
 
 
 def _why_not_captured(model: PreTrainedModel, spec: ModelSpec) -> str | None:

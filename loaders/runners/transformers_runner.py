@@ -27,7 +27,8 @@ class TransformersRunner(Runner):
         """``model`` is in evaluation mode and on its device, or on several.
 
         Args:
-            why_not: on a GPU, the reason why steps are not captured.
+            why_not: the reason for this runner: why steps are not captured on a GPU, why the model isn't
+                computed by the compiled forward pass on a CPU.
 
         Raises:
             CheckpointError: the architecture has other state than keys and values per token.
@@ -36,6 +37,7 @@ class TransformersRunner(Runner):
         self.slots, self.context = spec.slots, spec.max_tokens
         self.vocabulary = spec.checkpoint.vocabulary
         self._model: PreTrainedModel | None = model
+        self._name = f"transformers' {type(model).__name__}"
         self._device = model.device
         self._dtype = model.dtype
         self._cache = SlotCache(spec.slots, self.context)
@@ -104,10 +106,11 @@ class TransformersRunner(Runner):
         return self._cache.nbytes()
 
     def report(self) -> Mapping[str, Any]:
-        """For ``/stats``; empty on a CPU, where nothing is captured."""
-        if self._why_not is None:
-            return {}
-        return {"slots": self.slots, "captured": False, "not_captured_because": self._why_not}
+        """For ``/stats``."""
+        forward = {"forward": self._name}
+        if self._device.type == "cpu":
+            return {**forward, "not_compiled_because": self._why_not}
+        return {**forward, "slots": self.slots, "captured": False, "not_captured_because": self._why_not}
 
     @property
     def module(self) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from server.host.threads import compute_with
 from server.lifecycle import Lifecycle
 from server.observability.metrics import Metrics
 from server.service.kv_memory import KVMemory
-from server.service.precision_state import Lease, LoadProgress, PrecisionState, first_state
+from server.service.precision_state import Lease, LoadProgress, PrecisionState, first_state, forward_pass
 from server.service.upkeep import load_first, unload_idle
 from server.settings.server import Settings
 
@@ -137,7 +137,8 @@ class Pool:
         self._metrics.set_loaded(state.name, memory.by_kind(model), model.load_seconds)
         if (warning := quantization_warning(model)) is not None:
             _log.warning("%s", warning)
-        _log.info("%s loaded in %.1f s, %d bytes", state.name, model.load_seconds, memory.used_bytes(model))
+        facts = f"{model.load_seconds:.1f} s, {memory.used_bytes(model)} bytes"
+        _log.info("%s loaded in %s; forward pass: %s", state.name, facts, forward_pass(model))
         return engine
 
     def _engine_of(self, model: LoadedModel) -> Engine:

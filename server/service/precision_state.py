@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import loaders
-from loaders.base import Availability
+from loaders.base import Availability, LoadedModel
 from loaders.errors import UnknownPrecision
+from loaders.runner import ReportingRunner
 from server.engine.engine import Engine
 from server.errors import BadPrecision, Unavailable
 from server.settings.types import AUTO
@@ -103,3 +104,11 @@ def known_precision(name: object) -> str:
         return loaders.canonical(name)
     except UnknownPrecision as error:
         raise BadPrecision(str(error).encode("ascii", "backslashreplace").decode()) from None
+
+
+def forward_pass(model: LoadedModel) -> str:
+    """For the log: which forward pass computes the model and, if not the fastest, why."""
+    report = model.runner.report() if isinstance(model.runner, ReportingRunner) else {}
+    name = report.get("forward", type(model.runner).__name__)
+    why = report.get("not_compiled_because") or report.get("not_captured_because")
+    return f"{name}, since {why}" if why else str(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from loaders.tokenizer_faults import is_tokenizer_fault
 from server.errors import Invalid
+from server.service.text.control_tokens import SPLIT
 from server.service.text.detokenizer import Detokenizer, continued
 from server.service.text.offsets import TextOffsets
 from server.service.text.stop_strings import StopStrings
@@ -49,6 +50,11 @@ class TextCodec:
         """The text's token ids. Raises ``Invalid`` where the tokenizer fails on it."""
         ids: list[int] = self._encoded(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
+
+    def encode_conversation(self, text: str) -> list[int]:
+        """The ids of a rendered conversation. The template has written its special tokens; those in messages
+        are in parts (``control_tokens``). Raises ``Invalid`` as ``encode`` does."""
+        return [id_ for part in text.split(SPLIT) for id_ in self.encode(part, add_special_tokens=False)]
 
     def is_quick(self, text: str) -> bool:
         """Whether the event loop may encode it: it is short, and no short text has taken long so far."""

@@ -7,7 +7,7 @@ event loop, a longer one by ``EncodingThreads``, until the request's deadline.
 import asyncio
 import time
 from array import array
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from server.errors import BadRequest, DeadlinePassed, Invalid, PromptTooLong
 from server.service.chat.renderer import ChatRenderer
 from server.service.continuation import Conversation, GenerationRequest
 from server.service.text.codec import TextCodec, TokenSpan
+from server.service.text.control_tokens import ControlTokens
 from server.service.text.encoding_threads import EncodingThreads
 
 NO_TEMPLATE = "this model has no chat template; use /v1/completions"
@@ -64,6 +65,7 @@ class PromptEncoder:
     ) -> None:
         self._codec, self._vocabulary, self._chat = codec, vocabulary, chat
         self._max_input, self._max_total = max_input_tokens, max_total_tokens
+        self._control = ControlTokens(codec.vocabulary.special_names)
         self._threads = EncodingThreads()
 
     async def encode(self, request: GenerationRequest, deadline: float) -> list[int]:
@@ -104,17 +106,17 @@ class PromptEncoder:
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, str):
-            return await self._encoded(prompt, request)
+            return await self._encoded(prompt, request, self._codec.encode)
         text = await self._rendered(prompt, deadline)
-        return await self._encoded(text, request, add_special_tokens=False)  # the template has written them
+        return await self._encoded(text, request, self._codec.encode_conversation)
 
     async def _rendered(self, conversation: Conversation, deadline: float) -> str:
         if self._chat is None:
             raise BadRequest(NO_TEMPLATE, param="inputs")
-        return await self._chat.render(conversation.messages, deadline)
+        return await self._chat.render(self._control.as_text(conversation.messages), deadline)
 
     async def _encoded(
-        self, text: str, request: GenerationRequest, add_special_tokens: bool = True
+        self, text: str, request: GenerationRequest, encode: Callable[[str], list[int]]
     ) -> list[int]:
         if (length := self._codec.token_length) is not None:
             if request.truncate:
@@ -124,8 +126,8 @@ class PromptEncoder:
         if self._codec.is_quick(text):
             if len(text) > _SHORT:
                 await asyncio.sleep(0)  # a request may have a hundred prompts, encoded one after another
-            return self._codec.encode(text, add_special_tokens)
-        return await self._threads.run(partial(self._codec.encode, text, add_special_tokens))
+            return encode(text)
+        return await self._threads.run(partial(encode, text))
 
     def _check_length(self, fewest: int, request: GenerationRequest) -> None:
         most = self._max_total if request.max_new_tokens == 0 else self._max_input

@@ -58,6 +58,11 @@ class Vocabulary(dict[int, VocabularyToken]):
         self._byte_level = _BYTES if "ByteLevel" in _decoder_types(tokenizer) else None
         self._anchor = self._find_anchor()
 
+    @property
+    def special_names(self) -> list[str]:
+        """The names of all special tokens."""
+        return list(self._special.values())
+
     def decode(self, ids: list[int]) -> str:
         """Ids → text without special tokens, before ``clean_up_tokenization``.
 
