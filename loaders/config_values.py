@@ -1,7 +1,7 @@
 """Values of a ``transformers`` configuration: which have an effect, and which of those are impossible."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,9 +22,9 @@ def known_value(config: Any, key: str) -> Any:
 
 
 @cache
-def _knows(family: type[Any], key: str) -> bool:
+def _knows(family: Hashable, key: str) -> bool:
     try:
-        return hasattr(family(), key)
+        return callable(family) and hasattr(family(), key)
     except Exception:  # of any class: a configuration without defaults
         return True
 
