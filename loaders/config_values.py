@@ -18,7 +18,8 @@ def known_value(config: Any, key: str) -> Any:
 
     A configuration keeps every key of its file. A ``sliding_window`` left in a Llama's has no effect there.
     """
-    return getattr(config, key, None) if _knows(type(config), key) else None
+    family: Any = type(config)
+    return getattr(config, key, None) if _knows(family, key) else None
 
 
 @cache
