@@ -19,6 +19,7 @@ from loaders.errors import (
     UnknownPrecision,
     in_short,
 )
+from loaders.kv_cache.block_pool import CacheTooSmall
 from loaders.malloc import large_blocks_returned
 
 __all__ = [
@@ -117,6 +118,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
         raise
     except torch.OutOfMemoryError as error:  # raised by a device while loading or checking the runner
         raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id} in {name}") from error
+    except CacheTooSmall as error:
+        raise OutOfMemory(f"no room for {spec.checkpoint.model_id} in {name}: {error}") from error
     except MemoryError as error:
         raise OutOfMemory(
             f"no room for {spec.checkpoint.model_id} in {name}; "

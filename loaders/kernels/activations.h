@@ -2,7 +2,7 @@
 #pragma once
 #include <string.h>
 
-#include "matrix.h"
+#include "int8_rows.h"
 
 /* The type in which weights of a format are multiplied. Sums are float32, or int32 for INT8. */
 static inline enum format computes_in(enum format stored) {
@@ -16,13 +16,12 @@ static inline enum format computes_in(enum format stored) {
 typedef struct {
     char *data;
     int64_t stride; /* bytes from row to row */
-    float *scales;  /* INT8: one per row */
 } packed_activations;
 
 /* Whether activations and dequantized weights are in the order of lookup128. */
 static inline int is_interleaved(const matrix *m) { return m->format == FOUR_BIT && computes_in(FOUR_BIT) == BFLOAT16; }
 
-/* Values in a packed row: the inputs, and padding with zeros. */
+/* Values in a packed row: the inputs, and padding with zeros. (int8: also scales, see int8_rows.h.) */
 static inline int64_t packed_count(const matrix *m) {
     return is_interleaved(m) ? (m->inputs + 127) / 128 * 128 : m->inputs;
 }
@@ -30,7 +29,7 @@ static inline int64_t packed_count(const matrix *m) {
 /* 64 bytes more than a row needs: rows a multiple of 4 KiB apart would map to the same sets of the first-level cache. */
 static inline int64_t packed_stride(const matrix *m) {
     enum format type = computes_in(m->format);
-    return packed_count(m) * (type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1) + 64;
+    return (type == INT8 ? int8_row_bytes(m->inputs) : packed_count(m) * (type == FLOAT32 ? 4 : 2)) + 64;
 }
 
 #ifdef __AVX512BF16__
@@ -62,31 +61,6 @@ static void interleave_row(const float *x, int64_t count, uint16_t *out) {
 }
 #endif
 
-/* Quantizes a row to int8 by its largest magnitude; returns the scale. AVX-512: the integers have zero point 128. */
-static float quantize_row(const float *x, int64_t count, void *out) {
-    floats largest = broadcast(0), poison = broadcast(0);
-    for (int64_t k = 0; k < count; k += SIMD_WIDTH) {
-        floats values = load(x + k);
-        largest = maximum(largest, absolute(values));
-        poison = fmadd(values, broadcast(0), poison); /* NaN if a value is not finite */
-    }
-    float lanes[SIMD_WIDTH], range = 0;
-    store(lanes, largest);
-    for (int i = 0; i < SIMD_WIDTH; i++) range = lanes[i] > range ? lanes[i] : range;
-    floats inverse = broadcast(range > 0 ? 127.0f / range : 0.0f);
-    for (int64_t k = 0; k < count; k += SIMD_WIDTH) {
-#ifdef __AVX512BW__
-        __m128i narrow = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(load(x + k), inverse)));
-        _mm_storeu_si128((void *)((char *)out + k), _mm_xor_si128(narrow, _mm_set1_epi8(-128)));
-#else
-        __m256i q = _mm256_cvtps_epi32(mul(load(x + k), inverse));
-        __m128i q16 = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-        _mm_storel_epi64((void *)((char *)out + k), _mm_packs_epi16(q16, q16));
-#endif
-    }
-    return range / 127.0f + hsum(poison);
-}
-
 static void pack_row(packed_activations *to, const matrix *m, const float *x, int64_t row) {
     char *out = to->data + row * to->stride;
     int64_t inputs = m->inputs;
@@ -98,7 +72,7 @@ static void pack_row(packed_activations *to, const matrix *m, const float *x, in
         else round_row(x, inputs, (uint16_t *)out);
         return;
 #endif
-    case INT8: to->scales[row] = quantize_row(x, inputs, out); return;
+    case INT8: quantize_row(x, inputs, out); return;
     default: memcpy(out, x, sizeof(float) * inputs);
     }
 }

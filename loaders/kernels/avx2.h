@@ -23,11 +23,6 @@ static inline __m128 hsum8x4(const __m256 *v) {
     return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
-static inline __m128i hsum8x4i(const __m256i *v) {
-    __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    return _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-}
-
 /* eˣ for x ≤ 0, relative error below 2⁻²²: 2ⁿ · 2^f with n = round(x / ln 2), the second factor by a polynomial
  * (minimax coefficients of Cephes' expf). 0 below -87. */
 static inline __m256 exp8(__m256 x) {

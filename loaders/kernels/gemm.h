@@ -6,7 +6,7 @@
  * bit, alone and in any batch, in one prompt chunk or in ten.
  */
 #pragma once
-#include "gemv.h"
+#include "int8.h"
 #include "thread_team.h"
 #include "workspace.h"
 
@@ -32,7 +32,6 @@ static void allocate_gemm(gemm *g, const matrix *m, int64_t rows, int threads, w
     g->type = computes_in(m->format);
     g->packed.stride = packed_stride(m);
     g->packed.data = allocate(from, rows * g->packed.stride);
-    g->packed.scales = allocate(from, rows * sizeof(float));
     g->scratch = allocate(from, threads * CHANNELS * g->packed.stride);
 }
 
@@ -57,8 +56,8 @@ static void pack(void *job, int64_t row, const worker *by) {
 /* A function per type: in a common one the compiler optimizes for the other types. */
 #define VARIANT static __attribute__((noinline)) void
 
-VARIANT run_int8(const tile *t, int64_t row, int64_t rows, __m128i correction) {
-#define INT8_ROWS(n) int8_microkernel(t, row, n, correction)
+VARIANT run_int8(const tile *t, int64_t row, int64_t rows) {
+#define INT8_ROWS(n) int8_microkernel(t, row, n)
     SWITCH_ROWS(rows, INT8_ROWS)
 }
 
@@ -74,8 +73,8 @@ VARIANT run_bfloat16(const tile *t, int64_t row, int64_t rows) {
 }
 #endif
 
-static void run_microkernel(const tile *t, enum format type, int64_t row, int64_t rows, __m128i correction) {
-    if (type == INT8) run_int8(t, row, rows, correction);
+static void run_microkernel(const tile *t, enum format type, int64_t row, int64_t rows) {
+    if (type == INT8) run_int8(t, row, rows);
 #ifdef __AVX512BF16__
     else if (type == BFLOAT16) run_bfloat16(t, row, rows);
 #endif
@@ -105,25 +104,23 @@ static const char *weight_row(const matrix *m, enum format type, int64_t output,
 
 /* Rows `row` … `end` - 1 of one group of outputs, in tiles; each tile prefetches its part of the next group's weights. */
 static void compute_rows(tile *t, enum format type, int64_t row, int64_t end) {
-    __m128i correction = type == INT8 ? zero_point_correction(t) : _mm_setzero_si128();
     int64_t tiles = (end - row + ROWS - 1) / ROWS;
     int64_t lines = CHANNELS * PREFETCH_INTERVAL * bits_per_weight(t->m) / 512; /* of a whole group, per interval */
     t->next_lines = (lines + tiles - 1) / tiles;
     t->next = row_of(t->m, t->output + CHANNELS);
     for (; tiles; tiles--) {
         int64_t rows = (end - row + tiles - 1) / tiles;
-        run_microkernel(t, type, row, rows, correction);
+        run_microkernel(t, type, row, rows);
         row += rows;
         t->next += t->next_lines * t->m->inputs;
     }
 }
 
 static void compute_group(tile *t, enum format type, int64_t row, int64_t end, char *scratch) {
-    t->bias = t->scale = _mm_setzero_ps();
+    t->bias = _mm_setzero_ps();
     for (int c = 0; c < CHANNELS; c++) {
         t->w[c] = c < t->channels ? row_of(t->m, t->output + c) : t->w[0];
         if (c < t->channels && t->m->bias) t->bias[c] = bias_of(t->m, t->output + c);
-        if (c < t->channels && type == INT8) t->scale[c] = t->m->scales[t->output + c];
     }
     if (end - row == 1 && gemv(t, row)) return;
     for (int c = 0; c < CHANNELS; c++)

@@ -65,20 +65,3 @@ static void gemv_four_bit(const tile *t, int64_t row) {
     store_sums(t, row, hsum4(sums));
 }
 #endif
-
-static void gemv_int8(const tile *t, int64_t row) {
-    const char *x = x_row(t, row);
-    integers sums[CHANNELS], corrections[CHANNELS];
-    for (int c = 0; c < CHANNELS; c++) {
-        integers sum = zero_integers(), correction = zero_integers();
-        for (int64_t k = 0; k < t->m->inputs; k += INT8_STEP) {
-            integers w = load_int8(t->w[c] + k);
-            if (INT8_STEP == 64 || k % 64 == 0) prefetch_ahead(t->w[c] + k);
-            sum = dot_int8(sum, load_int8(x + k), w);
-            correction = add_zero_point(correction, w);
-        }
-        sums[c] = sum;
-        corrections[c] = correction;
-    }
-    store_int8_sums(t, row, _mm_sub_epi32(hsum4i(sums), hsum4i(corrections)));
-}

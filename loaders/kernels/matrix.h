@@ -12,7 +12,7 @@ enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8 };
 typedef struct {
     int64_t format, outputs, inputs;
     const void *data;
-    const float *scales;     /* INT8: one per output. FOUR_BIT: one per block of inputs, or NULL if nested */
+    const float *scales;     /* INT8: one per output, or lane_scales. FOUR_BIT: one per block, or NULL if nested */
     const void *bias;        /* (outputs,) or NULL */
     int64_t bias_format;     /* FLOAT32, BFLOAT16 or FLOAT16 */
     const float *table;      /* FOUR_BIT: the values of the 16 codes */
@@ -20,6 +20,7 @@ typedef struct {
     const uint8_t *codes;    /* FOUR_BIT, nested scales: scale = nested_table[code] * nested_scales[i / 256] + offset */
     const float *nested_table, *nested_scales;
     float nested_offset;
+    const uint16_t *lane_scales; /* INT8: (outputs, 16) bfloat16, of weights with k / 4 % 16 = lane; NULL: `scales` */
 } matrix;
 
 static inline int64_t bits_per_weight(const matrix *m) {

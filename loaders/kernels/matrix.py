@@ -9,6 +9,10 @@ from torch import Tensor
 from loaders.kernels import structures
 from loaders.kernels.library import FORMATS, Format, Library, check_status
 
+INT8_LANES = 16
+"""Groups of a row of int8 weights that can have a scale each: of weight k the group is k / 4 % 16."""
+ACTIVATION_GROUP = 16
+"""Activations that share a scale when they are multiplied with int8 weights; 4 at the end of a row."""
 _BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # indices into FORMATS
 
 
@@ -42,7 +46,7 @@ class PackedMatrix:
         kind: the format of ``data``.
         data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of each two
             weights in the upper half.
-        scales: int8: (outputs,) float32.
+        scales: int8: (outputs,) float32, or (outputs, 16) bfloat16, of the weights k with k / 4 % 16 = lane.
         bias: (outputs,) of any float type, or None.
     """
 
@@ -61,7 +65,13 @@ class PackedMatrix:
         self.struct = structures.Matrix(
             FORMATS.index(self.kind), self.outputs, self.inputs, self.data.data_ptr()
         )
-        self.struct.scales, self.struct.bias = _address(self.scales), _address(self.bias)
+        self.struct.bias = _address(self.bias)
+        if self.scales is not None and self.scales.dim() == 2:
+            assert self.scales.shape == (self.outputs, INT8_LANES)
+            assert self.scales.dtype == torch.bfloat16
+            self.struct.lane_scales = _address(self.scales)
+        else:
+            self.struct.scales = _address(self.scales)
         self.struct.bias_format = 0 if self.bias is None else _BIAS_FORMATS[self.bias.dtype]
         if self.four_bit is not None:
             self._set_four_bit(self.four_bit)

@@ -10,7 +10,7 @@ typedef struct {
     float *y;              /* (rows, outputs) */
     int64_t output;        /* the first of CHANNELS */
     int channels;          /* how many of them exist */
-    __m128 bias, scale;    /* per channel; the scale for INT8 only */
+    __m128 bias;           /* per channel */
     const char *w[CHANNELS];
     const char *next;      /* weights of the next group, to prefetch */
     int64_t next_lines;    /* cache lines of them to prefetch per PREFETCH_INTERVAL */
@@ -112,75 +112,3 @@ MICROKERNEL bfloat16_microkernel(const tile *t, int64_t row, int rows) {
     store_float_sums(t, row, rows, (const floats(*)[CHANNELS])sums);
 }
 #endif
-
-#ifdef __AVX512BW__
-enum { INT8_STEP = 64 };
-
-static inline integers load_int8(const char *at) { return _mm512_loadu_si512(at); }
-
-/* sums += x · w over groups of four int8; x has zero point 128. */
-static inline integers dot_int8(integers sums, integers x, integers w) { return _mm512_dpbusd_epi32(sums, x, w); }
-
-/* Adds what the zero point contributes to the sums: 128 times the weights. */
-static inline integers add_zero_point(integers sums, integers w) { return dot_int8(sums, _mm512_set1_epi8(-128), w); }
-#else
-enum { INT8_STEP = 32 };
-
-static inline integers load_int8(const char *at) { return _mm256_loadu_si256((const void *)at); }
-
-/* sums += x · w over groups of four int8: |w| · (x with w's sign), in pairs that can't overflow 16 bits
- * (2 · 127 · 127 < 2¹⁵). */
-static inline integers dot_int8(integers sums, integers x, integers w) {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-static inline integers add_zero_point(integers sums, integers w) {
-    (void)w;
-    return sums;
-}
-#endif
-
-static inline __m128i zero_point_correction(const tile *t) {
-    integers sums[CHANNELS];
-    for (int c = 0; c < CHANNELS; c++) {
-        sums[c] = zero_integers();
-        for (int64_t k = 0; k < t->m->inputs; k += INT8_STEP) sums[c] = add_zero_point(sums[c], load_int8(t->w[c] + k));
-    }
-    return hsum4i(sums);
-}
-
-static inline void store_int8_sums(const tile *t, int64_t row, __m128i sums) {
-    __m128 scale = _mm_mul_ps(_mm_set1_ps(t->x->scales[row]), t->scale);
-    store_sums(t, row, _mm_mul_ps(_mm_cvtepi32_ps(sums), scale));
-}
-
-#ifdef __AVX512BW__
-MICROKERNEL store_four_int8_rows(const tile *t, int64_t row, const integers (*sums)[CHANNELS], __m128i correction) {
-    const __m512i row_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    floats of_rows = _mm512_permutexvar_ps(row_of_lane, _mm512_castps128_ps512(_mm_loadu_ps(t->x->scales + row)));
-    floats scales = mul(of_rows, _mm512_broadcast_f32x4(t->scale));
-    integers total = _mm512_sub_epi32(hsum4x4i(sums), _mm512_broadcast_i32x4(correction));
-    store_quarters(t, row, mul(_mm512_cvtepi32_ps(total), scales));
-}
-#endif
-
-MICROKERNEL int8_microkernel(const tile *t, int64_t row, int rows, __m128i correction) {
-    integers sums[ROWS][CHANNELS];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < CHANNELS; c++) sums[r][c] = zero_integers();
-    FOR_EACH_K(t, k, INT8_STEP) {
-        integers values[ROWS];
-        for (int r = 0; r < rows; r++) values[r] = load_int8(x_row(t, row + r) + k);
-        for (int c = 0; c < CHANNELS; c++) {
-            integers weights = load_int8(t->w[c] + k);
-            for (int r = 0; r < rows; r++) sums[r][c] = dot_int8(sums[r][c], values[r], weights);
-        }
-    }
-    int done = 0;
-#ifdef __AVX512BW__
-    for (; done + 4 <= rows; done += 4)
-        store_four_int8_rows(t, row + done, (const integers(*)[CHANNELS])sums + done, correction);
-#endif
-    for (; done < rows; done++) store_int8_sums(t, row + done, _mm_sub_epi32(hsum4i(sums[done]), correction));
-}

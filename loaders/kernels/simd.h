@@ -24,6 +24,7 @@ static inline floats absolute(floats v) { return _mm512_abs_ps(v); }
 static inline floats maximum(floats a, floats b) { return _mm512_max_ps(a, b); }
 static inline floats load_half(const uint16_t *at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)at)); }
 static inline integers zero_integers(void) { return _mm512_setzero_si512(); }
+static inline floats to_floats(integers v) { return _mm512_cvtepi32_ps(v); }
 
 static inline floats load_bfloat16(const uint16_t *at) {
     __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at));
@@ -58,26 +59,6 @@ static inline floats hsum4x4(const floats (*v)[4]) {
     return add(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD));
 }
 
-static inline integers quarters4i(const integers *v) {
-    integers low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    integers high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-}
-
-static inline __m128i hsum4i(const integers *v) {
-    integers both = quarters4i(v);
-    __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-}
-
-static inline integers hsum4x4i(const integers (*v)[4]) {
-    integers q[4];
-    for (int r = 0; r < 4; r++) q[r] = quarters4i(v[r]);
-    integers first = _mm512_add_epi32(_mm512_shuffle_i64x2(q[0], q[1], 0x44), _mm512_shuffle_i64x2(q[0], q[1], 0xEE));
-    integers second = _mm512_add_epi32(_mm512_shuffle_i64x2(q[2], q[3], 0x44), _mm512_shuffle_i64x2(q[2], q[3], 0xEE));
-    return _mm512_add_epi32(_mm512_shuffle_i64x2(first, second, 0x88), _mm512_shuffle_i64x2(first, second, 0xDD));
-}
-
 #else
 
 typedef __m256 floats;
@@ -96,6 +77,7 @@ static inline floats absolute(floats v) { return _mm256_andnot_ps(_mm256_set1_ps
 static inline floats maximum(floats a, floats b) { return _mm256_max_ps(a, b); }
 static inline floats load_half(const uint16_t *at) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)at)); }
 static inline integers zero_integers(void) { return _mm256_setzero_si256(); }
+static inline floats to_floats(integers v) { return _mm256_cvtepi32_ps(v); }
 
 static inline floats load_bfloat16(const uint16_t *at) {
     __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)at));
@@ -104,6 +86,5 @@ static inline floats load_bfloat16(const uint16_t *at) {
 
 static inline float hsum(floats v) { return hsum8(v); }
 static inline __m128 hsum4(const floats *v) { return hsum8x4(v); }
-static inline __m128i hsum4i(const integers *v) { return hsum8x4i(v); }
 
 #endif

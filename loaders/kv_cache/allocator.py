@@ -25,7 +25,7 @@ class Allocator:
     ) -> None:
         self.blocks, self.block_bytes, self.evictions = blocks, block_bytes, 0
         self._budget, self._index, self._on_release = budget, index, on_release
-        self._returned = [*range(blocks - 1, -1, -1)]  # free, without memory; the lowest id is taken first
+        self._returned: list[int] = [*range(blocks - 1, -1, -1)]  # free, without memory; low ids first
         self._unreturned: list[int] = []  # free, and still with memory
         budget.join(self)
 

@@ -11,8 +11,11 @@ from loaders.kernels import FourBit
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """(outputs, inputs) of int8 codes and one scale an output."""
-    return codes.float() * scales[:, None]
+    """(outputs, inputs) of int8 codes and scales: (outputs,), or (outputs, 16) with one per lane of a row."""
+    if scales.dim() == 1:
+        return codes.float() * scales[:, None]
+    outputs, lanes = scales.shape
+    return (codes.view(outputs, -1, lanes, 4) * scales.float()[:, None, :, None]).view(codes.shape)
 
 
 def dequantize_four_bit(codes: Tensor, state: FourBit) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear layer of int8 weights that quantizes its activations row by row."""
+"""Linear layers of int8 weights that quantize their activations: by the row, or on the kernels in groups."""
 
 import warnings
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from loaders import kernels
+from loaders.kernels.matrix import INT8_LANES
 from loaders.layers.dequantize import dequantize_int8
 from loaders.layers.huge_pages import Arena
 from loaders.layers.layer_weights import LayerWeights
 from loaders.layers.native_linear import NativeLinear
 
 _WEIGHT_LEVELS = 127
+_ROWS = 4096  # outputs quantized at a time
 
 
 def activation_levels() -> int:
@@ -32,13 +34,33 @@ def quantize_weight(weight: Tensor) -> Tensor:
         return torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
 
 
+def quantize_lanes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs, inputs) float32 → int8 codes of that shape and (outputs, 16) bfloat16 scales.
+
+    Weights k of one k / 4 % 16 share a scale: their largest magnitude / 127, rounded up.
+    """
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
+    for rows, into in zip(weight.split(_ROWS), codes.split(_ROWS), strict=True):
+        lanes = rows.reshape(len(rows), -1, INT8_LANES, 4)
+        exact = (lanes.abs().amax(dim=(1, 3)) / _WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+        above = ((exact.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+        into.copy_((lanes / above[:, None, :, None]).round_().view(rows.shape))
+        scales.append(above.bfloat16())
+    return codes, torch.cat(scales)
+
+
 def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
     """The layer in int8: on the compiled kernels with its weights in ``arena``; otherwise on FBGEMM."""
-    if kernels.get() is None or not kernels.supports("int8", weight.shape[1]):
+    if not kernels.supports("int8", weight.shape[1]):
         return DynamicInt8Linear(weight, bias)
-    quantized = quantize_weight(weight)
-    scales = quantized.q_per_channel_scales().float()
-    return NativeLinear("int8", quantized.int_repr(), bias, scales, arena=arena)
+    codes, scales = quantize_lanes(weight)
+    return NativeLinear("int8", codes, bias, scales, arena=arena)
+
+
+def int8_linear_bytes(outputs: int, inputs: int) -> int:
+    """Bytes of such a layer's weights and scales."""
+    lanes = kernels.supports("int8", inputs)
+    return outputs * (inputs + (INT8_LANES * 2 if lanes else 12))  # see DynamicInt8Linear.layer_weights
 
 
 class DynamicInt8Linear(nn.Module):

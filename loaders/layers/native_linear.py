@@ -37,7 +37,7 @@ class NativeLinear(nn.Module):
         kind: format of ``weight``, as in ``kernels.PackedMatrix``.
         weight: (outputs, inputs), or (outputs, inputs / 2) bytes of four-bit codes.
         bias: (outputs,) of any float type, or None.
-        scales: (outputs,) float32, for int8.
+        scales: for int8, as in ``kernels.PackedMatrix``.
         four_bit: table and scales of four-bit codes.
         arena: the memory that all tensors are moved to; None leaves them in place.
     """

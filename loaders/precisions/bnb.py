@@ -19,6 +19,7 @@ from loaders.base import DTYPES, Availability, LoadedModel, ModelSpec, Progress
 from loaders.cuda.memory import device_map
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
+from loaders.kernels.matrix import ACTIVATION_GROUP
 from loaders.layers.native_linear import adopt
 from loaders.pretrained import load_pretrained, meta_model, misfit
 from loaders.runners.select import is_compiled, runner_for
@@ -72,6 +73,9 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     }
     if precision == "int8":
         details["outlier_threshold"] = spec.int8_threshold
+        grouped = native and not spec.int8_threshold
+        details["activation_group_size"] = ACTIVATION_GROUP if grouped else "row"
+        details["weight_scales_per_output"] = 1
     else:
         details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
     return LoadedModel(precision, runner, footprint, details=details)

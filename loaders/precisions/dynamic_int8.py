@@ -1,8 +1,10 @@
-"""Dynamic int8 for CPUs: every linear layer and, optionally, the head; weights per output channel.
+"""Dynamic int8 for CPUs: every linear layer and, optionally, the head.
 
 PyTorch's own takes one activation range over the whole batch: a row with an outlier degrades the other rows.
-Here each row is scaled by its own largest magnitude and the kernel runs with a constant range: a row's result
-is bit-identical alone and in any batch.
+The compiled kernels scale groups of 16 activations and of a row's weights each by its largest magnitude, so
+that an outlier costs precision in its group alone. Without them, FBGEMM runs with a constant range on rows
+scaled by their own, and weights have a scale per output. Either way a row's result is bit-identical alone and
+in any batch.
 """
 
 import gc
@@ -14,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
-from loaders.footprint import count_parameters, linear_weights, measure, reasons
+from loaders.footprint import count_parameters, measure, reasons
+from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
 from loaders.layers.conv1d import to_linear
-from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear
+from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
@@ -32,11 +35,14 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
-    size: int = 4 * count_parameters(model) - 3 * linear_weights(model)
     head = model.get_output_embeddings()
-    if spec.quantize_lm_head and head is not None:
-        tied = head.weight is model.get_input_embeddings().weight
-        size += head.weight.numel() * (1 if tied else -3)
+    size: int = 4 * count_parameters(model)
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear | Conv1D) or (layer is head and not spec.quantize_lm_head):
+            continue
+        outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+        tied = layer is head and layer.weight is model.get_input_embeddings().weight
+        size += int8_linear_bytes(outputs, inputs) - (0 if tied else 4 * outputs * inputs)
     return size
 
 
@@ -63,6 +69,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     details = {
         "activation_bits": 8 if native or activation_levels() == 127 else 7,
         "per_row_ranges": True,
+        "activation_group_size": ACTIVATION_GROUP if native else "row",
+        "weight_scales_per_output": INT8_LANES if native else 1,
         "kernels": kernels.describe(),
     }
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)

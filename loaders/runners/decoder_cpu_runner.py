@@ -21,6 +21,7 @@ from loaders.base import ModelSpec
 from loaders.kv_cache.block_memory import PAGE, BlockMemory
 from loaders.kv_cache.block_pool import BLOCK_TOKENS, BlockPool
 from loaders.kv_cache.budget import KVBudget
+from loaders.kv_cache.scratch import ScratchBlocks
 from loaders.layers.native_linear import NativeLinear
 from loaders.runner import Logits, Runner
 from loaders.runners.packing import pack
@@ -99,12 +100,13 @@ class DecoderCPURunner(Runner):
     def _scored(self, texts: Sequence[Sequence[int]], kept: int) -> Tensor:
         count, length = len(texts), len(texts[0])
         per_text = -(-length // BLOCK_TOKENS)
-        memory = BlockMemory(count * per_text, self._block_bytes())
         tables = np.arange(count * per_text, dtype=np.int32).reshape(count, per_text)
-        cache, skipped = self._blocks(memory, tables), length - kept
-        if skipped:  # a separate pass, since in a pass the rows without logits come first
-            self._chunks(cache, texts, 0, skipped, wanted=0)
-        return self._chunks(cache, texts, skipped, length, wanted=count * kept)
+        with ScratchBlocks(self.pool.budget, tables.size, self._block_bytes()):
+            memory = BlockMemory(tables.size, self._block_bytes())
+            cache, skipped = self._blocks(memory, tables), length - kept
+            if skipped:  # a separate pass, since in a pass the rows without logits come first
+                self._chunks(cache, texts, 0, skipped, wanted=0)
+            return self._chunks(cache, texts, skipped, length, wanted=count * kept)
 
     def _chunks(
         self, cache: kernels.KVBlocks, texts: Sequence[Sequence[int]], start: int, end: int, wanted: int

@@ -6,7 +6,6 @@ The event loop sends new and cancelled sequences through an inbox; the thread se
 
 import asyncio
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +14,11 @@ from functools import partial
 from torch import Tensor
 
 from loaders.base import LoadedModel
+from loaders.runner import PagedRunner
 from server.concurrency import resolve_future
 from server.engine.fair_lock import FairLock
+from server.engine.inbox import Inbox
+from server.engine.paged_slots import PagedSlots
 from server.engine.queue_estimate import QueueEstimate
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -56,13 +58,17 @@ class Engine:
         self._on_step, self._on_death = on_step, on_death
         self._threads = resolve(threads)
         self._scheduler = Scheduler(
-            model.runner.slots, prefill_chunk, prefill_chunk_busy, on_free=model.runner.free
+            model.runner.slots,
+            prefill_chunk,
+            prefill_chunk_busy,
+            on_free=model.runner.free,
+            paging=PagedSlots.of(model.runner),
         )
         self._estimate = QueueEstimate(
             model.runner.slots, min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
         )
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), lock)
-        self._inbox: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._streams: dict[Sequence, TokenStream] = {}
         self._ended: str | None = None  # why no more sequences are accepted
         self._thread: threading.Thread | None = None
@@ -88,6 +94,7 @@ class Engine:
         deadline: float | None = None,
         observe: Callable[[Tensor], None] | None = None,
         chunk: int | None = None,
+        owner: str | None = None,
     ) -> TokenStream:
         """Queues a sequence and returns the stream of its tokens.
 
@@ -96,21 +103,22 @@ class Engine:
             deadline: ``time.perf_counter()`` seconds after which it expires, waiting or running.
             observe: is called with the prompt's logits on the worker's thread (see ``Sequence.observe``).
             chunk: most prompt tokens computed in a step (see ``Sequence.chunk``).
+            owner: whose prompts share their cached prefixes (see ``Sequence.owner``).
 
         Raises:
             NotReady: the worker has failed or is stopping.
         """
         if self._ended is not None:
             raise NotReady(f"{self.precision} is not running: {self._ended}")
-        sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk)
+        sequence = Sequence(list(ids), params, deadline, observe=observe, chunk=chunk, owner=owner)
         stream = self._streams[sequence] = TokenStream(sequence, self.cancel)
         self.last_used = time.perf_counter()
-        self._inbox.put(("add", sequence))
+        self._inbox.add(sequence)
         return stream
 
     def cancel(self, sequence: Sequence) -> None:
         if sequence in self._streams:
-            self._inbox.put(("cancel", sequence))
+            self._inbox.cancel(sequence)
 
     @property
     def running(self) -> int:
@@ -120,6 +128,19 @@ class Engine:
     @property
     def waiting(self) -> int:
         return len(self._streams) - self.running
+
+    @property
+    def preemptions(self) -> int:
+        """Sequences that had to give their blocks back before their end, counted each time."""
+        return self._scheduler.preemptions
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of one sequence."""
+        runner = self.model.runner
+        if isinstance(runner, PagedRunner):
+            return min(self.model.runner.context, runner.pool.capacity)
+        return runner.context
 
     def drain_seconds(self) -> float | None:
         """Until every running and waiting sequence has finished; None before that can be estimated."""
@@ -154,7 +175,7 @@ class Engine:
             for stream in self._streams.values():
                 stream.put(error)
             self._streams.clear()
-            self._inbox.put(None)
+            self._inbox.stop()
 
     async def stop(self, patience: float = 5.0) -> None:
         """Ends every sequence with an error and waits up to ``patience`` seconds for the thread to end."""
@@ -176,29 +197,15 @@ class Engine:
             return
         self._call_soon(partial(resolve_future, ready))
         try:
-            while self._receive():
-                self._call_soon(partial(self._deliver, self._worker.step(time.perf_counter())))
+            step = Step()
+            while self._inbox.receive(self._scheduler, blocked=step.stats is None):
+                step = self._worker.step(time.perf_counter())
+                if step.events or step.stats is not None:
+                    self._call_soon(partial(self._deliver, step))
             self._worker.close()
         except BaseException as error:  # SystemExit as well: the streams must end whatever stops the worker
             reason = f"{type(error).__name__} in the worker thread"
             self._call_soon(partial(self._died, reason))
-
-    def _receive(self) -> bool:
-        """Empties the inbox, waiting for a message if there is no work; returns False when it is to stop."""
-        block = not self._scheduler.has_work
-        while True:
-            try:
-                message = self._inbox.get(block=block)
-            except queue.Empty:
-                return True
-            if message is None:
-                return False
-            kind, sequence = message
-            if kind == "add":
-                self._scheduler.add(sequence)
-            else:
-                sequence.cancelled = True
-            block = False
 
     def _call_soon(self, callback: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -219,7 +226,7 @@ class Engine:
         if step.events:
             self.last_used = time.perf_counter()
         if step.stats is not None:
-            if self.running >= self.model.runner.slots:
+            if self.running >= self.model.runner.slots or self._scheduler.waiting:
                 self._estimate.observe_step(step.stats)
             if self._on_step is not None:
                 self._on_step(step.stats)

@@ -62,7 +62,7 @@ class Executor:
 
     def _forward_mixed(self, chunk: Chunk, rows: list[Sequence]) -> Tensor | None:
         """Logits of a prompt chunk and the rows by one pass over the weights; None if that isn't possible."""
-        if self._mixed is None or _needs_all_logits(chunk.sequence):
+        if self._mixed is None or chunk.sequence.needs_all_logits:
             return None
         slots, ids = [row.slot for row in rows], [row.generated[-1] for row in rows]
         logits, _ = run_isolated(partial(self._mixed.advance, chunk.sequence.slot, chunk.ids, slots, ids))
@@ -79,16 +79,10 @@ class Executor:
         sequence, ids = chunk.sequence, chunk.ids
         if self._by_length is not None and not chunk.start:
             self._by_length.expect(sequence.slot, len(sequence.prompt))
-        wanted: Logits = "all" if _needs_all_logits(sequence) else "last" if chunk.is_last else "none"
+        wanted: Logits = "all" if sequence.needs_all_logits else "last" if chunk.is_last else "none"
         logits = self._runner.prefill(sequence.slot, ids, wanted)
-        if sequence.observe is not None:
-            sequence.observe(logits)
-        if sequence.params.prompt_logprobs and logits is not None:
-            if not chunk.start:
-                sequence.prompt_tokens.append(PromptToken(ids[0], None))
-            following = sequence.prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
-            found = prompt_logprobs(logits[: len(following)], following, sequence.params.top_n)
-            sequence.prompt_tokens.extend(found)
+        if wanted == "all" and logits is not None:
+            _read_prompt_logits(sequence, chunk, logits)
         sequence.prefilled += chunk.length
         return logits[-1:] if logits is not None else None
 
@@ -147,6 +141,21 @@ def _prompt_output(chunk: Chunk, logits: Tensor | None) -> Output:
     return Output(rows, logits, prompt_tokens=chunk.length)
 
 
-def _needs_all_logits(sequence: Sequence) -> bool:
-    """Whether the logits of every prompt token are read."""
-    return sequence.params.prompt_logprobs or sequence.observe is not None
+def _read_prompt_logits(sequence: Sequence, chunk: Chunk, logits: Tensor) -> None:
+    """Reads the (tokens, vocabulary) logits after each token of the chunk.
+
+    Those that were read before the sequence was preempted are the same and left out.
+    """
+    start, end = max(chunk.start, sequence.logits_read), chunk.start + chunk.length
+    if start >= end:
+        return
+    logits = logits[start - chunk.start :]
+    if sequence.observe is not None:
+        sequence.observe(logits)
+    if sequence.params.prompt_logprobs:
+        if not start:
+            sequence.prompt_tokens.append(PromptToken(sequence.prompt[0], None))
+        following = sequence.prompt[start + 1 : end + 1]
+        found = prompt_logprobs(logits[: len(following)], following, sequence.params.top_n)
+        sequence.prompt_tokens.extend(found)
+    sequence.logits_read = end

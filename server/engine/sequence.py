@@ -150,13 +150,24 @@ class Sequence:
     slot: int = -1
     """The KV slot, from the moment it is running."""
     prefilled: int = 0
-    """Prompt tokens in the KV slot."""
+    """Tokens of ``prefill_ids`` in the KV slot."""
+    recomputed: int = 0
+    """Generated tokens that are computed again with the prompt, since the sequence was preempted."""
+    preemptions: int = 0
+    attached: int = 0
+    """Of ``prefilled``, tokens that came from the cache of prefixes."""
+    cached_tokens: int = 0
+    """Prompt tokens that were cached when the sequence was first admitted."""
+    logits_read: int = 0
+    """Prompt tokens whose logits were read, where ``needs_all_logits``."""
     generated: list[int] = field(default_factory=list)
     prompt_tokens: list[PromptToken] = field(default_factory=list)
     cancelled: bool = False
     observe: Callable[[Any], None] | None = None
     """Is called on the worker's thread with the (tokens, vocabulary) logits of each prompt chunk, in order.
     They are valid during the call; an exception ends the sequence."""
+    owner: str | None = None
+    """Finds cached prefixes of this owner's prompts alone; None: none is looked for, and none kept."""
     chunk: int | None = None
     """Most prompt tokens computed in a step, for work in the background; None: the scheduler's budget."""
     timeline: Timeline = field(default_factory=Timeline)
@@ -174,8 +185,27 @@ class Sequence:
         return self.params.withheld if len(self.generated) < self.params.min_new_tokens else ()
 
     @property
+    def prefill_ids(self) -> list[int]:
+        """The prompt; after a preemption, with the tokens that were generated before it."""
+        return [*self.prompt, *self.generated[: self.recomputed]] if self.recomputed else self.prompt
+
+    @property
     def remaining_prompt(self) -> int:
-        return len(self.prompt) - self.prefilled
+        """Tokens of ``prefill_ids`` to be computed."""
+        return len(self.prompt) + self.recomputed - self.prefilled
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether logits of prompt tokens, not of the last alone, are still to be read."""
+        reads = self.params.prompt_logprobs or self.observe is not None
+        return reads and self.logits_read < len(self.prompt)
+
+    def preempt(self) -> None:
+        """Back to waiting: everything so far is computed again, and generation goes on from there."""
+        self.status, self.slot = Status.WAITING, -1
+        self.prefilled = self.attached = 0
+        self.recomputed = len(self.generated)
+        self.preemptions += 1
 
 
 class StepStats(NamedTuple):

@@ -32,6 +32,11 @@ class TokenStream(AsyncIterator[Token]):
         """The prompt's log-probabilities if its parameters request them; complete with the first token."""
         return self._sequence.prompt_tokens
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that a cached prefix has already; known with the first token."""
+        return self._sequence.cached_tokens
+
     def put(self, event: Token | ServiceError | None) -> None:
         """Adds a token, an error that the reader raises, or None: the end without a token."""
         self._events.append(event)

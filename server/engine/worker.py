@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from loaders.runner import Runner
+from loaders.kv_cache.block_pool import BlockPool
+from loaders.runner import PagedRunner, Runner
 from server.engine.executor import Executor, Output
 from server.engine.fair_lock import FairLock
 from server.engine.faults import as_service_error
 from server.engine.sampler import PendingTokens, Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import SamplingParams, Sequence, Status, StepStats, Token
-from server.errors import DeadlinePassed, ServiceError
+from server.errors import DeadlinePassed, NotReady, ServiceError
+
+_WARM_UP_TOKENS = 3
+_BLOCKS_PATIENCE = 30.0  # seconds for the sequences of other precisions to give blocks back
 
 Event = tuple[Sequence, Token | ServiceError | None]
 """A sequence, and what its reader receives: a token, an error, or (None) the end without one."""
@@ -53,6 +57,8 @@ class Worker:
 
     def warm_up(self) -> None:
         """One prefill and one decode: kernels are chosen and memory is allocated before the first request."""
+        if isinstance(self._runner, PagedRunner):
+            _wait_for_blocks(self._runner.pool)
         with self._lock:
             self._runner.prefill(0, [0, 0])
             logits = self._runner.decode([0], [0])
@@ -129,6 +135,19 @@ class Worker:
             sequence.timeline.first_token = sequence.timeline.last_token = time.perf_counter()
         self._scheduler.finish(sequence)
         step.events.append((sequence, None if error is None else as_service_error(error)))
+
+
+def _wait_for_blocks(pool: BlockPool) -> None:
+    """Reserves the warm-up's tokens; other precisions' sequences may hold all blocks.
+
+    Raises:
+        NotReady
+    """
+    until = time.perf_counter() + _BLOCKS_PATIENCE
+    while not (pool.may_admit(_WARM_UP_TOKENS, [], None, 0) and pool.reserve(0, _WARM_UP_TOKENS)):
+        if time.perf_counter() > until:
+            raise NotReady(f"no memory of the KV caches became free within {_BLOCKS_PATIENCE:.0f} s")
+        time.sleep(0.01)
 
 
 def _expiry(sequence: Sequence) -> ServiceError | None:

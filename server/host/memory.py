@@ -9,7 +9,7 @@ import torch
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.cuda.memory import cards_free, smallest_cache
-from loaders.runner import DeviceRunner
+from loaders.runner import DeviceRunner, PagedRunner
 from server.host import cgroups
 
 _MARGIN = 0.9  # usable share of the free memory; the rest is for activations and other processes
@@ -80,6 +80,12 @@ def by_kind(model: LoadedModel) -> dict[str, int]:
         "kv_cache": model.runner.kv_cache_bytes,
         "working": working_bytes(model),
     }
+
+
+def fixed_bytes(model: LoadedModel) -> int:
+    """``used_bytes`` without a cache in blocks, whose memory is the budget's."""
+    kinds = by_kind(model)
+    return sum(kinds.values()) - (kinds["kv_cache"] if isinstance(model.runner, PagedRunner) else 0)
 
 
 def used_bytes(model: LoadedModel) -> int:

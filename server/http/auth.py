@@ -73,6 +73,15 @@ def _bearer(scope: Scope) -> bytes:
     return bytes(values[0][7:].strip())
 
 
+def owner_of(scope: Scope) -> str:
+    """Who sends a request, by its key and without telling it; clients without a key are one owner.
+
+    Also where the server checks no key: a proxy in front of it may.
+    """
+    token = _bearer(scope)
+    return hashlib.sha256(token).hexdigest() if token else ""
+
+
 def _digests_of(key: SecretStr | None) -> _Digests:
     """Digests of a key as UTF-8 and as Latin-1: clients encode headers either way."""
     text = key.get_secret_value() if key else ""

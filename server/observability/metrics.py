@@ -2,6 +2,7 @@
 
 import statistics
 from bisect import bisect_left
+from collections import Counter as Counts
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loaders.kv_cache.block_pool import PoolStats
 from server.engine.sequence import StepStats, Timeline
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -107,6 +109,13 @@ class Metrics:
         self._memory = gauge(
             "memory_bytes", "Bytes counted from live tensors", ["model", "precision", "kind"]
         )
+        self._usage = gauge("kv_cache_usage", "Share of the cache's blocks that running sequences use")
+        self._totals = {
+            "queries": counter("prefix_cache_queries", "Prompt tokens looked for in the cache"),
+            "hits": counter("prefix_cache_hits", "Prompt tokens found in the cache"),
+            "preemptions": counter("preemptions", "Sequences preempted for lack of blocks"),
+        }
+        self._last_totals: dict[str, Counts[str]] = defaultdict(Counts)
         self._load = gauge("load_seconds", "Seconds that loading took")
         outcomes = ["model", "precision", "outcome"]
         self._shadowed = counter("shadow_requests", "Requests chosen for a replay, by outcome", outcomes)
@@ -175,10 +184,21 @@ class Metrics:
         for kind, size in memory.items():
             self._memory.labels(self._model, precision, kind).set(size)
         self._load.labels(self._model, precision).set(load_seconds)
+        self._last_totals.pop(precision, None)  # the next one counts from 0
 
     def set_load(self, precision: str, running: int, waiting: int) -> None:
         self._running.labels(self._model, precision).set(running)
         self._waiting.labels(self._model, precision).set(waiting)
+
+    def set_kv_cache(self, precision: str, pool: PoolStats, preemptions: int, size: int) -> None:
+        """Sets the state of a cache in blocks; ``size`` is its memory in bytes."""
+        self._usage.labels(self._model, precision).set(pool.used / pool.blocks)
+        self._memory.labels(self._model, precision, "kv_cache").set(size)
+        totals = {"queries": pool.queried_tokens, "hits": pool.hit_tokens, "preemptions": preemptions}
+        for name, total in totals.items():
+            counter = self._totals[name].labels(self._model, precision)
+            counter.inc(total - self._last_totals[precision][name])
+            self._last_totals[precision][name] = total
 
     def latency(self, precision: str) -> dict[str, object]:
         """Requests that succeeded, and percentiles (ms) over the latest of them."""

@@ -46,7 +46,7 @@ _RESPONSE = {
     "generated_text": "s are not a statement",
     "precision": "int8",
     "details": None,
-    "usage": {"prompt_tokens": 3, "generated_tokens": 5},
+    "usage": {"prompt_tokens": 3, "cached_tokens": 0, "generated_tokens": 5},
     "timings": {
         "queue_ms": 0.217,
         "prefill_ms": 3.335,
@@ -135,7 +135,11 @@ def _reply(body: GenerateBody, done: list[Continuation], codec: TextCodec) -> di
     return {
         "generated_text": _text(body, best),
         "details": details,
-        "usage": {"prompt_tokens": len(best.prompt_ids), "generated_tokens": len(best.pieces)},
+        "usage": {
+            "prompt_tokens": len(best.prompt_ids),
+            "cached_tokens": best.cached_tokens,
+            "generated_tokens": len(best.pieces),
+        },
         "timings": timings(best),
         **served(best),
     }

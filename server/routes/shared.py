@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.concurrency import cancelled
+from server.http.auth import owner_of
 from server.http.streaming import EventStream, Stream, until_disconnect
 from server.routes.precision_choice import ANY_MODEL
 from server.routes.schemas import PRECISION_NAMES
@@ -25,7 +27,7 @@ async def run_all(request: Request, requests: Sequence[GenerationRequest]) -> li
     """Runs the requests concurrently and returns the finished continuations; cancelled on disconnect."""
 
     async def work() -> list[Continuation]:
-        opened = await state_of(request.app).service.open_all(requests, held)
+        opened = await state_of(request.app).service.open_all(_owned(request, requests), held)
         runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
             # all are read as their tokens arrive, so that a stop string ends each at once
@@ -46,9 +48,14 @@ async def stream_all(
     """Opens the requests and streams what ``events`` yields of them; closes them when the stream ends."""
     with ExitStack() as held:
         service = state_of(request.app).service
-        opened = await until_disconnect(request, service.open_all(requests, held))
+        opened = await until_disconnect(request, service.open_all(_owned(request, requests), held))
         headers, body = opening_headers(opened[0]), events(opened)
         return EventStream(body, held.pop_all().close, headers)
+
+
+def _owned(request: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    owner = owner_of(request.scope)
+    return [replace(one, owner=owner) for one in requests]
 
 
 def whole(request: Request, content: Any, extra_headers: dict[str, str]) -> Response:

@@ -12,7 +12,7 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.base import LoadedModel
 from loaders.footprint import quantization_warning
-from loaders.runner import ReportingRunner
+from loaders.runner import PagedRunner, ReportingRunner
 from server.errors import Invalid
 from server.host import memory
 from server.http.route_facts import RouteFacts
@@ -21,6 +21,7 @@ from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
 from server.routes.precisions import PrecisionName
+from server.service.kv_memory import blocks_of
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState, known_precision
 from server.state import state_of
@@ -67,6 +68,7 @@ async def stats(
             "in_flight": state.service.places.in_flight,
             "capacity": state.settings.max_concurrent_requests,
         },
+        "kv_cache": pool.kv_memory.figures(),
         "report": _report(state.reports),
         "shadow": state.shadow and state.shadow.figures(),
         "precisions": {
@@ -115,6 +117,10 @@ async def prometheus(request: Request) -> Response:
     for state in state_of(request.app).pool.states():
         engine = state.engine
         metrics.set_load(state.name, engine.running if engine else 0, engine.waiting if engine else 0)
+        if engine and isinstance(runner := engine.model.runner, PagedRunner):
+            metrics.set_kv_cache(
+                state.name, runner.pool.stats(), engine.preemptions, runner.pool.committed_bytes
+            )
     return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
@@ -150,6 +156,7 @@ def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: i
         "memory": _memory(model, reference) if model else None,
         "layers": _layers(model) if model else None,
         "details": _details(model) if model else None,
+        "kv_cache": blocks_of(model, state.engine.preemptions) if model and state.engine else None,
         "load_seconds": state.load_seconds if model else None,
         "latency": metrics.latency(state.name),
         "throughput": metrics.throughput(state.name),

@@ -44,6 +44,8 @@ class GenerationRequest:
     """None: drawn at random."""
     choice: Choice | None = None
     """Why the server chose ``precision``, where it did."""
+    owner: str = ""
+    """Cached prefixes are those of the same owner's requests (see ``server.http.auth.owner_of``)."""
 
 
 class Continuation(TextStream):

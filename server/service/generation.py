@@ -115,8 +115,9 @@ class GenerationService:
         params = self.resolve(request, len(prompt))
         with ExitStack() as held:
             engine, reason = await self._find_engine(request, deadline, held)
+            self._check_capacity(engine, len(prompt) + params.max_new_tokens)
             self._check_deadline(engine, deadline, len(prompt), params.max_new_tokens)
-            tokens = engine.generate(prompt, params, deadline)
+            tokens = engine.generate(prompt, params, deadline, owner=request.owner)
             held.callback(tokens.close)
             return Continuation(
                 tokens,
@@ -145,6 +146,13 @@ class GenerationService:
             with suppress(LoaderError):  # an unknown name is the client's text, and never a label
                 precision = loaders.canonical(request.precision or self._pool.default)
                 self.observe(precision, error.error_type, Timeline(), 0)
+
+    def _check_capacity(self, engine: Engine, tokens: int) -> None:
+        """Raises: PromptTooLong: the whole KV cache doesn't hold them."""
+        if tokens > (capacity := engine.capacity):
+            raise too_long(
+                capacity, f"you requested {tokens} tokens; KV_CACHE_MEMORY holds no more", "inputs"
+            )
 
     def _check_deadline(self, engine: Engine, deadline: float, prompt_tokens: int, new_tokens: int) -> None:
         """Refuses what can't be finished before its deadline, so that it neither waits nor computes in vain.

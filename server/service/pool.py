@@ -19,6 +19,7 @@ from server.host import memory
 from server.host.threads import compute_with
 from server.lifecycle import Lifecycle
 from server.observability.metrics import Metrics
+from server.service.kv_memory import KVMemory
 from server.service.precision_state import Lease, LoadProgress, PrecisionState, first_state, forward_pass
 from server.service.upkeep import load_first, unload_idle
 from server.settings.server import Settings
@@ -42,6 +43,7 @@ class Pool:
         lifecycle: Lifecycle,
     ) -> None:
         self.spec = settings.spec(checkpoint, settings.max_batch_size)
+        self.kv_memory = KVMemory(settings)
         self.device = self.spec.device
         self.threads = settings.resolved_threads()
         """CPU threads of each load and each step."""
@@ -71,6 +73,10 @@ class Pool:
     def engines(self) -> list[Engine]:
         return [state.engine for state in self._states.values() if state.engine is not None]
 
+    @property
+    def _models(self) -> list[LoadedModel]:
+        return [engine.model for engine in self.engines]
+
     def is_busy(self) -> bool:
         """Whether a precision is being loaded."""
         return any(state.state == "loading" for state in self._states.values())
@@ -81,7 +87,7 @@ class Pool:
         return max(known, default=None)
 
     def used_bytes(self) -> int:
-        return sum(memory.used_bytes(engine.model) for engine in self.engines)
+        return self.kv_memory.used_bytes(self._models)
 
     def use(self, precision: str) -> Lease:
         """A lease of the engine, which is loaded if necessary and not unloaded as idle while it is held.
@@ -110,6 +116,7 @@ class Pool:
             # one load at a time: a second one would count on the same free memory, and ``transformers`` sets
             # torch's default dtype for the whole process while it loads, then restores what it found
             async with self._loading:
+                self.spec = await self.kv_memory.within(self.spec)
                 await self._make_room(state)
                 model = await self._in_thread(state)
                 engine = self._engine_of(model)
@@ -181,7 +188,7 @@ class Pool:
         return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
 
     def _free_bytes(self) -> int:
-        free = memory.free_bytes(self.device)
+        free = memory.free_bytes(self.device) - self.kv_memory.uncommitted_bytes(self._models)
         budget = self._settings.memory_budget
         return free if budget is None else min(free, budget - self.used_bytes())
 

@@ -50,6 +50,11 @@ class TextStream:
         return self._tokens.timeline
 
     @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that a cached prefix had already."""
+        return self._tokens.cached_tokens
+
+    @property
     def prompt_tokens(self) -> list[PromptToken]:
         return self._tokens.prompt_tokens
 

@@ -59,6 +59,14 @@ class Settings(PrecisionSettings):
         unset="what is free",
         ge=1,
     )
+    kv_cache_memory: Bytes | None = option(
+        None,
+        _LOADING,
+        "BYTES",
+        "on a CPU: for keys and values of all precisions together, such as 2GiB; what finds no room waits",
+        unset="half of what is free beside the weights",
+        ge=1,
+    )
     idle_unload_seconds: float | None = option(
         None,
         _LOADING,

@@ -73,6 +73,7 @@ def test_rows_are_decoded_in_the_order_of_their_slots() -> None:
     scheduler.finish(first)
     scheduler.schedule(0.0)
     second.generated = third.generated = [5]
+    second.prefilled = third.prefilled = 3
     assert scheduler.schedule(0.0).rows == [third, second]
 
 

@@ -39,7 +39,7 @@ NOISE = {
     "bfloat16": (50, 60),
     "float16": (68, 80),
     "int8": (38, 48),
-    "dynamic-int8": (38, 48),
+    "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
     "nf4": (19, 23),
     "fp4": (16, 21),
 }

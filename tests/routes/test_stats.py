@@ -20,13 +20,14 @@ SHAPE: dict[str, Any] = {
     "host": {"device", "device_name", "cpu_threads", "memory"},
     "uptime_seconds": None,
     "queue": {"running", "waiting", "in_flight", "capacity"},
+    "kv_cache": {"limit_bytes", "used_bytes", "committed_bytes"},
     "report": {"finished", "note", "recommendation", "precisions"},
     "shadow": None,
     "precisions": set(loaders.PRECISIONS),
 }
 MEMORY = {"process_rss_bytes", "total_bytes", "available_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes",
           "gpu_peak_bytes", "gpu_total_bytes"}  # fmt: skip
-PRECISION = {"state", "reason", "memory", "layers", "load_seconds", "latency", "throughput",
+PRECISION = {"state", "reason", "memory", "layers", "kv_cache", "load_seconds", "latency", "throughput",
              "speed_ratio_to_fp32", "speed_ratio_range", "note", "warning"}  # fmt: skip
 BYTES = {"weights_bytes", "by_dtype", "quantization_state_bytes", "kv_cache_bytes", "working_bytes",
          "total_bytes", "transformers_footprint_bytes", "bits_per_weight", "ratio_to_fp32"}  # fmt: skip
@@ -41,7 +42,7 @@ def stats(client: TestClient, **query: str) -> Any:
 def test_the_shape(client: TestClient) -> None:
     answer = stats(client)
     assert set(answer) == set(SHAPE)
-    for key in ("model", "host", "queue", "report", "precisions"):
+    for key in ("model", "host", "queue", "kv_cache", "report", "precisions"):
         assert set(answer[key]) == SHAPE[key]
     assert set(answer["host"]["memory"]) == MEMORY
     for name, one in answer["precisions"].items():

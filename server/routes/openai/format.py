@@ -14,17 +14,24 @@ def finish(reason: FinishReason | None) -> str | None:
     return "length" if reason == "length" else "stop"
 
 
-def usage(prompts: Iterable[Continuation], generated: Sequence[Continuation]) -> dict[str, int]:
+def usage(prompts: Iterable[Continuation], generated: Sequence[Continuation]) -> dict[str, Any]:
     """Token counts. ``prompts``: one continuation for each prompt; ``generated``: all of them."""
-    prompt = sum(len(done.prompt_ids) for done in prompts)
-    completion = sum(len(done.pieces) for done in generated)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return _usage(list(prompts), sum(len(done.pieces) for done in generated))
 
 
-def running_usage(one: Continuation, generated: int) -> dict[str, int]:
+def running_usage(one: Continuation, generated: int) -> dict[str, Any]:
     """A continuation's usage after ``generated`` tokens."""
-    prompt = len(one.prompt_ids)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    return _usage([one], generated)
+
+
+def _usage(prompts: Sequence[Continuation], completion: int) -> dict[str, Any]:
+    prompt = sum(len(one.prompt_ids) for one in prompts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
+    }
 
 
 class CompletionLogprobs:

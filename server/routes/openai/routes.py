@@ -43,7 +43,12 @@ _COMPLETED = {
     "precision": "nf4",
     "precision_requested": "nf4",
     "fallback_reason": None,
-    "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+    "usage": {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    },
 }
 _MODELS = RouteFacts(dialect=Dialect.OPENAI)
 _GENERATES = RouteFacts(

@@ -10,31 +10,38 @@ from torch import Tensor
 
 from loaders import kernels
 from loaders.kernels import FourBit, Library, PackedMatrix
+from loaders.kernels.matrix import INT8_LANES
 
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
-KINDS: list[kernels.Format] = ["float32", "bfloat16", "float16", "int8", "four-bit"]
+KINDS = ["float32", "bfloat16", "float16", "int8", "int8-lanes", "four-bit"]
+FLOATS: dict[str, kernels.Format] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 64
 
 
 def packed(
-    library: Library, kind: kernels.Format, outputs: int, inputs: int, bias: Tensor | None = None
+    library: Library, kind: str, outputs: int, inputs: int, bias: Tensor | None = None
 ) -> tuple[PackedMatrix, Tensor]:
     """A random matrix in that format, and its dequantized float32 weights."""
     weight = torch.randn(outputs, inputs) * 0.1
     if kind == "int8":
-        scales = torch.rand(outputs) + 0.01
+        scales = (torch.rand(outputs) + 0.01) / 100
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        return PackedMatrix(library, kind, codes, scales, bias), codes * scales[:, None]
+        return PackedMatrix(library, "int8", codes, scales, bias), codes * scales[:, None]
+    if kind == "int8-lanes":
+        scales = ((torch.rand(outputs, INT8_LANES) + 0.01) / 100).bfloat16()
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        each = scales.float().repeat_interleave(4, dim=1).repeat(1, inputs // 64)
+        return PackedMatrix(library, "int8", codes, scales, bias), codes * each
     if kind == "four-bit":
         codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
         table, scales = torch.randn(16), torch.rand(outputs * inputs // BLOCK)
         state = FourBit(table, BLOCK, scales)
-        matrix = PackedMatrix(library, kind, codes, bias=bias, four_bit=state)
+        matrix = PackedMatrix(library, "four-bit", codes, bias=bias, four_bit=state)
         return matrix, as_multiplied(library, kind, four_bit_weights(codes, table, scales))
     held = weight.to(DTYPES[kind])
-    return PackedMatrix(library, kind, held, bias=bias), held.float()
+    return PackedMatrix(library, FLOATS[kind], held, bias=bias), held.float()
 
 
 def four_bit_weights(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
@@ -43,15 +50,29 @@ def four_bit_weights(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     return table[pairs.long()] * scales.reshape(outputs, -1).repeat_interleave(BLOCK, dim=1)
 
 
-def as_multiplied(library: Library, kind: kernels.Format, x: Tensor) -> Tensor:
-    """``x`` rounded to the type of the computation, for int8 by the range of each row."""
-    computed = library.computes_in(kind)
-    if computed != "int8":
-        return x.to(DTYPES[computed]).float()
-    ranges = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+def as_multiplied(library: Library, kind: str, x: Tensor) -> Tensor:
+    """``x`` rounded to the type of the computation."""
+    if kind.startswith("int8"):
+        return in_groups(x)
+    computed = library.computes_in("four-bit" if kind == "four-bit" else FLOATS[kind])
+    return x.to(DTYPES[computed]).float()
+
+
+def in_groups(x: Tensor) -> Tensor:
+    """``x`` rounded to int8: in a lane, four steps of 64 values share a range; the last ones have their own."""
+    rows, inputs = x.shape
+    steps = x.view(rows, inputs // 64, INT8_LANES, 4)
+    whole = steps.shape[1] // 4 * 4
+    groups = [steps[:, k : k + 4] for k in range(0, whole, 4)]
+    groups += [steps[:, k : k + 1] for k in range(whole, steps.shape[1])]
+    return torch.cat([rounded(group) for group in groups], dim=1).view(x.shape)
+
+
+def rounded(group: Tensor) -> Tensor:
+    ranges = group.abs().amax(dim=(1, 3), keepdim=True).clamp_min(1e-30)
     # torch computes 127 / ranges as 127 × (1 / ranges), an ulp off: enough to round a tie the other way
     inverse = torch.full_like(ranges, 127).div(ranges)
-    return (x * inverse).round() * (ranges / 127)
+    return (group * inverse).round() * (ranges / 127)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,12 +80,12 @@ def as_multiplied(library: Library, kind: kernels.Format, x: Tensor) -> Tensor:
 @given(
     rows=st.integers(1, 20),
     outputs=st.integers(1, 70),
-    blocks=st.integers(1, 4),
+    blocks=st.integers(1, 30),
     extras=st.tuples(st.booleans(), st.booleans()),
 )
 def test_products(
     library: Library,
-    kind: kernels.Format,
+    kind: str,
     rows: int,
     outputs: int,
     blocks: int,
@@ -80,10 +101,11 @@ def test_products(
     torch.testing.assert_close(matrix(x, residual), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inputs", [256, 896, 1600])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_in_any_batch(library: Library, kind: kernels.Format) -> None:
-    matrix, _ = packed(library, kind, 133, 256)
-    x = torch.randn(23, 256)
+def test_a_row_is_the_same_in_any_batch(library: Library, kind: str, inputs: int) -> None:
+    matrix, _ = packed(library, kind, 133, inputs)
+    x = torch.randn(23, inputs)
     x[7] *= 1e4  # an outlier in the batch
     together = matrix(x)
     for row in range(23):
@@ -96,8 +118,28 @@ def test_a_row_of_zeros_gives_the_bias(library: Library) -> None:
     assert torch.equal(matrix(torch.zeros(2, 64)), bias.expand(2, 5))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8-lanes"])
+def test_an_outlier_costs_precision_in_its_group_alone(library: Library, kind: str) -> None:
+    """The product of the other values is the one that they have without it."""
+    matrix, _ = packed(library, kind, 40, 512)
+    x = torch.randn(4, 512)
+    x[:, 300] *= 1000
+    group = torch.zeros(512, dtype=torch.bool)
+    group.view(2, 4, INT8_LANES, 4)[1, :, 300 // 4 % INT8_LANES] = True
+    apart = matrix(torch.where(group, x, 0)) + matrix(torch.where(group, 0, x))
+    torch.testing.assert_close(matrix(x), apart, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+def test_an_int8_row_that_is_not_finite_is_nan(library: Library, fault: float) -> None:
+    matrix, _ = packed(library, "int8", 9, 320)
+    x = torch.randn(2, 320)
+    x[0, 5] = x[1, 260] = fault
+    assert matrix(x).isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_row_leaves_other_rows_unchanged(library: Library, kind: kernels.Format) -> None:
+def test_a_nan_row_leaves_other_rows_unchanged(library: Library, kind: str) -> None:
     matrix, _ = packed(library, kind, 9, 64)
     x = torch.randn(4, 64)
     alone = matrix(x[:1].clone())
