@@ -1,7 +1,7 @@
 """Values of a ``transformers`` configuration: which have an effect, and which of those are impossible."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,13 +18,14 @@ def known_value(config: Any, key: str) -> Any:
 
     A configuration keeps every key of its file. A ``sliding_window`` left in a Llama's has no effect there.
     """
-    return getattr(config, key, None) if _knows(type(config), key) else None
+    family: Any = type(config)
+    return getattr(config, key, None) if _knows(family, key) else None
 
 
 @cache
-def _knows(family: type[Any], key: str) -> bool:
+def _knows(family: Hashable, key: str) -> bool:
     try:
-        return hasattr(family(), key)
+        return callable(family) and hasattr(family(), key)
     except Exception:  # of any class: a configuration without defaults
         return True
 

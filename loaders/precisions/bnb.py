@@ -44,10 +44,10 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    _silence_warnings()  # first: importing the library gives such a warning as well
     # bitsandbytes is optional; without this, its layers are taken for their base class, nn.Linear
     import loaders.layers.bitsandbytes_layers  # noqa: F401
 
-    _silence_warnings()
     if spec.device == "cpu" and precision != "int8":
         _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)

@@ -11,6 +11,8 @@ from loaders.architectures import Architecture, UnsupportedArchitecture
 from loaders.kernels import Decoder, Layer, Norm, PackedMatrix
 from loaders.layers.native_linear import NativeLinear
 
+_MOST_POSITIONS = 2**22
+
 
 def pack(
     model: PreTrainedModel, architecture: Architecture, context: int, library: kernels.Library | None = None
@@ -65,7 +67,13 @@ def layers_of(model: PreTrainedModel, architecture: Architecture) -> list[Layer]
 
 
 def angles(rotary: Any, count: int) -> Tensor:
-    """(count, 2 · pairs) cosines and sines of each position, as the model's own module computes them."""
+    """(count, 2 · pairs) cosines and sines of each position, as the model's own module computes them.
+
+    Raises:
+        MemoryError: for more positions than any model has; the system would end the process.
+    """
+    if count > _MOST_POSITIONS:
+        raise MemoryError(f"rotary positions for {count} tokens")
     cosines, sines = rotary(torch.zeros(1), torch.arange(count)[None])
     pairs = cosines.shape[-1] // 2
     return torch.cat([cosines[0, :, :pairs], sines[0, :, :pairs]], dim=1).contiguous()
