@@ -59,7 +59,7 @@ def as_multiplied(library: Library, kind: str, x: Tensor) -> Tensor:
 
 
 def in_groups(x: Tensor) -> Tensor:
-    """``x`` rounded to int8: in a lane, four steps of 64 values share a range; the last ones have their own."""
+    """``x`` rounded to int8: in a lane, four steps of 64 values share a range; the last have their own."""
     rows, inputs = x.shape
     steps = x.view(rows, inputs // 64, INT8_LANES, 4)
     whole = steps.shape[1] // 4 * 4
