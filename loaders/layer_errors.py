@@ -1,4 +1,7 @@
-"""Per-layer error report: each matrix of a loaded model compared with the checkpoint's."""
+"""Per-layer error report: each matrix of a loaded model compared with the checkpoint's.
+
+Where a norm was folded into a layer (``fold_norms``), the checkpoint's matrix is multiplied by its factors.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -115,6 +118,8 @@ def _layer(
     reason: str | None,
     owner: str,
 ) -> LayerError:
+    if original is not None and weights.input_scale is not None:
+        original = original * weights.input_scale
     errors = None if original is None else compare(original, weights.dequantize())
     return LayerError(
         name,

@@ -6,7 +6,7 @@ The only module that imports bitsandbytes. Importing it registers both classes.
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from loaders import kernels
@@ -19,6 +19,22 @@ from loaders.layers.native_linear import NativeLinear, to_native
 _INT8_LEVELS = 127  # the scales are rows' largest magnitudes
 _NESTED_BLOCK = 256  # scales that share an outer one
 _PACKED_ROWS = 32  # outputs side by side in the layout for AVX-512
+
+
+def int8_layer(weight: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> nn.Module:
+    """The layer that ``from_pretrained`` makes of a linear one at threshold 0, on the CPU.
+
+    Args:
+        weight: (outputs, inputs) of floats.
+        input_scale: (inputs,) factors by which the weights are multiplied first, as ``fold_norms`` returns.
+    """
+    outputs, inputs = weight.shape
+    layer = Linear8bitLt(inputs, outputs, bias is not None, has_fp16_weights=False, device="meta").eval()
+    scaled = weight if input_scale is None else weight * input_scale
+    layer.weight = Int8Params(scaled, requires_grad=False, has_fp16_weights=False).to("cpu")
+    layer.bias, layer.input_scale = bias, input_scale
+    found: nn.Module = layer
+    return found
 
 
 def layer_class(precision: str) -> type[nn.Module]:
@@ -47,6 +63,7 @@ def _(module: Any) -> LayerWeights:
         codes,
         lambda: dequantize_int8(codes, scales.float() / _INT8_LEVELS),
         [("scales", scales)],
+        input_scale=getattr(module, "input_scale", None),
     )
 
 
@@ -88,7 +105,9 @@ def _(module: Any, arena: Arena) -> NativeLinear | None:
     if scales is None or module.state.threshold or not kernels.supports("int8", module.in_features):
         return None
     scales = scales.float() / _INT8_LEVELS
-    return NativeLinear("int8", module.weight.data, module.bias, scales, arena=arena)
+    linear = NativeLinear("int8", module.weight.data, module.bias, scales, arena=arena)
+    linear.input_scale = getattr(module, "input_scale", None)
+    return linear
 
 
 @to_native.register(Linear4bit)

@@ -49,8 +49,22 @@ def quantize_lanes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.cat(scales)
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> nn.Module:
-    """The layer in int8: on the compiled kernels with its weights in ``arena``; otherwise on FBGEMM."""
+def int8_linear(
+    weight: Tensor, bias: Tensor | None, arena: Arena, input_scale: Tensor | None = None
+) -> "NativeLinear | DynamicInt8Linear":
+    """The layer in int8: on the compiled kernels with its weights in ``arena``; otherwise on FBGEMM.
+
+    Args:
+        input_scale: (inputs,) factors by which the weights are multiplied first, as ``fold_norms`` returns.
+    """
+    if input_scale is not None:
+        weight = weight * input_scale
+    linear = _int8_linear(weight, bias, arena)
+    linear.input_scale = input_scale
+    return linear
+
+
+def _int8_linear(weight: Tensor, bias: Tensor | None, arena: Arena) -> "NativeLinear | DynamicInt8Linear":
     if not kernels.supports("int8", weight.shape[1]):
         return DynamicInt8Linear(weight, bias)
     codes, scales = quantize_lanes(weight)
@@ -75,6 +89,7 @@ class DynamicInt8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
+        self.input_scale: Tensor | None = None  # factors that the weights include, as in LayerWeights
         self._levels = activation_levels()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces torchao as the successor
@@ -108,4 +123,5 @@ class DynamicInt8Linear(nn.Module):
                 ("offsets", codes.sum(dim=1, dtype=torch.int32)),
             ],
             copied=True,
+            input_scale=self.input_scale,
         )

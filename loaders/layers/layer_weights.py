@@ -26,6 +26,8 @@ class LayerWeights:
         state: (role, tensor) pairs that describe the quantization (scales, absmax, tables …); none of a
             matrix that is not quantized.
         copied: the tensors are copies that were made for this description: no other layer shares them.
+        input_scale: (inputs,) factors by which the original weights were multiplied before quantization, as
+            those of ``fold_norms``; None if they weren't.
     """
 
     format: str
@@ -34,6 +36,7 @@ class LayerWeights:
     dequantize: Callable[[], Tensor]
     state: Sequence[tuple[str, Tensor]] = ()
     copied: bool = False
+    input_scale: Tensor | None = None
 
     @property
     def quantized(self) -> bool:

@@ -53,6 +53,7 @@ class NativeLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.four_bit = kind, four_bit
+        self.input_scale: Tensor | None = None  # factors that ``weight`` includes, as in LayerWeights
         # a parameter is kept as the same object: a tied head stays tied and is counted once
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         self.bias = None if bias is None else _frozen(bias.detach())
@@ -84,7 +85,14 @@ class NativeLinear(nn.Module):
         if self.scales is not None:
             scales = self.scales.detach()
             state = [("scales", scales)]
-            return LayerWeights("int8", shape, weight, lambda: dequantize_int8(weight, scales), state)
+            return LayerWeights(
+                "int8",
+                shape,
+                weight,
+                lambda: dequantize_int8(weight, scales),
+                state,
+                input_scale=self.input_scale,
+            )
         return dense(weight)
 
 

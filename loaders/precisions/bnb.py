@@ -20,7 +20,9 @@ from loaders.cuda.memory import device_map
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP
+from loaders.layers.conv1d import to_linear
 from loaders.layers.native_linear import adopt
+from loaders.layers.norm_folding import fold_norms
 from loaders.pretrained import load_pretrained, meta_model, misfit
 from loaders.runners.select import is_compiled, runner_for
 
@@ -51,13 +53,16 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if spec.device == "cpu" and precision != "int8":
         _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)
-    model = load_pretrained(
-        spec,
-        progress,
-        dtype=torch.float32 if spec.device == "cpu" else rest,
-        device_map=device_map(spec, estimate_bytes(precision, spec)),
-        quantization_config=quantization_config(precision, spec),
-    )
+    if precision == "int8" and spec.device == "cpu" and not spec.int8_threshold:
+        model = _load_folded(spec, progress)
+    else:
+        model = load_pretrained(
+            spec,
+            progress,
+            dtype=torch.float32 if spec.device == "cpu" else rest,
+            device_map=device_map(spec, estimate_bytes(precision, spec)),
+            quantization_config=quantization_config(precision, spec),
+        )
     _check_layers(model, precision, spec.checkpoint.model_id)
     if spec.device == "cpu":
         _cast(model, rest)
@@ -79,6 +84,21 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     else:
         details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
     return LoadedModel(precision, runner, footprint, details=details)
+
+
+def _load_folded(spec: ModelSpec, progress: Progress) -> PreTrainedModel:
+    """The model in int8 by bitsandbytes' own quantizer, after its norms were folded into the weights."""
+    from loaders.layers.bitsandbytes_layers import int8_layer  # bitsandbytes is optional
+
+    model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
+    head = model.get_output_embeddings()
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    factors = fold_norms(model, head=False)
+    for done, name in enumerate(names, 1):
+        linear = to_linear(model.get_submodule(name))
+        model.set_submodule(name, int8_layer(linear.weight.detach(), linear.bias, factors.get(name)))
+        progress("quantizing", done, len(names))
+    return model
 
 
 def quantization_config(precision: str, spec: ModelSpec) -> Any:

@@ -21,6 +21,7 @@ from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
+from loaders.layers.norm_folding import fold_norms
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 
@@ -55,10 +56,11 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and (module is not head or spec.quantize_lm_head)
     ]
+    folded = fold_norms(model, head=spec.quantize_lm_head)
     arena = Arena()
     for done, (name, module) in enumerate(targets, 1):
         linear = to_linear(module)
-        model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena))
+        model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena, folded.get(name)))
         progress("quantizing", done, len(targets))
     del targets, head, module, linear
     if kernels.get() is not None:
