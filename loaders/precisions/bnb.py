@@ -21,15 +21,19 @@ from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP
 from loaders.layers.conv1d import to_linear
-from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
-from loaders.layers.native_linear import FORMATS, NativeLinear, adopt
+from loaders.layers.native_linear import adopt
 from loaders.layers.norm_folding import fold_norms
+from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
 from loaders.pretrained import load_pretrained, meta_model, misfit
 from loaders.runners import gpt2_cpu_runner as gpt2_runner
 from loaders.runners.select import runner_for
 
 BLOCK = 64  # weights that share one absmax
+_THRESHOLD_NOTE = (
+    "an outlier takes the precision of its whole row of activations; INT8_THRESHOLD=6 keeps them in fp16, "
+    "but then no step is captured, and what runs beside a sequence changes its tokens"
+)
 _CPU_CAST = "MatMul8bitLt: inputs will be cast"
 
 
@@ -46,18 +50,9 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     inner = linear_weights(model)
     kept = rest_dtype(precision, spec)
     rest: int = (count_parameters(model) - inner) * kept.itemsize
-    if (of_head := head_type(precision, spec, model)) != kept:
-        rest += _own_head_bytes(model, kept, of_head)
+    if (of_head := head_type(precision, spec, model, kept)) != kept:
+        rest += own_head_bytes(model, kept, of_head)
     return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
-
-
-def _own_head_bytes(model: PreTrainedModel, kept: torch.dtype, own: torch.dtype) -> int:
-    """What a head of another type adds: all of it if it was tied to the embedding."""
-    weight: Any = model.get_output_embeddings().weight
-    outputs, inputs = weight.shape
-    size = int8_linear_bytes(outputs, inputs) if own == torch.int8 else weight.numel() * own.itemsize
-    tied = weight is model.get_input_embeddings().weight
-    return size - (0 if tied else weight.numel() * kept.itemsize)
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
@@ -79,12 +74,12 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             quantization_config=quantization_config(precision, spec),
         )
     _check_layers(model, precision, spec.checkpoint.model_id)
-    arena, of_head = Arena(), head_type(precision, spec, model)
-    exact = _head_weight(model) if of_head != rest else None
+    arena, of_head = Arena(), head_type(precision, spec, model, rest)
+    exact = head_weight(model) if of_head != rest else None
     if spec.device == "cpu":
         _cast(model, rest)
     if exact is not None:  # after casting: the kernels hold the addresses of a layer's tensors
-        _replace_head(model, exact, of_head, arena)
+        replace_head(model, exact, of_head, arena)
         del exact
     native = spec.device == "cpu" and adopt(model, progress, arena)
     runner = runner_for(model, spec)  # before counting: bitsandbytes repacks weights when they are first used
@@ -102,6 +97,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         grouped = native and not spec.int8_threshold
         details["activation_group_size"] = ACTIVATION_GROUP if grouped else "row"
         details["weight_scales_per_output"] = 1
+        if spec.device == "cuda" and not spec.int8_threshold:
+            details["note"] = _THRESHOLD_NOTE
     else:
         details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
     return LoadedModel(precision, runner, footprint, details=details)
@@ -152,38 +149,6 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
         lean = kernels.get() is not None and gpt2_runner.serves(spec.checkpoint.config)
         return torch.bfloat16 if lean and not spec.int8_threshold else torch.float32
     return torch.float16 if precision == "int8" else _sixteen_bits()
-
-
-def head_type(precision: str, spec: ModelSpec, model: PreTrainedModel) -> torch.dtype:
-    """The type of the output head: another than the rest's only at four bits on the compiled CPU kernels.
-
-    There int8 is the default: the head is most of a small model's memory traffic, and in int8 it costs less
-    than a hundredth of the quality that four bits in the other layers do.
-    """
-    rest, head = rest_dtype(precision, spec), model.get_output_embeddings()
-    if precision == "int8" or spec.device != "cpu" or type(head) is not nn.Linear:
-        return rest
-    wanted = spec.lm_head_dtype
-    kind = "int8" if wanted in ("auto", "int8") else FORMATS[DTYPES[wanted]]
-    if not kernels.supports(kind, head.in_features):
-        return rest
-    return torch.int8 if kind == "int8" else DTYPES[wanted]
-
-
-def _head_weight(model: PreTrainedModel) -> torch.Tensor:
-    weight: torch.Tensor = model.get_output_embeddings().weight.detach()
-    return weight
-
-
-def _replace_head(model: PreTrainedModel, weight: torch.Tensor, dtype: torch.dtype, arena: Arena) -> None:
-    """Gives the head those weights in that type; a tied embedding stays as it is."""
-    head: Any = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    bias = head.bias
-    if dtype == torch.int8:
-        model.set_submodule(name, int8_linear(weight, bias, arena))
-    else:
-        model.set_submodule(name, NativeLinear(FORMATS[dtype], weight.to(dtype), bias, arena=arena))
 
 
 def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
