@@ -69,6 +69,9 @@ class ModelSpec:
     """nf4, fp4: quantize the absmax of each block as well (saves about 0.37 bit per weight)."""
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
+    lm_head_dtype: Literal["auto", "int8", "fp32", "bf16", "fp16"] = "auto"
+    """nf4, fp4 on a CPU: the type of the output head; ``auto``: int8 on the compiled kernels, else as
+    ``unquantized_dtype``. A head tied to the embedding gets weights of its own if the types differ."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
     """Type of the KV cache of the compiled forward pass; ``auto``: fp32 for fp32, else fp16.
     Other runners use the type of the model."""

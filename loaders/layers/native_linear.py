@@ -127,16 +127,19 @@ def _(module: Any, arena: Arena) -> NativeLinear | None:
     return to_native(to_linear(module), arena)
 
 
-def adopt(model: nn.Module, progress: Progress) -> bool:
+def adopt(model: nn.Module, progress: Progress, arena: Arena | None = None) -> bool:
     """Replaces every linear layer that the compiled kernels can compute; returns False without any kernels.
 
     bitsandbytes' layers are replaced before their first forward pass, which may rearrange their weights.
+
+    Args:
+        arena: the memory of layers that are on the kernels already; the others are moved there.
     """
     if kernels.get() is None:
         return False
     # bitsandbytes' layers are nn.Linear, too
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    arena = Arena()
+    arena = arena or Arena()
     for done, (name, module) in enumerate(layers, 1):
         if (replacement := to_native(module, arena)) is not None:
             model.set_submodule(name, replacement)

@@ -21,12 +21,18 @@ from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP
 from loaders.layers.conv1d import to_linear
+from loaders.layers.huge_pages import Arena
 from loaders.layers.native_linear import adopt
 from loaders.layers.norm_folding import fold_norms
+from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
 from loaders.pretrained import load_pretrained, meta_model, misfit
 from loaders.runners.select import is_compiled, runner_for
 
 BLOCK = 64  # weights that share one absmax
+_THRESHOLD_NOTE = (
+    "an outlier takes the precision of its whole row of activations; INT8_THRESHOLD=6 keeps them in fp16, "
+    "but then no step is captured, and what runs beside a sequence changes its tokens"
+)
 _CPU_CAST = "MatMul8bitLt: inputs will be cast"
 
 
@@ -41,7 +47,10 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
     inner = linear_weights(model)
-    rest: int = (count_parameters(model) - inner) * rest_dtype(precision, spec).itemsize
+    kept = rest_dtype(precision, spec)
+    rest: int = (count_parameters(model) - inner) * kept.itemsize
+    if (of_head := head_type(precision, spec, model, kept)) != kept:
+        rest += own_head_bytes(model, kept, of_head)
     return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
 
 
@@ -64,15 +73,21 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             quantization_config=quantization_config(precision, spec),
         )
     _check_layers(model, precision, spec.checkpoint.model_id)
+    arena, of_head = Arena(), head_type(precision, spec, model, rest)
+    exact = head_weight(model) if of_head != rest else None
     if spec.device == "cpu":
         _cast(model, rest)
-    native = spec.device == "cpu" and adopt(model, progress)
+    if exact is not None:  # after casting: the kernels hold the addresses of a layer's tensors
+        replace_head(model, exact, of_head, arena)
+        del exact
+    native = spec.device == "cpu" and adopt(model, progress, arena)
     runner = runner_for(model, spec)  # before counting: bitsandbytes repacks weights when they are first used
     parameters = count_parameters(meta_model(spec))
-    of_head = f"the head is kept in {str(rest).removeprefix('torch.')}"
-    footprint = measure(model, parameters, reasons(model, of_head))
+    reason = f"the head is kept in {str(of_head).removeprefix('torch.')}"
+    footprint = measure(model, parameters, reasons(model, reason))
     details: dict[str, Any] = {
         "rest": str(rest),
+        "head": str(of_head),
         "compute_dtype": _native_compute(precision) if native else str(_compute_dtype(spec)),
         "kernels": kernels.describe() if spec.device == "cpu" else "bitsandbytes",
     }
@@ -81,6 +96,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         grouped = native and not spec.int8_threshold
         details["activation_group_size"] = ACTIVATION_GROUP if grouped else "row"
         details["weight_scales_per_output"] = 1
+        if spec.device == "cuda" and not spec.int8_threshold:
+            details["note"] = _THRESHOLD_NOTE
     else:
         details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
     return LoadedModel(precision, runner, footprint, details=details)

@@ -84,6 +84,13 @@ class ModelSettings(BaseSettings):
         "TYPE",
         "int8, nf4, fp4: type of embeddings, head and norms: fp32, bf16, fp16 or what is fastest here",
     )
+    lm_head_dtype: Literal["auto", "int8", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        _QUANTIZATION,
+        "TYPE",
+        "nf4, fp4 on a CPU: type of the output head: int8, fp32, bf16 or fp16; auto is int8 where the "
+        "compiled kernels run it, else UNQUANTIZED_DTYPE (dynamic-int8 has QUANTIZE_LM_HEAD)",
+    )
     kv_dtype: Literal["auto", "fp32", "fp16"] = option(
         "auto",
         _QUANTIZATION,
@@ -135,6 +142,7 @@ class ModelSettings(BaseSettings):
             int8_threshold=self.int8_threshold,
             double_quantization=self.double_quantization,
             unquantized_dtype=self.unquantized_dtype,
+            lm_head_dtype=self.lm_head_dtype,
             kv_dtype=self.kv_dtype,
             batch_invariant=self.batch_invariant,
             cuda_graphs=self.cuda_graphs,

@@ -1,15 +1,20 @@
 """The contract of every precision in the registry, on real small checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 import loaders
+from loaders import kernels
 from loaders.base import ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import UnknownPrecision
-from tests.loaders.contract import RunnerContract, ServingContract
+from tests.loaders.contract import RunnerContract, ServingContract, weights_in
+
+COMPILED = kernels.get() is not None
 
 
 @pytest.fixture(scope="module", params=loaders.PRECISIONS)
@@ -22,7 +27,8 @@ class TestEveryPrecision(RunnerContract, ServingContract):
 
 
 @pytest.mark.parametrize(
-    ("quantizing", "head"), [("int8", False), ("nf4", False), ("fp4", False), ("dynamic-int8", True)]
+    ("quantizing", "head"),
+    [("int8", False), ("nf4", COMPILED), ("fp4", COMPILED), ("dynamic-int8", True)],
 )
 def test_every_linear_layer_of_the_body_is_quantized(
     small_spec: ModelSpec, quantizing: str, head: bool
@@ -31,6 +37,25 @@ def test_every_linear_layer_of_the_body_is_quantized(
     kept = {layer.name.rsplit(".", 1)[-1] for layer in loaded.footprint.kept}
     embeddings = {"wte", "wpe"} if "GPT2" in small_spec.checkpoint.architecture else {"embed_tokens"}
     assert kept == embeddings | (set() if head else {"lm_head"})
+
+
+@pytest.mark.skipif(not COMPILED, reason=str(kernels.find()))
+@pytest.mark.parametrize(
+    ("dtype", "found"), [("auto", "int8"), ("int8", "int8"), ("fp16", "float16"), ("fp32", "float32")]
+)
+def test_the_type_of_a_four_bit_models_head(
+    small_spec: ModelSpec, dtype: Literal["auto", "int8", "fp16", "fp32"], found: str
+) -> None:
+    """Its logits depend on nothing else: the head's product of the same states is off by its own rounding."""
+    loaded = loaders.load("nf4", replace(small_spec, lm_head_dtype=dtype))
+    exact = loaders.load("nf4", replace(small_spec, lm_head_dtype="fp32"))
+    assert loaded.details["head"] == f"torch.{found}"
+    head = weights_in(loaded, "lm_head")
+    assert head.format == found
+    assert (found == "float32") == torch.equal(loaded.runner.score([1, 2, 3]), exact.runner.score([1, 2, 3]))
+    difference = loaded.runner.score([1, 2, 3]) - exact.runner.score([1, 2, 3])
+    assert float(difference.norm() / exact.runner.score([1, 2, 3]).norm()) < 0.02
+    assert weights_in(loaded, "lm_head").nbytes < 4 * 320 * 64 or found == "float32"
 
 
 def test_aliases_and_unknown_names() -> None:
@@ -96,7 +121,9 @@ def test_gpt2_small_to_the_byte(
         from transformers import GPT2Config, GPT2LMHeadModel
 
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-    spec = ModelSpec(open_checkpoint(str(folder)), slots=1, unquantized_dtype=unquantized)
+    spec = ModelSpec(
+        open_checkpoint(str(folder)), slots=1, unquantized_dtype=unquantized, lm_head_dtype=unquantized
+    )
     footprint = loaders.load(loaded, spec).footprint
     assert footprint.weights_bytes - footprint.quantization_state_bytes == weights
     assert state.items() <= footprint.quantization_state.items()
