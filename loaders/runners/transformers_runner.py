@@ -38,7 +38,7 @@ class TransformersRunner(Runner):
         self.vocabulary = spec.checkpoint.vocabulary
         self._model: PreTrainedModel | None = model
         self._name = f"transformers' {type(model).__name__}"
-        self._device = model.device
+        self._device, self._on_a_card = model.device, spec.device == "cuda"
         self._dtype = model.dtype
         self._cache = SlotCache(spec.slots, self.context)
         self._masks_of = Masks(model).of
@@ -108,7 +108,7 @@ class TransformersRunner(Runner):
     def report(self) -> Mapping[str, Any]:
         """For ``/stats``."""
         forward = {"forward": self._name}
-        if self._device.type == "cpu":
+        if not self._on_a_card:
             return {**forward, "not_compiled_because": self._why_not}
         return {**forward, "slots": self.slots, "captured": False, "not_captured_because": self._why_not}
 

@@ -90,7 +90,7 @@ def test_the_rounding_of_int8_alone_would_look_like_lost_positions(tmp_path: Pat
     runner: Any = loaders.load("dynamic-int8", spec).runner
     own = TransformersRunner(runner.module, spec)
     deviation = batching_check._difference(own, batching_check._texts(own, spec.checkpoint.config))
-    assert deviation > 10 * batching_check._TOLERANCE
+    assert deviation > 2 * batching_check._TOLERANCE
 
 
 def derives_its_own(family: str, folder: Path) -> ModelSpec:
@@ -107,7 +107,7 @@ def derives_its_own(family: str, folder: Path) -> ModelSpec:
 def test_local_attention_and_alibi_are_found_in_every_precision(
     family: str, precision: str, tmp_path: Path
 ) -> None:
-    own_linear = family == "falcon" and precision in ("int8", "nf4", "fp4")
+    own_linear = family == "falcon" and precision in ("nf4", "fp4")
     why = "has no layer that" if own_linear else "can't be batched here"
     with pytest.raises(CheckpointError, match=why):
         loaders.load(precision, derives_its_own(family, tmp_path))
