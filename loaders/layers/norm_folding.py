@@ -6,7 +6,7 @@ multiplying the following weights of that channel by d leaves the function as it
 of two (SmoothQuant, arXiv:2211.10438, moves scales between the two in the same place).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_GPT2 = (("ln_1", ("attn.c_attn",)), ("ln_2", ("mlp.c_fc",)))
-_LLAMA = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-)
-_GPT_NEOX = (
-    ("input_layernorm", ("attention.query_key_value",)),
-    ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-)
-FOLLOWERS: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {
-    "gpt2": _GPT2,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gpt_neox": _GPT_NEOX,
-}
-"""By model type: each norm of a layer, and the linear layers that alone read its output."""
+from loaders.architectures import UnsupportedArchitecture, architecture_of
+
 _OUTLIER, _FARTHEST = 2, 40  # powers of two off the usual balance, at which a channel is an outlier
 
 
@@ -42,7 +26,7 @@ def fold_norms(model: PreTrainedModel, head: bool) -> dict[str, Tensor]:
         head: the last norm too; only if the caller gives the head weights of its own.
 
     Returns: by the name of each following linear layer the (inputs,) factors that the caller must multiply
-        its weights by; without entries for a model type that ``FOLLOWERS`` lacks.
+        its weights by; without entries for an architecture that ``loaders.architectures`` lacks.
     """
     factors: dict[str, Tensor] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -58,21 +42,22 @@ def fold_norms(model: PreTrainedModel, head: bool) -> dict[str, Tensor]:
 
 
 def _pairs(model: PreTrainedModel, head: bool) -> list[tuple[Any, list[Any]]]:
-    followers = FOLLOWERS.get(model.config.model_type, ())
-    body: Any = getattr(model, model.base_model_prefix, None)
-    if not followers or body is None:
+    """Each norm, and the linear layers that alone read its output."""
+    try:
+        architecture = architecture_of(model.config)
+    except UnsupportedArchitecture:
         return []
-    layers = body.h if hasattr(body, "h") else body.layers
+    names = architecture.block
+    if architecture.norm_offset or type(model).__name__ != architecture.model_class:
+        return []  # an offset is added to the weights of norms: they are not the gains
     found = [
-        (layer.get_submodule(norm), [layer.get_submodule(name) for name in names])
-        for layer in layers
-        for norm, names in followers
+        (block.get_submodule(norm), [block.get_submodule(name) for name in linears])
+        for block in model.get_submodule(architecture.blocks)
+        for norm, linears in ((names.before_attention, names.qkv), (names.before_mlp, names.mlp_in))
     ]
-    last = next(
-        (m for name in ("ln_f", "norm", "final_layer_norm") if (m := getattr(body, name, None))), None
-    )
-    output = model.get_output_embeddings()
-    return [*found, (last, [output])] if head and last is not None and output is not None else found
+    if head:
+        found.append((model.get_submodule(architecture.last), [model.get_submodule(architecture.head)]))
+    return found
 
 
 def _foldable(norm: Any, linears: Sequence[Any]) -> bool:
