@@ -25,6 +25,7 @@ _WHOLE_BLOCKS = {
     "qwen3": {"intermediate_size": 384, "head_dim": 64},
     "gemma": {"intermediate_size": 384, "head_dim": 48},
 }
+OTHERS = ["mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt_neox", "opt"]
 PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4", "fp4", "dynamic-int8"]
 
 
@@ -63,8 +64,11 @@ def test_greedy_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
         assert found[slot] == expected.tolist()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt_neox", "opt"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("llama", precision) for precision in PRECISIONS]
+    + [(name, precision) for name in OTHERS for precision in ("fp32", "nf4", "dynamic-int8")],
+)
 def test_rows_are_isolated(name: str, precision: str, tmp_path: Path) -> None:
     """Bit for bit: a row alone, in a batch, and its prompt in one pass or in chunks."""
     sizes = _WHOLE_BLOCKS.get(name, {"intermediate_size": 384})
