@@ -53,8 +53,8 @@ def test_table_layers_and_json(
     assert other["warning"] is None
     row = next(line for line in lines if line.startswith("transformer.h.0.attn.c_attn") and "4-bit" in line)
     assert row.split()[1:7] == ["Conv1D", "NativeLinear", "4-bit", "192", "×", "64"] or "Linear4bit" in row
-    head = next(line for line in lines if line.startswith("lm_head") and "int8" in line)
-    assert "320 × 64" in " ".join(head.split())
+    of_head = next(line for line in lines if line.startswith("lm_head") and "int8" in line)
+    assert "320 × 64" in " ".join(of_head.split())
 
 
 def test_groups_that_do_not_fit_together_give_the_same_figures(
