@@ -3,6 +3,8 @@
 - percentile: McKinstry et al. 2018 (arXiv:1809.04191); Wu et al. 2020 (arXiv:2004.09602), "Calibration".
 - mean squared error: Nagel et al. 2021 (arXiv:2106.08295), "Quantization range setting".
 - KL divergence: Migacz 2017, "8-bit Inference with TensorRT" (GPU Technology Conference).
+
+Every range includes zero, since every quantizer represents it.
 """
 
 import numpy as np
@@ -45,18 +47,41 @@ def mse_range(histogram: Histogram, scheme: Scheme) -> Range:
     A symmetric range is searched in steps of a tenth and then of a hundredth of itself. Of an asymmetric one
     all pairs of ends in steps of a fifth are tried, then each end in finer steps, in turn.
     """
-    low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (histogram.low, histogram.high))
+    search = _Search(histogram, scheme)
+    limit = histogram.limit
+    low, high = min(histogram.low, 0) / limit, max(histogram.high, 0) / limit
     if scheme.symmetric:
-        high = torch.maximum(-low, high)
+        high = max(-low, high)
         for fractions in (_COARSE, _FINE):
-            high = _best(histogram, scheme, -high * fractions, high * fractions)[1]
-        return _within(histogram, -float(high), float(high))
-    lows, highs = torch.meshgrid(low.clamp_max(0) * _PAIRED, high.clamp_min(0) * _PAIRED, indexing="ij")
-    low, high = _best(histogram, scheme, lows.reshape(-1), highs.reshape(-1))
+            _, high = search.best(-high * fractions, high * fractions)
+        return _within(histogram, -high * limit, high * limit)
+    lows, highs = torch.meshgrid(low * _PAIRED, high * _PAIRED, indexing="ij")
+    low, high = search.best(lows.reshape(-1), highs.reshape(-1))
     for fractions in (_WIDE, _WIDE, _FINE, _FINE):
-        low = _best(histogram, scheme, low * fractions, high.expand(len(fractions)))[0]
-        high = _best(histogram, scheme, low.expand(len(fractions)), high * fractions)[1]
-    return _within(histogram, float(low), float(high))
+        low, _ = search.best(low * fractions, torch.tensor(high).expand(len(fractions)))
+        _, high = search.best(torch.tensor(low).expand(len(fractions)), high * fractions)
+    return _within(histogram, low * limit, high * limit)
+
+
+class _Search:
+    """Compares ranges by the squared error of their codes over a histogram, in units of its limit."""
+
+    def __init__(self, histogram: Histogram, scheme: Scheme) -> None:
+        filled = histogram.counts.nonzero().squeeze(1)
+        self._counts, self._values = histogram.counts[filled].float(), histogram.centres()[filled]
+        self._scheme = scheme
+
+    def best(self, lows: Tensor, highs: Tensor) -> tuple[float, float]:
+        """Of the candidates, the range of the smallest error."""
+        errors = []
+        scales, zero_points = (found[:, None] for found in parameters(lows, highs, self._scheme))
+        at_once = max(1, _AT_ONCE // len(self._values))
+        for scale, zero_point in zip(scales.split(at_once), zero_points.split(at_once), strict=True):
+            codes = quantize(self._values.expand(len(scale), -1), scale, zero_point, self._scheme)
+            found = dequantize(codes, scale, zero_point)
+            errors.append(found.sub_(self._values).square_() @ self._counts)
+        best = int(torch.cat(errors).argmin())
+        return float(lows[best]), float(highs[best])
 
 
 def kl_range(histogram: Histogram, scheme: Scheme) -> Range:
@@ -91,20 +116,6 @@ def _divergence(counts: NDArray[np.float64], size: int, levels: int) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def _best(histogram: Histogram, scheme: Scheme, lows: Tensor, highs: Tensor) -> Range:
-    """Of the candidates, the range whose codes have the smallest squared error over the histogram."""
-    filled = histogram.counts.nonzero().squeeze(1)
-    weights, values = histogram.counts[filled].float(), histogram.centres()[filled].float()
-    scales, zero_points = (found[:, None] for found in parameters(lows, highs, scheme))
-    errors = []
-    step = max(1, _AT_ONCE // len(values))
-    for scale, zero_point in zip(scales.split(step), zero_points.split(step), strict=True):
-        codes = quantize(values.expand(len(scale), -1), scale, zero_point, scheme)
-        errors.append((dequantize(codes, scale, zero_point) - values).square_() @ weights)
-    best = int(torch.cat(errors).argmin())
-    return lows[best], highs[best]
-
-
 def _first(counts: Tensor, share: float, above: bool = False) -> int:
     """The number of leading bins that hold ``share`` of all counts; ``above``: more than it."""
     reached = counts.cumsum(0).double()
@@ -112,8 +123,6 @@ def _first(counts: Tensor, share: float, above: bool = False) -> int:
 
 
 def _within(histogram: Histogram, low: float, high: float) -> Range:
-    return _range(max(low, histogram.low), min(high, histogram.high))
-
-
-def _range(low: float, high: float) -> Range:
-    return torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
+    """The range without what lies beyond the smallest and the largest value, and with zero."""
+    low, high = max(low, histogram.low), min(high, histogram.high)
+    return torch.tensor(min(low, 0), dtype=torch.float32), torch.tensor(max(high, 0), dtype=torch.float32)

@@ -15,7 +15,8 @@ class Histogram:
     """Counts of values in equal bins over −limit … limit, where limit is a power of two.
 
     Values beyond the limit double it as often as needed: neighbouring bins are then added in pairs, so that
-    widening splits no bin. The largest magnitude is at least half the limit.
+    no bin is split. The largest magnitude is at least half the limit. A value that is closer to an edge than
+    2⁻²² of the limit may be counted on its other side.
 
     Args:
         bins: on each side of zero; a power of two.
@@ -63,8 +64,8 @@ class Histogram:
             self.counts += found.to("cpu", torch.int64)
 
     def centres(self) -> Tensor:
-        """The middle of every bin, float64."""
-        return (torch.arange(-self._bins, self._bins, dtype=torch.float64) + 0.5) * self.width
+        """The middle of every bin as a fraction of the limit, float32."""
+        return (torch.arange(-self._bins, self._bins) + 0.5) / self._bins
 
     def magnitudes(self, bins: int | None = None) -> Tensor:
         """Counts of |x| in equal bins over 0 … limit.
@@ -77,8 +78,8 @@ class Histogram:
 
     def _widen(self, largest: float) -> None:
         """Doubles the limit until it is at least ``largest``."""
-        exponent = max(self._exponent, math.frexp(largest)[1])
-        if exponent == self._exponent:
+        exponent = math.frexp(largest)[1]
+        if not largest or exponent <= self._exponent:
             return
         merged = _merged(self.counts, 1 << min(exponent - self._exponent, self._bins.bit_length() - 1))
         self.counts = functional.pad(merged, [(2 * self._bins - len(merged)) // 2] * 2)
