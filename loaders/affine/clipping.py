@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loaders.affine.arithmetic import Scheme, dequantize, parameters, quantize
+from loaders.affine.arithmetic import Per, Scheme, dequantize, grouped, min_max, parameters, quantize
 from loaders.affine.histogram import Histogram
 
 Range = tuple[Tensor, Tensor]
@@ -21,7 +21,8 @@ _COARSE = 0.9 ** torch.arange(60, dtype=torch.float64)  # fractions of a range t
 _PAIRED = 0.8 ** torch.arange(28, dtype=torch.float64)
 _WIDE = torch.linspace(0.8, 1.2, 17, dtype=torch.float64)
 _FINE = torch.linspace(0.9, 1.1, 21, dtype=torch.float64)
-_AT_ONCE = 2**20  # candidates × bins
+_SHRUNK = torch.linspace(1, 0.3, 36)
+_AT_ONCE = 2**18  # candidates × bins, or weights: such tensors stay in the CPU's cache
 
 
 def percentile_range(histogram: Histogram, percent: float, scheme: Scheme) -> Range:
@@ -61,6 +62,37 @@ def mse_range(histogram: Histogram, scheme: Scheme) -> Range:
         low, _ = search.best(low * fractions, torch.tensor(high).expand(len(fractions)))
         _, high = search.best(torch.tensor(low).expand(len(fractions)), high * fractions)
     return _within(histogram, low * limit, high * limit)
+
+
+def mse_ranges(weight: Tensor, per: Per, scheme: Scheme) -> Range:
+    """Of every row or group, the fraction of its range, 1 … 0.3, of the smallest squared error.
+
+    Args:
+        weight: (outputs, inputs), float32.
+
+    Returns: low and high, which broadcast against ``grouped(weight, per)``.
+
+    Raises:
+        ValueError: as of ``grouped``.
+    """
+    rows = max(1, _AT_ONCE // weight.shape[1]) if per != "tensor" else len(weight)
+    parts = [_shrunk(part, per, scheme) for part in weight.split(rows)]
+    low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
+    return low, high
+
+
+def _shrunk(weight: Tensor, per: Per, scheme: Scheme) -> Range:
+    groups, (low, high) = grouped(weight, per), min_max(weight, per)
+    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
+    found = torch.empty_like(groups)
+    for fraction in _SHRUNK:
+        scale, zero_point = parameters(low * fraction, high * fraction, scheme)
+        torch.div(groups, scale, out=found).round_()
+        found.clamp_(scheme.lowest - zero_point, scheme.highest - zero_point).mul_(scale).sub_(groups)
+        error = found.square_().sum(-1, keepdim=True)
+        best = torch.where(error < least, fraction, best)
+        least = torch.minimum(error, least)
+    return low * best, high * best
 
 
 class _Search:
