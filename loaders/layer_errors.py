@@ -3,7 +3,6 @@
 Where a norm was folded into a layer (``fold_norms``), the checkpoint's matrix is multiplied by its factors.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from loaders.affine.error import compare
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import weight_files
 from loaders.footprint import quantization_warning
 from loaders.layers.layer_weights import LayerWeights, weights_of
 from loaders.pretrained import meta_model
-
-_ROWS = 2**22  # weights compared at a time
 
 
 @dataclass(frozen=True)
@@ -133,24 +131,6 @@ def _layer(
         None if owner == name else owner,
         *(errors or (None, None, None)),
     )
-
-
-def compare(original: Tensor, found: Tensor) -> tuple[float, float, float | None]:
-    """Relative Frobenius error, largest error and SQNR in dB of two matrices of one shape.
-
-    If they are equal or the original is all zeros, the relative error is 0 and the SQNR None.
-    """
-    signal = noise = largest = 0.0
-    rows = max(1, _ROWS // original.shape[1])
-    for one, other in zip(original.split(rows), found.split(rows), strict=True):
-        exact = one.to(other.device).double()
-        off = other.double() - exact
-        signal += float(exact.square().sum())
-        noise += float(off.square().sum())
-        largest = max(largest, float(off.abs().max()))
-    if not noise or not signal:
-        return 0.0, largest, None
-    return math.sqrt(noise / signal), largest, 10 * math.log10(signal / noise)
 
 
 class Originals:

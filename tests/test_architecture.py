@@ -42,8 +42,8 @@ LAYERS = (
     "loaders.config_values",
     "loaders.errors",
     "loaders.base",
-    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
-    "loaders.kv_cache",
+    "loaders.bundled loaders.import_noise loaders.malloc loaders.runner loaders.tokenizer_faults",
+    "loaders.affine loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""
 MOST_LINES = 250

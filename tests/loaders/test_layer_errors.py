@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import loaders
 from loaders import kernels
+from loaders.affine.error import compare
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.layer_errors import LayerError, LayerReport, compare, layer_errors
+from loaders.layer_errors import LayerError, LayerReport, layer_errors
 from loaders.layers.layer_weights import weights_of
 from tests import checkpoints
 from tests.fakes import fake_model
