@@ -6,6 +6,7 @@
  * bit, alone and in any batch, in one prompt chunk or in ten.
  */
 #pragma once
+#include "int8.h"
 #include "static_int8.h"
 #include "thread_team.h"
 #include "workspace.h"

@@ -63,8 +63,9 @@ class PackedMatrix:
     input_factors: Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors = (self.data, self.scales, self.bias)
+        tensors = (self.data, self.scales, self.bias, self.input_factors)
         assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors)
+        self.offsets: Tensor | None = None  # static-int8: of the sum of each output
         self.outputs = self.data.shape[0]
         self.inputs = self.data.shape[1] * (2 if self.kind == "four-bit" else 1)
         self.struct = structures.Matrix(
@@ -97,7 +98,6 @@ class PackedMatrix:
     def _set_static(self, factors: Tensor) -> None:
         assert factors.shape == (2, self.inputs)
         assert factors.dtype == torch.float32
-        assert factors.is_contiguous()
         assert self.scales is not None
         assert self.scales.shape == (self.outputs,)
         zero_points = factors[1].double() + self.library.static_zero_point

@@ -1,7 +1,7 @@
 /* Products of rows in static int8 (static_int8_rows.h) and int8 weights with a scale per output. A sum is an exact int32
  * over all inputs, so its order doesn't matter; scales and zero points follow once per output. */
 #pragma once
-#include "int8.h"
+#include "gemv.h"
 
 #ifdef __AVX512BW__
 enum { STATIC_STEP = 64 }; /* inputs in a register */
@@ -27,7 +27,12 @@ static inline __m128i integer_hsum4(const integers *v) {
 enum { STATIC_STEP = 32 };
 
 static inline integers load_codes(const char *at) { return _mm256_loadu_si256((const void *)at); }
-static inline integers dot_static(integers sums, integers x, integers w) { return dot_int8(sums, x, w); }
+
+/* sums += x · w over groups of four: |x| · (w with x's sign), in pairs that can't overflow 16 bits (2 · 128 · 127 < 2¹⁵). */
+static inline integers dot_static(integers sums, integers x, integers w) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 
 static inline __m128i integer_hsum4(const integers *v) {
     __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));

@@ -1,5 +1,5 @@
 /* Rows of activations in static int8: every input has a constant scale and zero point, found in calibration, so that a row
- * is packed in one pass, without a search for its range. Codes are -127 … 127; values outside the range saturate. */
+ * is packed in one pass, without a search for its range. Values outside the range saturate. */
 #pragma once
 #include "matrix.h"
 
@@ -27,7 +27,6 @@ static inline floats to_static_scale(const matrix *m, const float *x, int64_t k,
 #ifdef __AVX512BW__
 static inline __m128i static_codes16(const matrix *m, const float *x, int64_t k, floats *faults) {
     __m128i codes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(to_static_scale(m, x, k, faults)));
-    codes = _mm_max_epi8(codes, _mm_set1_epi8(-127));
     return _mm_xor_si128(codes, _mm_set1_epi8(-128));
 }
 #else
@@ -35,8 +34,7 @@ static inline __m128i static_codes16(const matrix *m, const float *x, int64_t k,
     __m256i low = _mm256_cvtps_epi32(to_static_scale(m, x, k, faults));
     __m256i high = _mm256_cvtps_epi32(to_static_scale(m, x, k + LANES, faults));
     __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
-    __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    return _mm_max_epi8(codes, _mm_set1_epi8(-127));
+    return _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
 #endif
 
