@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from loaders.affine import MinMaxObserver, MSEObserver
 
-_ROWS_PER_SAMPLE = 8  # kept whole, the first token's among them: its activations are often the largest
+_HELD_OUT_ONE_IN = 4  # samples whose rows judge the ranges of the others
+_ROWS_PER_SAMPLE = 32  # the first token's among them: its activations are often the largest
 
 
 class ObservedInputs:
@@ -20,9 +21,10 @@ class ObservedInputs:
         self.min_max, self.mse = MinMaxObserver(), MSEObserver()
         self._low = self._high = torch.empty(0)
         self._rows: list[Tensor] = []
+        self._calls = 0
 
     def update(self, x: Tensor) -> None:
-        """Takes in the rows of ``x``, (…, inputs).
+        """Takes in the rows of ``x``, (…, inputs): of every fourth call some as they are, of others the ranges.
 
         Raises:
             ValueError: a value is NaN or infinite.
@@ -30,14 +32,15 @@ class ObservedInputs:
         x = x.detach().float().reshape(-1, x.shape[-1])
         if not len(x):
             return
+        self._calls += 1
+        if self._calls % _HELD_OUT_ONE_IN == 0:
+            self._rows.append(x[torch.linspace(0, len(x) - 1, _ROWS_PER_SAMPLE).long().unique()])
+            return
         self.min_max.update(x)
         self.mse.update(x)
         low, high = x.aminmax(dim=0)
         self._low = torch.minimum(self._low, low) if len(self._low) else low
         self._high = torch.maximum(self._high, high) if len(self._high) else high
-        shift = len(self._rows) % _ROWS_PER_SAMPLE  # other positions in each sample
-        others = torch.linspace(1 + shift, len(x) - 1, _ROWS_PER_SAMPLE - 1).long().clamp(0, len(x) - 1)
-        self._rows.append(x[torch.cat([torch.zeros(1, dtype=torch.long), others]).unique()])
 
     def rows(self) -> Tensor:
         """(rows, inputs) of a sample of what was seen."""

@@ -35,7 +35,10 @@ from loaders.precisions.head import head_type, head_weight, own_head_bytes, repl
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 
-SAMPLES, TOKENS = 32, 256  # calibration samples, and tokens of each
+SAMPLES, TOKENS = 32, 2048
+"""Calibration samples, and tokens of each: the whole context of most models, since where positions are learned
+the activations of those that no sample reaches would be clipped."""
+_ALL_TOKENS = 2**14  # fewer samples of long contexts
 LEAST_SQNR_DB = 25.0
 """Of a layer's outputs on the calibration text; a layer below it stays dynamic if that is better."""
 _FORMAT = 1
