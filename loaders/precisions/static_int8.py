@@ -34,11 +34,13 @@ from loaders.layers.static_int8 import OBSERVERS, StaticWeights, calibrate
 from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
+from loaders.texts.calibration import CalibrationError
 
 SAMPLES, TOKENS = 32, 2048
 """Calibration samples, and tokens of each: the whole context of most models, since where positions are learned
 the activations of those that no sample reaches would be clipped."""
 _ALL_TOKENS = 2**14  # fewer samples of long contexts
+LEAST_SAMPLES = 4
 LEAST_SQNR_DB = 25.0
 """Of a layer's outputs on the calibration text; a layer below it stays dynamic if that is better."""
 _FORMAT = 1
@@ -54,7 +56,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
     options: dict[str, Any] = {
-        "samples": SAMPLES,
+        "samples": _samples(spec),
         "tokens": min(TOKENS, spec.max_tokens),
         "observers": " ".join(OBSERVERS),
         "least_sqnr_db": LEAST_SQNR_DB,
@@ -95,10 +97,20 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
     Raises:
         CalibrationError, CheckpointError, OutOfMemory
     """
-    samples = calibration_samples(spec, SAMPLES, TOKENS)
+    samples = calibration_samples(spec, _samples(spec), TOKENS)
+    if len(samples) < LEAST_SAMPLES:
+        count, tokens = samples.shape
+        raise CalibrationError(
+            f"the calibration text has fewer than {(count + 1) * tokens} tokens; "
+            f"{precision} needs {LEAST_SAMPLES * tokens} for this model"
+        )
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
     convert(model, spec, samples, progress)
     save_native(model, folder)
+
+
+def _samples(spec: ModelSpec) -> int:
+    return max(8, min(SAMPLES, _ALL_TOKENS // min(TOKENS, spec.max_tokens)))
 
 
 def convert(
