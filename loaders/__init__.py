@@ -50,6 +50,7 @@ PRECISIONS: dict[str, str] = {
     "nf4": "loaders.precisions.bnb",
     "fp4": "loaders.precisions.bnb",
     "dynamic-int8": "loaders.precisions.dynamic_int8",
+    "static-int8": "loaders.precisions.static_int8",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

@@ -1,9 +1,7 @@
 """Token ids of the calibration text, for a model's tokenizer."""
 
-from collections.abc import Iterator
 from io import BytesIO
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +11,8 @@ from loaders.checkpoint import load_tokenizer
 from loaders.texts import Text, TextError, TokenStream
 from loaders.texts.calibration import CalibrationError, calibration_text
 
-_MOST, _STRETCHES = 2 << 20, 64  # bytes of a text that are encoded, and the parts of a longer one
+_MOST = 2 << 20  # bytes of a text that are encoded
+_PER_TOKEN = 16  # bytes of a longer text that are encoded for a token of the samples
 _LEAST = 2  # tokens of a sample
 
 
@@ -32,7 +31,9 @@ def calibration_samples(spec: ModelSpec, samples: int, length: int) -> Tensor:
     length = min(length, spec.max_tokens)
     text = calibration_text(spec.calibration)
     try:
-        ids = list(_spread(text, tokenizer, checkpoint.vocabulary))
+        parts = _spread(text, samples, length)
+        streams = (TokenStream(one, tokenizer, vocabulary=checkpoint.vocabulary) for one in parts)
+        ids = list(chain.from_iterable(streams))
     except (TextError, OSError) as error:
         raise CalibrationError(f"the calibration text can't be used: {error}") from error
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -51,17 +52,18 @@ def calibration_samples(spec: ModelSpec, samples: int, length: int) -> Tensor:
     return torch.tensor(ids)[starts[:, None] + torch.arange(length)]
 
 
-def _spread(text: Text, tokenizer: Any, vocabulary: int) -> Iterator[int]:
-    """Tokens of the text; of a long one, those of stretches that are spread over it."""
-    stretches = [text] if text.size <= _MOST else [_stretch(text, at) for at in range(_STRETCHES)]
-    return chain.from_iterable(TokenStream(one, tokenizer, vocabulary=vocabulary) for one in stretches)
+def _spread(text: Text, samples: int, length: int) -> list[Text]:
+    """The text; of a long one a stretch for each sample, spread over it."""
+    size = min(_PER_TOKEN * length, _MOST // samples)
+    if text.size <= samples * size:
+        return [text]
+    return [_stretch(text, at * (text.size - size) // max(1, samples - 1), size) for at in range(samples)]
 
 
-def _stretch(text: Text, number: int) -> Text:
-    """One of ``_STRETCHES`` parts of equal size, cut at spaces."""
-    size = _MOST // _STRETCHES
+def _stretch(text: Text, start: int, size: int) -> Text:
+    """``size`` bytes from ``start`` on, cut at spaces."""
     with text.open() as stream:
-        stream.seek(number * (text.size - size) // (_STRETCHES - 1))
+        stream.seek(start)
         data = stream.read(size)
     whole = data.partition(b" ")[2].rpartition(b" ")[0]
     return Text(text.name, len(whole), lambda: BytesIO(whole))

@@ -3,10 +3,11 @@
 #include <string.h>
 
 #include "int8_rows.h"
+#include "static_int8_rows.h"
 
-/* The type in which weights of a format are multiplied. Sums are float32, or int32 for INT8. */
+/* The type in which weights of a format are multiplied. Sums are float32, or int32 in both kinds of int8. */
 static inline enum format computes_in(enum format stored) {
-    if (stored == INT8) return INT8;
+    if (stored == INT8 || stored == STATIC_INT8) return stored;
 #ifdef __AVX512BF16__
     if (stored == BFLOAT16 || stored == FOUR_BIT) return BFLOAT16;
 #endif
@@ -29,6 +30,7 @@ static inline int64_t packed_count(const matrix *m) {
 /* 64 bytes more than a row needs: rows a multiple of 4 KiB apart would map to the same sets of the first-level cache. */
 static inline int64_t packed_stride(const matrix *m) {
     enum format type = computes_in(m->format);
+    if (type == STATIC_INT8) return static_row_bytes(m->inputs) + 64;
     return (type == INT8 ? int8_row_bytes(m->inputs) : packed_count(m) * (type == FLOAT32 ? 4 : 2)) + 64;
 }
 
@@ -73,6 +75,7 @@ static void pack_row(packed_activations *to, const matrix *m, const float *x, in
         return;
 #endif
     case INT8: quantize_row(x, inputs, out); return;
+    case STATIC_INT8: quantize_static_row(m, x, out); return;
     default: memcpy(out, x, sizeof(float) * inputs);
     }
 }

@@ -9,9 +9,9 @@ typedef struct {
     int count;
 } gemm_group;
 
-/* Whether both matrices read the same packed activations. */
+/* Whether both matrices read the same packed activations; static factors are the same if they are shared. */
 static inline int packs_alike(const matrix *a, const matrix *b) {
-    return a->format == b->format && a->inputs == b->inputs;
+    return a->format == b->format && a->inputs == b->inputs && a->input_factors == b->input_factors;
 }
 
 /* Allocates the products of x (rows, inputs) with `count` matrices; the caller sets each y. */

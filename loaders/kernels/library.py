@@ -6,8 +6,9 @@ from typing import Literal
 
 from loaders.kernels.structures import I64, P, compare_sizes
 
-Format = Literal["float32", "bfloat16", "float16", "four-bit", "int8"]
-FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "float16", "four-bit", "int8")
+Format = Literal["float32", "bfloat16", "float16", "four-bit", "int8", "static-int8"]
+FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "float16", "four-bit", "int8", "static-int8")
+MOST_STATIC_INPUTS = 2**16  # 255 · 127 · 2¹⁶ < 2³¹: a sum over all inputs is an exact int32
 MISCOUNTED = -2  # PHASES_MISCOUNTED of thread_team.h
 
 
@@ -35,10 +36,14 @@ class Library:
         self.summarize.argtypes = [P, I64, I64, P, P, P, ctypes.c_int]
         for query in (loaded.bitdial_multiple, loaded.bitdial_computes_in):
             query.argtypes, query.restype = [I64], I64
+        loaded.bitdial_static_zero_point.restype = I64
+        self.static_zero_point = int(loaded.bitdial_static_zero_point())
         self._multiple, self._computes_in = loaded.bitdial_multiple, loaded.bitdial_computes_in
 
     def supports(self, kind: Format, inputs: int) -> bool:
         """Whether a matrix of this format can have that many inputs."""
+        if kind == "static-int8" and inputs > MOST_STATIC_INPUTS:
+            return False
         return inputs > 0 and inputs % int(self._multiple(FORMATS.index(kind))) == 0
 
     def computes_in(self, kind: Format) -> Format:

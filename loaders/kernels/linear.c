@@ -35,9 +35,12 @@ int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *r
 
 /* The number that the inputs of a row must be a multiple of. */
 int64_t bitdial_multiple(int64_t format) {
-    if (format == INT8) return INT8_STEP;
+    if (format == INT8 || format == STATIC_INT8) return INT8_STEP;
     if (computes_in(format) == FLOAT32) return format == FOUR_BIT ? 32 : SIMD_WIDTH;
     return format == FOUR_BIT ? 64 : 32;
 }
+
+/* What packed activations in static int8 are above their codes. */
+int64_t bitdial_static_zero_point(void) { return STATIC_ZERO_POINT; }
 
 int64_t bitdial_computes_in(int64_t format) { return computes_in(format); }

@@ -6,13 +6,13 @@
 #include "four_bit.h"
 #include "simd.h"
 
-enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8 };
+enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8, STATIC_INT8 };
 
 /* A weight matrix (outputs, inputs), row-major. */
 typedef struct {
     int64_t format, outputs, inputs;
     const void *data;
-    const float *scales;     /* INT8: one per output, or lane_scales. FOUR_BIT: one per block, or NULL if nested */
+    const float *scales;     /* INT8: one per output, or lane_scales. STATIC_INT8: one per output. FOUR_BIT: one per block, or NULL if nested */
     const void *bias;        /* (outputs,) or NULL */
     int64_t bias_format;     /* FLOAT32, BFLOAT16 or FLOAT16 */
     const float *table;      /* FOUR_BIT: the values of the 16 codes */
@@ -21,10 +21,12 @@ typedef struct {
     const float *nested_table, *nested_scales;
     float nested_offset;
     const uint16_t *lane_scales; /* INT8: (outputs, 16) bfloat16, of weights with k / 4 % 16 = lane; NULL: `scales` */
+    const float *input_factors;  /* STATIC_INT8: (2, inputs) factors and zero points of the activations */
+    const int32_t *offsets;      /* STATIC_INT8: per output, what takes the zero points away from its sum */
 } matrix;
 
 static inline int64_t bits_per_weight(const matrix *m) {
-    static const int64_t bits[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [FOUR_BIT] = 4, [INT8] = 8};
+    static const int64_t bits[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [FOUR_BIT] = 4, [INT8] = 8, [STATIC_INT8] = 8};
     return bits[m->format];
 }
 

@@ -13,6 +13,7 @@ INT8_LANES = 16
 """Groups of a row of int8 weights that can have a scale each: of weight k the group is k / 4 % 16."""
 ACTIVATION_GROUP = 16
 """Activations that share a scale when they are multiplied with int8 weights; 4 at the end of a row."""
+_ROWS = 4096  # outputs whose offsets are computed at a time
 _BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # indices into FORMATS
 
 
@@ -46,8 +47,11 @@ class PackedMatrix:
         kind: the format of ``data``.
         data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of each two
             weights in the upper half.
-        scales: int8: (outputs,) float32, or (outputs, 16) bfloat16, of the weights k with k / 4 % 16 = lane.
+        scales: static-int8: (outputs,) float32. int8: the same, or (outputs, 16) bfloat16, of the weights k with k / 4 % 16 = lane.
         bias: (outputs,) of any float type, or None.
+        input_factors: static-int8: (2, inputs) float32, factors and whole zero points of the activations,
+            whose codes are round(x · factor + zero point). Weights and ``scales`` include 1 / factor.
+            Matrices with the same tensor share packed activations.
     """
 
     library: Library
@@ -56,10 +60,12 @@ class PackedMatrix:
     scales: Tensor | None = None
     bias: Tensor | None = None
     four_bit: FourBit | None = None
+    input_factors: Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors = (self.data, self.scales, self.bias)
+        tensors = (self.data, self.scales, self.bias, self.input_factors)
         assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors)
+        self.offsets: Tensor | None = None  # static-int8: of the sum of each output
         self.outputs = self.data.shape[0]
         self.inputs = self.data.shape[1] * (2 if self.kind == "four-bit" else 1)
         self.struct = structures.Matrix(
@@ -75,6 +81,8 @@ class PackedMatrix:
         self.struct.bias_format = 0 if self.bias is None else _BIAS_FORMATS[self.bias.dtype]
         if self.four_bit is not None:
             self._set_four_bit(self.four_bit)
+        if self.input_factors is not None:
+            self._set_static(self.input_factors)
         self._address = ctypes.addressof(self.struct)
 
     def _set_four_bit(self, state: FourBit) -> None:
@@ -86,6 +94,16 @@ class PackedMatrix:
             self.struct.nested_table = state.nested_table.data_ptr()
             self.struct.nested_scales = _address(state.nested_scales)
             self.struct.nested_offset = state.nested_offset
+
+    def _set_static(self, factors: Tensor) -> None:
+        assert factors.shape == (2, self.inputs)
+        assert factors.dtype == torch.float32
+        assert self.scales is not None
+        assert self.scales.shape == (self.outputs,)
+        zero_points = factors[1].double() + self.library.static_zero_point
+        sums = [codes.double() @ zero_points for codes in self.data.split(_ROWS)]  # exact: below 2⁵³
+        self.offsets = -torch.cat(sums).int()
+        self.struct.input_factors, self.struct.offsets = factors.data_ptr(), self.offsets.data_ptr()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns x Wᵀ + bias (+ residual), (rows, outputs), of (rows, inputs) float32; rows are independent.

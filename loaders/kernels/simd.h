@@ -22,6 +22,7 @@ static inline floats sub(floats a, floats b) { return _mm512_sub_ps(a, b); }
 static inline floats fmadd(floats a, floats b, floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 static inline floats absolute(floats v) { return _mm512_abs_ps(v); }
 static inline floats maximum(floats a, floats b) { return _mm512_max_ps(a, b); }
+static inline floats minimum(floats a, floats b) { return _mm512_min_ps(a, b); }
 static inline floats load_half(const uint16_t *at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)at)); }
 static inline integers zero_integers(void) { return _mm512_setzero_si512(); }
 static inline floats to_floats(integers v) { return _mm512_cvtepi32_ps(v); }
@@ -75,6 +76,7 @@ static inline floats sub(floats a, floats b) { return _mm256_sub_ps(a, b); }
 static inline floats fmadd(floats a, floats b, floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 static inline floats absolute(floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 static inline floats maximum(floats a, floats b) { return _mm256_max_ps(a, b); }
+static inline floats minimum(floats a, floats b) { return _mm256_min_ps(a, b); }
 static inline floats load_half(const uint16_t *at) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)at)); }
 static inline integers zero_integers(void) { return _mm256_setzero_si256(); }
 static inline floats to_floats(integers v) { return _mm256_cvtepi32_ps(v); }

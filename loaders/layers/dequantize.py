@@ -10,8 +10,14 @@ from torch.nn import functional
 from loaders.kernels import FourBit
 
 
-def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """(outputs, inputs) of int8 codes and scales: (outputs,), or (outputs, 16) with one per lane of a row."""
+def dequantize_int8(codes: Tensor, scales: Tensor, input_factors: Tensor | None = None) -> Tensor:
+    """(outputs, inputs) of int8 codes and scales: (outputs,), or (outputs, 16) with one per lane of a row.
+
+    Args:
+        input_factors: of static-int8: the first row multiplies the inputs.
+    """
+    if input_factors is not None:
+        return codes.float() * scales[:, None] * input_factors[0]
     if scales.dim() == 1:
         return codes.float() * scales[:, None]
     outputs, lanes = scales.shape

@@ -15,6 +15,32 @@ from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
+class InputCalibration:
+    """What calibration found of the inputs of a layer whose activations have constant scales.
+
+    Args:
+        observer: chose the scales; see ``loaders.layers.static_int8``.
+        low, high: the smallest and the largest input that was seen.
+        clipped: fraction of the inputs seen that are outside the range of the codes.
+        lowest_scale, highest_scale: of an input, in its own units; equal with one scale for all of them.
+        lowest_zero_point, highest_zero_point: the codes of 0.
+        sqnr_db: of the layer's outputs on the calibration text, in dB.
+        dynamic_sqnr_db: the same with activations quantized as in dynamic-int8.
+    """
+
+    observer: str
+    low: float
+    high: float
+    clipped: float
+    lowest_scale: float
+    highest_scale: float
+    lowest_zero_point: int
+    highest_zero_point: int
+    sqnr_db: float
+    dynamic_sqnr_db: float
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer's weight matrix as it is in memory; biases are left out.
 
@@ -28,6 +54,8 @@ class LayerWeights:
         copied: the tensors are copies that were made for this description: no other layer shares them.
         input_scale: (inputs,) factors by which the original weights were multiplied before quantization, as
             those of ``fold_norms``; None if they weren't.
+        input_factors: of a layer with constant scales of activations, as in ``kernels.PackedMatrix``.
+        calibration: how those were found.
     """
 
     format: str
@@ -37,6 +65,8 @@ class LayerWeights:
     state: Sequence[tuple[str, Tensor]] = ()
     copied: bool = False
     input_scale: Tensor | None = None
+    input_factors: Tensor | None = None
+    calibration: InputCalibration | None = None
 
     @property
     def quantized(self) -> bool:

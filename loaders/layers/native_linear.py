@@ -5,6 +5,7 @@ bytes read; those of GPT-2's Conv1D are transposed, and all are moved to huge pa
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import singledispatch
 from typing import Any
 
@@ -18,7 +19,7 @@ from loaders.kernels import FourBit
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dequantize import dequantize_four_bit, dequantize_int8
 from loaders.layers.huge_pages import Arena
-from loaders.layers.layer_weights import LayerWeights, dense
+from loaders.layers.layer_weights import InputCalibration, LayerWeights, dense
 
 FORMATS: dict[torch.dtype, kernels.Format] = {
     torch.float32: "float32",
@@ -43,6 +44,7 @@ class NativeLinear(nn.Module):
         scales: for int8, as in ``kernels.PackedMatrix``.
         four_bit: table and scales of four-bit codes.
         arena: the memory that all tensors are moved to; None leaves them in place.
+        input_factors: for static-int8, as in ``kernels.PackedMatrix``; never moved, since layers share them.
     """
 
     def __init__(
@@ -53,20 +55,25 @@ class NativeLinear(nn.Module):
         scales: Tensor | None = None,
         four_bit: FourBit | None = None,
         arena: Arena | None = None,
+        input_factors: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.kind, self.four_bit = kind, four_bit
+        self.calibration: InputCalibration | None = None
         self.input_scale: Tensor | None = None  # factors that ``weight`` includes, as in LayerWeights
         # a parameter is kept as the same object: a tied head stays tied and is counted once
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         self.bias = None if bias is None else _frozen(bias.detach())
         self.scales = None if scales is None else _frozen(scales)
+        self.input_factors = None if input_factors is None else _frozen(input_factors)
         if arena is not None:
             self._move(arena)
         library = kernels.get()
         assert library is not None, str(kernels.find())
         held, scales = (None if t is None else t.detach() for t in (self.bias, self.scales))
-        self.matrix = kernels.PackedMatrix(library, kind, self.weight.detach(), scales, held, four_bit)
+        self.matrix = kernels.PackedMatrix(
+            library, kind, self.weight.detach(), scales, held, four_bit, input_factors
+        )
         self.in_features, self.out_features = self.matrix.inputs, self.matrix.outputs
 
     def _move(self, arena: Arena) -> None:
@@ -88,7 +95,10 @@ class NativeLinear(nn.Module):
             "bias": self.bias,
             "scales": self.scales,
             "input_scale": self.input_scale,
+            "input_factors": self.input_factors,
         }
+        if self.calibration is not None:
+            facts["calibration"] = asdict(self.calibration)
         if (four_bit := self.four_bit) is not None:
             facts |= {"block": four_bit.block, "nested_offset": four_bit.nested_offset}
             tensors |= {f"four_bit.{name}": getattr(four_bit, name) for name in _FOUR_BIT_TENSORS}
@@ -105,8 +115,11 @@ class NativeLinear(nn.Module):
         if "block" in facts:
             parts = {name: tensors.get(f"four_bit.{name}") for name in _FOUR_BIT_TENSORS}
             four_bit = FourBit(block=facts["block"], nested_offset=facts["nested_offset"], **parts)  # type: ignore[arg-type]
-        layer = cls(facts["kind"], tensors["weight"], tensors.get("bias"), tensors.get("scales"), four_bit)
+        bias, scales, factors = (tensors.get(name) for name in ("bias", "scales", "input_factors"))
+        layer = cls(facts["kind"], tensors["weight"], bias, scales, four_bit, input_factors=factors)
         layer.input_scale = tensors.get("input_scale")
+        if "calibration" in facts:
+            layer.calibration = InputCalibration(**facts["calibration"])
         return layer
 
     def layer_weights(self) -> LayerWeights:
@@ -116,16 +129,23 @@ class NativeLinear(nn.Module):
             return LayerWeights("4-bit", shape, weight, lambda: dequantize_four_bit(weight, four_bit), state)
         if self.scales is not None:
             scales = self.scales.detach()
-            state = [("scales", scales)]
+            factors = None if self.input_factors is None else self.input_factors.detach()
             return LayerWeights(
                 "int8",
                 shape,
                 weight,
-                lambda: dequantize_int8(weight, scales),
-                state,
+                lambda: dequantize_int8(weight, scales, factors),
+                _int8_state(scales, factors, self.matrix.offsets),
                 input_scale=self.input_scale,
+                input_factors=factors,
+                calibration=self.calibration,
             )
         return dense(weight)
+
+
+def _int8_state(scales: Tensor, factors: Tensor | None, offsets: Tensor | None) -> list[tuple[str, Tensor]]:
+    roles = (("scales", scales), ("input_factors", factors), ("offsets", offsets))
+    return [(role, tensor) for role, tensor in roles if tensor is not None]
 
 
 def _four_bit_state(described: FourBit) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,238 @@
+"""Static int8 for CPUs: weights, and activations by constant scales that calibration found.
+
+As post-training static quantization in PyTorch's textbook form: observers see the inputs of every linear
+layer while the model runs over calibration samples, ranges are chosen, and the layers are converted. A step
+then packs a row without a search for its range. Layers that lose too much by constant scales keep dynamic
+ones: a few tokens have activations hundreds of times larger than all others in some layers of real models.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loaders import kernels
+from loaders.artifacts import Recipe, prepare
+from loaders.artifacts.native_weights import load_native, save_native
+from loaders.base import Availability, LoadedModel, ModelSpec, Progress
+from loaders.calibration import calibration_samples
+from loaders.errors import CheckpointError
+from loaders.footprint import count_parameters, measure, reasons
+from loaders.layers.conv1d import to_linear
+from loaders.layers.dynamic_int8_linear import int8_linear
+from loaders.layers.huge_pages import Arena
+from loaders.layers.native_linear import NativeLinear, adopt
+from loaders.layers.norm_folding import fold_norms
+from loaders.layers.observed_inputs import ObservedInputs, observe
+from loaders.layers.static_int8 import OBSERVERS, StaticWeights, calibrate
+from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
+from loaders.pretrained import load_pretrained, meta_model
+from loaders.runners.select import runner_for
+from loaders.texts.calibration import CalibrationError
+
+SAMPLES, TOKENS = 32, 2048
+"""Calibration samples, and tokens of each: the whole context of most models, since where positions are learned
+the activations of those that no sample reaches would be clipped."""
+_ALL_TOKENS = 2**14  # fewer samples of long contexts
+LEAST_SAMPLES = 4
+LEAST_SQNR_DB = 25.0
+"""Of a layer's outputs on the calibration text; a layer below it stays dynamic if that is better."""
+_FORMAT = 1
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    if device == "cuda":
+        return Availability("static int8 has kernels for CPUs only; int8 is its like on a card")
+    if kernels.get() is None:
+        return Availability(f"static int8 runs on the compiled kernels alone: {kernels.find()}")
+    return Availability()
+
+
+def recipe(precision: str, spec: ModelSpec) -> Recipe:
+    options: dict[str, Any] = {
+        "samples": _samples(spec),
+        "tokens": min(TOKENS, spec.max_tokens),
+        "observers": " ".join(OBSERVERS),
+        "least_sqnr_db": LEAST_SQNR_DB,
+        "head": str(_head_type(spec, meta_model(spec))),
+        "format": _FORMAT,
+    }
+    return Recipe(precision, options, packages=("torch", "transformers"), calibrated=True)
+
+
+def estimate_bytes(precision: str, spec: ModelSpec) -> int:
+    model = meta_model(spec)
+    size: int = 4 * count_parameters(model)
+    for outputs, inputs in _targets(model).values():
+        size += outputs * (inputs + 8) + 8 * inputs - 4 * outputs * inputs
+    if (of_head := _head_type(spec, model)) != torch.float32:
+        size += own_head_bytes(model, torch.float32, of_head)
+    return size
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    folder = prepare(spec, recipe(precision, spec), partial(make, precision, spec), progress)
+    model = load_native(spec, folder, progress)
+    of_head = model.get_output_embeddings().weight.dtype
+    kept = "the head is kept in " + str(of_head).removeprefix("torch.")
+    footprint = measure(model, count_parameters(meta_model(spec)), reasons(model, kept))
+    details = {
+        **_calibrated(model),
+        "head": str(of_head),
+        "weight_scales_per_output": 1,
+        "kernels": kernels.describe(),
+    }
+    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
+
+
+def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
+    """Calibrates and quantizes the checkpoint, and writes it into ``folder``.
+
+    Raises:
+        CalibrationError, CheckpointError, OutOfMemory
+    """
+    samples = calibration_samples(spec, _samples(spec), TOKENS)
+    if len(samples) < LEAST_SAMPLES:
+        count, tokens = samples.shape
+        raise CalibrationError(
+            f"the calibration text has fewer than {(count + 1) * tokens} tokens; "
+            f"{precision} needs {LEAST_SAMPLES * tokens} for this model"
+        )
+    model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
+    convert(model, spec, samples, progress)
+    save_native(model, folder)
+
+
+def _samples(spec: ModelSpec) -> int:
+    return max(8, min(SAMPLES, _ALL_TOKENS // min(TOKENS, spec.max_tokens)))
+
+
+def convert(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    samples: Tensor,
+    progress: Progress,
+    observers: Sequence[str] = OBSERVERS,
+    least_sqnr_db: float = LEAST_SQNR_DB,
+) -> None:
+    """Replaces the linear layers of a float32 model by static int8 ones.
+
+    Args:
+        samples: (samples, tokens) ids.
+        observers: of ``calibrate``.
+
+    Raises:
+        CheckpointError: there is no layer to quantize, or an activation is not finite.
+    """
+    targets = _targets(model)
+    if not targets:
+        raise CheckpointError(
+            f"{spec.checkpoint.model_id} has no linear layer that static int8 can quantize"
+        )
+    of_head, arena = _head_type(spec, model), Arena()
+    folded = _fold(model, targets, of_head)
+    layers = {name: model.get_submodule(name) for name in targets}
+    for seen in _observe(model, spec, layers, samples, progress):
+        weights = [layers[name].weight.detach() for name in seen.names]
+        found = calibrate(seen, weights, observers)
+        static = found.sqnr_db >= min(least_sqnr_db, found.dynamic_sqnr_db)
+        factors = arena.place(found.weights[0].input_factors)
+        for name, quantized, calibration in zip(seen.names, found.weights, found.calibrations, strict=True):
+            old = layers.pop(name)
+            new = _static(quantized, factors, old, arena) if static else _dynamic(old, arena)
+            new.calibration, new.input_scale = calibration, folded.get(name)
+            model.set_submodule(name, new)
+        progress("quantizing", len(targets) - len(layers), len(targets))
+    for name, old in layers.items():  # no sample reached them
+        new = _dynamic(old, arena)
+        new.input_scale = folded.get(name)
+        model.set_submodule(name, new)
+    _convert_head(model, of_head, folded, arena)
+    adopt(model, progress, arena)
+
+
+def _targets(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every linear layer but the head that the kernels compute in int8."""
+    head, found = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if module is not head and isinstance(module, nn.Linear | Conv1D):
+            shape = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+            if kernels.supports("static-int8", shape[1]):
+                found[name] = (shape[0], shape[1])
+    return found
+
+
+def _head_type(spec: ModelSpec, model: PreTrainedModel) -> torch.dtype:
+    return head_type("static-int8", spec, model, torch.float32)
+
+
+def _fold(model: PreTrainedModel, targets: Iterable[str], of_head: torch.dtype) -> dict[str, Tensor]:
+    """Folds norms, and makes every target an nn.Linear that has its factors; returns those, and the head's."""
+    folded = fold_norms(model, head=of_head == torch.int8)
+    for name in targets:
+        linear = to_linear(model.get_submodule(name))
+        if name in folded:
+            linear.weight = nn.Parameter(linear.weight.detach() * folded[name], requires_grad=False)
+        model.set_submodule(name, linear)
+    return folded
+
+
+def _observe(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    layers: Mapping[str, Any],
+    samples: Tensor,
+    progress: Progress,
+) -> list[ObservedInputs]:
+    def run(ids: Tensor) -> None:
+        model.base_model(input_ids=ids, use_cache=False)
+
+    try:
+        return observe(run, layers, samples, lambda done: progress("calibrating", done, len(samples)))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{spec.checkpoint.model_id} has activations on the calibration text that are not finite"
+        ) from error
+
+
+def _static(found: StaticWeights, factors: Tensor, old: Any, arena: Arena) -> NativeLinear:
+    return NativeLinear(
+        "static-int8", found.codes, old.bias, found.scales, arena=arena, input_factors=factors
+    )
+
+
+def _dynamic(old: Any, arena: Arena) -> NativeLinear:
+    linear = int8_linear(old.weight.detach(), old.bias, arena)
+    assert isinstance(linear, NativeLinear)  # a target's inputs fit the kernels
+    return linear
+
+
+def _convert_head(
+    model: PreTrainedModel, dtype: torch.dtype, folded: Mapping[str, Tensor], arena: Arena
+) -> None:
+    head = model.get_output_embeddings()
+    if dtype == torch.float32:
+        return
+    if dtype != torch.int8:
+        replace_head(model, head_weight(model), dtype, arena)
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, int8_linear(head.weight.detach(), head.bias, arena, folded.get(name)))
+
+
+def _calibrated(model: PreTrainedModel) -> dict[str, Any]:
+    """What ``/stats`` shows of the calibration: how many layers have which observer, and which stay dynamic."""
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, NativeLinear)]
+    observers = Counter(m.calibration.observer for _, m in linears if m.kind == "static-int8" and m.calibration)
+    dynamic = {
+        name: None if m.calibration is None else (m.calibration.sqnr_db, m.calibration.dynamic_sqnr_db)
+        for name, m in linears
+        if m.kind == "int8" and m is not model.get_output_embeddings()
+    }
+    return {"observers": dict(observers.most_common()), "dynamic_layers": dynamic}
