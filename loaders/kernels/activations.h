@@ -4,9 +4,9 @@
 
 #include "int8_rows.h"
 
-/* The type in which weights of a format are multiplied. Sums are float32, or int32 for INT8. */
+/* The type in which weights of a format are multiplied. Sums are float32, or int32 for INT8 and INT4. */
 static inline enum format computes_in(enum format stored) {
-    if (stored == INT8) return INT8;
+    if (stored == INT8 || stored == INT4) return stored;
 #ifdef __AVX512BF16__
     if (stored == BFLOAT16 || stored == FOUR_BIT) return BFLOAT16;
 #endif
@@ -29,7 +29,8 @@ static inline int64_t packed_count(const matrix *m) {
 /* 64 bytes more than a row needs: rows a multiple of 4 KiB apart would map to the same sets of the first-level cache. */
 static inline int64_t packed_stride(const matrix *m) {
     enum format type = computes_in(m->format);
-    return (type == INT8 ? int8_row_bytes(m->inputs) : packed_count(m) * (type == FLOAT32 ? 4 : 2)) + 64;
+    if (type == INT8 || type == INT4) return (type == INT8 ? int8_row_bytes : int4_row_bytes)(m->inputs) + 64;
+    return packed_count(m) * (type == FLOAT32 ? 4 : 2) + 64;
 }
 
 #ifdef __AVX512BF16__
@@ -73,6 +74,7 @@ static void pack_row(packed_activations *to, const matrix *m, const float *x, in
         return;
 #endif
     case INT8: quantize_row(x, inputs, out); return;
+    case INT4: quantize_row_for_int4(x, inputs, out); return;
     default: memcpy(out, x, sizeof(float) * inputs);
     }
 }

@@ -6,7 +6,7 @@
  * bit, alone and in any batch, in one prompt chunk or in ten.
  */
 #pragma once
-#include "int8.h"
+#include "int4.h"
 #include "thread_team.h"
 #include "workspace.h"
 
@@ -61,6 +61,11 @@ VARIANT run_int8(const tile *t, int64_t row, int64_t rows) {
     SWITCH_ROWS(rows, INT8_ROWS)
 }
 
+VARIANT run_int4(const tile *t, int64_t row, int64_t rows) {
+#define INT4_ROWS(n) int4_microkernel(t, row, n)
+    SWITCH_ROWS(rows, INT4_ROWS)
+}
+
 VARIANT run_float(const tile *t, int64_t row, int64_t rows) {
 #define FLOAT_ROWS(n) float_microkernel(t, row, n)
     SWITCH_ROWS(rows, FLOAT_ROWS)
@@ -75,6 +80,7 @@ VARIANT run_bfloat16(const tile *t, int64_t row, int64_t rows) {
 
 static void run_microkernel(const tile *t, enum format type, int64_t row, int64_t rows) {
     if (type == INT8) run_int8(t, row, rows);
+    else if (type == INT4) run_int4(t, row, rows);
 #ifdef __AVX512BF16__
     else if (type == BFLOAT16) run_bfloat16(t, row, rows);
 #endif
@@ -86,6 +92,7 @@ static int gemv(const tile *t, int64_t row) {
     switch (t->m->format) {
     case FLOAT32: gemv_float(t, row); return 1;
     case INT8: gemv_int8(t, row); return 1;
+    case INT4: gemv_int4(t, row); return 1;
 #ifdef __AVX512BF16__
     case BFLOAT16: gemv_bfloat16(t, row); return 1;
     case FOUR_BIT: gemv_four_bit(t, row); return 1;

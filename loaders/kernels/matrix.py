@@ -13,19 +13,22 @@ INT8_LANES = 16
 """Groups of a row of int8 weights that can have a scale each: of weight k the group is k / 4 % 16."""
 ACTIVATION_GROUP = 16
 """Activations that share a scale when they are multiplied with int8 weights; 4 at the end of a row."""
+INT4_GROUP = 16
+"""Weights of an int4 matrix that share a scale: those multiplied with a group of activations."""
 _BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # indices into FORMATS
 
 
 @dataclass
 class FourBit:
-    """The quantization state of a four-bit matrix.
+    """The quantization state of a matrix in ``four-bit`` or ``int4``.
 
     Args:
-        table: (16,) float32, the value of each code.
-        block: number of weights per scale.
-        scales: (weights / block,) float32; or, if nested, uint8 codes into ``nested_table``.
+        table: (16,) float32, the value of each code; int4: int8.
+        block: number of weights per scale; int4: ``INT4_GROUP``.
+        scales: (weights / block,) float32; or, if nested, uint8 codes into ``nested_table``; int4: (outputs,
+            inputs / block) int8, of the groups in ``loaders.layers.int4_codes``.
         nested_table: (256,) float32.
-        nested_scales: one float32 per 256 scales.
+        nested_scales: one float32 per 256 scales; int4: one per output, by which its scales are multiplied.
         nested_offset: added to each nested scale.
     """
 
@@ -45,7 +48,7 @@ class PackedMatrix:
         library: multiplies it.
         kind: the format of ``data``.
         data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of each two
-            weights in the upper half.
+            weights in the upper half; int4: in the order of ``loaders.layers.int4_codes``.
         scales: int8: (outputs,) float32, or (outputs, 16) bfloat16, of the weights k with k / 4 % 16 = lane.
         bias: (outputs,) of any float type, or None.
     """
@@ -61,7 +64,7 @@ class PackedMatrix:
         tensors = (self.data, self.scales, self.bias)
         assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors)
         self.outputs = self.data.shape[0]
-        self.inputs = self.data.shape[1] * (2 if self.kind == "four-bit" else 1)
+        self.inputs = self.data.shape[1] * (2 if self.kind in ("four-bit", "int4") else 1)
         self.struct = structures.Matrix(
             FORMATS.index(self.kind), self.outputs, self.inputs, self.data.data_ptr()
         )
@@ -78,6 +81,9 @@ class PackedMatrix:
         self._address = ctypes.addressof(self.struct)
 
     def _set_four_bit(self, state: FourBit) -> None:
+        if self.kind == "int4":
+            self._set_int4(state)
+            return
         self.struct.table, self.struct.block = state.table.data_ptr(), state.block
         if state.nested_table is None:
             self.struct.scales = state.scales.data_ptr()
@@ -86,6 +92,14 @@ class PackedMatrix:
             self.struct.nested_table = state.nested_table.data_ptr()
             self.struct.nested_scales = _address(state.nested_scales)
             self.struct.nested_offset = state.nested_offset
+
+    def _set_int4(self, state: FourBit) -> None:
+        assert state.nested_scales is not None
+        assert state.table.dtype == state.scales.dtype == torch.int8
+        assert state.scales.shape == (self.outputs, self.inputs // INT4_GROUP)
+        assert state.nested_scales.shape == (self.outputs,)
+        self.struct.values, self.struct.group_scales = state.table.data_ptr(), state.scales.data_ptr()
+        self.struct.scales = state.nested_scales.data_ptr()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns x Wᵀ + bias (+ residual), (rows, outputs), of (rows, inputs) float32; rows are independent.

@@ -16,7 +16,7 @@ class Matrix(ctypes.Structure):
         ("block", I64),
         *((name, P) for name in ("codes", "nested_table", "nested_scales")),
         ("nested_offset", ctypes.c_float),
-        ("lane_scales", P),
+        *((name, P) for name in ("lane_scales", "values", "group_scales")),
     ]
 
 
