@@ -46,6 +46,8 @@ class Checkpoint:
     eos_ids: frozenset[int]
     file_bytes: int
     """Size of the weight files on disk."""
+    saved: str | None = None
+    """The precision that its files are quantized in; None: the original weights, for every precision."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class ModelSpec:
     lm_head_dtype: Literal["auto", "int8", "fp32", "bf16", "fp16"] = "auto"
     """nf4, fp4 on a CPU: the type of the output head; ``auto``: int8 on the compiled kernels, else as
     ``unquantized_dtype``. A head tied to the embedding gets weights of its own if the types differ."""
+    calibration: Path | None = None
+    """Text that calibrated precisions read, in UTF-8; None: the corpus' prose that is not held out."""
+    artifacts: Path | None = None
+    """Folder of the files that precisions make once; None: the user's cache."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
     """Type of the KV cache of the compiled forward pass; ``auto``: fp32 for fp32, else fp16.
     Other runners use the type of the model."""

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import loaders
 from loaders.base import LoadedModel, ModelSpec, default_device
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from loaders.quality import Text, held_out, measure
+from loaders.quality import measure
+from loaders.texts import Text, held_out
 from server.host.threads import compute_with, default_threads
 
 

@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ngram import KneserNey
 
-from loaders.quality import corpus
+from loaders.texts import corpus
 
 END = "<|endoftext|>"
 CONFIG: dict[str, Any] = {

@@ -4,6 +4,7 @@
 bytes read; those of GPT-2's Conv1D are transposed, and all are moved to huge pages.
 """
 
+from collections.abc import Mapping
 from functools import singledispatch
 from typing import Any
 
@@ -25,6 +26,8 @@ FORMATS: dict[torch.dtype, kernels.Format] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+
+_FOUR_BIT_TENSORS = ("table", "scales", "nested_table", "nested_scales")
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -79,6 +82,35 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float().contiguous()
         return self.matrix(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that ``from_state`` makes the same layer of: tensors, and facts as a JSON object."""
+        facts: dict[str, Any] = {"kind": self.kind}
+        tensors = {
+            "weight": self.weight,
+            "bias": self.bias,
+            "scales": self.scales,
+            "input_scale": self.input_scale,
+        }
+        if (four_bit := self.four_bit) is not None:
+            facts |= {"block": four_bit.block, "nested_offset": four_bit.nested_offset}
+            tensors |= {f"four_bit.{name}": getattr(four_bit, name) for name in _FOUR_BIT_TENSORS}
+        return {name: one.detach() for name, one in tensors.items() if one is not None}, facts
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "NativeLinear":
+        """The layer of a ``state``, which refers to these tensors.
+
+        Raises:
+            KeyError, ValueError: it is not the state of a layer.
+        """
+        four_bit = None
+        if "block" in facts:
+            parts = {name: tensors.get(f"four_bit.{name}") for name in _FOUR_BIT_TENSORS}
+            four_bit = FourBit(block=facts["block"], nested_offset=facts["nested_offset"], **parts)  # type: ignore[arg-type]
+        layer = cls(facts["kind"], tensors["weight"], tensors.get("bias"), tensors.get("scales"), four_bit)
+        layer.input_scale = tensors.get("input_scale")
+        return layer
 
     def layer_weights(self) -> LayerWeights:
         weight, shape = self.weight.detach(), (self.out_features, self.in_features)

@@ -17,28 +17,17 @@ import torch
 from loaders.base import Progress, ignore_progress
 from loaders.quality import greedy
 from loaders.quality.divergence import Mean, Quantiles, TokenFigures, compare, exponential
+from loaders.quality.errors import QualityError
 from loaders.quality.greedy import GreedyDivergence
 from loaders.quality.passes import Passes, ScoredModel, Scorer
-from loaders.quality.text import (
-    QualityError,
-    Text,
-    TokenStream,
-    Window,
-    batches,
-    held_out,
-    text_file,
-    windows,
-)
+from loaders.texts.text import Text, TokenStream, Window, batches, windows
 
 __all__ = [
     "GreedyDivergence",
     "Passes",
     "Quality",
     "QualityError",
-    "Text",
-    "held_out",
     "measure",
-    "text_file",
 ]
 
 
@@ -156,7 +145,7 @@ def measure(
         progress: called with ("scoring", tokens, estimated tokens of the text), then ("continuing", …).
 
     Raises:
-        QualityError: the text is empty, too short or not UTF-8; window or stride don't fit; logits are NaN.
+        TextError: the text is empty, too short or not UTF-8; window or stride don't fit; logits are NaN.
     """
     passes = Passes.of([reference, *candidates], window, stride, batch)
     stream = TokenStream(text, tokenizer, vocabulary=reference.runner.vocabulary)

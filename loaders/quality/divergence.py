@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from loaders.quality.text import QualityError
+from loaders.quality.errors import QualityError
 
 BLOCK = 64  # tokens
 _CHUNK = 2**17  # logits that a thread converts to float64 at a time: 1 MB, which fit a core's cache

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loaders.quality.text import Window
 from loaders.runner import Runner
+from loaders.texts.text import Window
 
 PROMPT, CONTINUATION, PROMPTS = 32, 64, 16
 _SPACING = 128  # tokens of text between candidate prompts

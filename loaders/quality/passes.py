@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loaders.quality.text import QualityError, Window
+from loaders.quality.errors import QualityError
 from loaders.runner import DeviceRunner, LengthRunner, Runner
+from loaders.texts.text import Window
 
 MOST_LOGITS = 2**26
 """Logits of one model held at a time, in float32: 256 MB, and as much for the other model."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loaders.quality.divergence import TokenFigures, compare, exponential
-from loaders.quality.text import QualityError
+from loaders.quality.errors import QualityError
 
 MOST_LOGITS = 2**28
 """Logits of a reference that are kept at most: 1 GiB."""

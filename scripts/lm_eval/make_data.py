@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from loaders.quality import corpus
+from loaders.texts import corpus
 
 _CONTEXT, _LINE = 400, (24, 120)  # characters before the line; the length of a line that makes a question
 _EVERY, _PAGES, _CHOICES = 8, 24, 4

@@ -12,7 +12,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.checkpoint import load_tokenizer
 from loaders.errors import CheckpointError
-from loaders.quality import QualityError, held_out, text_file
+from loaders.texts import TextError, held_out, text_file
 from server.bench import comparison, table
 from server.bench.bandwidth import MemorySpeed
 from server.bench.contenders import Contender
@@ -98,7 +98,7 @@ class Engines:
         try:
             text = held_out() if path is None else text_file(path)
             text = excerpt(text, tokenizer, self._options.quality_tokens)
-        except QualityError as error:
+        except TextError as error:
             raise BenchError(str(error)) from error
         spec = replace(self._spec, slots=1)
         load = partial(self._load, progress=ignore_progress, spec=spec)
@@ -112,7 +112,7 @@ class Engines:
                     for done, name in enumerate(names):
                         progress(f"scoring {name}", done, len(names))
                         asyncio.run(qualities.add(name, others(name)))
-        except QualityError as error:
+        except TextError as error:
             raise BenchError(str(error)) from error
         self._report.sections["quality"] = qualities.figures()
         say(f"{folded(qualities.heading())}\n")

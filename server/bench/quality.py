@@ -13,10 +13,10 @@ from torch import Tensor
 
 from loaders import quality
 from loaders.base import LoadedModel
-from loaders.quality import Quality, Text
+from loaders.quality import Quality
 from loaders.quality.passes import MOST_LOGITS, ScoredModel
-from loaders.quality.text import TokenStream
 from loaders.runner import Logits, Runner
+from loaders.texts import Text, TokenStream
 from server.bench.contenders import Contender
 from server.bench.processes import RemoteContender
 from server.bench.session import MakeContender
@@ -106,7 +106,7 @@ class Qualities:
         """Loads fp32 and measures it; yields ``is_trained``.
 
         Raises:
-            LoaderError, QualityError
+            LoaderError, TextError
         """
         model = self.load(REFERENCE)
         try:
@@ -123,7 +123,7 @@ class Qualities:
         """Measures the precision and other engines. Within ``reference`` only.
 
         Raises:
-            LoaderError, QualityError, BenchError
+            LoaderError, TextError, BenchError
         """
         assert self._reference is not None
         contenders: list[Contender] = []

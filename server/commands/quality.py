@@ -8,8 +8,9 @@ from typing import Any
 import loaders
 from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
-from loaders.quality import QualityError, held_out, measure, text_file
+from loaders.quality import measure
 from loaders.quality.greedy import PROMPTS
+from loaders.texts import TextError, held_out, text_file
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.table import Row, layer_lines, quality_lines
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
         _show(options, checkpoint, list(_rows(options, checkpoint)))
-    except (LoaderError, QualityError, NotSaved) as error:
+    except (LoaderError, TextError, NotSaved) as error:
         complain("quality", error)
         return FAILED
     return 0

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loaders.errors import LoaderError
-from loaders.quality import QualityError, text_file
 from loaders.quality.greedy import PROMPTS
+from loaders.texts import TextError, text_file
 from server.bench.errors import BenchError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.interrupts import say_on_interrupt
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     except PlotsUnavailable as error:
         complain("report", UsageError(f"{error}; or --no-plots"))
         return USAGE
-    except (LoaderError, ServiceError, QualityError, BenchError) as error:
+    except (LoaderError, ServiceError, TextError, BenchError) as error:
         complain("report", error)
         return FAILED
     except OSError as error:

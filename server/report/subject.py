@@ -15,7 +15,7 @@ from loaders import kernels
 from loaders.base import ModelSpec
 from loaders.checkpoint import weight_files
 from loaders.kernels.build import compiled
-from loaders.quality import Text
+from loaders.texts import Text
 from server.host.cpu import cpu_name
 from server.host.threads import resolve, run_in_own_thread
 from server.version import VERSION

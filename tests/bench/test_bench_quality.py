@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from loaders.quality import Text, held_out, measure
-from loaders.quality.text import TokenStream
+from loaders.quality import measure
+from loaders.texts import Text, TokenStream, held_out
 from server.bench.comparison import Line, columns, lines, markdown
 from server.bench.figures import Figures
 from server.bench.processes import RemoteContender, WorkerProcess

@@ -14,7 +14,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import OutOfMemory
-from loaders.quality import Text, text_file
+from loaders.texts import Text, text_file
 from server.__main__ import main
 from server.bench.errors import BenchError
 from server.bench.figures import Run

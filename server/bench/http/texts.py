@@ -3,7 +3,7 @@
 from itertools import cycle, islice
 from random import Random
 
-from loaders.quality import corpus
+from loaders.texts import corpus
 from server.bench.errors import BenchError
 from server.bench.http.client import Client
 

@@ -16,7 +16,7 @@ from io import BytesIO
 from typing import Any
 
 from loaders.errors import LoaderError
-from loaders.quality import QualityError, Text
+from loaders.texts import Text, TextError
 from server.bench.errors import BenchError
 from server.errors import ServiceError
 from server.report.measuring.job import ReportOptions, make
@@ -36,7 +36,7 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     try:
         _write({"kept": _make(job, pauses)})
-    except (PlotsUnavailable, LoaderError, ServiceError, QualityError, BenchError) as error:
+    except (PlotsUnavailable, LoaderError, ServiceError, TextError, BenchError) as error:
         _write({"error": str(error)})
     except OSError as error:
         _write({"error": f"the report can't be kept: {error.strerror}"})

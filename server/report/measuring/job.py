@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import loaders
 from loaders.base import Checkpoint
 from loaders.checkpoint import load_tokenizer
-from loaders.quality import Text, held_out
 from loaders.quality.greedy import PROMPTS
+from loaders.texts import Text, held_out
 from server.host import cache
 from server.report import plots
 from server.report.measuring.measure import Measurement, Plan, StepProgress
@@ -48,7 +48,7 @@ def make(
     """Measures the missing steps and draws the plots; returns the saved report.
 
     Raises:
-        PlotsUnavailable, LoaderError, ServiceError, QualityError, BenchError
+        PlotsUnavailable, LoaderError, ServiceError, TextError, BenchError
         OSError: the report can't be saved.
     """
     if options.plots:

@@ -17,7 +17,7 @@ from loaders.checkpoint import open_checkpoint
 from loaders.errors import LoaderError
 from loaders.hub import BUNDLED
 from loaders.layer_errors import layer_errors
-from loaders.quality import QualityError, Text
+from loaders.texts import Text, TextError
 from server.bench.document import plain
 from server.bench.errors import BenchError
 from server.errors import ServiceError
@@ -100,7 +100,7 @@ class Measurement:
 
         Raises:
             LoaderError, ServiceError, BenchError: fp32 fails; another's failure is recorded in the report.
-            QualityError: the text can't be evaluated.
+            TextError: the text can't be evaluated.
         """
         asyncio.run(self._measure_speeds())
         wanting = [name for name, step in self._missing if step == QUALITY]
@@ -119,7 +119,7 @@ class Measurement:
         """Records an error of the body in the report; fp32's errors pass through."""
         try:
             yield
-        except (LoaderError, ServiceError, QualityError, BenchError) as error:
+        except (LoaderError, ServiceError, TextError, BenchError) as error:
             if name == REFERENCE:
                 raise
             self._saved.fail(name, str(error))

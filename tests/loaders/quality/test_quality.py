@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from loaders.quality import Quality, QualityError, Text, held_out, measure, text_file
+from loaders.quality import Quality, QualityError, measure
 from loaders.quality.divergence import BLOCK
 from loaders.runners.decoder_cpu_runner import DecoderCPURunner
+from loaders.texts import Text, TextError, held_out, text_file
 from tests.fakes import FakeRunner, fake_model
 
 WORDS = "the naïve café – in an other theatre, 東京 and then there …\n    indented, and again\n" * 24
@@ -244,14 +245,8 @@ def test_two_tokens_are_enough(reference: LoadedModel, candidate: LoadedModel, s
 def test_texts_that_cannot_be_measured(
     reference: LoadedModel, small_spec: ModelSpec, content: bytes, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(QualityError, match=message):
+    with pytest.raises(TextError, match=message):
         measure(reference, [reference], text_of(content, tmp_path), load_tokenizer(small_spec.checkpoint))
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.txt"):
-        with pytest.raises(QualityError, match="is not a file"):
-            text_file(path)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(1, None), (257, None), (64, 0), (64, 65)])

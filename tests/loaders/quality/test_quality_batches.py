@@ -13,10 +13,10 @@ from torch import Tensor
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer
-from loaders.quality import Text, measure, passes
+from loaders.quality import measure, passes
 from loaders.quality.passes import Passes
-from loaders.quality.text import Window, batches, windows
 from loaders.runners.decoder_cpu_runner import DecoderCPURunner
+from loaders.texts.text import Text, Window, batches, windows
 from tests.fakes import FakeDeviceRunner, FakeRunner, fake_model
 
 WORDS = "the naïve café – in an other theatre, 東京 and then there …\n    indented, and again\n" * 24

@@ -2,15 +2,15 @@
 
 from io import BytesIO, RawIOBase
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.quality import Text
 from loaders.quality.greedy import Prompts
-from loaders.quality.text import TokenStream, Window, windows
+from loaders.texts.text import Text, TextError, TokenStream, Window, text_file, windows
 from tests.checkpoints import byte_tokenizer
 
 WORDS = "the naïve café – in an other theatre,\n\n    東京 \t and  then there's 12 …\n"
@@ -93,3 +93,9 @@ def test_a_short_text_is_one_short_prompt() -> None:
     prompts.offer(Window([5, 6, 7], 1))
     assert prompts.chosen() == [[5, 6, 7]]
     assert prompts.tokens == 64
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.txt"):
+        with pytest.raises(TextError, match="is not a file"):
+            text_file(path)

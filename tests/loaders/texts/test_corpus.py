@@ -1,6 +1,6 @@
 import pytest
 
-from loaders.quality import corpus
+from loaders.texts import corpus
 
 
 def paragraphs(text: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""The text that quality is measured on: a stream of tokens in windows, never whole in memory."""
+"""A text that models are measured or calibrated on: a stream of tokens in windows, never whole in memory."""
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
@@ -8,14 +8,14 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loaders.quality import corpus
+from loaders.texts import corpus
 from loaders.tokenizer_faults import is_tokenizer_fault, unknown_token
 
 BLOCK = 2**18  # bytes read and encoded at a time
 
 
-class QualityError(Exception):
-    """The measurement failed; the message can be shown to users."""
+class TextError(Exception):
+    """A text can't be read or evaluated; the message can be shown to users."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Text:
         tokenizer that marks the beginning of a text (``▁``) marks the beginning of every piece.
 
         Raises:
-            QualityError: it is not UTF-8, or can't be read.
+            TextError: it is not UTF-8, or can't be read.
         """
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         held, read = "", 0
@@ -53,9 +53,9 @@ class Text:
                     held = held[cut:]
             yield held + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise QualityError(f"{self.name} is not UTF-8 text (after {read} bytes or soon after)") from error
+            raise TextError(f"{self.name} is not UTF-8 text (after {read} bytes or soon after)") from error
         except OSError as error:
-            raise QualityError(f"{self.name} can't be read: {error.strerror}") from error
+            raise TextError(f"{self.name} can't be read: {error.strerror}") from error
 
 
 def held_out() -> Text:
@@ -68,14 +68,14 @@ def text_file(path: Path) -> Text:
     """A text file of the user.
 
     Raises:
-        QualityError: there is no such file.
+        TextError: there is no such file.
     """
     try:
         if not path.is_file():
-            raise QualityError(f"{path.name} is not a file")
+            raise TextError(f"{path.name} is not a file")
         return Text(path.name, path.stat().st_size, lambda: path.open("rb"))
     except OSError as error:
-        raise QualityError(f"{path.name} can't be read: {error.strerror}") from error
+        raise TextError(f"{path.name} can't be read: {error.strerror}") from error
 
 
 class TokenStream:
@@ -85,7 +85,7 @@ class TokenStream:
         vocabulary: of the model; a tokenizer may have more tokens.
 
     Raises:
-        QualityError: while iterating, the text has a token that the model lacks, or the tokenizer fails.
+        TextError: while iterating, the text has a token that the model lacks, or the tokenizer fails.
     """
 
     def __init__(self, text: Text, tokenizer: Any, block: int = BLOCK, vocabulary: int | None = None) -> None:
@@ -100,7 +100,7 @@ class TokenStream:
             encoded = self._encoded(piece, add_special_tokens=number == 0)
             ids, most = encoded["input_ids"], self._vocabulary
             if most is not None and (why := unknown_token(ids, most, self._text.name)) is not None:
-                raise QualityError(why)
+                raise TextError(why)
             self.tokens += len(ids)
             self.bytes += len(piece.encode())
             yield from ids
@@ -111,7 +111,7 @@ class TokenStream:
         except BaseException as error:
             if not is_tokenizer_fault(error):
                 raise
-            raise QualityError(
+            raise TextError(
                 f"the model's tokenizer fails on {self._text.name} (after {self.bytes} bytes)"
             ) from error
 

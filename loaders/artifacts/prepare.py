@@ -1,0 +1,167 @@
+"""Finding a precision's files, or making them: once, by one process, whole or not at all."""
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from loaders.artifacts.recipe import Recipe, describe_model, key_of
+from loaders.base import ModelSpec, Progress
+from loaders.errors import CheckpointError, LoaderError
+from loaders.manifest import ManifestError, read_manifest, verify, write_manifest
+
+Make = Callable[[Path, Progress], None]
+"""Writes a precision's files into an empty folder."""
+
+_POLL = 0.5  # seconds between two tries for the lock
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_log = logging.getLogger(__name__)
+
+
+class NotPrepared(LoaderError):
+    """A precision's files take long to make, and were not made yet."""
+
+
+class NotKept(LoaderError):
+    """A precision's files can't be written."""
+
+
+def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progress) -> Path:
+    """The folder with a precision's files: a saved checkpoint's own, the cached ones, or new ones.
+
+    Cached files that are damaged are made again. While another process makes the same files, this one waits.
+
+    Args:
+        make: writes the files; None if that takes so long that a person must start it.
+
+    Raises:
+        NotPrepared: there are none, and ``make`` is None.
+        NotKept: the cache can't be written.
+        CheckpointError: the files of a saved checkpoint are damaged.
+        CalibrationError
+    """
+    if spec.checkpoint.saved is not None:
+        return _saved(spec, recipe.method)
+    folder = place_of(spec, recipe)
+    if make is None:
+        if _is_whole(folder):
+            return folder
+        raise NotPrepared(not_prepared(spec, recipe.method))
+    with _locked(folder, progress):
+        if not _is_whole(folder):
+            build(folder, spec, recipe, make, progress)
+    return folder
+
+
+def find(spec: ModelSpec, recipe: Recipe) -> Path | None:
+    """The cached files, if they exist; not verified."""
+    folder = place_of(spec, recipe)
+    return folder if folder.is_dir() else None
+
+
+def place_of(spec: ModelSpec, recipe: Recipe) -> Path:
+    """Where the files of a recipe are cached. Another text, option or version has another place.
+
+    Raises:
+        CalibrationError: the calibration text can't be read.
+    """
+    described = recipe.described(spec)
+    key = key_of(described, describe_model(spec.checkpoint))
+    return (spec.artifacts or default_cache()) / f"{recipe.method}-{key}"
+
+
+def default_cache() -> Path:
+    """The user's cache folder for made files."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "bitdial" / "artifacts"
+
+
+def not_prepared(spec: ModelSpec, method: str) -> str:
+    """The message that files have to be made first, and the command."""
+    name = spec.checkpoint.model_id
+    model = "" if name == "bundled" else f" --model {name}"
+    return f"{method} of {name} has to be made first: bitdial quantize{model} --method {method}"
+
+
+def build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: Progress) -> None:
+    """Makes the files in a temporary folder beside ``folder``, then renames it.
+
+    Raises:
+        NotKept
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    started = time.monotonic()
+    try:
+        _remove(partial)  # of a process that was killed: the caller has the lock
+        partial.mkdir(parents=True)
+        make(partial, progress)
+        seconds = time.monotonic() - started
+        write_manifest(
+            partial, recipe.method, recipe.described(spec), describe_model(spec.checkpoint), seconds
+        )
+        _remove(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise _not_kept(folder, error) from error
+    finally:
+        _remove(partial)
+
+
+def _not_kept(folder: Path, error: OSError) -> NotKept:
+    why = "the disk is full" if error.errno in _FULL else error.strerror or type(error).__name__
+    return NotKept(f"{folder.name} can't be kept: {why}; --artifacts (or ARTIFACTS) names another folder")
+
+
+def _saved(spec: ModelSpec, method: str) -> Path:
+    checkpoint = spec.checkpoint
+    if checkpoint.saved != method:
+        raise CheckpointError(
+            f"{checkpoint.model_id} is saved in {checkpoint.saved}; "
+            f"for {method} name the model it was made from"
+        )
+    try:
+        verify(checkpoint.folder, read_manifest(checkpoint.folder))
+    except ManifestError as error:
+        raise CheckpointError(f"{checkpoint.model_id}: {error}") from error
+    return checkpoint.folder
+
+
+def _is_whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        verify(folder, read_manifest(folder))
+    except ManifestError as error:
+        _log.warning("cached files of %s are not used: %s", folder.name, error)
+        return False
+    return True
+
+
+@contextmanager
+def _locked(folder: Path, progress: Progress) -> Iterator[None]:
+    """Holds the lock of a folder; reports while another process has it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
+        while True:
+            try:
+                lock.acquire(timeout=_POLL)
+                break
+            except Timeout:
+                progress("waiting for another process", 0, 0)
+    except OSError as error:
+        raise _not_kept(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
