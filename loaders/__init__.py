@@ -45,6 +45,7 @@ PRECISIONS: dict[str, str] = {
     "nf4": "loaders.precisions.bnb",
     "fp4": "loaders.precisions.bnb",
     "dynamic-int8": "loaders.precisions.dynamic_int8",
+    "int4": "loaders.precisions.int4",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

@@ -16,9 +16,10 @@ from loaders.errors import CheckpointError
 from loaders.layers.huge_pages import Arena
 from loaders.layers.layer_weights import weights_of
 from loaders.layers.native_linear import NativeLinear
+from loaders.layers.shared_embedding import SharedEmbedding, share_embedding
 
 QUANTIZED = "quantized.safetensors"
-_LAYERS, _TIED = "layers", "tied"  # keys of the file's metadata
+_LAYERS, _TIED, _SHARED = "layers", "tied", "embedding in the head"  # keys of the file's metadata
 
 
 def save_native(model: PreTrainedModel, folder: Path) -> None:
@@ -34,6 +35,8 @@ def save_native(model: PreTrainedModel, folder: Path) -> None:
     for name, module in model.named_modules():
         if isinstance(module, NativeLinear):
             state, layers[name] = module.state()
+        elif isinstance(module, SharedEmbedding):
+            state = {}
         elif (weights := weights_of(module)) is not None and weights.quantized:
             raise CheckpointError(f"{name} can't be saved: the compiled kernels don't compute it")
         else:
@@ -45,7 +48,13 @@ def save_native(model: PreTrainedModel, folder: Path) -> None:
                 tensors[full] = tensor.contiguous()
             else:
                 tied[full] = owner
-    facts = {"format": "pt", _LAYERS: json.dumps(layers), _TIED: json.dumps(tied)}
+    shared = isinstance(model.get_input_embeddings(), SharedEmbedding)
+    facts = {
+        "format": "pt",
+        _LAYERS: json.dumps(layers),
+        _TIED: json.dumps(tied),
+        _SHARED: json.dumps(shared),
+    }
     save_file(tensors, folder / QUANTIZED, facts)
 
 
@@ -68,6 +77,8 @@ def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrained
             state = {key.removeprefix(f"{layer}."): tensor for key, tensor in state.items()}
             model.set_submodule(layer, NativeLinear.from_state(state, described))
             progress("loading", done, len(layers))
+        if json.loads(facts[_SHARED]):
+            share_embedding(model)
         _assign(model, placed)
     except (SafetensorError, OSError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{name}: {QUANTIZED} can't be read, or is not of this model") from error

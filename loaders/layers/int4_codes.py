@@ -49,8 +49,13 @@ def unpack_codes(packed: Tensor) -> Tensor:
     """The inverse of ``pack_codes``."""
     outputs, inputs = packed.shape[0], 2 * packed.shape[1]
     whole = inputs // _WHOLE * _WHOLE // 2
-    parts = [packed[:, :whole].reshape(outputs, -1, _STEP), packed[:, whole:].reshape(outputs, -1, _STEP // 2)]
-    return torch.cat([torch.stack([part & 15, part >> 4], dim=2).reshape(outputs, -1) for part in parts], dim=1)
+    parts = [
+        packed[:, :whole].reshape(outputs, -1, _STEP),
+        packed[:, whole:].reshape(outputs, -1, _STEP // 2),
+    ]
+    return torch.cat(
+        [torch.stack([part & 15, part >> 4], dim=2).reshape(outputs, -1) for part in parts], dim=1
+    )
 
 
 def dequantize_int4(packed: Tensor, state: FourBit) -> Tensor:
