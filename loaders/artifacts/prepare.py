@@ -11,8 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from loaders.artifacts.recipe import Recipe, describe_model, key_of
-from loaders.base import ModelSpec, Progress
+import loaders
+from loaders.artifacts.recipe import describe, describe_model, key_of
+from loaders.base import ModelSpec, Progress, Recipe
 from loaders.errors import CheckpointError, LoaderError
 from loaders.manifest import ManifestError, read_manifest, verify, write_manifest
 
@@ -50,19 +51,24 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
         return _saved(spec, recipe.method)
     folder = place_of(spec, recipe)
     if make is None:
-        if _is_whole(folder):
+        if is_whole(folder):
             return folder
-        raise NotPrepared(not_prepared(spec, recipe.method))
+        raise NotPrepared(_not_prepared(spec, recipe.method))
     with _locked(folder, progress):
-        if not _is_whole(folder):
-            build(folder, spec, recipe, make, progress)
+        if not is_whole(folder):
+            _build(folder, spec, recipe, make, progress)
     return folder
 
 
-def find(spec: ModelSpec, recipe: Recipe) -> Path | None:
-    """The cached files, if they exist; not verified."""
-    folder = place_of(spec, recipe)
-    return folder if folder.is_dir() else None
+def is_made(precision: str, spec: ModelSpec) -> bool:
+    """Whether the files of a prepared precision exist; they are not verified.
+
+    Raises:
+        CalibrationError: the calibration text can't be read.
+    """
+    made_by = loaders.maker(precision)
+    assert made_by is not None, precision
+    return spec.checkpoint.saved is not None or place_of(spec, made_by.recipe(precision, spec)).is_dir()
 
 
 def place_of(spec: ModelSpec, recipe: Recipe) -> Path:
@@ -71,7 +77,7 @@ def place_of(spec: ModelSpec, recipe: Recipe) -> Path:
     Raises:
         CalibrationError: the calibration text can't be read.
     """
-    described = recipe.described(spec)
+    described = describe(recipe, spec)
     key = key_of(described, describe_model(spec.checkpoint))
     return (spec.artifacts or default_cache()) / f"{recipe.method}-{key}"
 
@@ -82,14 +88,14 @@ def default_cache() -> Path:
     return Path(cache) / "bitdial" / "artifacts"
 
 
-def not_prepared(spec: ModelSpec, method: str) -> str:
+def _not_prepared(spec: ModelSpec, method: str) -> str:
     """The message that files have to be made first, and the command."""
     name = spec.checkpoint.model_id
     model = "" if name == "bundled" else f" --model {name}"
     return f"{method} of {name} has to be made first: bitdial quantize{model} --method {method}"
 
 
-def build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: Progress) -> None:
+def _build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: Progress) -> None:
     """Makes the files in a temporary folder beside ``folder``, then renames it.
 
     Raises:
@@ -103,7 +109,7 @@ def build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: P
         make(partial, progress)
         seconds = time.monotonic() - started
         write_manifest(
-            partial, recipe.method, recipe.described(spec), describe_model(spec.checkpoint), seconds
+            partial, recipe.method, describe(recipe, spec), describe_model(spec.checkpoint), seconds
         )
         _remove(folder)
         partial.rename(folder)
@@ -132,7 +138,8 @@ def _saved(spec: ModelSpec, method: str) -> Path:
     return checkpoint.folder
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether all files are as they were written."""
     if not folder.is_dir():
         return False
     try:

@@ -1,52 +1,32 @@
-"""Everything that a precision's made files depend on, and the key of it."""
+"""What a recipe and a model are, in full, and the key of both."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loaders.base import Checkpoint, ModelSpec
+from loaders.base import Checkpoint, ModelSpec, Recipe
 from loaders.checkpoint import weight_files
 from loaders.texts.calibration import calibration_text
 
 _KEY = 16  # hexadecimal digits
 
-Option = str | int | float | bool | None
 
+def describe(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """The recipe with versions and the digest of the calibration text, as a JSON object.
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a precision's files are made.
-
-    Args:
-        method: the precision's name.
-        options: everything else that changes their bytes: group size, observer, samples, seed … and
-            ``format``, a number that is raised whenever the same options begin to give other bytes.
-        packages: distributions whose versions change the bytes.
-        calibrated: whether the calibration text does.
+    Raises:
+        CalibrationError: the text can't be read.
     """
-
-    method: str
-    options: Mapping[str, Option]
-    packages: tuple[str, ...] = ()
-    calibrated: bool = False
-
-    def described(self, spec: ModelSpec) -> dict[str, Any]:
-        """The recipe with versions and the digest of the calibration text, as a JSON object.
-
-        Raises:
-            CalibrationError: the text can't be read.
-        """
-        text = calibration_text(spec.calibration) if self.calibrated else None
-        return {
-            "method": self.method,
-            "options": dict(self.options),
-            "packages": {name: _version(name) for name in self.packages},
-            "calibration": None if text is None else {"name": text.name, "sha256": text.sha256()},
-        }
+    text = calibration_text(spec.calibration) if recipe.calibrated else None
+    return {
+        "method": recipe.method,
+        "options": dict(recipe.options),
+        "packages": {name: _version(name) for name in recipe.packages},
+        "calibration": None if text is None else {"name": text.name, "sha256": text.sha256()},
+    }
 
 
 def key_of(recipe: Mapping[str, Any], model: Mapping[str, Any]) -> str:
