@@ -19,7 +19,7 @@ from loaders.layers.native_linear import NativeLinear
 from loaders.layers.shared_embedding import SharedEmbedding, share_embedding
 
 QUANTIZED = "quantized.safetensors"
-_LAYERS, _TIED, _SHARED = "layers", "tied", "embedding in the head"  # keys of the file's metadata
+_FACTS = "bitdial"  # the only key of the file's metadata: the order of several differs from file to file
 
 
 def save_native(model: PreTrainedModel, folder: Path) -> None:
@@ -49,13 +49,8 @@ def save_native(model: PreTrainedModel, folder: Path) -> None:
             else:
                 tied[full] = owner
     shared = isinstance(model.get_input_embeddings(), SharedEmbedding)
-    facts = {
-        "format": "pt",
-        _LAYERS: json.dumps(layers),
-        _TIED: json.dumps(tied),
-        _SHARED: json.dumps(shared),
-    }
-    save_file(tensors, folder / QUANTIZED, facts)
+    facts = {"layers": layers, "tied": tied, "embedding in the head": shared}
+    save_file(tensors, folder / QUANTIZED, {_FACTS: json.dumps(facts)})
 
 
 def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrainedModel:
@@ -68,8 +63,8 @@ def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrained
     model = empty_model(spec.checkpoint.config)
     try:
         with safe_open(folder / QUANTIZED, framework="pt") as file:
-            facts = file.metadata()
-            layers, tied = json.loads(facts[_LAYERS]), json.loads(facts[_TIED])
+            facts = json.loads(file.metadata()[_FACTS])
+            layers, tied = facts["layers"], facts["tied"]
             placed = {key: arena.place(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         placed |= {key: placed[owner] for key, owner in tied.items()}
         for done, (layer, described) in enumerate(layers.items(), 1):
@@ -77,10 +72,10 @@ def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrained
             state = {key.removeprefix(f"{layer}."): tensor for key, tensor in state.items()}
             model.set_submodule(layer, NativeLinear.from_state(state, described))
             progress("loading", done, len(layers))
-        if json.loads(facts[_SHARED]):
+        if facts["embedding in the head"]:
             share_embedding(model)
         _assign(model, placed)
-    except (SafetensorError, OSError, KeyError, AttributeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {QUANTIZED} can't be read, or is not of this model") from error
     arena.move_remaining(model)
     return model.eval()

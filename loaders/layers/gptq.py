@@ -1,10 +1,10 @@
 """Rounding of weights to int4 codes so that a layer's outputs on calibration text change least: GPTQ.
 
-Frantar et al., arXiv:2210.17323: inputs are rounded one after another, and the error of each is compensated by the
-weights that are not rounded yet, by the inverse of H = Σ x xᵀ over the calibration inputs. As in its authors' code,
-inputs with the largest H_ii come first (act-order), and the scales of groups are those of the weights before any
-compensation (static groups). A scale is the one of several candidates with the least Σ H_ii (w − ŵ)², after a least
-squares fit to the codes (as llama.cpp's ``quantize_row_iq4_nl_impl`` with an importance matrix).
+Frantar et al., arXiv:2210.17323: inputs are rounded one after another; the error of each is compensated by
+the weights that are not rounded yet, by the inverse of H = Σ x xᵀ over the calibration inputs. As in its
+authors' code, inputs with the largest H_ii come first (act-order), and the scales of groups are those of the
+weights before any compensation (static groups). A scale is the one of several candidates with the least
+Σ H_ii (w − ŵ)², each a least squares fit to its codes (as ``quantize_row_iq4_nl_impl`` of llama.cpp).
 """
 
 import torch
@@ -43,7 +43,7 @@ def quantize(weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, FourBit]:
     groups = groups_of_inputs(inputs)
     exact = (scales.float() * of_outputs[:, None]).t().contiguous()
     if hessian is None or damped is None:
-        codes = _nearest(weight / exact.t()[:, groups])
+        codes = _nearest(weight / _divisors(exact).t()[:, groups])
     else:
         order, factor = damped
         codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -94,8 +94,13 @@ def _scales(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     best = torch.cat([_best_scales(in_groups(part), of_groups) for part in weight.split(rows)])
     of_outputs = best.abs().amax(dim=1) / _LEVELS
     of_outputs = torch.where(of_outputs > 0, of_outputs, 1.0)
-    codes = (best / of_outputs[:, None]).round().to(torch.int8)
-    return torch.where(codes == 0, 1, codes), of_outputs
+    codes = (best / of_outputs[:, None]).round()
+    codes = torch.where(codes == 0, best.sign(), codes)  # 0 for groups of zeros alone
+    return codes.to(torch.int8), of_outputs
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales)
 
 
 def _best_scales(weight: Tensor, importance: Tensor) -> Tensor:
@@ -128,13 +133,14 @@ def _compensated(weight: Tensor, scales: Tensor, groups: Tensor, factor: Tensor)
     """
     inputs, outputs = weight.shape
     places = torch.empty(inputs, outputs)
+    divisors = _divisors(scales)
     pivots, group = factor.diagonal().tolist(), groups.tolist()
     for start in range(0, inputs, _INPUTS):
         end = min(start + _INPUTS, inputs)
         errors = torch.empty(end - start, outputs)
         for k in range(start, end):
             scale = scales[group[k]]
-            torch.div(weight[k], scale, out=places[k])
+            torch.div(weight[k], divisors[group[k]], out=places[k])
             error = torch.sub(weight[k], _values(places[k].clone()).mul_(scale), out=errors[k - start])
             error.div_(pivots[k])
             if k + 1 < end:

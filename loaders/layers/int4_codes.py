@@ -1,8 +1,8 @@
-"""The weights of an int4 matrix as the compiled kernels read them: codes in pairs, and groups that share a scale.
+"""The weights of an int4 matrix as the compiled kernels read them: codes in pairs, groups that share a scale.
 
-The kernels multiply 64 inputs at a time in 16 lanes of four. Four such steps are a group of steps: in each lane
-its 16 weights share a scale, and so do the activations that they are multiplied with. The steps behind the last
-whole group are groups of their own, in which four lanes share a scale.
+The kernels multiply 64 inputs at a time in 16 lanes of four. Four such steps are a group of steps: in a lane
+its 16 weights share a scale, and so do the activations that they are multiplied with. The steps behind the
+last whole group are groups of their own, in which four lanes share a scale.
 """
 
 import torch
@@ -47,15 +47,13 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """The inverse of ``pack_codes``."""
-    outputs, inputs = packed.shape[0], 2 * packed.shape[1]
-    whole = inputs // _WHOLE * _WHOLE // 2
-    parts = [
-        packed[:, :whole].reshape(outputs, -1, _STEP),
-        packed[:, whole:].reshape(outputs, -1, _STEP // 2),
-    ]
-    return torch.cat(
-        [torch.stack([part & 15, part >> 4], dim=2).reshape(outputs, -1) for part in parts], dim=1
+    outputs, whole = packed.shape[0], 2 * packed.shape[1] // _WHOLE * _WHOLE // 2
+    pairs, halves = (
+        packed[:, :whole].unflatten(1, (-1, _STEP)),
+        packed[:, whole:].unflatten(1, (-1, _STEP // 2)),
     )
+    parts = [torch.stack([part & 15, part >> 4], dim=2).reshape(outputs, -1) for part in (pairs, halves)]
+    return torch.cat(parts, dim=1)
 
 
 def dequantize_int4(packed: Tensor, state: FourBit) -> Tensor:

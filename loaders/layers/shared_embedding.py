@@ -1,7 +1,8 @@
-"""Token embeddings looked up in the int8 weights of the output head that they are tied to: one copy of both."""
+"""Token embeddings looked up in the int8 weights of the output head that they are tied to: one copy."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -11,14 +12,16 @@ from loaders.layers.native_linear import NativeLinear
 
 
 class SharedEmbedding(nn.Module):
-    """Rows of a head's matrix in float32. It has no tensors of its own.
+    """Rows of a head's matrix. It has no tensors of its own.
 
     Args:
         head: int8; factors that its weights include (``input_scale``) are divided out.
+        dtype: of the embeddings, as of the model's norms.
     """
 
-    def __init__(self, head: NativeLinear) -> None:
+    def __init__(self, head: NativeLinear, dtype: torch.dtype) -> None:
         super().__init__()
+        self._dtype = dtype
         self._head = (head,)  # in a tuple: a submodule would be counted and saved twice
 
     @property
@@ -31,14 +34,14 @@ class SharedEmbedding(nn.Module):
         rows = dequantize_int8(head.weight[ids.flatten()], head.scales[ids.flatten()])
         if head.input_scale is not None:
             rows = rows / head.input_scale
-        return rows.view(*ids.shape, head.in_features)
+        return rows.view(*ids.shape, head.in_features).to(self._dtype)
 
     def layer_weights(self) -> LayerWeights:
         return self.head.layer_weights()
 
 
 def share_embedding(model: PreTrainedModel) -> bool:
-    """Replaces the token embedding by lookups in the head; returns False if the head is not int8 on the kernels.
+    """Replaces the token embedding by lookups in the head, if that is int8 on the kernels.
 
     The caller has made the head from weights that were tied to the embedding.
     """
@@ -49,7 +52,7 @@ def share_embedding(model: PreTrainedModel) -> bool:
     if embedding.weight.shape != (head.out_features, head.in_features):
         return False
     name = next(name for name, module in model.named_modules() if module is embedding)
-    model.set_submodule(name, SharedEmbedding(head))
+    model.set_submodule(name, SharedEmbedding(head, embedding.weight.dtype))
     return True
 
 

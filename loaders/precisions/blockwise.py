@@ -1,8 +1,8 @@
 """Quantizing a model block by block on calibration text: the inputs of a block are those that it will have.
 
-Each block computes the text twice: before it is quantized, for Σ x xᵀ of the inputs of its linear layers, and after,
-for the inputs of the next one. So the errors of earlier blocks are part of what a block is calibrated on, and the
-memory is that of one block's matrices and of the hidden states of the text.
+Each block computes the text twice: before it is quantized, for Σ x xᵀ of the inputs of its linear layers, and
+after, for the inputs of the next one. So the errors of earlier blocks are part of what a block is calibrated
+on, and the memory is that of one block's matrices and of the hidden states of the text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +32,7 @@ def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise CheckpointError(
-        f"{type(model).__name__} has no list of blocks: they can't be calibrated one by one"
-    )
+    raise CheckpointError(f"{type(model).__name__} has no list of blocks to calibrate one by one")
 
 
 def linears_of(block: nn.Module) -> Iterator[tuple[str, "nn.Linear | Conv1D"]]:
@@ -97,7 +95,7 @@ def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> lis
         for call, block, state, following in zip(calls, blocks, states, states[1:], strict=False)
     ):
         raise CheckpointError(
-            f"the blocks of {type(model).__name__} don't follow each other: they can't be calibrated one by one"
+            f"blocks of {type(model).__name__} don't follow each other: they can't be calibrated one by one"
         )
     for call in calls:
         call.state = call.state[:0]

@@ -1,8 +1,8 @@
 """int4: four-bit weights in groups of 16, calibrated by GPTQ, on the compiled kernels of a CPU.
 
-The projections that lose most are int8, as in llama.cpp's Q4_K_M: the one back from the MLP, and the values of
-attention where they have a matrix of their own. The head is int8, and a tied embedding is looked up in it. Activations
-are quantized to int8 in groups of 16.
+The projections that lose most are int8, as in llama.cpp's Q4_K_M: the one back from the MLP, and the values
+of attention where they have a matrix of their own. The head is int8, and a tied embedding is looked up in it.
+Activations are quantized to int8 in groups of 16.
 """
 
 from functools import partial
@@ -16,9 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
 from loaders.architectures import UnsupportedArchitecture, architecture_of
+from loaders.artifacts import Recipe, prepare
 from loaders.artifacts.native_weights import load_native, save_native
-from loaders.artifacts.prepare import prepare
-from loaders.artifacts.recipe import Recipe
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError
@@ -119,8 +118,8 @@ def check(spec: ModelSpec) -> None:
     for at, layer in _targets(model):
         if _shape(layer)[1] % _STEP:
             raise CheckpointError(
-                f"{name} can't be served in int4: {at} has {_shape(layer)[1]} inputs, no multiple of {_STEP}; "
-                "int8 and dynamic-int8 take any width"
+                f"{name} can't be served in int4: {at} has {_shape(layer)[1]} inputs, no multiple of "
+                f"{_STEP}; int8 and dynamic-int8 take any width"
             )
 
 
