@@ -51,6 +51,7 @@ PRECISIONS: dict[str, str] = {
     "fp4": "loaders.precisions.bnb",
     "dynamic-int8": "loaders.precisions.dynamic_int8",
     "static-int8": "loaders.precisions.static_int8",
+    "int4": "loaders.precisions.int4",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loaders.base import DTYPES, Footprint, KeptLayer, LoadedModel
 from loaders.layers.layer_weights import weights_of
+from loaders.layers.shared_embedding import SharedEmbedding
 
 Reason = Callable[[nn.Module], str]
 """Returns why the matrices of a module were not quantized."""
@@ -44,7 +45,7 @@ def measure(
             quantized.append(name)
         else:
             kept.append(KeptLayer(name, reason(module)))
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(module, nn.Embedding | SharedEmbedding):
             multiplied[weights.quantized] += math.prod(weights.shape)
     for tensor in (*model.parameters(), *model.buffers()):
         bytes_.count(tensor)

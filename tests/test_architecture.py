@@ -42,24 +42,8 @@ LAYERS = (
     "loaders.config_values",
     "loaders.errors",
     "loaders.base",
-<<<<<<< HEAD
     "loaders.bundled loaders.import_noise loaders.malloc loaders.runner loaders.tokenizer_faults",
     "loaders.affine loaders.kv_cache",
-||||||| merged common ancestors
-<<<<<<<<< Temporary merge branch 1
-    "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
-    "loaders.affine loaders.kv_cache",
-||||||||| 889a7b1
-    "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
-    "loaders.kv_cache",
-=========
-    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
-    "loaders.kv_cache",
->>>>>>>>> Temporary merge branch 2
-=======
-    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
-    "loaders.affine loaders.kv_cache",
->>>>>>> w-static
 )
 """Packages from the top down; a package imports from layers below its own."""
 MOST_LINES = 250

@@ -16,9 +16,10 @@ from loaders.errors import CheckpointError
 from loaders.layers.huge_pages import Arena
 from loaders.layers.layer_weights import weights_of
 from loaders.layers.native_linear import NativeLinear
+from loaders.layers.shared_embedding import SharedEmbedding, share_embedding
 
 QUANTIZED = "quantized.safetensors"
-_LAYERS, _TIED = "layers", "tied"  # keys of the file's metadata
+_FACTS = "bitdial"  # the only key of the file's metadata: the order of several differs from file to file
 
 
 def save_native(model: PreTrainedModel, folder: Path) -> None:
@@ -34,6 +35,8 @@ def save_native(model: PreTrainedModel, folder: Path) -> None:
     for name, module in model.named_modules():
         if isinstance(module, NativeLinear):
             state, layers[name] = module.state()
+        elif isinstance(module, SharedEmbedding):
+            state = {}
         elif (weights := weights_of(module)) is not None and weights.quantized:
             raise CheckpointError(f"{name} can't be saved: the compiled kernels don't compute it")
         else:
@@ -45,8 +48,9 @@ def save_native(model: PreTrainedModel, folder: Path) -> None:
                 tensors[full] = tensor.contiguous()
             else:
                 tied[full] = owner
-    facts = {"format": "pt", _LAYERS: json.dumps(layers), _TIED: json.dumps(tied)}
-    save_file(tensors, folder / QUANTIZED, facts)
+    shared = isinstance(model.get_input_embeddings(), SharedEmbedding)
+    facts = {"layers": layers, "tied": tied, "embedding in the head": shared}
+    save_file(tensors, folder / QUANTIZED, {_FACTS: json.dumps(facts)})
 
 
 def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrainedModel:
@@ -59,8 +63,8 @@ def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrained
     model = empty_model(spec.checkpoint.config)
     try:
         with safe_open(folder / QUANTIZED, framework="pt") as file:
-            facts = file.metadata()
-            layers, tied = json.loads(facts[_LAYERS]), json.loads(facts[_TIED])
+            facts = json.loads(file.metadata()[_FACTS])
+            layers, tied = facts["layers"], facts["tied"]
             placed = {key: arena.place(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         placed |= {key: placed[owner] for key, owner in tied.items()}
         for done, (layer, described) in enumerate(layers.items(), 1):
@@ -68,8 +72,10 @@ def load_native(spec: ModelSpec, folder: Path, progress: Progress) -> PreTrained
             state = {key.removeprefix(f"{layer}."): tensor for key, tensor in state.items()}
             model.set_submodule(layer, NativeLinear.from_state(state, described))
             progress("loading", done, len(layers))
+        if facts["embedding in the head"]:
+            share_embedding(model)
         _assign(model, placed)
-    except (SafetensorError, OSError, KeyError, AttributeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {QUANTIZED} can't be read, or is not of this model") from error
     arena.move_remaining(model)
     return model.eval()

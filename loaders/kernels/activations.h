@@ -5,9 +5,9 @@
 #include "int8_rows.h"
 #include "static_int8_rows.h"
 
-/* The type in which weights of a format are multiplied. Sums are float32, or int32 in both kinds of int8. */
+/* The type in which weights of a format are multiplied. Sums are float32, or int32 for the kinds of int8 and INT4. */
 static inline enum format computes_in(enum format stored) {
-    if (stored == INT8 || stored == STATIC_INT8) return stored;
+    if (stored == INT8 || stored == STATIC_INT8 || stored == INT4) return stored;
 #ifdef __AVX512BF16__
     if (stored == BFLOAT16 || stored == FOUR_BIT) return BFLOAT16;
 #endif
@@ -30,8 +30,12 @@ static inline int64_t packed_count(const matrix *m) {
 /* 64 bytes more than a row needs: rows a multiple of 4 KiB apart would map to the same sets of the first-level cache. */
 static inline int64_t packed_stride(const matrix *m) {
     enum format type = computes_in(m->format);
-    if (type == STATIC_INT8) return static_row_bytes(m->inputs) + 64;
-    return (type == INT8 ? int8_row_bytes(m->inputs) : packed_count(m) * (type == FLOAT32 ? 4 : 2)) + 64;
+    switch (type) {
+    case INT8: return int8_row_bytes(m->inputs) + 64;
+    case STATIC_INT8: return static_row_bytes(m->inputs) + 64;
+    case INT4: return int4_row_bytes(m->inputs) + 64;
+    default: return packed_count(m) * (type == FLOAT32 ? 4 : 2) + 64;
+    }
 }
 
 #ifdef __AVX512BF16__
@@ -76,6 +80,7 @@ static void pack_row(packed_activations *to, const matrix *m, const float *x, in
 #endif
     case INT8: quantize_row(x, inputs, out); return;
     case STATIC_INT8: quantize_static_row(m, x, out); return;
+    case INT4: quantize_row_for_int4(x, inputs, out); return;
     default: memcpy(out, x, sizeof(float) * inputs);
     }
 }

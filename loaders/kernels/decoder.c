@@ -12,9 +12,8 @@ static void embed(void *job, int64_t row, const worker *by) {
     float *scratch = s->scratch + by->thread * 2 * width, *x = s->x + row * width;
     const float *token = dequantized(model->tokens, s->rows.ids[row], scratch), *position = NULL;
     if (model->positions) position = dequantized(model->positions, s->rows.positions[row], scratch + width);
-    floats scale = broadcast(model->embedding_scale);
     for (int64_t k = 0; k < width; k += SIMD_WIDTH) {
-        floats value = mul(load(token + k), scale);
+        floats value = mul(load(token + k), load(model->token_scales + k));
         store(x + k, position ? add(value, load(position + k)) : value);
     }
 }

@@ -22,13 +22,13 @@ typedef struct {
     int64_t parallel;            /* attention and MLP read the same residual stream (GPT-NeoX) */
     int64_t rotary;              /* pairs of values of a head that are rotated; 0: none */
     const matrix *tokens;        /* embeddings */
+    const float *token_scales;   /* (width,): of each of their channels */
     const matrix *positions;     /* embeddings, or NULL */
     const float *turns;          /* (positions, 2 · rotary): cosines, then sines */
     const layer *layers;
     norm last;
     const matrix *head;
     float epsilon;
-    float embedding_scale;       /* of token embeddings */
     float attention_scale;       /* of scores */
 } decoder;
 

@@ -52,7 +52,8 @@ class Decoder:
     """A decoder that refers to the model's tensors, without a copy.
 
     Args:
-        tokens: (vocabulary, width) embeddings of any float type.
+        tokens: (vocabulary, width) embeddings of any float type, or an int8 matrix.
+        token_scales: (width,) factors of their channels, besides the architecture's; None: 1.
         positions: (context, width) embeddings, or None.
         turns: (context, 2 · pairs) float32: of each position the cosines and the sines of the angles by which
             the first 2 · pairs values of a head are rotated; or None.
@@ -66,7 +67,8 @@ class Decoder:
         self,
         library: Library,
         shape: Shape,
-        tokens: Tensor,
+        tokens: Tensor | PackedMatrix,
+        token_scales: Tensor | None,
         positions: Tensor | None,
         turns: Tensor | None,
         layers: Sequence[Layer],
@@ -75,12 +77,16 @@ class Decoder:
     ) -> None:
         shape.check()
         check_layers(shape, layers)
-        check_ends(shape, tokens, positions, turns, last, head)
         self._library, self._head, self._turns = library, head, turns
         self._kept: list[PackedMatrix] = [head]  # the structures point into these
+        looked_up = tokens if isinstance(tokens, PackedMatrix) else self._packed(tokens)
+        check_ends(shape, looked_up, positions, turns, last, head)
+        self._token_scales = torch.full((shape.width,), shape.embedding_scale)
+        if token_scales is not None:
+            self._token_scales *= token_scales
         self._layers = (structures.Layer * len(layers))(*(self._layer(layer) for layer in layers))
         contexts = [table.shape[0] for table in (positions, turns) if table is not None]
-        self._vocabulary, self._context = tokens.shape[0], min(contexts)
+        self._vocabulary, self._context = looked_up.outputs, min(contexts)
         self._model = structures.Decoder(
             shape.width,
             shape.heads,
@@ -94,14 +100,14 @@ class Decoder:
             shape.interleaved,
             shape.parallel,
             0 if turns is None else turns.shape[1] // 2,
-            ctypes.addressof(self._matrix(tokens)),
+            ctypes.addressof(looked_up.struct),
+            self._token_scales.data_ptr(),
             None if positions is None else ctypes.addressof(self._matrix(positions)),
             None if turns is None else turns.data_ptr(),
             ctypes.addressof(self._layers),
             self._norm(last),
             ctypes.addressof(head.struct),
             shape.epsilon,
-            shape.embedding_scale,
             shape.attention_scale,
         )
 
@@ -168,6 +174,9 @@ class Decoder:
         return structures.Norm(self._matrix(norm.weight[None]), bias)
 
     def _matrix(self, tensor: Tensor) -> structures.Matrix:
+        return self._packed(tensor).struct
+
+    def _packed(self, tensor: Tensor) -> PackedMatrix:
         packed = PackedMatrix(self._library, _DTYPES[tensor.dtype], tensor)  # type: ignore[arg-type]
         self._kept.append(packed)
-        return packed.struct
+        return packed

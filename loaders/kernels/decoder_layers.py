@@ -138,7 +138,7 @@ def _check_norm(norm: Norm, width: int) -> None:
 
 def check_ends(
     shape: Shape,
-    tokens: Tensor,
+    tokens: PackedMatrix,
     positions: Tensor | None,
     turns: Tensor | None,
     last: Norm,
@@ -149,7 +149,7 @@ def check_ends(
         ValueError: embeddings, angles, last norm or head don't fit.
     """
     _check_norm(last, shape.width)
-    if tokens.shape[1:] != (shape.width,) or head.inputs != shape.width:
+    if tokens.inputs != shape.width or head.inputs != shape.width:
         raise ValueError("embeddings or head of another width")
     if positions is None and turns is None:
         raise ValueError("neither learned nor rotary positions")

@@ -6,7 +6,7 @@
  * bit, alone and in any batch, in one prompt chunk or in ten.
  */
 #pragma once
-#include "int8.h"
+#include "int4.h"
 #include "static_int8.h"
 #include "thread_team.h"
 #include "workspace.h"
@@ -67,6 +67,11 @@ VARIANT run_static_int8(const tile *t, int64_t row, int64_t rows) {
     SWITCH_ROWS(rows, STATIC_INT8_ROWS)
 }
 
+VARIANT run_int4(const tile *t, int64_t row, int64_t rows) {
+#define INT4_ROWS(n) int4_microkernel(t, row, n)
+    SWITCH_ROWS(rows, INT4_ROWS)
+}
+
 VARIANT run_float(const tile *t, int64_t row, int64_t rows) {
 #define FLOAT_ROWS(n) float_microkernel(t, row, n)
     SWITCH_ROWS(rows, FLOAT_ROWS)
@@ -82,6 +87,7 @@ VARIANT run_bfloat16(const tile *t, int64_t row, int64_t rows) {
 static void run_microkernel(const tile *t, enum format type, int64_t row, int64_t rows) {
     if (type == INT8) run_int8(t, row, rows);
     else if (type == STATIC_INT8) run_static_int8(t, row, rows);
+    else if (type == INT4) run_int4(t, row, rows);
 #ifdef __AVX512BF16__
     else if (type == BFLOAT16) run_bfloat16(t, row, rows);
 #endif
@@ -94,6 +100,7 @@ static int gemv(const tile *t, int64_t row) {
     case FLOAT32: gemv_float(t, row); return 1;
     case INT8: gemv_int8(t, row); return 1;
     case STATIC_INT8: gemv_static_int8(t, row); return 1;
+    case INT4: gemv_int4(t, row); return 1;
 #ifdef __AVX512BF16__
     case BFLOAT16: gemv_bfloat16(t, row); return 1;
     case FOUR_BIT: gemv_four_bit(t, row); return 1;

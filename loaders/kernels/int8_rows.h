@@ -59,8 +59,9 @@ static inline __m128i round16(const float *x, __m128 inverse) {
     return _mm_packs_epi16(_mm_packs_epi32(lanes[0], lanes[1]), _mm_packs_epi32(lanes[2], lanes[3]));
 }
 
-/* Quantizes `steps` steps of a row as one group of steps; returns the end of the output. */
-static char *quantize_group(const float *x, int64_t steps, float *starts, char *out) {
+/* Quantizes `steps` steps of a row as one group of steps; returns the end of the output.
+ * zero_points: per lane what the zero point of the weights adds to its sum. */
+static char *quantize_group(const float *x, int64_t steps, int32_t *zero_points, char *out) {
     float *scales = (float *)(out + steps * INT8_STEP);
     for (int lane = 0; lane < INT8_LANES; lane += 4) {
         __m128 range = ranges4(x + 4 * lane, steps), inverse = inverse_scales(range);
@@ -73,16 +74,39 @@ static char *quantize_group(const float *x, int64_t steps, float *starts, char *
             _mm_storeu_si128((void *)(out + k + 4 * lane), values);
         }
         _mm_storeu_ps(scales + lane, scale);
-        _mm_storeu_ps(starts + lane, _mm_fnmadd_ps(_mm_cvtepi32_ps(total), scale, _mm_loadu_ps(starts + lane)));
+        _mm_storeu_si128((void *)(zero_points + lane), total);
     }
     return (char *)(scales + INT8_LANES);
 }
 
+/* Steps in the group that starts at input k. */
+static inline int64_t steps_at(int64_t k, int64_t inputs) {
+    return k + GROUP_STEPS * INT8_STEP <= inputs ? GROUP_STEPS : 1;
+}
+
 static void quantize_row(const float *x, int64_t inputs, char *out) {
     float *starts = memset(out, 0, LANE_BYTES);
+    int32_t zero_points[INT8_LANES];
     out += LANE_BYTES;
-    int64_t k = 0;
-    for (; k + GROUP_STEPS * INT8_STEP <= inputs; k += GROUP_STEPS * INT8_STEP)
-        out = quantize_group(x + k, GROUP_STEPS, starts, out);
-    for (; k < inputs; k += INT8_STEP) out = quantize_group(x + k, 1, starts, out);
+    for (int64_t k = 0, steps; k < inputs; k += steps * INT8_STEP) {
+        steps = steps_at(k, inputs);
+        out = quantize_group(x + k, steps, zero_points, out);
+        const float *scales = (const float *)out - INT8_LANES;
+        for (int lane = 0; lane < INT8_LANES; lane++) starts[lane] -= (float)zero_points[lane] * scales[lane];
+    }
+}
+
+/* Packed for four-bit weights, whose scales differ from group to group: per group of steps its values, the scales of the
+ * lanes, and the int32 that their sums start from. */
+static inline int64_t int4_row_bytes(int64_t inputs) { return 2 * int8_row_bytes(inputs) - inputs - 2 * LANE_BYTES; }
+
+static void quantize_row_for_int4(const float *x, int64_t inputs, char *out) {
+    for (int64_t k = 0, steps; k < inputs; k += steps * INT8_STEP) {
+        int32_t zero_points[INT8_LANES];
+        steps = steps_at(k, inputs);
+        out = quantize_group(x + k, steps, zero_points, out);
+        for (int lane = 0; lane < INT8_LANES; lane++) zero_points[lane] = -zero_points[lane];
+        memcpy(out, zero_points, LANE_BYTES);
+        out += LANE_BYTES;
+    }
 }

@@ -6,8 +6,8 @@ from typing import Literal
 
 from loaders.kernels.structures import I64, P, compare_sizes
 
-Format = Literal["float32", "bfloat16", "float16", "four-bit", "int8", "static-int8"]
-FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "float16", "four-bit", "int8", "static-int8")
+Format = Literal["float32", "bfloat16", "float16", "four-bit", "int8", "static-int8", "int4"]
+FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "float16", "four-bit", "int8", "static-int8", "int4")
 MOST_STATIC_INPUTS = 2**16  # 255 · 127 · 2¹⁶ < 2³¹: a sum over all inputs is an exact int32
 MISCOUNTED = -2  # PHASES_MISCOUNTED of thread_team.h
 

@@ -35,7 +35,7 @@ int bitdial_linear(const matrix *m, const float *x, int64_t rows, const float *r
 
 /* The number that the inputs of a row must be a multiple of. */
 int64_t bitdial_multiple(int64_t format) {
-    if (format == INT8 || format == STATIC_INT8) return INT8_STEP;
+    if (format == INT8 || format == STATIC_INT8 || format == INT4) return INT8_STEP;
     if (computes_in(format) == FLOAT32) return format == FOUR_BIT ? 32 : SIMD_WIDTH;
     return format == FOUR_BIT ? 64 : 32;
 }

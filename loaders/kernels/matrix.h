@@ -6,13 +6,14 @@
 #include "four_bit.h"
 #include "simd.h"
 
-enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8, STATIC_INT8 };
+enum format { FLOAT32, BFLOAT16, FLOAT16, FOUR_BIT, INT8, STATIC_INT8, INT4 };
 
 /* A weight matrix (outputs, inputs), row-major. */
 typedef struct {
     int64_t format, outputs, inputs;
     const void *data;
-    const float *scales;     /* INT8: one per output, or lane_scales. STATIC_INT8: one per output. FOUR_BIT: one per block, or NULL if nested */
+    const float *scales;     /* INT8: one per output, or lane_scales. STATIC_INT8, INT4: one per output. FOUR_BIT: one per
+                              * block, or NULL if nested */
     const void *bias;        /* (outputs,) or NULL */
     int64_t bias_format;     /* FLOAT32, BFLOAT16 or FLOAT16 */
     const float *table;      /* FOUR_BIT: the values of the 16 codes */
@@ -23,10 +24,13 @@ typedef struct {
     const uint16_t *lane_scales; /* INT8: (outputs, 16) bfloat16, of weights with k / 4 % 16 = lane; NULL: `scales` */
     const float *input_factors;  /* STATIC_INT8: (2, inputs) factors and zero points of the activations */
     const int32_t *offsets;      /* STATIC_INT8: per output, what takes the zero points away from its sum */
+    const int8_t *values;        /* INT4: the values of the 16 codes */
+    const int8_t *group_scales;  /* INT4: (outputs, inputs / 16), of the groups in int4.h, times `scales` */
 } matrix;
 
 static inline int64_t bits_per_weight(const matrix *m) {
-    static const int64_t bits[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [FOUR_BIT] = 4, [INT8] = 8, [STATIC_INT8] = 8};
+    static const int64_t bits[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [FOUR_BIT] = 4, [INT8] = 8,
+                                   [STATIC_INT8] = 8, [INT4] = 4};
     return bits[m->format];
 }
 
@@ -87,6 +91,18 @@ static const uint16_t *dequantized_bfloat16(const matrix *m, int64_t output, uin
 }
 #endif
 
+static void dequantize_int8(const matrix *m, int64_t output, float *out) {
+    const int8_t *w = (const int8_t *)row_of(m, output);
+    float scales[16];
+    for (int lane = 0; lane < 16; lane++) {
+        uint32_t bits = m->lane_scales ? (uint32_t)m->lane_scales[output * 16 + lane] << 16 : 0;
+        if (m->lane_scales) memcpy(&scales[lane], &bits, sizeof bits);
+        else scales[lane] = m->scales[output];
+    }
+    for (int64_t k = 0; k < m->inputs; k += 64)
+        for (int i = 0; i < 64; i++) out[k + i] = w[k + i] * scales[i / 4];
+}
+
 /* Row `output` in float32: the matrix's own memory, or dequantized into `scratch`. */
 static const float *dequantized(const matrix *m, int64_t output, float *scratch) {
     const uint16_t *halves = (const uint16_t *)row_of(m, output);
@@ -98,6 +114,7 @@ static const float *dequantized(const matrix *m, int64_t output, float *scratch)
         for (int64_t k = 0; k < m->inputs; k += SIMD_WIDTH) store(scratch + k, load_half(halves + k));
         return scratch;
     case FOUR_BIT: dequantize_four_bit(m, output, scratch); return scratch;
+    case INT8: dequantize_int8(m, output, scratch); return scratch;
     default: return (const float *)row_of(m, output);
     }
 }

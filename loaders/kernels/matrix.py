@@ -14,19 +14,22 @@ INT8_LANES = 16
 ACTIVATION_GROUP = 16
 """Activations that share a scale when they are multiplied with int8 weights; 4 at the end of a row."""
 _ROWS = 4096  # outputs whose offsets are computed at a time
+INT4_GROUP = 16
+"""Weights of an int4 matrix that share a scale: those multiplied with a group of activations."""
 _BIAS_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # indices into FORMATS
 
 
 @dataclass
 class FourBit:
-    """The quantization state of a four-bit matrix.
+    """The quantization state of a matrix in ``four-bit`` or ``int4``.
 
     Args:
-        table: (16,) float32, the value of each code.
-        block: number of weights per scale.
-        scales: (weights / block,) float32; or, if nested, uint8 codes into ``nested_table``.
+        table: (16,) float32, the value of each code; int4: int8.
+        block: number of weights per scale; int4: ``INT4_GROUP``.
+        scales: (weights / block,) float32; or, if nested, uint8 codes into ``nested_table``; int4: (outputs,
+            inputs / block) int8, of the groups in ``loaders.layers.int4_codes``.
         nested_table: (256,) float32.
-        nested_scales: one float32 per 256 scales.
+        nested_scales: one float32 per 256 scales; int4: one per output, by which its scales are multiplied.
         nested_offset: added to each nested scale.
     """
 
@@ -46,8 +49,9 @@ class PackedMatrix:
         library: multiplies it.
         kind: the format of ``data``.
         data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of each two
-            weights in the upper half.
-        scales: static-int8: (outputs,) float32. int8: the same, or (outputs, 16) bfloat16, of the weights k with k / 4 % 16 = lane.
+            weights in the upper half; int4: in the order of ``loaders.layers.int4_codes``.
+        scales: static-int8: (outputs,) float32. int8: the same, or (outputs, 16) bfloat16, of the weights k with
+            k / 4 % 16 = lane.
         bias: (outputs,) of any float type, or None.
         input_factors: static-int8: (2, inputs) float32, factors and whole zero points of the activations,
             whose codes are round(x · factor + zero point). Weights and ``scales`` include 1 / factor.
@@ -67,7 +71,7 @@ class PackedMatrix:
         assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors)
         self.offsets: Tensor | None = None  # static-int8: of the sum of each output
         self.outputs = self.data.shape[0]
-        self.inputs = self.data.shape[1] * (2 if self.kind == "four-bit" else 1)
+        self.inputs = self.data.shape[1] * (2 if self.kind in ("four-bit", "int4") else 1)
         self.struct = structures.Matrix(
             FORMATS.index(self.kind), self.outputs, self.inputs, self.data.data_ptr()
         )
@@ -86,6 +90,9 @@ class PackedMatrix:
         self._address = ctypes.addressof(self.struct)
 
     def _set_four_bit(self, state: FourBit) -> None:
+        if self.kind == "int4":
+            self._set_int4(state)
+            return
         self.struct.table, self.struct.block = state.table.data_ptr(), state.block
         if state.nested_table is None:
             self.struct.scales = state.scales.data_ptr()
@@ -104,6 +111,14 @@ class PackedMatrix:
         sums = [codes.double() @ zero_points for codes in self.data.split(_ROWS)]  # exact: below 2⁵³
         self.offsets = -torch.cat(sums).int()
         self.struct.input_factors, self.struct.offsets = factors.data_ptr(), self.offsets.data_ptr()
+
+    def _set_int4(self, state: FourBit) -> None:
+        assert state.nested_scales is not None
+        assert state.table.dtype == state.scales.dtype == torch.int8
+        assert state.scales.shape == (self.outputs, self.inputs // INT4_GROUP)
+        assert state.nested_scales.shape == (self.outputs,)
+        self.struct.values, self.struct.group_scales = state.table.data_ptr(), state.scales.data_ptr()
+        self.struct.scales = state.nested_scales.data_ptr()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns x Wᵀ + bias (+ residual), (rows, outputs), of (rows, inputs) float32; rows are independent.

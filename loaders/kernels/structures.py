@@ -16,7 +16,7 @@ class Matrix(ctypes.Structure):
         ("block", I64),
         *((name, P) for name in ("codes", "nested_table", "nested_scales")),
         ("nested_offset", ctypes.c_float),
-        *((name, P) for name in ("lane_scales", "input_factors", "offsets")),
+        *((name, P) for name in ("lane_scales", "input_factors", "offsets", "values", "group_scales")),
     ]
 
 
@@ -43,10 +43,10 @@ class Decoder(ctypes.Structure):
     _fields_ = [
         *((name, I64) for name in ("width", "heads", "kv_heads", "head_dim", "inner", "layer_count")),
         *((name, I64) for name in ("norm_kind", "activation", "gated", "interleaved", "parallel", "rotary")),
-        *((name, P) for name in ("tokens", "positions", "turns", "layers")),
+        *((name, P) for name in ("tokens", "token_scales", "positions", "turns", "layers")),
         ("last", Norm),
         ("head", P),
-        *((name, ctypes.c_float) for name in ("epsilon", "embedding_scale", "attention_scale")),
+        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale")),
     ]
 
 

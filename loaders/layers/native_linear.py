@@ -19,6 +19,7 @@ from loaders.kernels import FourBit
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dequantize import dequantize_four_bit, dequantize_int8
 from loaders.layers.huge_pages import Arena
+from loaders.layers.int4_codes import dequantize_int4
 from loaders.layers.layer_weights import InputCalibration, LayerWeights, dense
 
 FORMATS: dict[torch.dtype, kernels.Format] = {
@@ -39,7 +40,7 @@ class NativeLinear(nn.Module):
 
     Args:
         kind: format of ``weight``, as in ``kernels.PackedMatrix``.
-        weight: (outputs, inputs), or (outputs, inputs / 2) bytes of four-bit codes.
+        weight: (outputs, inputs), or (outputs, inputs / 2) bytes of codes in ``four-bit`` and ``int4``.
         bias: (outputs,) of any float type, or None.
         scales: for int8, as in ``kernels.PackedMatrix``.
         four_bit: table and scales of four-bit codes.
@@ -82,6 +83,8 @@ class NativeLinear(nn.Module):
                 parameter.data = arena.place(parameter.data)
         if self.four_bit is not None:
             self.four_bit.scales = arena.place(self.four_bit.scales)
+            if self.kind == "int4" and self.four_bit.nested_scales is not None:
+                self.four_bit.nested_scales = arena.place(self.four_bit.nested_scales)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float().contiguous()
@@ -125,8 +128,17 @@ class NativeLinear(nn.Module):
     def layer_weights(self) -> LayerWeights:
         weight, shape = self.weight.detach(), (self.out_features, self.in_features)
         if (four_bit := self.four_bit) is not None:
-            state = _four_bit_state(four_bit)
-            return LayerWeights("4-bit", shape, weight, lambda: dequantize_four_bit(weight, four_bit), state)
+            state, dequantize = _four_bit_state(self.kind, four_bit), dequantize_four_bit
+            if self.kind == "int4":
+                dequantize = dequantize_int4
+            return LayerWeights(
+                "4-bit",
+                shape,
+                weight,
+                lambda: dequantize(weight, four_bit),
+                state,
+                input_scale=self.input_scale,
+            )
         if self.scales is not None:
             scales = self.scales.detach()
             factors = None if self.input_factors is None else self.input_factors.detach()
@@ -148,7 +160,13 @@ def _int8_state(scales: Tensor, factors: Tensor | None, offsets: Tensor | None) 
     return [(role, tensor) for role, tensor in roles if tensor is not None]
 
 
-def _four_bit_state(described: FourBit) -> list[tuple[str, Tensor]]:
+def _four_bit_state(kind: kernels.Format, described: FourBit) -> list[tuple[str, Tensor]]:
+    if kind == "int4" and described.nested_scales is not None:
+        return [
+            ("scales", described.scales),
+            ("scales", described.nested_scales),
+            ("tables", described.table),
+        ]
     state = [("absmax", described.scales), ("tables", described.table)]
     if described.nested_table is not None and described.nested_scales is not None:
         state += [("absmax", described.nested_scales), ("tables", described.nested_table)]

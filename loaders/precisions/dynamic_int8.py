@@ -26,6 +26,7 @@ from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.layers.norm_folding import fold_norms
+from loaders.layers.shared_embedding import is_tied, share_embedding
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 
@@ -46,8 +47,8 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
         if not isinstance(layer, nn.Linear | Conv1D) or (layer is head and not spec.quantize_lm_head):
             continue
         outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        tied = layer is head and layer.weight is model.get_input_embeddings().weight
-        size += int8_linear_bytes(outputs, inputs) - (0 if tied else 4 * outputs * inputs)
+        kept = layer is head and is_tied(model) and not kernels.supports("int8", inputs)
+        size += int8_linear_bytes(outputs, inputs) - (0 if kept else 4 * outputs * inputs)
     return size
 
 
@@ -90,11 +91,13 @@ def _quantized(spec: ModelSpec, progress: Progress) -> PreTrainedModel:
         if isinstance(module, nn.Linear | Conv1D) and (module is not head or spec.quantize_lm_head)
     ]
     folded = fold_norms(model, head=spec.quantize_lm_head)
-    arena = Arena()
+    arena, tied = Arena(), is_tied(model)
     for done, (name, module) in enumerate(targets, 1):
         linear = to_linear(module)
         model.set_submodule(name, int8_linear(linear.weight.detach(), linear.bias, arena, folded.get(name)))
         progress("quantizing", done, len(targets))
+    if tied:
+        share_embedding(model)
     del targets, head, module, linear
     if kernels.get() is not None:
         arena.move_remaining(model)

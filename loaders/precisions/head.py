@@ -11,6 +11,7 @@ from loaders.base import DTYPES, ModelSpec
 from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.layers.native_linear import FORMATS, NativeLinear
+from loaders.layers.shared_embedding import is_tied, share_embedding
 
 
 def head_type(precision: str, spec: ModelSpec, model: PreTrainedModel, rest: torch.dtype) -> torch.dtype:
@@ -35,20 +36,23 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
 
 
 def replace_head(model: PreTrainedModel, weight: torch.Tensor, dtype: torch.dtype, arena: Arena) -> None:
-    """Gives the head those weights in that type; a tied embedding stays as it is."""
+    """Gives the head those weights in that type; a tied embedding is looked up in them if they are int8."""
     head: Any = model.get_output_embeddings()
+    tied = is_tied(model)
     name = next(name for name, module in model.named_modules() if module is head)
     bias = head.bias
     if dtype == torch.int8:
         model.set_submodule(name, int8_linear(weight, bias, arena))
+        if tied:
+            share_embedding(model)
     else:
         model.set_submodule(name, NativeLinear(FORMATS[dtype], weight.to(dtype), bias, arena=arena))
 
 
 def own_head_bytes(model: PreTrainedModel, kept: torch.dtype, own: torch.dtype) -> int:
-    """What a head of another type adds: all of it if it was tied to the embedding."""
+    """What a head of another type adds: all of it if an embedding that it was tied to is kept beside it."""
     weight: Any = model.get_output_embeddings().weight
     outputs, inputs = weight.shape
     size = int8_linear_bytes(outputs, inputs) if own == torch.int8 else weight.numel() * own.itemsize
-    tied = weight is model.get_input_embeddings().weight
-    return size - (0 if tied else weight.numel() * kept.itemsize)
+    beside = is_tied(model) and own != torch.int8
+    return size - (0 if beside else weight.numel() * kept.itemsize)

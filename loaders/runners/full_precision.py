@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loaders.layers.layer_weights import LayerWeights, WeightLayer, weights_of
 from loaders.layers.native_linear import NativeLinear
+from loaders.layers.shared_embedding import SharedEmbedding
 
 _HALF = (torch.bfloat16, torch.float16)
 _OF_A_KIND = 2  # layers of a kind that compute
@@ -80,7 +81,7 @@ def _prepare(module: nn.Module, skipped: bool) -> Iterator[Undo]:
     """Makes one module compute in float32; yields what restores it."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     halves = [tensor for tensor in own if tensor.dtype in _HALF]
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | SharedEmbedding):
         if halves:
             yield module.register_forward_hook(_cast_result).remove
     elif skipped and isinstance(module, nn.Linear | Conv1D | WeightLayer):

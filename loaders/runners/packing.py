@@ -10,6 +10,7 @@ from loaders import kernels
 from loaders.architectures import Architecture, UnsupportedArchitecture
 from loaders.kernels import Decoder, Layer, Norm, PackedMatrix
 from loaders.layers.native_linear import NativeLinear
+from loaders.layers.shared_embedding import SharedEmbedding
 
 _MOST_POSITIONS = 2**22
 
@@ -37,7 +38,7 @@ def pack(
         return Decoder(
             library,
             architecture.shape,
-            _parameter(model, architecture.tokens),
+            *_tokens(model, architecture.tokens),
             None if positions is None else _parameter(model, positions)[architecture.first_position :],
             None if rotary is None else angles(model.get_submodule(rotary), context),
             layers_of(model, architecture),
@@ -82,6 +83,15 @@ def angles(rotary: Any, count: int) -> Tensor:
 def _parameter(module: Any, name: str) -> Tensor:
     weight: Tensor = module.get_submodule(name).weight.detach()
     return weight
+
+
+def _tokens(module: Any, name: str) -> tuple[Tensor | PackedMatrix, Tensor | None]:
+    """The embeddings, and factors of their channels."""
+    embedding = module.get_submodule(name)
+    if not isinstance(embedding, SharedEmbedding):
+        return _parameter(module, name), None
+    scale = embedding.head.input_scale
+    return embedding.head.matrix, None if scale is None else 1 / scale
 
 
 def _norm(module: Any, name: str, offset: float) -> Norm:

@@ -33,6 +33,7 @@ TOLERANCE = {
     "nf4": 0.6,
     "fp4": 0.8,
     "dynamic-int8": 0.1,
+    "int4": 0.5,
 }
 # SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
@@ -42,6 +43,7 @@ NOISE = {
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
     "nf4": (19, 23),
     "fp4": (16, 21),
+    "int4": (15, 25),  # calibration rounds for the outputs, not for the weights
 }
 
 
@@ -193,8 +195,8 @@ class LayerContract:
                 assert layer.format == "float32"
             else:
                 key = model.precision if layer.quantized else layer.format
-                if layer.format == "int8" and key in ("nf4", "fp4"):
-                    key = "dynamic-int8"  # the head's format
+                if layer.format == "int8" and key in ("nf4", "fp4", "int4"):
+                    key = "dynamic-int8"  # the format of the head, and of int4's sensitive layers
                 low, high = noise(key, weights_in(model, layer.name))
                 assert low <= layer.sqnr_db <= high, layer.name
                 assert layer.relative_error == pytest.approx(10 ** (-layer.sqnr_db / 20))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from loaders import kernels
 from loaders.kernels import FourBit, Library, PackedMatrix
-from loaders.kernels.matrix import INT8_LANES
+from loaders.kernels.matrix import INT4_GROUP, INT8_LANES
+from loaders.layers.int4_codes import dequantize_int4
 
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
-KINDS = ["float32", "bfloat16", "float16", "int8", "int8-lanes", "four-bit"]
+KINDS = ["float32", "bfloat16", "float16", "int8", "int8-lanes", "four-bit", "int4"]
 FLOATS: dict[str, kernels.Format] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 64
@@ -34,6 +35,13 @@ def packed(
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         each = scales.float().repeat_interleave(4, dim=1).repeat(1, inputs // 64)
         return PackedMatrix(library, "int8", codes, scales, bias), codes * each
+    if kind == "int4":
+        codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
+        table = torch.randint(-127, 128, (16,), dtype=torch.int8)
+        groups = torch.randint(-127, 128, (outputs, inputs // INT4_GROUP), dtype=torch.int8)
+        state = FourBit(table, INT4_GROUP, groups, nested_scales=(torch.rand(outputs) + 0.01) / 12700)
+        matrix = PackedMatrix(library, "int4", codes, bias=bias, four_bit=state)
+        return matrix, dequantize_int4(codes, state)
     if kind == "four-bit":
         codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
         table, scales = torch.randn(16), torch.rand(outputs * inputs // BLOCK)
@@ -52,7 +60,7 @@ def four_bit_weights(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 def as_multiplied(library: Library, kind: str, x: Tensor) -> Tensor:
     """``x`` rounded to the type of the computation."""
-    if kind.startswith("int8"):
+    if kind.startswith("int"):
         return in_groups(x)
     computed = library.computes_in("four-bit" if kind == "four-bit" else FLOATS[kind])
     return x.to(DTYPES[computed]).float()
@@ -118,7 +126,7 @@ def test_a_row_of_zeros_gives_the_bias(library: Library) -> None:
     assert torch.equal(matrix(torch.zeros(2, 64)), bias.expand(2, 5))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8-lanes"])
+@pytest.mark.parametrize("kind", ["int8", "int8-lanes", "int4"])
 def test_an_outlier_costs_precision_in_its_group_alone(library: Library, kind: str) -> None:
     """The product of the other values is the one that they have without it."""
     matrix, _ = packed(library, kind, 40, 512)
@@ -131,8 +139,9 @@ def test_an_outlier_costs_precision_in_its_group_alone(library: Library, kind: s
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-def test_an_int8_row_that_is_not_finite_is_nan(library: Library, fault: float) -> None:
-    matrix, _ = packed(library, "int8", 9, 320)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_int8_row_that_is_not_finite_is_nan(library: Library, kind: str, fault: float) -> None:
+    matrix, _ = packed(library, kind, 9, 320)
     x = torch.randn(2, 320)
     x[0, 5] = x[1, 260] = fault
     assert matrix(x).isnan().all()

@@ -26,12 +26,13 @@ _WHOLE_BLOCKS = {
     "gemma": {"intermediate_size": 384, "head_dim": 48},
 }
 OTHERS = ["mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt_neox", "opt"]
-PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4", "fp4", "dynamic-int8"]
+PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4", "fp4", "dynamic-int8", "int4"]
 
 
 def spec_of(name: str, folder: Path, **changes: Any) -> ModelSpec:
     checkpoint = open_checkpoint(str(checkpoints.save(decoders.make(name, **changes), folder / "model")))
-    return ModelSpec(checkpoint, slots=len(PROMPTS))
+    text = checkpoints.calibration_text(folder)
+    return ModelSpec(checkpoint, slots=len(PROMPTS), calibration=text, artifacts=folder)
 
 
 def greedy(model: LoadedModel, prompts: dict[int, list[int]], count: int) -> dict[int, list[int]]:
@@ -67,11 +68,13 @@ def test_greedy_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "precision"),
     [("llama", precision) for precision in PRECISIONS]
-    + [(name, precision) for name in OTHERS for precision in ("fp32", "nf4", "dynamic-int8")],
+    + [(name, precision) for name in OTHERS for precision in ("fp32", "nf4", "dynamic-int8", "int4")],
 )
 def test_rows_are_isolated(name: str, precision: str, tmp_path: Path) -> None:
     """Bit for bit: a row alone, in a batch, and its prompt in one pass or in chunks."""
     sizes = _WHOLE_BLOCKS.get(name, {"intermediate_size": 384})
+    if precision == "int4":  # is calibrated: every token of the tokenizer has an embedding
+        sizes = {**sizes, "vocab_size": checkpoints.VOCABULARY}
     model = loaders.load(precision, spec_of(name, tmp_path, **sizes))
     runner = model.runner
     assert isinstance(runner, DecoderCPURunner)

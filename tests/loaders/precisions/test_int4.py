@@ -1,0 +1,108 @@
+"""int4: what it refuses before any work, which layers are int8, and that its file is made once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import loaders
+from loaders import kernels
+from loaders.base import ModelSpec
+from loaders.checkpoint import open_checkpoint
+from loaders.errors import CheckpointError, LoaderError
+from tests import checkpoints, decoders
+from tests.loaders.contract import weights_in
+
+SIZES = {"intermediate_size": 384, "vocab_size": checkpoints.VOCABULARY}
+needs_kernels = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
+
+
+def spec_of(folder: Path, model: Any, **options: Any) -> ModelSpec:
+    saved = checkpoints.save(model, folder / "model")
+    text = checkpoints.calibration_text(folder)
+    return ModelSpec(
+        open_checkpoint(str(saved)), slots=2, calibration=text, artifacts=folder / "made", **options
+    )
+
+
+@needs_kernels
+def test_the_made_file_serves_a_second_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(tmp_path, decoders.make("llama", **SIZES))
+    first = loaders.load("int4", spec)
+    monkeypatch.setattr("loaders.precisions.int4.quantize_model", None)
+    second = loaders.load("int4", spec)
+    assert torch.equal(first.runner.score([5, 6, 7]), second.runner.score([5, 6, 7]))
+    assert first.footprint == second.footprint
+
+
+@needs_kernels
+def test_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, checkpoints.gpt2())
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        loaders.loader("int4").make("int4", spec, tmp_path / name, lambda *_: None)  # type: ignore[attr-defined]
+        files.append((tmp_path / name / "quantized.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@needs_kernels
+def test_sensitive_layers_and_the_head_are_int8(tmp_path: Path) -> None:
+    model = loaders.load("int4", spec_of(tmp_path, decoders.make("llama", **SIZES)))
+    int8 = {name for name in model.footprint.quantized if weights_in(model, name).format == "int8"}
+    ends = {"model.embed_tokens", "lm_head"}
+    kinds = {name.rpartition(".")[2] for name in int8 - ends}
+    assert ends < int8
+    assert kinds == {"down_proj", "v_proj"}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("model", "changes", "reason"),
+    [
+        ("llama", {"intermediate_size": 320 + 32}, "352 inputs, no multiple of 64"),
+        (
+            "mixtral",
+            {"num_local_experts": 2, "num_experts_per_tok": 1},
+            "in no linear layers .a mixture of experts",
+        ),
+    ],
+)
+def test_what_it_cannot_quantize_is_refused_before_any_work(
+    model: str, changes: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, **changes}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(model, **sizes))
+    spec = spec_of(tmp_path, made)
+    monkeypatch.setattr("loaders.precisions.int4.calibration_samples", None)
+    with pytest.raises(CheckpointError, match=reason) as raised:
+        loaders.load("int4", spec)
+    assert "\n" not in str(raised.value)
+
+
+@needs_kernels
+def test_a_text_too_short_to_calibrate_on_is_refused(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, checkpoints.gpt2())
+    assert spec.calibration is not None
+    spec.calibration.write_text("Too short.")
+    with pytest.raises(LoaderError, match="calibration text"):
+        loaders.load("int4", spec)
+
+
+def test_without_the_kernels_availability_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITDIAL_KERNELS", "torch")
+    kernels.find.cache_clear()
+    try:
+        able = loaders.availability("int4", "cpu")
+    finally:
+        monkeypatch.undo()
+        kernels.find.cache_clear()
+    assert able.reason is not None
+    assert "compiled CPU kernels: switched off by BITDIAL_KERNELS=torch" in able.reason
+
+
+def test_on_a_card_it_names_its_like() -> None:
+    assert "nf4" in str(loaders.availability("int4", "cuda").reason)
