@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "one prompt in several precisions, side by side",
     "report": "measure every precision here and say which one to run",
     "quality": "measure what each precision costs in quality",
+    "explain": "show what quantization does to a layer's weights",
     "bench": "measure speed and memory of every precision on this host",
 }
 

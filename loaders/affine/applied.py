@@ -35,7 +35,7 @@ class Applied:
         scales: the smallest and the largest.
         zero_points: the smallest and the largest.
         limits: the smallest and the largest value that a code stands for.
-        clipped: fraction of the weights beyond the codes of their range: off by more than half a scale.
+        clipped: the number of weights beyond the codes of their range: off by more than half a scale.
         codes_used: the number of different codes.
         bits_per_weight: scales and zero points included.
         relative_error, max_error, sqnr_db: as in ``ErrorSums``.
@@ -48,7 +48,7 @@ class Applied:
     scales: tuple[float, float]
     zero_points: tuple[int, int]
     limits: tuple[float, float]
-    clipped: float
+    clipped: int
     codes_used: int
     bits_per_weight: float
     relative_error: float
@@ -103,7 +103,7 @@ class Matrix:
                 float((scale * (scheme.lowest - zero_point)).min()),
                 float((scale * (scheme.highest - zero_point)).max()),
             ),
-            clipped / self.weight.numel(),
+            clipped,
             int((used > 0).sum()),
             quantizer.bits_per_weight(self.weight.shape[1], self.weight.numel()),
             sums.relative,

@@ -18,7 +18,7 @@ TITLES = {
     "latency": "Time between tokens, one row",
 }
 _COLOURS = ("#1b5e9b", "#d1603d", "#2f8f5b", "#8757a8", "#c29a1c", "#3aa6a6", "#b0467a", "#6b6b6b")
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bitdial",
     "font.family": "sans-serif",
@@ -72,7 +72,7 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[str]:
     }
     drawn = []
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, plot in wanted.items():
             figure = Figure(figsize=(7.2, 4.4), layout="constrained")
             if plot(figure):

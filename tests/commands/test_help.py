@@ -13,7 +13,7 @@ from loaders import checkpoint
 from loaders.base import Availability
 from loaders.errors import ModelNotFound
 from server.__main__ import COMMANDS, main
-from server.commands import bench, compare, generate, precisions, quality, quantize, report, serve
+from server.commands import bench, compare, explain, generate, precisions, quality, quantize, report, serve
 
 OPTIONS: dict[str, type[BaseSettings]] = {
     "serve": serve.Options,
@@ -23,6 +23,7 @@ OPTIONS: dict[str, type[BaseSettings]] = {
     "compare": compare.Options,
     "report": report.Options,
     "quality": quality.Options,
+    "explain": explain.Options,
     "bench": bench.Options,
 }
 
