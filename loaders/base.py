@@ -63,7 +63,7 @@ class ModelSpec:
     threads: int | None = None
     """CPU threads of one forward pass, set by the thread that computes. None: its setting is kept."""
     quantize_lm_head: bool = True
-    """dynamic-int8: quantize the output head too (a tied embedding then stays beside it in fp32)."""
+    """dynamic-int8: quantize the output head too; a tied embedding is looked up in it on the kernels."""
     int8_threshold: float = 0.0
     """LLM.int8 outlier threshold. Above 0, outlier columns are selected over the whole batch: a row's result
     depends on the other rows, and every layer synchronizes with the host."""
@@ -73,7 +73,8 @@ class ModelSpec:
     """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
     lm_head_dtype: Literal["auto", "int8", "fp32", "bf16", "fp16"] = "auto"
     """nf4, fp4 on a CPU: the type of the output head; ``auto``: int8 on the compiled kernels, else as
-    ``unquantized_dtype``. A head tied to the embedding gets weights of its own if the types differ."""
+    ``unquantized_dtype``. If the types differ, a head that is tied to the embedding gets weights of its own;
+    in int8 the embedding is looked up in them."""
     calibration: Path | None = None
     """Text that calibrated precisions read, in UTF-8; None: the corpus' prose that is not held out."""
     artifacts: Path | None = None

@@ -128,9 +128,8 @@ class NativeLinear(nn.Module):
     def layer_weights(self) -> LayerWeights:
         weight, shape = self.weight.detach(), (self.out_features, self.in_features)
         if (four_bit := self.four_bit) is not None:
-            state, dequantize = _four_bit_state(self.kind, four_bit), dequantize_four_bit
-            if self.kind == "int4":
-                dequantize = dequantize_int4
+            state = _four_bit_state(self.kind, four_bit)
+            dequantize = dequantize_int4 if self.kind == "int4" else dequantize_four_bit
             return LayerWeights(
                 "4-bit",
                 shape,

@@ -72,7 +72,8 @@ class _Call:
 
     def run(self, block: nn.Module, state: Tensor) -> Tensor:
         found = block(state, *self.arguments, **self.named)
-        return found[0] if isinstance(found, tuple) else found
+        after: Tensor = found[0] if isinstance(found, tuple) else found
+        return after
 
 
 def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> list[_Call]:
