@@ -43,7 +43,7 @@ LAYERS = (
     "loaders.errors",
     "loaders.base",
     "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
-    "loaders.kv_cache",
+    "loaders.affine loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""
 MOST_LINES = 250
