@@ -45,6 +45,8 @@ PRECISIONS: dict[str, str] = {
     "nf4": "loaders.precisions.bnb",
     "fp4": "loaders.precisions.bnb",
     "dynamic-int8": "loaders.precisions.dynamic_int8",
+    "torchao-int8": "loaders.precisions.torchao",
+    "torchao-int4": "loaders.precisions.torchao",
     "qat-int8": "loaders.precisions.qat",
     "qat-int4": "loaders.precisions.qat",
 }
