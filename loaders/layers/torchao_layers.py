@@ -1,26 +1,20 @@
 """A linear layer whose weight is one of torchao's quantized tensors. The only module that imports torchao."""
 
-import logging
-import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+from torchao.quantization import (
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
 
 from loaders.layers.layer_weights import LayerWeights
-
-with warnings.catch_warnings():  # libraries for other devices don't load on this host
-    warnings.simplefilter("ignore")
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
-    from torchao.quantization import (
-        Int4WeightOnlyConfig,
-        Int8DynamicActivationInt8WeightConfig,
-        Int8Tensor,
-        Int8WeightOnlyConfig,
-        quantize_,
-    )
 
 Kind = Literal["int8-weight-only", "int8-dynamic", "int4-weight-only"]
 

@@ -33,6 +33,7 @@ from loaders.layers.fake_quantize import (
 from loaders.layers.huge_pages import Arena
 from loaders.layers.layer_weights import weights_of
 from loaders.layers.norm_folding import fold_norms
+from loaders.manifest import read_manifest
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 from loaders.training import Plan, TrainingError, distil
@@ -163,7 +164,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     footprint = measure(
         model, count_parameters(meta_model(spec)), reasons(model, "the head was left in fp32 by choice")
     )
-    details: dict[str, Any] = {"training_steps": spec.training_steps, "kernels": kernels.describe()}
+    steps = read_manifest(folder).recipe["options"]["steps"]  # may be others than the spec's
+    details: dict[str, Any] = {"training_steps": steps, "kernels": kernels.describe()}
     if precision == "qat-int4":
         details["block_size"] = FOUR_BIT_BLOCK
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
