@@ -52,6 +52,10 @@ PRECISIONS: dict[str, str] = {
     "dynamic-int8": "loaders.precisions.dynamic_int8",
     "static-int8": "loaders.precisions.static_int8",
     "int4": "loaders.precisions.int4",
+    "torchao-int8": "loaders.precisions.torchao",
+    "torchao-int4": "loaders.precisions.torchao",
+    "qat-int8": "loaders.precisions.qat",
+    "qat-int4": "loaders.precisions.qat",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

@@ -63,7 +63,8 @@ class ModelSpec:
     threads: int | None = None
     """CPU threads of one forward pass, set by the thread that computes. None: its setting is kept."""
     quantize_lm_head: bool = True
-    """dynamic-int8: quantize the output head too; a tied embedding is looked up in it on the kernels."""
+    """dynamic-int8, qat-int8, qat-int4: quantize the output head too, to int8; a tied embedding is looked up in it on
+    the kernels."""
     int8_threshold: float = 0.0
     """LLM.int8 outlier threshold. Above 0, outlier columns are selected over the whole batch: a row's result
     depends on the other rows, and every layer synchronizes with the host."""
@@ -77,6 +78,8 @@ class ModelSpec:
     in int8 the embedding is looked up in them."""
     calibration: Path | None = None
     """Text that calibrated precisions read, in UTF-8; None: the corpus' prose that is not held out."""
+    training_steps: int = 200
+    """qat-int8, qat-int4: updates of the weights in quantization-aware training."""
     artifacts: Path | None = None
     """Folder of the files that precisions make once; None: the user's cache."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"

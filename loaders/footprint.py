@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -48,7 +49,8 @@ def measure(
         if not isinstance(module, nn.Embedding | SharedEmbedding):
             multiplied[weights.quantized] += math.prod(weights.shape)
     for tensor in (*model.parameters(), *model.buffers()):
-        bytes_.count(tensor)
+        for plain in plain_tensors(tensor):
+            bytes_.count(plain)
     total = sum(bytes_.by_dtype.values())
     return Footprint(
         weights_bytes=total,
@@ -92,6 +94,15 @@ def _own_matrices(name: str, module: nn.Module) -> Iterator[tuple[str, int]]:
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 2:
             yield f"{name}.{own}", parameter.numel()
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the data of one: several, if it is of a class that wraps others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
 
 
 class _Bytes:

@@ -31,7 +31,7 @@ LAYERS = (
     "loaders.quality loaders.layer_errors",
     "loaders.precisions",
     "loaders.footprint loaders.runners",
-    "loaders.artifacts",
+    "loaders.artifacts loaders.training",
     "loaders.calibration",
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",

@@ -14,6 +14,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
+from loaders.footprint import plain_tensors
 from loaders.layer_errors import HasModule, LayerReport, layer_errors
 from loaders.layers.layer_weights import LayerWeights, weights_of
 from server.app import create_app
@@ -33,6 +34,8 @@ TOLERANCE = {
     "fp4": 0.8,
     "dynamic-int8": 0.1,
     "int4": 0.5,
+    "torchao-int8": 0.05,
+    "torchao-int4": 0.5,
 }
 # SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
@@ -43,6 +46,8 @@ NOISE = {
     "nf4": (19, 23),
     "fp4": (16, 21),
     "int4": (15, 25),  # calibration rounds for the outputs, not for the weights
+    "torchao-int8": (38, 48),
+    "torchao-int4": (20, 26),
 }
 
 
@@ -72,7 +77,7 @@ def module_of(model: LoadedModel, name: str) -> Any:
 def own_bytes(module: nn.Module) -> int:
     """Of the tensors that PyTorch knows of, the bias left out."""
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
+    return sum(part.nbytes for name, one in tensors if name != "bias" for part in plain_tensors(one))
 
 
 def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:
