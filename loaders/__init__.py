@@ -45,6 +45,8 @@ PRECISIONS: dict[str, str] = {
     "nf4": "loaders.precisions.bnb",
     "fp4": "loaders.precisions.bnb",
     "dynamic-int8": "loaders.precisions.dynamic_int8",
+    "onnx-fp32": "loaders.precisions.onnx",
+    "onnx-int8": "loaders.precisions.onnx",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",
