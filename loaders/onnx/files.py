@@ -11,6 +11,7 @@ from loaders.onnx.lowering import lower
 
 SERVED = "model.onnx"
 FLOAT = "float.onnx"
+_RAW = "quantized.onnx"
 
 
 def write_float(model: PreTrainedModel, name: str, path: Path, separate_head: bool) -> None:
@@ -27,12 +28,23 @@ def write_float(model: PreTrainedModel, name: str, path: Path, separate_head: bo
 
 def quantize_int8(folder: Path, head: "Head", keep_head: bool) -> None:
     """The served int8 graph from the float one, which is removed."""
-    raw = folder / "quantized.onnx"
+    raw = folder / _RAW
     quantize.quantize_dynamically(folder / FLOAT, raw, [head.name] if keep_head else [])
     model = read(raw)
     quantize.quantize_by_row(model.graph)
     if head.embedding is not None and not keep_head:
         quantize.look_up_codes(model.graph, head.embedding, head.name)
+    finish(model, folder)
+
+
+def quantize_int4(folder: Path, head: "Head") -> None:
+    """The served four-bit graph from the float one, which is removed."""
+    raw = folder / _RAW
+    quantize.quantize_four_bits(folder / FLOAT, raw, head.name)
+    model = read(raw)
+    quantize.name_products(model.graph)
+    if head.embedding is not None:
+        quantize.look_up_blocks(model.graph, head.embedding, head.name)
     finish(model, folder)
 
 

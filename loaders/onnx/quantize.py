@@ -6,7 +6,8 @@ depends on its batch-mates; both int8 forms multiply by MatMulIntegerToFloat; an
 in the head's codes.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from loaders.layers.dynamic_int8_linear import activation_levels
 from loaders.onnx.lowering import constant, replace
 
 BLOCK = 32  # weights that share a scale in four bits
+_IN_INT8 = 4  # ONNX Runtime's accuracy level of products whose activations are quantized to int8
+_PERCENTILE = 99.99
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -73,10 +76,64 @@ def quantize_by_row(graph: Any) -> None:
         graph.remove([cast, product], safe=True)
 
 
-def quantize_statically(
-    source: Path, target: Path, samples: Iterator[dict[str, Any]], kept: Sequence[str]
-) -> None:
-    """int8 weights with a scale per output and uint8 activations with one range each, by ``quantize_static``."""
+def quantize_statically(source: Path, target: Path, samples: "Samples", kept: Sequence[str]) -> None:
+    """int8 weights with a scale per output, uint8 activations with one range each, by ``quantize_static``."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static  # optional
+
+    quantize_static(
+        source,
+        target,
+        samples,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=list(kept),
+        use_external_data_format=True,
+        calibrate_method=CalibrationMethod.Percentile,
+        extra_options={
+            "MatMulConstBOnly": True,
+            "WeightSymmetric": True,
+            "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            "CalibStridedMinMax": 1,  # of any method: samples whose activations are in memory at once
+            "CalibPercentile": _PERCENTILE,
+        },
+    )
+
+
+class Samples:
+    """Calibration texts as the inputs of a graph, one by one; a ``CalibrationDataReader``.
+
+    Args:
+        ids: (samples, tokens).
+        cache: shapes of the graph's ``past`` inputs by name.
+    """
+
+    def __init__(self, ids: Any, cache: Mapping[str, Sequence[Any]]) -> None:
+        self._ids, self._cache = ids, cache
+        self.set_range(0, len(ids))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._next = iter(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, Any] | None:
+        at = next(self._next, None)
+        if at is None:
+            return None
+        ids = np.asarray(self._ids[at : at + 1], np.int64)
+        tokens = ids.shape[1]
+        return {
+            "input_ids": ids,
+            "position_ids": np.arange(tokens)[None],
+            "last": np.array([tokens - 1], np.int32),
+            "total": np.array(tokens, np.int32),
+            "kept": np.array([tokens - 1]),
+            **{name: np.zeros((1, shape[1], tokens, shape[3]), np.float32) for name, shape in self._cache.items()},
+        }
 
 
 def multiply_integers(graph: Any) -> None:
@@ -91,7 +148,50 @@ def multiply_integers(graph: Any) -> None:
 
 
 def quantize_four_bits(source: Path, target: Path, head: str) -> None:
-    """Blocks of 32 weights with a scale and a zero point in four bits; the head in eight."""
+    """Blocks of 32 weights with a scale and a zero point, in four bits; the head's in eight.
+
+    MatMulNBits quantizes activations to int8 in such blocks, each row by itself.
+    """
+    import onnx  # optional
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # optional
+
+    model = onnx.load(source)
+    names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    for bits, kept in ((4, [head]), (8, [name for name in names if name != head])):
+        quantizer = MatMulNBitsQuantizer(
+            model, bits=bits, block_size=BLOCK, is_symmetric=False, accuracy_level=_IN_INT8, nodes_to_exclude=kept
+        )
+        quantizer.process()
+        model = quantizer.model.model
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
+
+
+def name_products(graph: Any) -> None:
+    """Gives the products of MatMulNBitsQuantizer the names of their layers again."""
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            node.name = re.sub(r"_Q[48]$", "", node.name)
+
+
+def look_up_blocks(graph: Any, embedding: str, head: str) -> None:
+    """Looks the rows of a tied embedding up in the blocks of the head, which are stored once."""
+    import onnx_ir as ir
+
+    lookup, product = node_of(graph, embedding), node_of(graph, head)
+    table, ids = lookup.inputs
+    _, codes, scales, zero_points = product.inputs
+    flat = constant(graph, f"{head}.flat", np.array([codes.shape[0], -1]))
+    parts = [ir.node("Reshape", [value, flat]) for value in (codes, scales, zero_points)]
+    data, by_block, middles = (part.outputs[0] for part in parts)
+    found = ir.node(
+        "GatherBlockQuantized",
+        [data, ids, by_block, middles],
+        attributes={"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1},
+        domain="com.microsoft",
+        name=embedding,
+    )
+    replace(graph, lookup, [*parts, found])
+    del graph.initializers[table.name]
 
 
 def look_up_codes(graph: Any, embedding: str, head: str) -> None:

@@ -45,8 +45,10 @@ class GraphWeights:
         return found
 
     def _is_copied(self, value: Any) -> bool:
-        kinds = {use.node.op_type for use in value.uses()}
-        return bool(kinds & _LOOKUPS) and bool(kinds & {"Transpose", "MatMulNBits"})
+        uses = [use.node for use in value.uses()]
+        after = [use.node for node in uses if node.op_type in _FOLDED for use in node.outputs[0].uses()]
+        kinds = {node.op_type for node in (*uses, *after)}
+        return bool(kinds & _LOOKUPS) and bool(kinds & _REARRANGING)
 
     def close(self) -> None:
         self._model = None
@@ -74,11 +76,8 @@ def _matmul(node: Any) -> LayerWeights:
 
 def _integers(node: Any) -> LayerWeights:
     codes, scales = node.inputs[1], _read(node.inputs[3])
-    if codes.const_value is None:  # the transpose of a table that is looked up as well
-        matrix = _read(codes.producer().inputs[0])
-    else:
-        matrix = _read(codes).t()
-    return _int8(matrix, scales)
+    looked_up = codes.const_value is None  # and multiplied as the transpose
+    return _int8(_read(_source(codes)) if looked_up else _read(codes).t(), scales)
 
 
 def _int8(codes: Tensor, scales: Tensor) -> LayerWeights:
@@ -101,9 +100,9 @@ def _lookup(node: Any) -> LayerWeights:
 def _blocks(node: Any) -> LayerWeights:
     """Of MatMulNBits or GatherBlockQuantized: unsigned codes in blocks along a row, low bits first."""
     inputs = list(node.inputs)
-    data = inputs[1] if node.op_type == "MatMulNBits" else inputs[0]
-    codes, scales = _read(data), _read(inputs[2])
-    zeros = _read(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else None
+    codes, scales, zeros = (
+        _read(_source(value)) for value in (inputs[1 if node.op_type == "MatMulNBits" else 0], *inputs[2:4])
+    )
     bits = node.attributes["bits"].as_int()
     block = node.attributes["block_size"].as_int()
     outputs = codes.shape[0]
@@ -111,13 +110,17 @@ def _blocks(node: Any) -> LayerWeights:
 
     def dequantize() -> Tensor:
         values = _unpacked(codes.view(outputs, -1), bits).view(outputs, -1, block).float()
-        middle: Tensor | float = float(2 ** (bits - 1))
-        if zeros is not None:
-            middle = _unpacked(zeros.view(outputs, -1), bits)[:, : values.shape[1], None].float()
+        middle = _unpacked(zeros.view(outputs, -1), bits)[:, : values.shape[1], None].float()
         return ((values - middle) * scales.view(outputs, -1, 1)).view(outputs, -1)
 
-    state = [("scales", scales), *([] if zeros is None else [("zero_points", zeros)])]
-    return LayerWeights(f"{bits}-bit" if bits != 8 else "int8", (outputs, width), codes, dequantize, state)
+    kind = "int8" if bits == 8 else f"{bits}-bit"
+    state = [("scales", scales), ("zero_points", zeros)]
+    return LayerWeights(kind, (outputs, width), codes, dequantize, state)
+
+
+def _source(value: Any) -> Any:
+    """The initializer that a value is, or is another shape of."""
+    return value if value.const_value is not None else value.producer().inputs[0]
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
@@ -127,6 +130,8 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
+_FOLDED = {"Transpose", "Reshape"}  # computed from constants when a session opens
+_REARRANGING = {"MatMulIntegerToFloat", "MatMulNBits"}
 _LOOKUPS = {"Gather", "GatherBlockQuantized"}
 _READERS: Mapping[str, Callable[[Any], LayerWeights]] = {
     "MatMul": _matmul,

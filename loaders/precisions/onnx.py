@@ -20,6 +20,7 @@ from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure_layers, reasons
 from loaders.layers.dynamic_int8_linear import activation_levels
 from loaders.onnx import files, session
+from loaders.onnx.quantize import BLOCK
 from loaders.onnx.weights import GraphWeights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.batching_check import check_numbers
@@ -36,18 +37,28 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
-    head, tied = model.get_output_embeddings(), files.Head(model).embedding is not None
     size = 4 * count_parameters(model)
     if precision == "onnx-fp32":
         return size
+    head, tied = model.get_output_embeddings(), files.Head(model).embedding is not None
     for layer in model.modules():
-        if isinstance(layer, nn.Linear | Conv1D) and (layer is not head or spec.quantize_lm_head):
-            outputs, inputs = (
-                reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-            )
-            copies = 2 if layer is head and tied else 1
-            size += copies * outputs * inputs + 4 * outputs - 4 * outputs * inputs
+        if isinstance(layer, nn.Linear | Conv1D) and (layer is not head or _quantizes_head(precision, spec)):
+            copies = 2 if layer is head and tied else 1  # one to look up, one to multiply
+            bits = 8 if layer is head or precision != "onnx-int4" else 4
+            size += copies * _quantized_bytes(layer, precision, bits) - 4 * layer.weight.numel()
     return size
+
+
+def _quantizes_head(precision: str, spec: ModelSpec) -> bool:
+    return precision == "onnx-int4" or spec.quantize_lm_head
+
+
+def _quantized_bytes(layer: nn.Linear | Conv1D, precision: str, bits: int) -> int:
+    """Of the codes, scales and zero points."""
+    weights, outputs = layer.weight.numel(), layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+    if precision != "onnx-int4":
+        return weights + 4 * outputs
+    return weights * bits // 8 + weights // BLOCK * (4 + bits // 8)
 
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
@@ -69,6 +80,8 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
     progress("quantizing", 0, 0)
     if precision == "onnx-fp32":
         files.finish(files.read(path), folder)
+    elif precision == "onnx-int4":
+        files.quantize_int4(folder, head)
     else:
         files.quantize_int8(folder, head, keep_head=not spec.quantize_lm_head)
 
@@ -97,6 +110,8 @@ def _details(precision: str) -> dict[str, Any]:
     if precision == "onnx-int8":
         bits = 8 if activation_levels() == 127 else 7
         details |= {"activation_bits": bits, "activation_group_size": "row", "weight_scales_per_output": 1}
+    if precision == "onnx-int4":
+        details |= {"block_size": BLOCK, "head": "torch.int8", "activation_group_size": BLOCK}
     return details
 
 
