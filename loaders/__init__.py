@@ -56,6 +56,9 @@ PRECISIONS: dict[str, str] = {
     "torchao-int4": "loaders.precisions.torchao",
     "qat-int8": "loaders.precisions.qat",
     "qat-int4": "loaders.precisions.qat",
+    "onnx-fp32": "loaders.precisions.onnx",
+    "onnx-int8": "loaders.precisions.onnx",
+    "onnx-int4": "loaders.precisions.onnx",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

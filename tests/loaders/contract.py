@@ -36,6 +36,9 @@ TOLERANCE = {
     "int4": 0.5,
     "torchao-int8": 0.05,
     "torchao-int4": 0.5,
+    "onnx-fp32": 1e-5,
+    "onnx-int8": 0.1,
+    "onnx-int4": 0.5,
 }
 # SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
@@ -43,6 +46,8 @@ NOISE = {
     "float16": (68, 80),
     "int8": (38, 48),
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
+    "onnx-int8": (38, 48),
+    "onnx-int4": (19, 25),
     "nf4": (19, 23),
     "fp4": (16, 21),
     "int4": (15, 25),  # calibration rounds for the outputs, not for the weights
