@@ -50,6 +50,10 @@ PRECISIONS: dict[str, str] = {
     "nf4": "loaders.precisions.bnb",
     "fp4": "loaders.precisions.bnb",
     "dynamic-int8": "loaders.precisions.dynamic_int8",
+    "litert-fp32": "loaders.precisions.litert",
+    "litert-fp16": "loaders.precisions.litert",
+    "litert-int8": "loaders.precisions.litert",
+    "litert-full-int8": "loaders.precisions.litert",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",
