@@ -6,13 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 import loaders
-from loaders.artifacts.recipe import describe, describe_model, key_of
+from loaders.artifacts.recipe import KEY, describe, describe_model, key_of
 from loaders.base import ModelSpec, Progress, Recipe
 from loaders.errors import CheckpointError, LoaderError
 from loaders.manifest import ManifestError, read_manifest, verify, write_manifest
@@ -39,7 +39,8 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
     Cached files that are damaged are made again. While another process makes the same files, this one waits.
 
     Args:
-        make: writes the files; None if that takes so long that a person must start it.
+        make: writes the files; None if that takes so long that a person must start it. Files of the same
+            method and model with other options, such as more steps of training, are then accepted.
 
     Raises:
         NotPrepared: there are none, and ``make`` is None.
@@ -51,8 +52,9 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
         return _saved(spec, recipe.method)
     folder = place_of(spec, recipe)
     if make is None:
-        if is_whole(folder):
-            return folder
+        for made in (folder, *_made_otherwise(folder, spec, recipe)):
+            if is_whole(made):
+                return made
         raise NotPrepared(_not_prepared(spec, recipe.method))
     with _locked(folder, progress):
         if not is_whole(folder):
@@ -68,7 +70,11 @@ def is_made(precision: str, spec: ModelSpec) -> bool:
     """
     made_by = loaders.maker(precision)
     assert made_by is not None, precision
-    return spec.checkpoint.saved is not None or place_of(spec, made_by.recipe(precision, spec)).is_dir()
+    if spec.checkpoint.saved is not None:
+        return True
+    recipe = made_by.recipe(precision, spec)
+    folder = place_of(spec, recipe)
+    return folder.is_dir() or bool(_made_otherwise(folder, spec, recipe))
 
 
 def place_of(spec: ModelSpec, recipe: Recipe) -> Path:
@@ -136,6 +142,19 @@ def _saved(spec: ModelSpec, method: str) -> Path:
     except ManifestError as error:
         raise CheckpointError(f"{checkpoint.model_id}: {error}") from error
     return checkpoint.folder
+
+
+def _made_otherwise(folder: Path, spec: ModelSpec, recipe: Recipe) -> list[Path]:
+    """The folders of a method and a model with other options but of the same format, the newest first."""
+    model, form = describe_model(spec.checkpoint)["files"], recipe.options.get("format")
+    found: list[tuple[str, Path]] = []
+    for other in folder.parent.glob(f"{recipe.method}-{'[0-9a-f]' * KEY}"):
+        with suppress(ManifestError):
+            made = read_manifest(other)
+            options = made.recipe.get("options", {})
+            if made.model.get("files") == model and options.get("format") == form:
+                found.append((made.made, other))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def is_whole(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from loaders.base import Checkpoint, ModelSpec, Recipe
 from loaders.checkpoint import weight_files
 from loaders.texts.calibration import calibration_text
 
-_KEY = 16  # hexadecimal digits
+KEY = 16  # hexadecimal digits
 
 
 def describe(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def key_of(recipe: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         "calibration": None if calibration is None else calibration["sha256"],
         "model": {**model, "name": None, "revision": None},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_KEY]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:KEY]
 
 
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _digest(folder: Path, name: str) -> str:
     for text in ("config.json", "tokenizer.json"):
         if (folder / text).is_file():
             digest.update((folder / text).read_bytes())
-    return digest.hexdigest()[:_KEY]
+    return digest.hexdigest()[:KEY]
 
 
 def _version(name: str) -> str | None:

@@ -5,16 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import loaders
-from loaders.errors import LoaderError, PrecisionUnavailable
+from loaders.errors import LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.interrupts import say_on_interrupt
+from server.commands.interrupts import clean_up_on_interrupt
 from server.commands.progress import ProgressBars
 from server.host.threads import compute_with
 from server.settings.model import ModelSettings
 from server.settings.types import Precision, option
 
 _WHAT, _WRITTEN = "what is made", "what is written"
-_INTERRUPTED = "bitdial quantize: interrupted; nothing half-made is left"
 
 
 class Options(ModelSettings):
@@ -40,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(Options, "quantize", arguments)
         require([options.method], options.resolved_device())
         _require(options)
-        say_on_interrupt(_INTERRUPTED)
-        print(_quantize(options))
+        with clean_up_on_interrupt():
+            print(_quantize(options))
     except UsageError as error:
         complain("quantize", error)
         return USAGE
@@ -75,13 +74,8 @@ def _quantize(options: Options) -> str:
         checkpoint = open_checkpoint(options.model_id, options.revision, bars)
         load_tokenizer(checkpoint)
     spec = options.spec(checkpoint, slots=1)
-    able = loaders.offered(options.method, spec)
-    if not able.ok or checkpoint.saved is not None:
-        raise (
-            PrecisionUnavailable(options.method, able)
-            if not able.ok
-            else LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
-        )
+    if checkpoint.saved is not None:
+        raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
     made_by = loaders.maker(options.method)
     assert made_by is not None
     recipe = made_by.recipe(options.method, spec)

@@ -1,11 +1,15 @@
 """``bitdial quantize``: a checkpoint that can be served, the cache, and one line for every mistake."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from server.__main__ import main
 from tests import checkpoints
+from tests.http.test_process import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +80,37 @@ def test_a_missing_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = ["--model", str(tmp_path / "none"), "--method", "int8", "--out", str(tmp_path / "out")]
     assert main(["quantize", *arguments]) == 1
     assert "bitdial quantize: the model" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+SLOW = """
+import sys, time
+from loaders.precisions import dynamic_int8
+
+def make(precision, spec, folder, progress):
+    (folder / "quantized.safetensors").write_text("half")
+    print("begun", flush=True)
+    time.sleep(60)
+
+dynamic_int8.make = make
+from server.__main__ import main
+
+sys.exit(main(["quantize", "--model", sys.argv[1], "--method", "dynamic-int8", "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_nothing_is_left(model: str, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "small"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, model, str(out)], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["small.partial"]
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.endswith("bitdial quantize: interrupted\n")
     assert [*tmp_path.iterdir()] == []

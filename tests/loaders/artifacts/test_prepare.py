@@ -45,6 +45,19 @@ def test_files_are_made_once(spec: ModelSpec) -> None:
     assert maker.made == 1
 
 
+def test_without_a_maker_other_options_are_accepted(spec: ModelSpec) -> None:
+    """Whoever trained for more steps wants that model served, without naming the steps again."""
+    longer = replace(RECIPE, options={"format": 1, "steps": 500})
+    made = prepare(spec, longer, Maker(), ignore_progress)
+    assert prepare(spec, RECIPE, None, ignore_progress) == made
+    for other in (replace(RECIPE, method="qat-int8"), replace(RECIPE, options={"format": 2})):
+        with pytest.raises(NotPrepared):
+            prepare(spec, other, None, ignore_progress)
+    checkpoints.save(checkpoints.gpt2(seed=1), spec.checkpoint.folder)
+    with pytest.raises(NotPrepared):
+        prepare(spec, RECIPE, None, ignore_progress)
+
+
 def test_whatever_they_depend_on_makes_others(spec: ModelSpec, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one text")
