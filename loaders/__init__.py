@@ -59,6 +59,10 @@ PRECISIONS: dict[str, str] = {
     "onnx-fp32": "loaders.precisions.onnx",
     "onnx-int8": "loaders.precisions.onnx",
     "onnx-int4": "loaders.precisions.onnx",
+    "litert-fp32": "loaders.precisions.litert",
+    "litert-fp16": "loaders.precisions.litert",
+    "litert-int8": "loaders.precisions.litert",
+    "litert-full-int8": "loaders.precisions.litert",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

@@ -1,0 +1,135 @@
+"""Quantizes a converted model by ai-edge-quantizer, and writes it for several lengths of the cache. Runs in
+the converter's environment: ``python -m loaders.litert.quantize JOB``, a JSON file.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.litert.lengths import STAND_IN, at_lengths, read, write
+from loaders.litert.messages import reported, tell
+from loaders.litert.steps import CHUNK, Description, step_name
+
+_WEIGHTS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")
+_LOWEST = np.finfo(np.float32).min
+
+
+def main(job_file: str) -> None:
+    """Writes ``model.tflite`` in ``job["precision"]`` for the lengths of ``job["lengths"]``."""
+    job = json.loads(Path(job_file).read_text())
+    graph, out = Path(job["graph"]), Path(job["out"])
+    quantized = out / "quantized.tflite"
+    if job["precision"] == "litert-fp32":
+        shutil.copyfile(graph / "graph.tflite", quantized)
+    else:
+        _quantize(job, graph, quantized)
+    tell("writing", 0, 0)
+    model = read(quantized)
+    at_lengths(model, job["lengths"])
+    write(model, out / "model.tflite")
+    quantized.unlink()
+
+
+def _quantize(job: dict[str, Any], graph: Path, out: Path) -> None:
+    from ai_edge_quantizer import quantizer, recipe_manager  # type: ignore[import-not-found]
+
+    manager, names = recipe_manager.RecipeManager(), quantizer.AlgorithmName
+    tell("quantizing", 0, 0)
+    result = None
+    if job["precision"] == "litert-fp16":
+        for operation in _WEIGHTS:
+            manager.add_weight_only_config(".*", operation, num_bits=16, algorithm_key=names.FLOAT_CASTING)
+    elif job["precision"] == "litert-int8":
+        for operation in _WEIGHTS:
+            manager.add_dynamic_config(".*", operation, num_bits=8)
+    else:
+        manager.add_dynamic_config(".*", "EMBEDDING_LOOKUP", num_bits=8)
+        manager.add_static_config(job["layers"], "FULLY_CONNECTED", activation_num_bits=8, weight_num_bits=8)
+    one = quantizer.Quantizer(str(graph / "graph.tflite"))
+    one.load_quantization_recipe(manager.get_quantization_recipe())
+    if one.need_calibration:
+        description = Description.from_json((graph / "graph.json").read_text())
+        samples = np.load(job["samples"])
+        name = step_name(1, CHUNK, STAND_IN)
+        tell("calibrating", 0, 0)
+        result = one.calibrate({name: _passes(graph / "graph.tflite", samples, description)}, num_threads=2)
+        result = {**result, **_shared(read(graph / "graph.tflite"), result)}
+    one.quantize(result).export_model(str(out))
+
+
+def _passes(path: Path, samples: Any, description: Description) -> Iterator[dict[str, Any]]:
+    """The inputs of the step that reads a chunk, for every chunk of every sample."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(model_path=str(path), num_threads=2).get_signature_runner(
+        step_name(1, CHUNK, STAND_IN)
+    )
+    caches = (description.heads, STAND_IN, description.width)
+    sides = ("keys", "values")
+    for number, sample in enumerate(samples, 1):
+        past = {
+            f"{side}_{at}": np.zeros(caches, np.float32) for side in sides for at in range(description.layers)
+        }
+        for start in range(0, len(sample) - CHUNK + 1, CHUNK):
+            positions = np.arange(start, start + CHUNK, dtype=np.int32)[None]
+            masks = {
+                f"masks_{at}": _mask(start, window, description.queries)
+                for at, window in enumerate(description.windows.values())
+            }
+            given = {"one": np.ones(1, np.float32), "tokens": sample[None, start : start + CHUNK].astype(np.int32), "positions": positions}
+            given |= masks | {name: cache.copy() for name, cache in past.items()}
+            yield given
+            found = runner(**given)
+            for name, cache in past.items():
+                side, _, layer = name.partition("_")
+                cache[:, start : start + CHUNK] = found[f"new_{side}_{layer}"][0]
+        tell("calibrating", number, len(samples))
+
+
+def _mask(start: int, window: int | None, queries: int) -> Any:
+    distance = np.arange(start, start + CHUNK)[:, None] - np.arange(STAND_IN)
+    hidden = np.arange(STAND_IN)[None] >= start
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    mask = np.where(np.broadcast_to(hidden, distance.shape), _LOWEST, np.float32(0))
+    return np.tile(mask, (queries, 1))[None].astype(np.float32)
+
+
+def _shared(model: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """The ranges of the other steps' layers: those of the calibrated step, so that all steps agree."""
+    calibrated = next(
+        s for s in model.signatureDefs if s.signatureKey.decode() == step_name(1, CHUNK, STAND_IN)
+    )
+    ranges = {}
+    for weight, before, after in _layers(model, calibrated.subgraphIndex):
+        ranges[weight] = result.get(before), result.get(after)
+    shared = {}
+    for signature in model.signatureDefs:
+        if signature is not calibrated:
+            for weight, before, after in _layers(model, signature.subgraphIndex):
+                shared[before], shared[after] = ranges[weight]
+    return {name: found for name, found in shared.items() if found is not None}
+
+
+def _layers(model: Any, graph: int) -> Iterator[tuple[int, str, str]]:
+    """(buffer of the weights, input's name, output's name) of every fully connected layer."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    subgraph = model.subgraphs[graph]
+    for operator in subgraph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == schema.BuiltinOperator.FULLY_CONNECTED:
+            before, weight, after = (
+                subgraph.tensors[at] for at in (*operator.inputs[:2], operator.outputs[0])
+            )
+            yield weight.buffer, before.name.decode(), after.name.decode()
+
+
+if __name__ == "__main__":
+    with reported():
+        main(sys.argv[1])

@@ -1,0 +1,111 @@
+"""litert-fp32, litert-fp16, litert-int8, litert-full-int8: a .tflite file, computed by LiteRT on XNNPACK.
+
+``model.tflite`` is the product; ``model.json`` describes it for the runner.
+"""
+
+import shutil
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from loaders.artifacts.prepare import prepare
+from loaders.base import Availability, LoadedModel, ModelSpec, Progress, Recipe
+from loaders.calibration import calibration_samples
+from loaders.errors import CheckpointError
+from loaders.footprint import count_parameters
+from loaders.litert import environment
+from loaders.litert.model import LiteRTModel
+from loaders.litert.steps import CHUNK, SIZES, Description, cache_lengths
+from loaders.litert.weights import Weights
+from loaders.pretrained import meta_model
+from loaders.runners.batching_check import check_numbers
+from loaders.runners.litert_runner import LiteRTRunner
+
+_FORMAT = 1
+_SAMPLES = 128
+_SAMPLE_CHUNKS = 4
+_CALIBRATED = ("litert-full-int8",)
+_STORED = {"litert-fp32": 4.0, "litert-fp16": 2.0, "litert-int8": 1.01, "litert-full-int8": 1.01}
+"""Bytes of a weight; in int8 with its part of the row's scale."""
+_STATIC_LAYERS = ".*"
+"""The layers, by a pattern of their tensors' names, whose activations are quantized with constant ranges."""
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    if device == "cuda":
+        return Availability("LiteRT's kernels for this format run on CPUs only")
+    if find_spec("ai_edge_litert") is None:
+        return Availability("ai-edge-litert is not installed", "pip install 'bitdial[litert]'")
+    return Availability()
+
+
+def estimate_bytes(precision: str, spec: ModelSpec) -> int:
+    return int(count_parameters(meta_model(spec)) * _STORED[precision])
+
+
+def recipe(precision: str, spec: ModelSpec) -> Recipe:
+    options: dict[str, Any] = {"format": _FORMAT, "converter": " ".join(environment.REQUIREMENTS)}
+    if precision in _CALIBRATED:
+        options |= {"samples": _SAMPLES, "length": _SAMPLE_CHUNKS * CHUNK, "layers": _STATIC_LAYERS}
+    return Recipe(precision, options, calibrated=precision in _CALIBRATED)
+
+
+def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
+    """Writes ``model.tflite`` and ``model.json``; the converted graph is cached for the other precisions.
+
+    Raises:
+        CheckpointError: the architecture can't be converted.
+        ConverterUnavailable, CalibrationError
+    """
+    samples = None
+    if precision in _CALIBRATED:  # first: what is wrong with the text is known before any work
+        samples = calibration_samples(spec, _SAMPLES, _SAMPLE_CHUNKS * CHUNK)
+    base = Recipe("litert-graph", {"format": _FORMAT, "converter": " ".join(environment.REQUIREMENTS)})
+    graph = prepare(spec, base, partial(_convert, spec), progress)
+    with TemporaryDirectory(dir=folder) as scratch:
+        job: dict[str, Any] = {
+            "precision": precision,
+            "graph": str(graph),
+            "out": scratch,
+            "lengths": cache_lengths(spec.checkpoint.context_length),
+            "layers": _STATIC_LAYERS,
+        }
+        if samples is not None:
+            job["samples"] = str(Path(scratch) / "samples.npy")
+            np.save(job["samples"], samples.numpy())
+        environment.run("loaders.litert.quantize", job, Path(scratch), progress)
+        (Path(scratch) / "model.tflite").rename(folder / "model.tflite")
+    shutil.copyfile(graph / "graph.json", folder / "model.json")
+
+
+def _convert(spec: ModelSpec, folder: Path, progress: Progress) -> None:
+    job = {"folder": str(spec.checkpoint.folder), "out": str(folder), "steps": SIZES}
+    try:
+        environment.run("loaders.litert.convert", job, folder, progress)
+    except CheckpointError as error:
+        raise CheckpointError(f"{spec.checkpoint.model_id} can't be converted to LiteRT: {error}") from error
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    folder = prepare(spec, recipe(precision, spec), partial(make, precision, spec), progress)
+    description = Description.from_json((folder / "model.json").read_text())
+    weights = Weights(folder / "model.tflite", description.names)
+    model = meta_model(spec)
+    embeddings = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+    quantizes = precision in ("litert-int8", "litert-full-int8")
+    reason = "the converter keeps it" if quantizes else "this precision quantizes nothing"
+    footprint = weights.footprint(count_parameters(model), embeddings, reason)
+    threads = spec.threads or torch.get_num_threads()
+    kinds = {name: "EMBEDDING_LOOKUP" if name in embeddings else "FULLY_CONNECTED" for name in weights.layers}
+    layers = {name: (kinds[name], one) for name, one in weights.layers.items()}
+    steps = LiteRTModel(folder / "model.tflite", description, threads)
+    runner = LiteRTRunner(steps, layers, spec.slots, spec.max_tokens)
+    check_numbers(runner, spec.checkpoint.architecture, torch.float32)
+    details = {"kernels": "LiteRT, XNNPACK", "file_bytes": (folder / "model.tflite").stat().st_size}
+    return LoadedModel(precision, runner, footprint, details=details)
