@@ -85,7 +85,7 @@ class Matrix:
         scale, zero_point = parameters(*quantizer.ranges(self.weight, self.histogram), scheme)
         used = torch.zeros(scheme.steps + 1, dtype=torch.int64)
         counts, clipped = torch.zeros(self.bins, dtype=torch.int64), 0
-        sums, errors = ErrorSums(), Histogram(1024)
+        sums, errors = ErrorSums(), Histogram()
         for rows, scales, zero_points in self._blocks(quantizer, scale, zero_point):
             codes = quantize(rows, scales, zero_points, scheme)
             found = dequantize(codes, scales, zero_points)

@@ -52,7 +52,9 @@ class Layers:
         self._originals.__exit__()
 
     def kind(self, name: str) -> str:
-        return str(type(self._modules[name]).__name__)
+        """The class of the layer."""
+        kind: str = type(self._modules[name]).__name__
+        return kind
 
     def find(self, name: str) -> str:
         """The layer of that name, or the only one whose name ends so.
