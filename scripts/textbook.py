@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from textbook_document import Figures, markdown
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -38,7 +39,6 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.texts import TokenStream, held_out
-from scripts.textbook_document import Figures, markdown
 from server.host.cpu import cpu_name
 from server.host.threads import compute_with, default_threads
 

@@ -1,6 +1,8 @@
 """Published results of quantization, by the functions of ``scripts/textbook.py``."""
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,23 +10,31 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from scripts import textbook
 from tests import checkpoints
 
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
-def test_bytes_of_gpt2() -> None:
+
+@pytest.fixture(scope="module")
+def textbook() -> SimpleNamespace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        return SimpleNamespace(**runpy.run_path(str(SCRIPTS / "textbook.py")))
+
+
+def test_bytes_of_gpt2(textbook: SimpleNamespace) -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
     assert textbook.parameter_bytes(model) == textbook.GPT2_BYTES == 497_759_232
 
 
-def test_the_layers_that_bitsandbytes_quantizes(tmp_path: Path) -> None:
+def test_the_layers_that_bitsandbytes_quantizes(textbook: SimpleNamespace, tmp_path: Path) -> None:
     kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     expected = [f"transformer.h.{block}.{kind}" for block in range(2) for kind in kinds]
     assert textbook.eight_bit_layers(checkpoints.gpt2(), tmp_path) == expected
 
 
-def test_dynamic_int8_keeps_the_embeddings() -> None:
+def test_dynamic_int8_keeps_the_embeddings(textbook: SimpleNamespace) -> None:
     config = BertConfig(
         num_hidden_layers=1, num_attention_heads=4, hidden_size=256, intermediate_size=1024, vocab_size=4000
     )
@@ -35,13 +45,13 @@ def test_dynamic_int8_keeps_the_embeddings() -> None:
 
 
 @pytest.mark.slow
-def test_dynamic_int8_of_bert_has_the_published_size() -> None:
+def test_dynamic_int8_of_bert_has_the_published_size(textbook: SimpleNamespace) -> None:
     plain = BertForSequenceClassification(BertConfig()).eval()
     for name, model in (("fp32", plain), ("int8", textbook.dynamic_int8(plain))):
         assert textbook.file_bytes(model) / 1e6 == pytest.approx(textbook.BERT_MB[name], rel=0.01)
 
 
-def test_accuracy_size_and_latency_of_precisions() -> None:
+def test_accuracy_size_and_latency_of_precisions(textbook: SimpleNamespace) -> None:
     spec = ModelSpec(open_checkpoint("bundled"), slots=1, context=128)
     found = textbook.precisions(spec, ["fp32", "dynamic-int8"], windows=3, rounds=1, tokens=2)
     assert found["predicted_tokens"] == 3 * 64

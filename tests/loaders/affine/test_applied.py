@@ -36,6 +36,10 @@ def test_figures_are_those_of_the_whole_matrix(
     after = dequantize(codes, scale, zero_point).view(48, 64)
     expected = compare(weight, after)
     assert (found.relative_error, found.max_error, found.sqnr_db) == pytest.approx(expected)
+    sums = matrix.error(quantizer)
+    assert (sums.relative, sums.largest, sums.sqnr_db) == (
+        expected if at_once > 448 else pytest.approx(expected)
+    )
     assert found.codes_used == len(codes.unique())
     assert (found.ranges, found.scales) == (scale.numel(), (float(scale.min()), float(scale.max())))
     assert found.counts.sum() == found.errors.total == weight.numel()
