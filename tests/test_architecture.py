@@ -42,7 +42,7 @@ LAYERS = (
     "loaders.config_values",
     "loaders.errors",
     "loaders.base",
-    "loaders.bundled loaders.import_noise loaders.malloc loaders.runner loaders.tokenizer_faults",
+    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
     "loaders.affine loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -18,6 +18,16 @@ int2 … int16 (symmetric), with -full for the lowest code too, or uint2 … uin
 """What a name is made of."""
 
 
+class Values(Protocol):
+    """A matrix, and its histogram, which is computed where it is needed."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def histogram(self) -> Histogram: ...
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """Codes, what shares a scale, and how the range that they cover is chosen."""
@@ -27,24 +37,21 @@ class Quantizer:
     per: Per = "channel"
     clipping: Clipping = "minmax"
 
-    def ranges(self, weight: Tensor, histogram: Histogram) -> Range:
+    def ranges(self, matrix: Values) -> Range:
         """The (low, high) of each range of a matrix, which broadcast against ``grouped(weight, per)``.
-
-        Args:
-            histogram: of the weights.
 
         Raises:
             ValueError: the rows can't be divided into groups.
         """
+        if self.clipping == "minmax":
+            return min_max(matrix.weight, self.per)
+        if self.per != "tensor":
+            return mse_ranges(matrix.weight, self.per, self.scheme)
         if self.clipping == "percentile":
-            return percentile_range(histogram, _PERCENT, self.scheme)
+            return percentile_range(matrix.histogram, _PERCENT, self.scheme)
         if self.clipping == "kl":
-            return kl_range(histogram, self.scheme)
-        if self.clipping == "mse" and self.per == "tensor":
-            return mse_range(histogram, self.scheme)
-        if self.clipping == "mse":
-            return mse_ranges(weight, self.per, self.scheme)
-        return min_max(weight, self.per)
+            return kl_range(matrix.histogram, self.scheme)
+        return mse_range(matrix.histogram, self.scheme)
 
     def bits_per_weight(self, inputs: int, weights: int) -> float:
         """Bits of a weight's code and of its share of a float32 scale and, if asymmetric, a zero point."""

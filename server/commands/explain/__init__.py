@@ -58,9 +58,10 @@ def _picture(path: Path) -> Path:
 
 
 class Options(ModelSettings):
-    """Show what quantization does to a layer's weights: distribution, scale, zero point, clipping, error.
+    """Show a layer's weights before and after quantization: their distribution,
+    scale, zero point, clipping, error and bits, for each scheme.
 
-    Without --layer, lists the layers with the largest errors and shows the first of them.
+    Without --layer, list the layers with the largest errors and show the first.
     """
 
     layer: str | None = option(

@@ -40,7 +40,7 @@ class Layers:
     def __init__(self, spec: ModelSpec) -> None:
         self._model = meta_model(spec)
         self._originals = Originals(spec.checkpoint, self._model)
-        self._modules = {
+        self._modules: dict[str, nn.Module] = {
             name: one for name, one in self._model.named_modules() if weights_of(one) is not None
         }
 
@@ -52,7 +52,8 @@ class Layers:
         self._originals.__exit__()
 
     def kind(self, name: str) -> str:
-        return str(type(self._modules[name]).__name__)
+        """The class of the layer."""
+        return type(self._modules[name]).__name__
 
     def find(self, name: str) -> str:
         """The layer of that name, or the only one whose name ends so.
@@ -94,15 +95,13 @@ class Layers:
         for done, name in enumerate(linear, 1):
             weight = self.weight(name)
             try:
-                applied = Matrix(weight, 1).apply(quantizer)
+                sums = Matrix(weight, 1).error(quantizer)
             except ValueError as error:
                 reason = str(error)
             else:
                 outputs, inputs = weight.shape
                 outlier = float(weight.abs().max() / weight.std().clamp_min(1e-38))
-                found.append(
-                    Ranked(name, (outputs, inputs), outlier, applied.relative_error, applied.sqnr_db)
-                )
+                found.append(Ranked(name, (outputs, inputs), outlier, sums.relative, sums.sqnr_db))
             progress("quantizing", done, len(linear))
         if not found:
             raise CheckpointError(
