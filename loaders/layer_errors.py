@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import weight_files
 from loaders.footprint import quantization_warning
-from loaders.layers.layer_weights import LayerWeights, weights_of
+from loaders.layers.layer_weights import InputCalibration, LayerWeights, weights_of
 from loaders.pretrained import meta_model
 
 _ROWS = 2**22  # weights compared at a time
@@ -39,6 +39,7 @@ class LayerError:
         relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None if the checkpoint has no such tensor.
         max_error: largest |W′ − W|.
         sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None if the matrices are equal.
+        inputs: what calibration found of the layer's activations; None if it was not calibrated.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LayerError:
     relative_error: float | None
     max_error: float | None
     sqnr_db: float | None
+    inputs: InputCalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _layer(
         weights.bits_per_weight,
         None if owner == name else owner,
         *(errors or (None, None, None)),
+        inputs=weights.calibration,
     )
 
 

@@ -33,6 +33,7 @@ TOLERANCE = {
     "nf4": 0.6,
     "fp4": 0.8,
     "dynamic-int8": 0.1,
+    "static-int8": 0.1,
 }
 # SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
@@ -40,6 +41,7 @@ NOISE = {
     "float16": (68, 80),
     "int8": (38, 48),
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
+    "static-int8": (38, 54),
     "nf4": (19, 23),
     "fp4": (16, 21),
 }
@@ -72,6 +74,14 @@ def own_bytes(module: nn.Module) -> int:
     """Of the tensors that PyTorch knows of, the bias left out."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
+
+
+def exact_inputs(weights: LayerWeights) -> torch.Tensor:
+    """(inputs,) values other than 0 that the layer doesn't round: 1, or that of a constant scale's last code."""
+    if weights.input_factors is None:
+        return torch.ones(weights.shape[1])
+    factors, zero_points = weights.input_factors
+    return (torch.where(zero_points > 0, -128.0, 127.0) - zero_points) / factors
 
 
 def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:
@@ -207,6 +217,7 @@ class LayerContract:
     ) -> None:
         """A layer's outputs for the rows of an identity are its weights' columns.
 
+        A layer with constant scales of activations gets values that it has codes for instead of ones.
         Also after the first pass, in which bitsandbytes rearranges them.
         """
         before = report_of(model, small_spec)
@@ -218,10 +229,12 @@ class LayerContract:
                 continue
             module, weights = module_of(model, one.name), weights_in(model, one.name)
             plain = isinstance(module, nn.Linear | Conv1D) and not weights.quantized
+            values = exact_inputs(weights)
             with torch.inference_mode():
-                rows = torch.eye(one.shape[1], dtype=weights.weight.dtype if plain else torch.float32)
+                rows = torch.diag(values).to(weights.weight.dtype if plain else torch.float32)
                 product = module(rows) - (0 if module.bias is None else module.bias)
-            error = (product.t().float() - weights.dequantize()).norm() / weights.dequantize().norm()
+            columns = product.t().float() / values
+            error = (columns - weights.dequantize()).norm() / weights.dequantize().norm()
             assert float(error) < 0.006, one.name  # bf16 products are off by up to 2⁻⁸
 
 
