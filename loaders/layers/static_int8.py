@@ -1,11 +1,11 @@
 """Static int8: constant scales and zero points of a layer's inputs, chosen from what calibration saw of them.
 
-An input of code q stands for scale · (q − zero point). Candidates are one scale for all inputs of a layer, by
-the observers of ``loaders.affine``, and a scale for each input: x / s and W · s have the same product as x and
-W, so that a channel of large inputs can have a large scale at the cost of larger weights. SmoothQuant (Xiao et
-al., arXiv:2211.10438, equation 4) balances the two: s = max|x|^α / max|w|^(1 − α); a zero point for each input
-shifts its range to the middle (Outlier Suppression+, arXiv:2304.09145). The candidate whose outputs are nearest
-to float32's on the calibration rows is taken.
+An input of code q stands for scale · (q − zero point). Candidates are one scale for all inputs of a layer,
+by the observers of ``loaders.affine``, and a scale for each input: x / s and W · s have the same product as x
+and W, so that a channel of large inputs can have a large scale at the cost of larger weights. SmoothQuant
+(Xiao et al., arXiv:2211.10438, equation 4) balances the two: s = max|x|^α / max|w|^(1 − α). A zero point for
+each input shifts its range to the middle (Outlier Suppression+, arXiv:2304.09145). The candidate whose
+outputs are nearest to float32's on calibration samples that chose no range is taken.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class StaticWeights:
     Args:
         codes: (outputs, inputs) int8.
         scales: (outputs,) float32.
-        input_factors: (2, inputs), as in ``kernels.PackedMatrix``; the same tensor for all layers of an input.
+        input_factors: (2, inputs), as in ``kernels.PackedMatrix``; one tensor for all layers of an input.
     """
 
     codes: Tensor

@@ -31,8 +31,8 @@ from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.observed_inputs import ObservedInputs, observe
 from loaders.layers.static_int8 import OBSERVERS, StaticWeights, calibrate
-from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
 from loaders.manifest import read_manifest
+from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 from loaders.texts.calibration import CalibrationError
@@ -42,7 +42,7 @@ LONG, LONG_TOKENS = 8, 2048
 that no sample reaches would be clipped."""
 SHORT, SHORT_TOKENS = 64, 64
 """Samples that begin at many places: a text's first tokens have the largest activations."""
-LEAST_SQNR_DB = 25.0
+LEAST_SQNR_DB = 30.0
 """Of a layer's outputs on the calibration text; a layer below it stays dynamic if that is better."""
 _FORMAT = 1
 
@@ -172,7 +172,7 @@ def _head_type(spec: ModelSpec, model: PreTrainedModel) -> torch.dtype:
 
 
 def _fold(model: PreTrainedModel, targets: Iterable[str], of_head: torch.dtype) -> dict[str, Tensor]:
-    """Folds norms, and makes every target an nn.Linear that has its factors; returns those, and the head's."""
+    """Folds norms, and makes every target an nn.Linear that includes its factors; returns all factors."""
     folded = fold_norms(model, head=of_head == torch.int8)
     for name in targets:
         linear = to_linear(model.get_submodule(name))
@@ -226,7 +226,10 @@ def _convert_head(
 
 
 def _calibrated(model: PreTrainedModel) -> dict[str, Any]:
-    """What ``/stats`` shows of the calibration: how many layers have which observer, and which stay dynamic."""
+    """For ``/stats``: how many layers each observer has, and the layers that stay dynamic.
+
+    Those are by name with the SQNR of their outputs in dB, with constant scales and with dynamic ones.
+    """
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, NativeLinear)]
     observers = Counter(
         m.calibration.observer for _, m in linears if m.kind == "static-int8" and m.calibration

@@ -21,6 +21,7 @@ from server.settings.server import Settings
 from tests import checkpoints
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import wait_until
+from tests.loaders.exact_inputs import exact_inputs
 
 TOKENS = list(range(20, 60))
 PROMPT = [40, 41, 42, 60, 61, 62, 63, 90, 91]
@@ -74,14 +75,6 @@ def own_bytes(module: nn.Module) -> int:
     """Of the tensors that PyTorch knows of, the bias left out."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
-
-
-def exact_inputs(weights: LayerWeights) -> torch.Tensor:
-    """(inputs,) values other than 0 that the layer doesn't round: 1, or that of a constant scale's last code."""
-    if weights.input_factors is None:
-        return torch.ones(weights.shape[1])
-    factors, zero_points = weights.input_factors
-    return (torch.where(zero_points > 0, -128.0, 127.0) - zero_points) / factors
 
 
 def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:

@@ -75,7 +75,7 @@ def exact() -> Tensor:
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    """The bundled model's function, with two values of every block's attention × 256 and the next weights ÷ 256."""
+    """The bundled model's function; two values of every attention are × 256, the weights after them ÷ 256."""
     model: Any = AutoModelForCausalLM.from_pretrained(BUNDLED.folder)
     width = model.config.n_embd
     with torch.no_grad():
