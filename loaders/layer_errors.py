@@ -122,7 +122,8 @@ def _layer(
 ) -> LayerError:
     if original is not None and weights.input_scale is not None:
         original = original * weights.input_scale
-    errors = None if original is None else compare(original, weights.dequantize())
+    none = (None, None, None)
+    relative, largest, sqnr = none if original is None else compare(original, weights.dequantize())
     return LayerError(
         name,
         *kinds,
@@ -133,8 +134,10 @@ def _layer(
         weights.nbytes,
         weights.bits_per_weight,
         None if owner == name else owner,
-        *(errors or (None, None, None)),
-        inputs=weights.calibration,
+        relative,
+        largest,
+        sqnr,
+        weights.calibration,
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
@@ -21,7 +20,7 @@ from server.settings.server import Settings
 from tests import checkpoints
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import wait_until
-from tests.loaders.exact_inputs import exact_inputs
+from tests.loaders.layer_products import multiplied_weights
 
 TOKENS = list(range(20, 60))
 PROMPT = [40, 41, 42, 60, 61, 62, 63, 90, 91]
@@ -210,7 +209,6 @@ class LayerContract:
     ) -> None:
         """A layer's outputs for the rows of an identity are its weights' columns.
 
-        A layer with constant scales of activations gets values that it has codes for instead of ones.
         Also after the first pass, in which bitsandbytes rearranges them.
         """
         before = report_of(model, small_spec)
@@ -221,12 +219,7 @@ class LayerContract:
             if one.kind_before == "Embedding":
                 continue
             module, weights = module_of(model, one.name), weights_in(model, one.name)
-            plain = isinstance(module, nn.Linear | Conv1D) and not weights.quantized
-            values = exact_inputs(weights)
-            with torch.inference_mode():
-                rows = torch.diag(values).to(weights.weight.dtype if plain else torch.float32)
-                product = module(rows) - (0 if module.bias is None else module.bias)
-            columns = product.t().float() / values
+            columns = multiplied_weights(module, weights)
             error = (columns - weights.dequantize()).norm() / weights.dequantize().norm()
             assert float(error) < 0.006, one.name  # bf16 products are off by up to 2⁻⁸
 
