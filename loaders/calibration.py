@@ -12,7 +12,7 @@ from loaders.texts import Text, TextError, TokenStream
 from loaders.texts.calibration import CalibrationError, calibration_text
 
 _MOST = 2 << 20  # bytes of a text that are encoded
-_PER_TOKEN = 16  # bytes of a longer text that are encoded for a token of the samples
+_LEAST_ENCODED, _PER_TOKEN = 1 << 18, 16  # of a longer text: bytes in all, and for each token of the samples
 _LEAST = 2  # tokens of a sample
 
 
@@ -54,7 +54,7 @@ def calibration_samples(spec: ModelSpec, samples: int, length: int) -> Tensor:
 
 def _spread(text: Text, samples: int, length: int) -> list[Text]:
     """The text; of a long one a stretch for each sample, spread over it."""
-    size = min(_PER_TOKEN * length, _MOST // samples)
+    size = min(max(_PER_TOKEN * length, _LEAST_ENCODED // samples), _MOST // samples)
     if text.size <= samples * size:
         return [text]
     return [_stretch(text, at * (text.size - size) // max(1, samples - 1), size) for at in range(samples)]

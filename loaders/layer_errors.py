@@ -16,7 +16,7 @@ from loaders.affine.error import compare
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import weight_files
 from loaders.footprint import quantization_warning
-from loaders.layers.layer_weights import DescribedLayers, LayerWeights, weights_of
+from loaders.layers.layer_weights import DescribedLayers, InputCalibration, LayerWeights, weights_of
 from loaders.pretrained import meta_model
 from loaders.runner import Runner
 
@@ -38,6 +38,7 @@ class LayerError:
         relative_error: ‖W′ − W‖ / ‖W‖, Frobenius; None if the checkpoint has no such tensor.
         max_error: largest |W′ − W|.
         sqnr_db: signal to quantization noise, 20 log₁₀ (‖W‖ / ‖W′ − W‖); None if the matrices are equal.
+        inputs: what calibration found of the layer's activations; None if it was not calibrated.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerError:
     relative_error: float | None
     max_error: float | None
     sqnr_db: float | None
+    inputs: InputCalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def _layer(
 ) -> LayerError:
     if original is not None and weights.input_scale is not None:
         original = original * weights.input_scale
-    errors = None if original is None else compare(original, weights.dequantize())
+    none = (None, None, None)
+    relative, largest, sqnr = none if original is None else compare(original, weights.dequantize())
     return LayerError(
         name,
         *kinds,
@@ -152,7 +155,10 @@ def _layer(
         weights.nbytes,
         weights.bits_per_weight,
         None if owner == name else owner,
-        *(errors or (None, None, None)),
+        relative,
+        largest,
+        sqnr,
+        weights.calibration,
     )
 
 

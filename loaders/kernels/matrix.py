@@ -50,8 +50,8 @@ class PackedMatrix:
         kind: the format of ``data``.
         data: (outputs, inputs), contiguous; four-bit: (outputs, inputs / 2) bytes, the first of each two
             weights in the upper half; int4: in the order of ``loaders.layers.int4_codes``.
-        scales: static-int8: (outputs,) float32. int8: the same, or (outputs, 16) bfloat16, of the weights k with
-            k / 4 % 16 = lane.
+        scales: static-int8: (outputs,) float32. int8: the same, or (outputs, 16) bfloat16, of the weights k
+            with k / 4 % 16 = lane.
         bias: (outputs,) of any float type, or None.
         input_factors: static-int8: (2, inputs) float32, factors and whole zero points of the activations,
             whose codes are round(x · factor + zero point). Weights and ``scales`` include 1 / factor.

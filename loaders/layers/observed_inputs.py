@@ -1,6 +1,6 @@
 """What the linear layers of a model read while it runs over calibration samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from loaders.affine import MinMaxObserver, MSEObserver
 
 _HELD_OUT_ONE_IN = 4  # samples whose rows judge the ranges of the others
-_ROWS_PER_SAMPLE = 32  # the first token's among them: its activations are often the largest
+_ROWS_PER_SAMPLE = 16  # the first token's among them: its activations are often the largest
 
 
 class ObservedInputs:
@@ -19,12 +19,12 @@ class ObservedInputs:
         self.names: list[str] = []
         """Of these layers."""
         self.min_max, self.mse = MinMaxObserver(), MSEObserver()
-        self._low = self._high = torch.empty(0)
+        self._ranges: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether held-out samples are included
         self._rows: list[Tensor] = []
         self._calls = 0
 
     def update(self, x: Tensor) -> None:
-        """Takes in the rows of ``x``, (…, inputs): of every fourth call some as they are, of others the ranges.
+        """Takes in the rows of ``x``, (…, inputs); those of every fourth call are held out.
 
         Raises:
             ValueError: a value is NaN or infinite.
@@ -33,35 +33,48 @@ class ObservedInputs:
         if not len(x):
             return
         self._calls += 1
+        self._widen(True, x)
         if self._calls % _HELD_OUT_ONE_IN == 0:
             self._rows.append(x[torch.linspace(0, len(x) - 1, _ROWS_PER_SAMPLE).long().unique()])
             return
+        self._widen(False, x)
         self.min_max.update(x)
         self.mse.update(x)
-        low, high = x.aminmax(dim=0)
-        self._low = torch.minimum(self._low, low) if len(self._low) else low
-        self._high = torch.maximum(self._high, high) if len(self._high) else high
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._rows)
 
     def rows(self) -> Tensor:
-        """(rows, inputs) of a sample of what was seen."""
+        """(rows, inputs) of the calls that are held out."""
         return torch.cat(self._rows)
 
-    def ranges(self) -> tuple[Tensor, Tensor]:
-        """(inputs,) smallest and largest values; both include 0."""
-        return self._low.clamp_max(0), self._high.clamp_min(0)
+    def ranges(self, held_out: bool) -> tuple[Tensor, Tensor]:
+        """(inputs,) smallest and largest values; both include 0.
+
+        Args:
+            held_out: include the values of calls that are held out.
+        """
+        low, high = self._ranges[held_out]
+        return low.clamp_max(0), high.clamp_min(0)
+
+    def _widen(self, held_out: bool, x: Tensor) -> None:
+        low, high = x.aminmax(dim=0)
+        before = self._ranges.get(held_out, (low, high))
+        self._ranges[held_out] = torch.minimum(before[0], low), torch.maximum(before[1], high)
 
 
 def observe(
     run: Callable[[Tensor], object],
     layers: Mapping[str, nn.Module],
-    samples: Tensor,
+    samples: Sequence[Tensor],
     done: Callable[[int], None],
 ) -> list[ObservedInputs]:
-    """Runs a model over each row of ``samples``; returns what its layers saw, by shared input.
+    """Runs a model over each of ``samples``; returns what its layers saw, by shared input.
 
     Args:
         run: the model on (1, tokens) ids.
-        layers: its linear layers by name; those that no sample reaches are in no result.
+        layers: its linear layers by name; those that fewer than four samples reach are in no result.
         done: called with the number of samples that have run.
 
     Raises:
@@ -77,7 +90,7 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
-    return recorder.groups
+    return [group for group in recorder.groups if group.has_rows]
 
 
 class _Recorder:

@@ -1,14 +1,14 @@
 """Static int8: constant scales and zero points of a layer's inputs, chosen from what calibration saw of them.
 
-An input of code q stands for scale · (q − zero point). Candidates are one scale for all inputs of a layer, by
-the observers of ``loaders.affine``, and a scale for each input: x / s and W · s have the same product as x and
-W, so that a channel of large inputs can have a large scale at the cost of larger weights. SmoothQuant (Xiao et
-al., arXiv:2211.10438, equation 4) balances the two: s = max|x|^α / max|w|^(1 − α); a zero point for each input
-shifts its range to the middle (Outlier Suppression+, arXiv:2304.09145). The candidate whose outputs are nearest
-to float32's on the calibration rows is taken.
+An input of code q stands for scale · (q − zero point). Candidates are one scale for all inputs of a layer,
+by the observers of ``loaders.affine``, and a scale for each input: x / s and W · s have the same product as x
+and W, so that a channel of large inputs can have a large scale at the cost of larger weights. SmoothQuant
+(Xiao et al., arXiv:2211.10438, equation 4) balances the two: s = max|x|^α / max|w|^(1 − α). A zero point for
+each input shifts its range to the middle (Outlier Suppression+, arXiv:2304.09145). The candidate whose
+outputs are nearest to float32's on calibration samples that chose no range is taken.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,9 @@ from loaders.layers.observed_inputs import ObservedInputs
 
 SCHEME = Scheme(bits=8, symmetric=False)
 """Of activations. Weights are symmetric, −127 … 127, with a scale for each output."""
-BALANCES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BALANCES = {f"balanced {alpha}": alpha for alpha in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)}
 """The α that are tried: at 1 every input has the scale of its own range."""
-OBSERVERS = ("min-max", "mse", *(f"balanced {alpha}" for alpha in BALANCES))
+OBSERVERS = ("min-max", "mse", *BALANCES)
 _WEIGHT_LEVELS = 127
 _LEAST_WIDTH = 0.1  # of the median range: inputs that calibration saw little of can be larger later
 _TINY = torch.finfo(torch.float32).tiny
@@ -38,7 +38,7 @@ class StaticWeights:
     Args:
         codes: (outputs, inputs) int8.
         scales: (outputs,) float32.
-        input_factors: (2, inputs), as in ``kernels.PackedMatrix``; the same tensor for all layers of an input.
+        input_factors: (2, inputs), as in ``kernels.PackedMatrix``; one tensor for all layers of an input.
     """
 
     codes: Tensor
@@ -75,40 +75,37 @@ def calibrate(
     rows, outputs = seen.rows(), [len(one) for one in weights]
     weight = torch.cat(list(weights))
     exact = rows @ weight.T
-    best: tuple[float, str, StaticWeights, Tensor] | None = None
-    for observer, scale, zero_point in _candidates(seen, weight, observers):
-        found = _quantized(weight, scale, zero_point)
+    best: tuple[str, Tensor] | None = None
+    for observer in observers:
+        found = _quantized(weight, *_scales(observer, seen, weight, held_out=False))
         product = _product("static-int8", rows, found.codes, found.scales, found.input_factors)
         noises = _noises(exact, product, outputs)
-        if best is None or float(noises.mean()) < best[0]:
-            best = float(noises.mean()), observer, found, noises
+        if best is None or noises.mean() < best[1].mean():
+            best = observer, noises
     assert best is not None, "no observer to choose from"
-    _, observer, found, noises = best
+    observer, noises = best
+    found = _quantized(weight, *_scales(observer, seen, weight, held_out=True))
     dynamic = _noises(exact, _product("int8", rows, *quantize_lanes(weight)), outputs)
     split = zip(found.codes.split(outputs), found.scales.split(outputs), strict=True)
     return Calibrated(
         [StaticWeights(codes, scales, found.input_factors) for codes, scales in split],
         [
-            _calibration(observer, seen, rows, found.input_factors, *pair)
+            _calibration(observer, seen, found.input_factors, *pair)
             for pair in zip(noises.tolist(), dynamic.tolist(), strict=True)
         ],
     )
 
 
-def _candidates(
-    seen: ObservedInputs, weight: Tensor, observers: Sequence[str]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(observer, scale, zero point) with (inputs,) scales and zero points."""
-    inputs = weight.shape[1]
-    for name, observer in (("min-max", seen.min_max), ("mse", seen.mse)):
-        if name in observers:
-            scale, zero_point = parameters(*observer.range(SCHEME), SCHEME)
-            yield name, scale.expand(inputs), zero_point.expand(inputs)
-    columns = weight.abs().amax(dim=0)
-    columns = columns.clamp_min(float(columns.max()) * 1e-3 + _TINY)
-    for alpha in BALANCES:
-        if (name := f"balanced {alpha}") in observers:
-            yield name, *_balanced(*seen.ranges(), columns, alpha)
+def _scales(observer: str, seen: ObservedInputs, weight: Tensor, held_out: bool) -> tuple[Tensor, Tensor]:
+    """(inputs,) scales and zero points by an observer; ``held_out``: as in ``ObservedInputs.ranges``."""
+    if observer in BALANCES:
+        columns = weight.abs().amax(dim=0)
+        return _balanced(
+            *seen.ranges(held_out), columns.clamp_min(float(columns.max()) * 1e-3 + _TINY), BALANCES[observer]
+        )
+    chosen = seen.min_max if observer == "min-max" else seen.mse
+    scale, zero_point = parameters(*chosen.range(SCHEME), SCHEME)
+    return scale.expand(weight.shape[1]), zero_point.expand(weight.shape[1])
 
 
 def _balanced(low: Tensor, high: Tensor, columns: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -155,11 +152,11 @@ def _decibels(noise: float) -> float:
 
 
 def _calibration(
-    observer: str, seen: ObservedInputs, rows: Tensor, factors: Tensor, noise: float, dynamic: float
+    observer: str, seen: ObservedInputs, factors: Tensor, noise: float, dynamic: float
 ) -> InputCalibration:
-    low, high = seen.ranges()
+    low, high = seen.ranges(held_out=True)
     scale, zero_point = 1 / factors[0], factors[1].int()
-    codes = (rows * factors[0] + factors[1]).round_()
+    codes = (seen.rows() * factors[0] + factors[1]).round_()
     clipped = ((codes < SCHEME.lowest) | (codes > SCHEME.highest)).float().mean()
     return InputCalibration(
         observer,

@@ -78,7 +78,12 @@ def quantize_by_row(graph: Any) -> None:
 
 def quantize_statically(source: Path, target: Path, samples: "Samples", kept: Sequence[str]) -> None:
     """int8 weights with a scale per output, uint8 activations with one range each, by ``quantize_static``."""
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static  # optional
+    from onnxruntime.quantization import (  # optional
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     quantize_static(
         source,

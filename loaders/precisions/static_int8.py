@@ -31,17 +31,18 @@ from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.observed_inputs import ObservedInputs, observe
 from loaders.layers.static_int8 import OBSERVERS, StaticWeights, calibrate
+from loaders.manifest import read_manifest
 from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 from loaders.texts.calibration import CalibrationError
 
-SAMPLES, TOKENS = 32, 2048
-"""Calibration samples, and tokens of each: the whole context of most models, since where positions are learned
-the activations of those that no sample reaches would be clipped."""
-_ALL_TOKENS = 2**14  # fewer samples of long contexts
-LEAST_SAMPLES = 4
-LEAST_SQNR_DB = 25.0
+LONG, LONG_TOKENS = 8, 2048
+"""Samples of the whole context, and its largest length: where positions are learned, the activations of those
+that no sample reaches would be clipped."""
+SHORT, SHORT_TOKENS = 64, 64
+"""Samples that begin at many places: a text's first tokens have the largest activations."""
+LEAST_SQNR_DB = 30.0
 """Of a layer's outputs on the calibration text; a layer below it stays dynamic if that is better."""
 _FORMAT = 1
 
@@ -56,8 +57,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
     options: dict[str, Any] = {
-        "samples": _samples(spec),
-        "tokens": min(TOKENS, spec.max_tokens),
+        "samples": f"{LONG} × {min(LONG_TOKENS, spec.max_tokens)} + {SHORT} × {SHORT_TOKENS} tokens",
         "observers": " ".join(OBSERVERS),
         "least_sqnr_db": LEAST_SQNR_DB,
         "head": str(_head_type(spec, meta_model(spec))),
@@ -82,7 +82,13 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     of_head = model.get_output_embeddings().weight.dtype
     kept = "the head is kept in " + str(of_head).removeprefix("torch.")
     footprint = measure(model, count_parameters(meta_model(spec)), reasons(model, kept))
+    facts = read_manifest(folder).recipe
     details = {
+        "calibration": {
+            "text": facts["calibration"]["name"],
+            "sha256": facts["calibration"]["sha256"],
+            "samples": facts["options"]["samples"],
+        },
         **_calibrated(model),
         "head": str(of_head),
         "weight_scales_per_output": 1,
@@ -97,26 +103,21 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
     Raises:
         CalibrationError, CheckpointError, OutOfMemory
     """
-    samples = calibration_samples(spec, _samples(spec), TOKENS)
-    if len(samples) < LEAST_SAMPLES:
-        count, tokens = samples.shape
-        raise CalibrationError(
-            f"the calibration text has fewer than {(count + 1) * tokens} tokens; "
-            f"{precision} needs {LEAST_SAMPLES * tokens} for this model"
-        )
+    samples = [
+        *calibration_samples(spec, LONG, LONG_TOKENS),
+        *calibration_samples(spec, SHORT, SHORT_TOKENS),
+    ]
+    if len(samples) < 4:
+        raise CalibrationError("the calibration text is too short for four samples")
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
     convert(model, spec, samples, progress)
     save_native(model, folder)
 
 
-def _samples(spec: ModelSpec) -> int:
-    return max(8, min(SAMPLES, _ALL_TOKENS // min(TOKENS, spec.max_tokens)))
-
-
 def convert(
     model: PreTrainedModel,
     spec: ModelSpec,
-    samples: Tensor,
+    samples: Sequence[Tensor],
     progress: Progress,
     observers: Sequence[str] = OBSERVERS,
     least_sqnr_db: float = LEAST_SQNR_DB,
@@ -124,7 +125,7 @@ def convert(
     """Replaces the linear layers of a float32 model by static int8 ones.
 
     Args:
-        samples: (samples, tokens) ids.
+        samples: token ids, of any length each; at least four.
         observers: of ``calibrate``.
 
     Raises:
@@ -132,9 +133,7 @@ def convert(
     """
     targets = _targets(model)
     if not targets:
-        raise CheckpointError(
-            f"{spec.checkpoint.model_id} has no linear layer that static int8 can quantize"
-        )
+        raise CheckpointError(f"{spec.checkpoint.model_id} has no linear layer that static int8 can quantize")
     of_head, arena = _head_type(spec, model), Arena()
     folded = _fold(model, targets, of_head)
     layers = {name: model.get_submodule(name) for name in targets}
@@ -149,7 +148,7 @@ def convert(
             new.calibration, new.input_scale = calibration, folded.get(name)
             model.set_submodule(name, new)
         progress("quantizing", len(targets) - len(layers), len(targets))
-    for name, old in layers.items():  # no sample reached them
+    for name, old in layers.items():  # too few samples reached them
         new = _dynamic(old, arena)
         new.input_scale = folded.get(name)
         model.set_submodule(name, new)
@@ -173,7 +172,7 @@ def _head_type(spec: ModelSpec, model: PreTrainedModel) -> torch.dtype:
 
 
 def _fold(model: PreTrainedModel, targets: Iterable[str], of_head: torch.dtype) -> dict[str, Tensor]:
-    """Folds norms, and makes every target an nn.Linear that has its factors; returns those, and the head's."""
+    """Folds norms, and makes every target an nn.Linear that includes its factors; returns all factors."""
     folded = fold_norms(model, head=of_head == torch.int8)
     for name in targets:
         linear = to_linear(model.get_submodule(name))
@@ -187,7 +186,7 @@ def _observe(
     model: PreTrainedModel,
     spec: ModelSpec,
     layers: Mapping[str, Any],
-    samples: Tensor,
+    samples: Sequence[Tensor],
     progress: Progress,
 ) -> list[ObservedInputs]:
     def run(ids: Tensor) -> None:
@@ -227,9 +226,14 @@ def _convert_head(
 
 
 def _calibrated(model: PreTrainedModel) -> dict[str, Any]:
-    """What ``/stats`` shows of the calibration: how many layers have which observer, and which stay dynamic."""
+    """For ``/stats``: how many layers each observer has, and the layers that stay dynamic.
+
+    Those are by name with the SQNR of their outputs in dB, with constant scales and with dynamic ones.
+    """
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, NativeLinear)]
-    observers = Counter(m.calibration.observer for _, m in linears if m.kind == "static-int8" and m.calibration)
+    observers = Counter(
+        m.calibration.observer for _, m in linears if m.kind == "static-int8" and m.calibration
+    )
     dynamic = {
         name: None if m.calibration is None else (m.calibration.sqnr_db, m.calibration.dynamic_sqnr_db)
         for name, m in linears

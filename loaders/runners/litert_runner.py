@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loaders.layers.layer_weights import LayerWeights
 from loaders.litert.model import Array, StepCache, StepModel
 from loaders.litert.steps import Signature
-from loaders.layers.layer_weights import LayerWeights
 from loaders.runner import Logits, Runner
 
 _HIDDEN = np.finfo(np.float32).min

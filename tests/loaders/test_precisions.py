@@ -28,7 +28,14 @@ class TestEveryPrecision(RunnerContract, ServingContract):
 
 @pytest.mark.parametrize(
     ("quantizing", "head"),
-    [("int8", False), ("nf4", COMPILED), ("fp4", COMPILED), ("dynamic-int8", True), ("int4", COMPILED)],
+    [
+        ("int8", False),
+        ("nf4", COMPILED),
+        ("fp4", COMPILED),
+        ("dynamic-int8", True),
+        ("static-int8", True),
+        ("int4", COMPILED),
+    ],
 )
 def test_every_linear_layer_of_the_body_is_quantized(
     small_spec: ModelSpec, quantizing: str, head: bool

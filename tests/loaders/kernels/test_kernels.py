@@ -15,7 +15,7 @@ from loaders.layers.int4_codes import dequantize_int4
 
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
-KINDS = ["float32", "bfloat16", "float16", "int8", "int8-lanes", "four-bit", "int4"]
+KINDS = ["float32", "bfloat16", "float16", "int8", "int8-lanes", "static-int8", "four-bit", "int4"]
 FLOATS: dict[str, kernels.Format] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 64
@@ -42,6 +42,11 @@ def packed(
         state = FourBit(table, INT4_GROUP, groups, nested_scales=(torch.rand(outputs) + 0.01) / 12700)
         matrix = PackedMatrix(library, "int4", codes, bias=bias, four_bit=state)
         return matrix, dequantize_int4(codes, state)
+    if kind == "static-int8":
+        scales, factors = (torch.rand(outputs) + 0.01) / 100, static_factors(inputs)
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        matrix = PackedMatrix(library, "static-int8", codes, scales, bias, input_factors=factors)
+        return matrix, codes * scales[:, None] * factors[0]
     if kind == "four-bit":
         codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
         table, scales = torch.randn(16), torch.rand(outputs * inputs // BLOCK)
@@ -58,10 +63,19 @@ def four_bit_weights(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     return table[pairs.long()] * scales.reshape(outputs, -1).repeat_interleave(BLOCK, dim=1)
 
 
+def static_factors(inputs: int) -> Tensor:
+    """Powers of two, by which a product is exact; and zero points over the whole range."""
+    numbers = torch.arange(inputs)
+    return torch.stack([2.0 ** (3 + numbers % 4), (numbers * 37 % 256 - 128).float()])
+
+
 def as_multiplied(library: Library, kind: str, x: Tensor) -> Tensor:
     """``x`` rounded to the type of the computation."""
     if kind.startswith("int"):
         return in_groups(x)
+    if kind == "static-int8":
+        factors, zero_points = static_factors(x.shape[1])
+        return ((x * factors + zero_points).round().clamp(-128, 127) - zero_points) / factors
     computed = library.computes_in("four-bit" if kind == "four-bit" else FLOATS[kind])
     return x.to(DTYPES[computed]).float()
 
@@ -120,9 +134,10 @@ def test_a_row_is_the_same_in_any_batch(library: Library, kind: str, inputs: int
         assert torch.equal(matrix(x[row : row + 1].clone())[0], together[row])
 
 
-def test_a_row_of_zeros_gives_the_bias(library: Library) -> None:
+@pytest.mark.parametrize("kind", ["int8", "static-int8", "int4"])
+def test_a_row_of_zeros_gives_the_bias(library: Library, kind: str) -> None:
     bias = torch.randn(5)
-    matrix, _ = packed(library, "int8", 5, 64, bias)
+    matrix, _ = packed(library, kind, 5, 64, bias)
     assert torch.equal(matrix(torch.zeros(2, 64)), bias.expand(2, 5))
 
 
@@ -138,8 +153,29 @@ def test_an_outlier_costs_precision_in_its_group_alone(library: Library, kind: s
     torch.testing.assert_close(matrix(x), apart, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
 
 
+@pytest.mark.parametrize("value", [1e4, 1e30])
+def test_static_int8_saturates_outside_its_range(library: Library, value: float) -> None:
+    matrix, weight = packed(library, "static-int8", 40, 128)
+    x = torch.full((7, 128), value)
+    x[:, 1::2] *= -1
+    factors, zero_points = static_factors(128)
+    ends = (torch.tensor([127.0, -128.0]).repeat(64) - zero_points) / factors
+    expected = (weight.double() @ ends.double()).float().expand(7, 40)
+    torch.testing.assert_close(matrix(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_static_int8_sums_are_exact_at_their_largest(library: Library) -> None:
+    """2¹⁶ inputs, all products of one sign and of the largest magnitude: no partial sum overflows."""
+    inputs = 2**16
+    factors = torch.stack([torch.ones(inputs), torch.full((inputs,), -128.0)])
+    codes = torch.full((4, inputs), -127, dtype=torch.int8)
+    matrix = PackedMatrix(library, "static-int8", codes, torch.ones(4), input_factors=factors)
+    assert torch.equal(matrix(torch.full((1, inputs), 255.0)), torch.full((1, 4), -127.0 * 255 * inputs))
+    assert not library.supports("static-int8", inputs + 64)
+
+
+@pytest.mark.parametrize("kind", ["int8", "static-int8", "int4"])
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_an_int8_row_that_is_not_finite_is_nan(library: Library, kind: str, fault: float) -> None:
     matrix, _ = packed(library, kind, 9, 320)
     x = torch.randn(2, 320)
