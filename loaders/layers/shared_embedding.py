@@ -61,3 +61,14 @@ def is_tied(model: PreTrainedModel) -> bool:
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     return type(head) is nn.Linear and type(embedding) is nn.Embedding and head.weight is embedding.weight
+
+
+def stays_beside(model: PreTrainedModel, int8: bool) -> bool:
+    """Whether a tied embedding is kept beside a head that gets weights of its own.
+
+    Args:
+        int8: the head's weights are int8 on the kernels.
+    """
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head.weight is embedding.weight and not (int8 and is_tied(model))

@@ -26,7 +26,7 @@ from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.layers.norm_folding import fold_norms
-from loaders.layers.shared_embedding import is_tied, share_embedding
+from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 
@@ -47,7 +47,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
         if not isinstance(layer, nn.Linear | Conv1D) or (layer is head and not spec.quantize_lm_head):
             continue
         outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        kept = layer is head and is_tied(model) and not kernels.supports("int8", inputs)
+        kept = layer is head and stays_beside(model, kernels.supports("int8", inputs))
         size += int8_linear_bytes(outputs, inputs) - (0 if kept else 4 * outputs * inputs)
     return size
 

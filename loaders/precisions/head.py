@@ -11,7 +11,7 @@ from loaders.base import DTYPES, ModelSpec
 from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.layers.native_linear import FORMATS, NativeLinear
-from loaders.layers.shared_embedding import is_tied, share_embedding
+from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
 
 
 def head_type(precision: str, spec: ModelSpec, model: PreTrainedModel, rest: torch.dtype) -> torch.dtype:
@@ -54,5 +54,4 @@ def own_head_bytes(model: PreTrainedModel, kept: torch.dtype, own: torch.dtype) 
     weight: Any = model.get_output_embeddings().weight
     outputs, inputs = weight.shape
     size = int8_linear_bytes(outputs, inputs) if own == torch.int8 else weight.numel() * own.itemsize
-    beside = is_tied(model) and own != torch.int8
-    return size - (0 if beside else weight.numel() * kept.itemsize)
+    return size - (0 if stays_beside(model, own == torch.int8) else weight.numel() * kept.itemsize)

@@ -29,7 +29,7 @@ from loaders.layers.gptq import quantize
 from loaders.layers.huge_pages import Arena
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_norms
-from loaders.layers.shared_embedding import is_tied, share_embedding
+from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
 from loaders.precisions.blockwise import blocks_of, linears_of, quantize_blocks
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import is_compiled, runner_for
@@ -58,7 +58,8 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
         size += own - 4 * outputs * inputs
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        size += int8_linear_bytes(*head.weight.shape) - 4 * head.weight.numel()
+        size += int8_linear_bytes(*head.weight.shape)
+        size -= 0 if stays_beside(model, int8=True) else 4 * head.weight.numel()
     if is_compiled(spec.checkpoint.config):
         looked_up = [m.weight for m in model.modules() if type(m) is nn.Embedding]
         size -= sum(2 * weight.numel() for weight in looked_up if head is None or weight is not head.weight)

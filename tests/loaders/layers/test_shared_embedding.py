@@ -69,3 +69,13 @@ def test_an_untied_embedding_stays(small_spec: ModelSpec) -> None:
     tied = "GPT2" in small_spec.checkpoint.architecture
     assert isinstance(model.runner, DecoderCPURunner)
     assert isinstance(model.runner.module.get_input_embeddings(), SharedEmbedding) == tied
+
+
+@pytest.mark.parametrize("precision", ["dynamic-int8", "nf4"])
+def test_an_embedding_that_scales_by_itself_stays_and_is_estimated(precision: str, tmp_path: Path) -> None:
+    made = decoders.make("gemma", intermediate_size=384, head_dim=48)
+    spec = ModelSpec(open_checkpoint(str(checkpoints.save(made, tmp_path / "gemma"))), slots=1)
+    model = loaders.load(precision, spec)
+    assert "model.embed_tokens" in {layer.name for layer in model.footprint.kept}
+    estimate = loaders.loader(precision).estimate_bytes(precision, spec)
+    assert estimate == pytest.approx(model.footprint.weights_bytes, rel=0.05)

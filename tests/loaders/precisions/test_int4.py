@@ -1,6 +1,8 @@
 """int4: what it refuses before any work, which layers are int8, and that its file is made once."""
 
+from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import loaders
 from loaders import kernels
 from loaders.base import ModelSpec
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import CheckpointError, LoaderError
+from loaders.layers.gptq import quantize
+from loaders.texts.corpus import is_held_out
 from tests import checkpoints, decoders
 from tests.loaders.contract import weights_in
 
@@ -106,3 +110,28 @@ def test_without_the_kernels_availability_says_why(monkeypatch: pytest.MonkeyPat
 
 def test_on_a_card_it_names_its_like() -> None:
     assert "nf4" in str(loaders.availability("int4", "cuda").reason)
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_calibration_brings_the_bundled_model_nearer_to_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than rounding the same layers to the nearest code, which in turn is nearer than nf4."""
+    text = tmp_path / "text.txt"
+    sides = ["", ""]
+    for name, topic in topics.items():
+        sides[is_held_out(f"topic:{name}")] += f"{topic}\n\n"
+    text.write_text(sides[0][:60000])
+    spec = ModelSpec(open_checkpoint("bundled"), slots=1, calibration=text, artifacts=tmp_path / "calibrated")
+    ids = load_tokenizer(spec.checkpoint)(sides[1])["input_ids"][:400]
+    exact = loaders.load("fp32", spec).runner.score(ids).log_softmax(-1)
+
+    def divergence(precision: str, spec: ModelSpec) -> float:
+        found = loaders.load(precision, spec).runner.score(ids).log_softmax(-1)
+        return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+    calibrated, blockwise = divergence("int4", spec), divergence("nf4", spec)
+    monkeypatch.setattr("loaders.precisions.int4.quantize", lambda weight, hessian: quantize(weight, None))
+    nearest = divergence("int4", replace(spec, artifacts=tmp_path / "nearest"))
+    assert calibrated < 0.7 * nearest < 0.4 * blockwise
