@@ -78,6 +78,14 @@ def scripted(script: Sequence[int], prompt_tokens: int, vocabulary: int = VOCABU
     return model
 
 
+def calibration_text(folder: Path) -> Path:
+    """A text of a few thousand tokens beside a checkpoint."""
+    path = folder / "calibration.txt"
+    path.write_text(" ".join(f"The {number}th train to the north leaves at {number % 24}:{number % 60:02}."
+                             for number in range(300)))  # fmt: skip
+    return path
+
+
 def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
     """Writes a checkpoint in the hub's format: config, tokenizer, safetensors."""
     model.save_pretrained(folder)

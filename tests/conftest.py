@@ -49,7 +49,10 @@ def small_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A small checkpoint of each family; GPT-2 has compiled kernels of its own."""
     model = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[request.param]()
     folder = checkpoints.save(model, tmp_path_factory.mktemp(request.param))
-    return ModelSpec(open_checkpoint(str(folder)), slots=4)
+    text, artifacts = checkpoints.calibration_text(folder), tmp_path_factory.mktemp("artifacts")
+    return ModelSpec(
+        open_checkpoint(str(folder)), slots=4, calibration=text, artifacts=artifacts, training_steps=2
+    )
 
 
 @pytest.fixture(scope="module", params=kernels.runnable())

@@ -17,7 +17,7 @@ from loaders.layer_errors import LayerError, LayerReport, compare, layer_errors
 from loaders.layers.layer_weights import weights_of
 from tests import checkpoints
 from tests.fakes import fake_model
-from tests.loaders.contract import LayerContract, report_of
+from tests.loaders.contract import LayerContract, load, report_of
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -40,7 +40,7 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model(precision: str, small_spec: ModelSpec, products: str) -> LoadedModel:
-    return loaders.load(precision, small_spec)
+    return load(precision, small_spec)
 
 
 class TestLayersOfEveryPrecision(LayerContract):

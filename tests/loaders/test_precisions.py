@@ -12,7 +12,8 @@ from loaders import kernels
 from loaders.base import ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import UnknownPrecision
-from tests.loaders.contract import RunnerContract, ServingContract, weights_in
+from tests.loaders.contract import RunnerContract, load, weights_in
+from tests.loaders.serving import ServingContract
 
 COMPILED = kernels.get() is not None
 
@@ -28,12 +29,21 @@ class TestEveryPrecision(RunnerContract, ServingContract):
 
 @pytest.mark.parametrize(
     ("quantizing", "head"),
-    [("int8", False), ("nf4", COMPILED), ("fp4", COMPILED), ("dynamic-int8", True)],
+    [
+        ("int8", False),
+        ("nf4", COMPILED),
+        ("fp4", COMPILED),
+        ("dynamic-int8", True),
+        ("torchao-int8", False),
+        ("torchao-int4", False),
+        ("qat-int8", True),
+        ("qat-int4", True),
+    ],
 )
 def test_every_linear_layer_of_the_body_is_quantized(
     small_spec: ModelSpec, quantizing: str, head: bool
 ) -> None:
-    loaded = loaders.load(quantizing, small_spec)
+    loaded = load(quantizing, small_spec)
     kept = {layer.name.rsplit(".", 1)[-1] for layer in loaded.footprint.kept}
     embeddings = {"wte", "wpe"} if "GPT2" in small_spec.checkpoint.architecture else {"embed_tokens"}
     assert kept == embeddings | (set() if head else {"lm_head"})
