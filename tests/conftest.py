@@ -50,7 +50,9 @@ def small_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     model = {"gpt2": checkpoints.gpt2, "llama": checkpoints.llama}[request.param]()
     folder = checkpoints.save(model, tmp_path_factory.mktemp(request.param))
     text, artifacts = checkpoints.calibration_text(folder), tmp_path_factory.mktemp("artifacts")
-    return ModelSpec(open_checkpoint(str(folder)), slots=4, calibration=text, artifacts=artifacts)
+    return ModelSpec(
+        open_checkpoint(str(folder)), slots=4, calibration=text, artifacts=artifacts, training_steps=2
+    )
 
 
 @pytest.fixture(scope="module", params=kernels.runnable())

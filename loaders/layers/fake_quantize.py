@@ -118,9 +118,9 @@ class FakeInt8Linear(FakeQuantizedLinear):
         return _straight_through(weight, dequantize_int8(*quantize_lanes(weight.detach())))
 
     def resolution(self) -> float:
-        weight = self._scaled().detach()
-        ratio = 1.0 if self.input_scale is None else float(self.weight.abs().mean() / weight.abs().mean())
-        return ratio * float(quantize_lanes(weight)[1].float().mean())
+        scaled = self._scaled().detach()
+        unscaled = self.weight.detach().abs().mean() / scaled.abs().mean().clamp_min(1e-30)
+        return float(unscaled * quantize_lanes(scaled)[1].float().mean())
 
     def to_native(self, arena: Arena) -> NativeLinear:
         codes, scales = quantize_lanes(self._scaled().detach())

@@ -17,7 +17,10 @@ _INTERVAL = 0.1
 
 
 class ProgressBars:
-    """A ``loaders`` progress callback: one bar per stage on a terminal, one line per stage otherwise."""
+    """A ``loaders`` progress callback: one bar per stage on a terminal, one line per stage otherwise.
+
+    What follows a colon in a stage, such as the loss of a training, is shown beside its bar.
+    """
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -25,9 +28,10 @@ class ProgressBars:
         self._bar: Any = None
 
     def __call__(self, stage: str, current: int, total: int) -> None:
-        if stage != self._stage:
+        name = stage.partition(":")[0]
+        if name != self._stage:
             self.close()
-            self._stage = stage
+            self._stage = name
             if sys.stderr.isatty() and stage != _OWN_BARS:
                 self._bar = tqdm(
                     desc=f"{self._title}: {stage}", leave=False, miniters=1, bar_format=_UNCOUNTED
@@ -35,6 +39,7 @@ class ProgressBars:
             else:
                 print(f"{self._title}: {stage} …", file=sys.stderr, flush=True)
         if self._bar is not None:
+            self._bar.set_description_str(f"{self._title}: {stage}", refresh=False)
             self._bar.total, self._bar.n = total or None, current
             self._bar.bar_format = _COUNTED if total else _UNCOUNTED
             self._bar.refresh()

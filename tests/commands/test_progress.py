@@ -29,8 +29,14 @@ def test_a_stage_is_a_line_without_a_terminal(capsys: pytest.CaptureFixture[str]
     for done in range(3):
         bars("loading", done, 2)
     bars("quantizing", 0, 0)
+    bars("training: loss 0.5", 1, 2)
+    bars("training: loss 0.4", 2, 2)
     bars.close()
-    assert capsys.readouterr().err.splitlines() == ["int8: loading …", "int8: quantizing …"]
+    assert capsys.readouterr().err.splitlines() == [
+        "int8: loading …",
+        "int8: quantizing …",
+        "int8: training: loss 0.5 …",
+    ]
 
 
 def test_a_bar_shows_how_far_a_stage_is(terminal: Terminal) -> None:
@@ -38,11 +44,14 @@ def test_a_bar_shows_how_far_a_stage_is(terminal: Terminal) -> None:
     with redirect_stderr(terminal):
         bars("loading", 1, 4)
         bars("quantizing", 0, 0)
+        bars("training: loss 0.5", 1, 2)
+        bars("training: loss 0.4", 2, 2)
         bars.close()
     drawn = terminal.getvalue()
     assert "int8: loading  25%|" in drawn
     assert "1/4" in drawn
     assert "int8: quantizing … [00:00]" in drawn
+    assert "int8: training: loss 0.4 100%|" in drawn
     assert "?it/s" not in drawn
 
 

@@ -1,25 +1,23 @@
 """What every precision guarantees, as classes of tests for modules with a fixture ``precision``, its name."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from starlette.testclient import TestClient
 from torch import nn
 
 import loaders
-from loaders.base import LoadedModel, ModelSpec
+from loaders.artifacts import prepare
+from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
 from loaders.footprint import plain_tensors
 from loaders.layer_errors import HasModule, LayerReport, layer_errors
 from loaders.layers.layer_weights import LayerWeights, weights_of
-from server.app import create_app
-from server.settings.server import Settings
-from tests.checkpoints import byte_tokenizer, calibration_text, gpt2, save
-from tests.conftest import wait_until
+from tests import checkpoints
 from tests.loaders.layer_products import multiplied_weights
 
 TOKENS = list(range(20, 60))
@@ -40,6 +38,8 @@ TOLERANCE = {
     "onnx-int8": 0.1,
     "onnx-int4": 0.5,
     "static-int8": 0.1,
+    "qat-int8": 0.1,
+    "qat-int4": 0.8,
 }
 # SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
@@ -55,6 +55,8 @@ NOISE = {
     "int4": (15, 25),  # calibration rounds for the outputs, not for the weights
     "torchao-int8": (38, 48),
     "torchao-int4": (20, 26),
+    "qat-int8": (36, 54),  # training moves the weights as well
+    "qat-int4": (17, 23),
 }
 
 
@@ -94,12 +96,18 @@ def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:
 
 
 def load(precision: str, spec: ModelSpec) -> LoadedModel:
-    """The precision loaded; where this host can't run it, its refusal is checked and the test skipped."""
+    """The precision loaded, its files made; where this host can't run it, its refusal is checked and the
+    test skipped.
+    """
     able = loaders.availability(precision, spec.device)
     if not able.ok:
         with pytest.raises(PrecisionUnavailable, match=able.reason):
             loaders.load(precision, spec)
         pytest.skip(f"{precision}: {able.reason}")
+    if loaders.is_prepared(precision):  # what takes long is not made by loading
+        made = loaders.maker(precision)
+        assert made is not None
+        prepare(spec, made.recipe(precision, spec), partial(made.make, precision, spec), ignore_progress)
     return loaders.load(precision, spec)
 
 
@@ -176,15 +184,15 @@ class RunnerContract:
         assert estimate == pytest.approx(footprint.weights_bytes, rel=0.1)
 
     def test_a_tensor_of_another_shape_is_named(self, precision: str, tmp_path: Path) -> None:
-        folder = save(gpt2(), tmp_path / "tiny")
-        tensors = load_file(folder / "model.safetensors")
+        folder = checkpoints.save(checkpoints.gpt2(), tmp_path / "tiny")
+        tensors, text = load_file(folder / "model.safetensors"), checkpoints.calibration_text(tmp_path)
         tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(64, 128)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        spec = ModelSpec(open_checkpoint(str(folder)), calibration=calibration_text(folder))
+        spec = ModelSpec(open_checkpoint(str(folder)), calibration=text, training_steps=2)
         with pytest.raises(
             CheckpointError, match=r"does not fit its config.json: .*h\.1\.mlp\.c_fc.* another"
         ):
-            loaders.load(precision, spec)
+            load(precision, spec)
 
 
 class LayerContract:
@@ -206,7 +214,7 @@ class LayerContract:
                 assert layer.format == "float32"
             else:
                 key = model.precision if layer.quantized else layer.format
-                if layer.format == "int8" and key in ("nf4", "fp4", "int4"):
+                if layer.format == "int8" and key in ("nf4", "fp4", "int4", "qat-int4"):
                     key = "dynamic-int8"  # the format of the head, and of int4's sensitive layers
                 low, high = noise(key, weights_in(model, layer.name))
                 assert low <= layer.sqnr_db <= high, layer.name
@@ -233,27 +241,3 @@ class LayerContract:
             columns = multiplied_weights(module, weights)
             error = (columns - weights.dequantize()).norm() / weights.dequantize().norm()
             assert float(error) < 0.006, one.name  # bf16 products are off by up to 2⁻⁸
-
-
-class ServingContract:
-    """Behind the HTTP API the tokens are the runner's, and the figures in ``/stats`` the model's."""
-
-    def test_it_is_served_and_measured(self, precision: str, tmp_path: Path) -> None:
-        folder = save(gpt2(), tmp_path / "tiny")
-        spec = ModelSpec(open_checkpoint(str(folder)), slots=2, calibration=calibration_text(folder))
-        model = load(precision, spec)
-        ids = byte_tokenizer().encode("the rain")
-        expected = greedy(model, {0: ids}, 6)[0]
-        options = {"max_new_tokens": 6, "ignore_eos": True, "details": True}
-        names: Any = {"model_id": str(folder), "precision": precision, "precisions": precision}
-        app = create_app(Settings(device="cpu", calibration=spec.calibration, **names))
-        with TestClient(app) as client:
-            wait_until(lambda: app.state.pool.state(precision).state == "loaded", 30)
-            reply = client.post("/generate", json={"inputs": "the rain", "parameters": options}).json()
-            stats: Any = client.get("/stats?layers=true").json()["precisions"][precision]
-        assert [token["id"] for token in reply["details"]["tokens"]] == expected
-        assert stats["memory"]["weights_bytes"] == model.footprint.weights_bytes
-        assert stats["layers"]["quantized_names"] == list(model.footprint.quantized)
-        assert [layer["format"] for layer in stats["proof"]] == [
-            x.format for x in report_of(model, spec).layers
-        ]

@@ -12,7 +12,8 @@ from loaders import kernels
 from loaders.base import ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import UnknownPrecision
-from tests.loaders.contract import RunnerContract, ServingContract, load, weights_in
+from tests.loaders.contract import RunnerContract, load, weights_in
+from tests.loaders.serving import ServingContract
 
 COMPILED = kernels.get() is not None
 
@@ -35,6 +36,10 @@ class TestEveryPrecision(RunnerContract, ServingContract):
         ("dynamic-int8", True),
         ("static-int8", True),
         ("int4", COMPILED),
+        ("torchao-int8", False),
+        ("torchao-int4", False),
+        ("qat-int8", True),
+        ("qat-int4", True),
     ],
 )
 def test_every_linear_layer_of_the_body_is_quantized(

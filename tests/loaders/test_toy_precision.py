@@ -9,7 +9,8 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.errors import PrecisionUnavailable
 from loaders.layer_errors import layer_errors
-from tests.loaders.contract import LayerContract, RunnerContract, ServingContract
+from tests.loaders.contract import LayerContract, RunnerContract
+from tests.loaders.serving import ServingContract
 
 
 @pytest.fixture(scope="module")
