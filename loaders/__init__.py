@@ -47,6 +47,7 @@ PRECISIONS: dict[str, str] = {
     "dynamic-int8": "loaders.precisions.dynamic_int8",
     "onnx-fp32": "loaders.precisions.onnx",
     "onnx-int8": "loaders.precisions.onnx",
+    "onnx-static-int8": "loaders.precisions.onnx",
     "onnx-int4": "loaders.precisions.onnx",
 }
 ALIASES: dict[str, str] = {
