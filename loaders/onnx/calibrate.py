@@ -97,7 +97,8 @@ def _activations(source: Path) -> Iterator[tuple[str, str]]:
     """(layer, what it multiplies) of the products with a constant matrix on the right."""
     import onnx_ir as ir  # optional
 
-    for node in ir.load(source).graph:
+    graph: Any = ir.load(source).graph
+    for node in graph:
         if node.op_type == "MatMul" and node.inputs[1].const_value is not None:
             yield node.name, node.inputs[0].name
 

@@ -1,9 +1,9 @@
 """Exported graphs quantized by ONNX Runtime's own tools.
 
-What the tools leave is brought into the form that is served: activations of ``quantize_dynamic`` are quantized
-by the row, since its DynamicQuantizeLinear takes one range over the whole batch, in which a row's result
-depends on its batch-mates; both int8 forms multiply by MatMulIntegerToFloat; and a tied embedding is looked up
-in the head's codes.
+What the tools leave is brought into the form that is served: activations of ``quantize_dynamic`` are
+quantized by the row, since its DynamicQuantizeLinear takes one range over the whole batch, in which a row's
+result depends on its batch-mates; both int8 forms multiply by MatMulIntegerToFloat; and a tied embedding is
+looked up in the head's codes.
 """
 
 import re
@@ -43,7 +43,7 @@ def quantize_dynamically(source: Path, target: Path, kept: Sequence[str]) -> Non
 
 
 def quantize_by_row(graph: Any) -> None:
-    """The products of ``quantize_dynamic`` with each row of activations scaled by its own largest magnitude."""
+    """The products of ``quantize_dynamic``, each row of activations scaled by its own largest magnitude."""
     import onnx_ir as ir
 
     levels = activation_levels()

@@ -26,7 +26,7 @@ class GraphWeights:
         self._layers = layers
 
     def layers(self) -> dict[str, tuple[str, LayerWeights]]:
-        """The operation that multiplies or looks up each layer's matrix, and the matrix, by the layer's name."""
+        """The operation that multiplies or looks up each layer's matrix, and the matrix, by layer."""
         nodes = {node.name: node for node in self._graph}
         found = {name: nodes[name] for name in self._layers}
         return {name: (node.op_type, _READERS[node.op_type](node)) for name, node in found.items()}

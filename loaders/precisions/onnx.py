@@ -1,6 +1,7 @@
 """onnx-fp32, onnx-int8, onnx-static-int8, onnx-int4: the model as one graph on ONNX Runtime.
 
-The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a file.
+The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a
+file.
 """
 
 from collections.abc import Iterator
@@ -150,5 +151,5 @@ def _reasons_against(model: PreTrainedModel) -> Iterator[str]:
             yield f"{name} is in no linear layer (as the experts of a mixture are)"
     ropes: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {one.get("rope_type") for one in (ropes, *ropes.values()) if isinstance(one, dict)}
-    if changing := kinds & {"dynamic", "longrope"}:
-        yield f"its rotary embeddings ({', '.join(sorted(changing))}) depend on the length of a text"
+    if changing := [kind for kind in ("dynamic", "longrope") if kind in kinds]:
+        yield f"its rotary embeddings ({', '.join(changing)}) depend on the length of a text"

@@ -54,9 +54,10 @@ def _input(node: Any, makers: Any, constants: Any) -> tuple[str, float]:
 def _output(node: Any, nodes: Any, constants: Any) -> str:
     """The layer's product after the factors of its rows, before a bias."""
     found: str = node.output[0]
-    (after, *_) = [one for one in nodes if found in one.input] or [None]
-    if after is not None and node.op_type == "MatMulIntegerToFloat" and after.op_type == "Mul":
-        found = after.output[0]
+    largest = {name for one in nodes if one.op_type == "Max" for name in one.output}
+    for one in nodes:
+        if one.op_type == "Mul" and found in one.input and largest & set(one.input):
+            return str(one.output[0])
     if node.op_type == "MatMul" and node.input[0] in constants:
         turned = next(one for one in nodes if found in one.input)
         found = turned.output[0]
