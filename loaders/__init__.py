@@ -58,6 +58,7 @@ PRECISIONS: dict[str, str] = {
     "qat-int4": "loaders.precisions.qat",
     "onnx-fp32": "loaders.precisions.onnx",
     "onnx-int8": "loaders.precisions.onnx",
+    "onnx-static-int8": "loaders.precisions.onnx",
     "onnx-int4": "loaders.precisions.onnx",
     "litert-fp32": "loaders.precisions.litert",
     "litert-fp16": "loaders.precisions.litert",

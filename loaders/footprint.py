@@ -180,7 +180,8 @@ _LEAST_QUANTIZED = 0.5  # fraction of the linear weights below which the warning
 def quantization_warning(model: LoadedModel) -> str | None:
     """The warning for a quantizing precision that left most linear weights as they were; else None."""
     share = model.footprint.quantized_share
-    if model.precision in DTYPES or share >= _LEAST_QUANTIZED:
+    unquantized = model.precision.rpartition("-")[2] in DTYPES  # fp32, onnx-fp32 …
+    if unquantized or share >= _LEAST_QUANTIZED:
         return None
     return (
         f"{model.precision} has quantized only {share:.0%} of this model's linear weights: "

@@ -1,12 +1,12 @@
 """A ``transformers`` causal LM → one ONNX graph for prompt chunks and decode steps alike.
 
-Traced by ``transformers.exporters``. Three operations are put into the trace whole: linear layers and lookups
-of embeddings as nodes that carry their layer's name, which ``loaders.onnx.lowering`` replaces, and attention as
-ONNX Runtime's GroupQueryAttention, which appends keys and values to a cache in place, at each row's own
-position.
+Traced by ``transformers.exporters``. Three operations are put into the trace whole: linear layers and
+lookups of embeddings as nodes that carry their layer's name, which ``loaders.onnx.lowering`` replaces, and
+attention as ONNX Runtime's GroupQueryAttention, which appends keys and values to a cache in place, at each
+row's own position.
 
-Inputs: ``input_ids`` and ``position_ids`` (rows, tokens) int64; ``last`` (rows,) int32, the index of each row's
-last key after this step; ``total`` () int32, keys of the longest row; ``kept`` (n,) int64, the tokens whose
+Inputs: ``input_ids`` and ``position_ids`` (rows, tokens) int64; ``last`` (rows,) int32, the index of each
+row's last key after this step; ``total`` () int32, keys of the longest row; ``kept`` (n,) int64, the tokens whose
 logits are wanted; ``past.0`` … (rows, heads, context, head dim) float32, a layer's keys, its values, the next
 layer's keys … Outputs: ``logits`` (rows, n, vocabulary) and ``present.0`` …, the same memory as the inputs.
 """
@@ -47,13 +47,14 @@ def graph_of(model: PreTrainedModel, name: str) -> Any:
     Raises:
         CheckpointError: the architecture can't be exported in this form.
     """
+    import onnx  # optional
     import onnx_ir as ir
 
     config = {**model.config.to_dict(), "_name_or_path": None}
     key = f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=repr)}"
     if key not in _traced:
         _traced[key] = _trace(model, name)
-    graph = ir.from_proto(ir.serde.onnx.ModelProto.FromString(_traced[key]))
+    graph: Any = ir.from_proto(onnx.ModelProto.FromString(_traced[key]))
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for value in graph.graph.initializers.values():
         if (own := tensors.get(value.name.removeprefix(TRACED))) is not None:
@@ -161,7 +162,7 @@ def _replaced(*forwards: tuple[Any, Any]) -> Iterator[None]:
 
 @contextmanager
 def _distinct(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context no two vectors are equal: those would be merged, and are not equal in other weights."""
+    """Within this context no two vectors are equal: equal ones would be merged, for other weights too."""
     vectors = [(one, one.data) for one in model.parameters() if one.numel() <= _MERGED]
     for parameter, data in vectors:
         parameter.data = torch.rand_like(data)

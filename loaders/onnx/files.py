@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loaders.onnx import quantize
+from loaders.onnx.calibrate import calibrate
 from loaders.onnx.export import graph_of
 from loaders.onnx.lowering import lower
 
@@ -35,6 +37,30 @@ def quantize_int8(folder: Path, head: "Head", keep_head: bool) -> None:
     if head.embedding is not None and not keep_head:
         quantize.look_up_codes(model.graph, head.embedding, head.name)
     finish(model, folder)
+
+
+def quantize_static_int8(folder: Path, head: "Head", samples: Tensor) -> None:
+    """The served graph with constant ranges of activations from the float one, which is removed.
+
+    Layers with outliers in their activations quantize them by the row; the head stays in float32.
+
+    Args:
+        samples: (samples, tokens) ids to calibrate on.
+    """
+    source, half, raw, ranges = (folder / name for name in (FLOAT, "half.onnx", _RAW, "ranges.json"))
+    outliers = calibrate(source, ranges, samples.numpy(), [head.name])
+    steady = [name for name in products(read(source).graph) if name not in outliers]
+    quantize.quantize_dynamically(source, half, steady)
+    quantize.quantize_statically(half, raw, ranges, [head.name])
+    model = read(raw)
+    quantize.quantize_by_row(model.graph)
+    quantize.multiply_integers(model.graph)
+    finish(model, folder)
+
+
+def products(graph: Any) -> list[str]:
+    """Names of the layers that are products in float32."""
+    return [node.name for node in graph if node.op_type == "MatMul"]
 
 
 def quantize_int4(folder: Path, head: "Head") -> None:

@@ -6,11 +6,11 @@ from loaders.onnx.export import DOMAIN, EMBEDDING, LINEAR, TRACED
 
 
 def lower(model: Any, separate_head: bool) -> None:
-    """Replaces each linear layer by MatMul and Add, each embedding by Gather; names parameters by their layers.
+    """Replaces each linear layer by MatMul and Add, each embedding by Gather; names parameters by layer.
 
     A layer's product is a node of the layer's name, and its matrix an initializer ``LAYER.weight``:
     (inputs, outputs), as MatMul multiplies it. One that is looked up as well (a tied head's) stays
-    (rows, width) and multiplies from the left: what multiplies from the right is rearranged into a second copy.
+    (rows, width) and multiplies from the left: what multiplies from the right is rearranged into a copy.
 
     Args:
         model: an ``onnx_ir.Model`` from ``graph_of``, changed in place.
@@ -43,7 +43,7 @@ def constant(graph: Any, name: str, array: Any) -> Any:
     """A new initializer."""
     import onnx_ir as ir
 
-    tensor = ir.tensor(array, name=name)
+    tensor: Any = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -1,13 +1,13 @@
 """Exported graphs quantized by ONNX Runtime's own tools.
 
-What the tools leave is brought into the form that is served: activations of ``quantize_dynamic`` are quantized
-by the row, since its DynamicQuantizeLinear takes one range over the whole batch, in which a row's result
-depends on its batch-mates; both int8 forms multiply by MatMulIntegerToFloat; and a tied embedding is looked up
-in the head's codes.
+What the tools leave is brought into the form that is served: activations of ``quantize_dynamic`` are
+quantized by the row, since its DynamicQuantizeLinear takes one range over the whole batch, in which a row's
+result depends on its batch-mates; both int8 forms multiply by MatMulIntegerToFloat; and a tied embedding is
+looked up in the head's codes.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from loaders.onnx.lowering import constant, replace
 
 BLOCK = 32  # weights that share a scale in four bits
 _IN_INT8 = 4  # ONNX Runtime's accuracy level of products whose activations are quantized to int8
-_PERCENTILE = 99.99
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -44,7 +43,7 @@ def quantize_dynamically(source: Path, target: Path, kept: Sequence[str]) -> Non
 
 
 def quantize_by_row(graph: Any) -> None:
-    """The products of ``quantize_dynamic`` with each row of activations scaled by its own largest magnitude."""
+    """The products of ``quantize_dynamic``, each row of activations scaled by its own largest magnitude."""
     import onnx_ir as ir
 
     levels = activation_levels()
@@ -76,19 +75,22 @@ def quantize_by_row(graph: Any) -> None:
         graph.remove([cast, product], safe=True)
 
 
-def quantize_statically(source: Path, target: Path, samples: "Samples", kept: Sequence[str]) -> None:
-    """int8 weights with a scale per output, uint8 activations with one range each, by ``quantize_static``."""
-    from onnxruntime.quantization import (  # optional
+def quantize_statically(source: Path, target: Path, ranges: Path, kept: Sequence[str]) -> None:
+    """int8 weights with a scale per output, uint8 activations with one range each, by ``quantize_static``.
+
+    Args:
+        ranges: of the activations, from ``loaders.onnx.calibrate``.
+    """
+    from onnxruntime.quantization import (
         CalibrationMethod,
         QuantFormat,
         QuantType,
         quantize_static,
-    )
+    )  # optional
 
     quantize_static(
         source,
         target,
-        samples,
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
@@ -96,49 +98,14 @@ def quantize_statically(source: Path, target: Path, samples: "Samples", kept: Se
         weight_type=QuantType.QInt8,
         nodes_to_exclude=list(kept),
         use_external_data_format=True,
-        calibrate_method=CalibrationMethod.Percentile,
+        calibrate_method=CalibrationMethod.MinMax,
         extra_options={
             "MatMulConstBOnly": True,
             "WeightSymmetric": True,
             "OpTypesToExcludeOutputQuantization": ["MatMul"],
-            "CalibStridedMinMax": 1,  # of any method: samples whose activations are in memory at once
-            "CalibPercentile": _PERCENTILE,
         },
+        calibration_cache_path=ranges,
     )
-
-
-class Samples:
-    """Calibration texts as the inputs of a graph, one by one; a ``CalibrationDataReader``.
-
-    Args:
-        ids: (samples, tokens).
-        cache: shapes of the graph's ``past`` inputs by name.
-    """
-
-    def __init__(self, ids: Any, cache: Mapping[str, Sequence[Any]]) -> None:
-        self._ids, self._cache = ids, cache
-        self.set_range(0, len(ids))
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self._next = iter(range(start_index, end_index))
-
-    def get_next(self) -> dict[str, Any] | None:
-        at = next(self._next, None)
-        if at is None:
-            return None
-        ids = np.asarray(self._ids[at : at + 1], np.int64)
-        tokens = ids.shape[1]
-        return {
-            "input_ids": ids,
-            "position_ids": np.arange(tokens)[None],
-            "last": np.array([tokens - 1], np.int32),
-            "total": np.array(tokens, np.int32),
-            "kept": np.array([tokens - 1]),
-            **{name: np.zeros((1, shape[1], tokens, shape[3]), np.float32) for name, shape in self._cache.items()},
-        }
 
 
 def multiply_integers(graph: Any) -> None:
@@ -164,7 +131,12 @@ def quantize_four_bits(source: Path, target: Path, head: str) -> None:
     names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
     for bits, kept in ((4, [head]), (8, [name for name in names if name != head])):
         quantizer = MatMulNBitsQuantizer(
-            model, bits=bits, block_size=BLOCK, is_symmetric=False, accuracy_level=_IN_INT8, nodes_to_exclude=kept
+            model,
+            bits=bits,
+            block_size=BLOCK,
+            is_symmetric=False,
+            accuracy_level=_IN_INT8,
+            nodes_to_exclude=kept,
         )
         quantizer.process()
         model = quantizer.model.model

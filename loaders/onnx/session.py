@@ -30,7 +30,7 @@ def availability(device: Literal["cpu", "cuda"]) -> Availability:
 
 
 def open_session(path: Path, threads: int, device: Literal["cpu", "cuda"]) -> Any:
-    """An ``InferenceSession``. Its threads spin within a run and sleep between runs: other engines compute then."""
+    """An ``InferenceSession``. Its threads spin within a run and sleep between runs, when others compute."""
     import onnxruntime as ort  # optional
 
     options = ort.SessionOptions()

@@ -26,10 +26,16 @@ class GraphWeights:
         self._layers = layers
 
     def layers(self) -> dict[str, tuple[str, LayerWeights]]:
-        """The operation that multiplies or looks up each layer's matrix, and the matrix, by the layer's name."""
+        """The operation that multiplies or looks up each layer's matrix, and the matrix, by layer."""
         nodes = {node.name: node for node in self._graph}
         found = {name: nodes[name] for name in self._layers}
         return {name: (node.op_type, _READERS[node.op_type](node)) for name, node in found.items()}
+
+    def by_row(self) -> list[str]:
+        """The layers that quantize each row of activations by its own largest magnitude."""
+        products = [node for node in self._graph if node.op_type == "MatMulIntegerToFloat"]
+        divided = {node: node.inputs[0].producer().inputs[0].producer() for node in products}
+        return [node.name for node, by in divided.items() if by is not None and by.op_type == "Div"]
 
     def by_dtype(self) -> dict[str, int]:
         """Bytes of the initializers by element type.

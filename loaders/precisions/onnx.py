@@ -1,6 +1,7 @@
 """onnx-fp32, onnx-int8, onnx-static-int8, onnx-int4: the model as one graph on ONNX Runtime.
 
-The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a file.
+The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a
+file.
 """
 
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from loaders.artifacts.prepare import prepare
 from loaders.artifacts.recipe import Recipe
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
+from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure_layers, reasons
 from loaders.layers.dynamic_int8_linear import activation_levels
 from loaders.onnx import files, session
+from loaders.onnx.calibrate import FARTHEST, PERCENTILE
 from loaders.onnx.quantize import BLOCK
 from loaders.onnx.weights import GraphWeights
 from loaders.pretrained import load_pretrained, meta_model
@@ -28,6 +31,8 @@ from loaders.runners.onnx_check import check_graph, expected_logits
 from loaders.runners.onnx_runner import OnnxRunner
 
 _FORMAT = 1  # raised whenever the same options give other files
+_HEADS = ("onnx-int8", "onnx-int4")  # that have quantized heads
+_SAMPLES, _TOKENS = 16, 128  # to calibrate on
 _PACKAGES = ("onnxruntime", "onnxscript", "torch", "transformers")
 
 
@@ -50,7 +55,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def _quantizes_head(precision: str, spec: ModelSpec) -> bool:
-    return precision == "onnx-int4" or spec.quantize_lm_head
+    return precision == "onnx-int4" or (precision == "onnx-int8" and spec.quantize_lm_head)
 
 
 def _quantized_bytes(layer: nn.Linear | Conv1D, precision: str, bits: int) -> int:
@@ -65,21 +70,30 @@ def recipe(precision: str, spec: ModelSpec) -> Recipe:
     options: dict[str, Any] = {"format": _FORMAT}
     if precision == "onnx-int8":
         options |= {"quantize_lm_head": spec.quantize_lm_head, "levels": activation_levels()}
-    return Recipe(precision, options, _PACKAGES)
+    if calibrated := precision == "onnx-static-int8":
+        options |= {"samples": _SAMPLES, "tokens": _TOKENS, "percentile": PERCENTILE, "farthest": FARTHEST}
+        options |= {"levels": activation_levels()}
+    return Recipe(precision, options, _PACKAGES, calibrated)
 
 
 def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
     _check_layers(meta_model(spec), precision, spec.checkpoint.model_id)
+    static = precision == "onnx-static-int8"
+    samples = (
+        calibration_samples(spec, _SAMPLES, _TOKENS) if static else None
+    )  # first: it may refuse the text
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu").requires_grad_(False)
     head, expected = files.Head(model), expected_logits(model, spec)
     progress("exporting", 0, 0)
     path = folder / files.FLOAT
-    files.write_float(model, spec.checkpoint.model_id, path, separate_head=precision != "onnx-fp32")
+    files.write_float(model, spec.checkpoint.model_id, path, separate_head=precision in _HEADS)
     del model
     check_graph(path, spec, expected)
     progress("quantizing", 0, 0)
     if precision == "onnx-fp32":
         files.finish(files.read(path), folder)
+    elif samples is not None:
+        files.quantize_static_int8(folder, head, samples)
     elif precision == "onnx-int4":
         files.quantize_int4(folder, head)
     else:
@@ -102,14 +116,19 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     footprint = measure_layers(layers, weights.by_dtype(), model, reasons(model, why))
     runner = OnnxRunner(folder / files.SERVED, spec, weights)
     check_numbers(runner, spec.checkpoint.architecture, torch.float32)
-    return LoadedModel(precision, runner, footprint, details=_details(precision))
+    return LoadedModel(precision, runner, footprint, details=_details(precision, weights))
 
 
-def _details(precision: str) -> dict[str, Any]:
+def _details(precision: str, weights: GraphWeights) -> dict[str, Any]:
     details: dict[str, Any] = {"kernels": "ONNX Runtime"}
     if precision == "onnx-int8":
         bits = 8 if activation_levels() == 127 else 7
         details |= {"activation_bits": bits, "activation_group_size": "row", "weight_scales_per_output": 1}
+    if precision == "onnx-static-int8":
+        details |= {
+            "activations": "one calibrated range a layer",
+            "by_row_because_of_outliers": weights.by_row(),
+        }
     if precision == "onnx-int4":
         details |= {"block_size": BLOCK, "head": "torch.int8", "activation_group_size": BLOCK}
     return details
@@ -132,5 +151,5 @@ def _reasons_against(model: PreTrainedModel) -> Iterator[str]:
             yield f"{name} is in no linear layer (as the experts of a mixture are)"
     ropes: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {one.get("rope_type") for one in (ropes, *ropes.values()) if isinstance(one, dict)}
-    if changing := kinds & {"dynamic", "longrope"}:
-        yield f"its rotary embeddings ({', '.join(sorted(changing))}) depend on the length of a text"
+    if changing := [kind for kind in ("dynamic", "longrope") if kind in kinds]:
+        yield f"its rotary embeddings ({', '.join(changing)}) depend on the length of a text"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.layers.layer_weights import LayerWeights, WeightLayer, weights_of
@@ -168,7 +168,10 @@ def _cast_result(module: nn.Module, arguments: Any, result: Tensor) -> Tensor:
 
 
 def _cast_arguments(module: nn.Module, arguments: Any, named: Any) -> Any:
-    """Masks are in the type of the model."""
+    """Masks are in the type of the model. A cache is no tree: transformers' exporters register it as one."""
     return tree_map_only(
-        Tensor, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor, (arguments, named)
+        Tensor,
+        lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor,
+        (arguments, named),
+        is_leaf=lambda one: isinstance(one, Cache),
     )

@@ -111,7 +111,7 @@ class OnnxRunner(Runner):
             raise ValueError(f"{tokens} tokens do not fit a slot of {self.context}")
 
     def _beside_each_other(self, slots: Sequence[int]) -> tuple[int, list[int]]:
-        """The first of the consecutive rows that the slots now have, and their indices in the order of rows."""
+        """The first of the consecutive rows that the slots get, and their indices in the order of rows."""
         wanted, count = set(slots), len(slots)
         owners = {row: slot for slot, row in enumerate(self._rows)}
         first = max(
@@ -147,7 +147,7 @@ class _Step:
         self._logits = np.empty((0, 0, 0), np.float32)
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int], kept: int, vocabulary: int) -> Tensor:
-        """(rows, kept, vocabulary) logits after the last ``kept`` of each row's new ids; reused by the next run."""
+        """(rows, kept, vocabulary) logits after the last ``kept`` ids of each row; the next run reuses them."""
         rows, tokens = len(ids), len(ids[0])
         ends = [start + tokens for start in starts]
         positions = np.asarray(starts, np.int64)[:, None] + np.arange(tokens)

@@ -1,0 +1,64 @@
+"""A single layer of a served graph, cut out of its file and run by ONNX Runtime."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def product_of_eye(path: Path, layer: str, width: int) -> Tensor:
+    """(width, outputs) products of the layer's nodes, bias left out, with the rows of an identity."""
+    import onnx
+    import onnxruntime as ort
+
+    model = onnx.load(path)
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    (node,) = (node for node in graph.node if node.name == layer)
+    x, scale = _input(node, makers, constants)
+    y = _output(node, graph.node, constants)
+    needed, waiting = list[Any](), [y]
+    while waiting:
+        name = waiting.pop()
+        maker = makers.get(name)
+        if name != x and maker is not None and maker not in needed:
+            needed.append(maker)
+            waiting.extend(maker.input)
+    ordered = [one for one in graph.node if one in needed]
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(ordered)
+    graph.input.append(onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, [None, width]))
+    graph.output.append(onnx.helper.make_tensor_value_info(y, onnx.TensorProto.FLOAT, None))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {x: np.eye(width, dtype=np.float32) * scale})[0]
+    return torch.from_numpy(found) / scale
+
+
+def _input(node: Any, makers: Any, constants: Any) -> tuple[str, float]:
+    """What the layer multiplies, and a number that its activations represent exactly."""
+    if node.op_type == "MatMul" and node.input[0] in constants:  # W xᵀ
+        return makers[makers[node.input[1]].input[0]].input[0], 1.0
+    if node.op_type != "MatMulIntegerToFloat":
+        return node.input[0], 1.0
+    quantized = makers[node.input[0]]
+    before = makers.get(quantized.input[0])
+    if before is not None and before.op_type == "Div":  # by the row's largest magnitude
+        return before.input[0], 1.0
+    scale, zero_point = (constants[name] for name in quantized.input[1:3])
+    return quantized.input[0], float(scale * (255.0 - zero_point))
+
+
+def _output(node: Any, nodes: Any, constants: Any) -> str:
+    """The layer's product after the factors of its rows, before a bias."""
+    found: str = node.output[0]
+    largest = {name for one in nodes if one.op_type == "Max" for name in one.output}
+    for one in nodes:
+        if one.op_type == "Mul" and found in one.input and largest & set(one.input):
+            return str(one.output[0])
+    if node.op_type == "MatMul" and node.input[0] in constants:
+        turned = next(one for one in nodes if found in one.input)
+        found = turned.output[0]
+    return found
