@@ -24,6 +24,5 @@ def exact_inputs(weights: LayerWeights) -> Tensor:
     """(inputs,) values other than 0 that aren't rounded: 1, or the value of a constant scale's last code."""
     if weights.input_factors is None:
         return torch.ones(weights.shape[1])
-    factors, zero_points = weights.input_factors
-    ends: Tensor = torch.where(zero_points > 0, -128.0, 127.0) - zero_points
-    return ends / factors
+    factors, zero_points = weights.input_factors.unbind()
+    return (torch.where(zero_points > 0, -128.0, 127.0) - zero_points) / factors

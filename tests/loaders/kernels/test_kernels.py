@@ -74,7 +74,7 @@ def as_multiplied(library: Library, kind: str, x: Tensor) -> Tensor:
     if kind.startswith("int"):
         return in_groups(x)
     if kind == "static-int8":
-        factors, zero_points = static_factors(x.shape[1])
+        factors, zero_points = static_factors(x.shape[1]).unbind()
         return ((x * factors + zero_points).round().clamp(-128, 127) - zero_points) / factors
     computed = library.computes_in("four-bit" if kind == "four-bit" else FLOATS[kind])
     return x.to(DTYPES[computed]).float()
