@@ -7,22 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
-from loaders.layer_errors import HasModule, LayerReport, layer_errors, layers_of
+from loaders.layer_errors import LayerReport, layer_errors
 from loaders.layers.layer_weights import LayerWeights
-from loaders.runners.onnx_runner import OnnxRunner
 from server.app import create_app
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import wait_until
-from tests.loaders.onnx_products import product_of_eye
+from tests.loaders.layer_products import own_bytes, product_with_eye, weights_in
 
 TOKENS = list(range(20, 60))
 PROMPT = [40, 41, 42, 60, 61, 62, 63, 90, 91]
@@ -64,38 +61,6 @@ def tolerance(model: LoadedModel) -> float:
 def noise(key: str, weights: LayerWeights) -> tuple[float, float]:
     """Lowest and highest SQNR in dB: from the table, or 6 dB a bit, less what the range of a block costs."""
     return NOISE.get(key, (6 * weights.bits - 10, 6 * weights.bits))
-
-
-def weights_in(model: LoadedModel, name: str) -> LayerWeights:
-    layers = layers_of(model.runner)
-    assert layers is not None
-    return layers[name][1]
-
-
-def module_of(model: LoadedModel, name: str) -> Any:
-    assert isinstance(model.runner, HasModule)
-    return model.runner.module.get_submodule(name)
-
-
-def own_bytes(model: LoadedModel, name: str) -> int:
-    """Of the tensors that PyTorch knows of, the bias left out."""
-    if not isinstance(model.runner, HasModule):
-        return 0
-    module = module_of(model, name)
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
-
-
-def product_with_eye(model: LoadedModel, name: str, inputs: int) -> Tensor:
-    """(outputs, inputs): what a layer gives for the rows of an identity, without its bias."""
-    if isinstance(model.runner, OnnxRunner):
-        return product_of_eye(model.runner.path, name, inputs).t()
-    module, weights = module_of(model, name), weights_in(model, name)
-    plain = isinstance(module, nn.Linear | Conv1D) and not weights.quantized
-    with torch.inference_mode():
-        rows = torch.eye(inputs, dtype=weights.weight.dtype if plain else torch.float32)
-        product: Tensor = module(rows) - (0 if module.bias is None else module.bias)
-    return product.t().float()
 
 
 def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:

@@ -12,7 +12,8 @@ from loaders import kernels
 from loaders.base import ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import UnknownPrecision
-from tests.loaders.contract import RunnerContract, ServingContract, weights_in
+from tests.loaders.contract import RunnerContract, ServingContract
+from tests.loaders.layer_products import weights_in
 
 COMPILED = kernels.get() is not None
 

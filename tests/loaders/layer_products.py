@@ -1,15 +1,54 @@
-"""A single layer of a served graph, cut out of its file and run by ONNX Runtime."""
+"""The weights of a loaded model's single layers, and what these layers multiply."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loaders.base import LoadedModel
+from loaders.layer_errors import HasModule, layers_of
+from loaders.layers.layer_weights import LayerWeights
+from loaders.runners.onnx_runner import OnnxRunner
+
+
+def weights_in(model: LoadedModel, name: str) -> LayerWeights:
+    layers = layers_of(model.runner)
+    assert layers is not None
+    return layers[name][1]
+
+
+def module_of(model: LoadedModel, name: str) -> Any:
+    assert isinstance(model.runner, HasModule)
+    return model.runner.module.get_submodule(name)
+
+
+def own_bytes(model: LoadedModel, name: str) -> int:
+    """Of the tensors that PyTorch knows of, the bias left out."""
+    if not isinstance(model.runner, HasModule):
+        return 0
+    module = module_of(model, name)
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return sum(tensor.nbytes for name, tensor in tensors if name != "bias")
+
+
+def product_with_eye(model: LoadedModel, name: str, inputs: int) -> Tensor:
+    """(outputs, inputs): what a layer gives for the rows of an identity, without its bias."""
+    if isinstance(model.runner, OnnxRunner):
+        return product_of_eye(model.runner.path, name, inputs).t()
+    module, weights = module_of(model, name), weights_in(model, name)
+    plain = isinstance(module, nn.Linear | Conv1D) and not weights.quantized
+    with torch.inference_mode():
+        rows = torch.eye(inputs, dtype=weights.weight.dtype if plain else torch.float32)
+        product: Tensor = module(rows) - (0 if module.bias is None else module.bias)
+    return product.t().float()
 
 
 def product_of_eye(path: Path, layer: str, width: int) -> Tensor:
-    """(width, outputs) products of the layer's nodes, bias left out, with the rows of an identity."""
+    """(width, outputs) products of the layer's nodes, bias left out, with the rows of an identity: the
+    nodes are cut out of the graph's file."""
     import onnx
     import onnxruntime as ort
 
