@@ -3,6 +3,7 @@
 #
 #   docker build -t bitdial .                                  CUDA
 #   docker build -t bitdial:cpu --build-arg VARIANT=cpu .      CPU only
+#   docker build --build-arg EXTRAS=otlp,onnx,litert …         with the extras of these precisions
 
 ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
 # equals pyproject.toml's version; otherwise the build fails
@@ -11,12 +12,14 @@ ARG VERSION=0.1.0
 
 # Only the requirements in those files, so that a change of any other line rebuilds no packages.
 FROM ${BASE_IMAGE} AS requirements
+# by comma, of pyproject.toml
+ARG EXTRAS=otlp
 WORKDIR /requirements
 COPY pyproject.toml scripts/constraints.txt ./
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb')); \
+RUN python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb')); \
       print(*project['build-system']['requires'], sep='\n', file=open('build.txt', 'w')); \
-      print(*project['project']['dependencies'], *project['project']['optional-dependencies']['otlp'], \
-            sep='\n', file=open('run.txt', 'w'))"
+      extras = [project['project']['optional-dependencies'][name] for name in os.environ['EXTRAS'].split(',')]; \
+      print(*project['project']['dependencies'], *sum(extras, []), sep='\n', file=open('run.txt', 'w'))"
 
 
 FROM ${BASE_IMAGE} AS packages

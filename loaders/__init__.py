@@ -6,11 +6,13 @@ A new precision is one module that implements ``Loader`` and one line in ``PRECI
 import logging
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 
-from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
+from loaders import import_noise
+from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec, Progress, Recipe, ignore_progress
 from loaders.errors import (
     CheckpointError,
     LoaderError,
@@ -32,10 +34,13 @@ __all__ = [
     "ModelSpec",
     "availability",
     "canonical",
+    "direct",
     "load",
+    "offered",
 ]
 
 _log = logging.getLogger(__name__)
+import_noise.silence()
 
 PRECISIONS: dict[str, str] = {
     "fp32": "loaders.precisions.full",
@@ -64,7 +69,10 @@ ALIASES: dict[str, str] = {
 
 
 class Loader(Protocol):
-    """The functions of a module in the registry."""
+    """The functions of a module in the registry.
+
+    One that can save what it quantizes is a ``Maker`` as well.
+    """
 
     def availability(self, precision: str, device: Literal["cpu", "cuda"]) -> Availability: ...
 
@@ -73,6 +81,18 @@ class Loader(Protocol):
     def estimate_bytes(self, precision: str, spec: ModelSpec) -> int:
         """Weight bytes that the precision will need; used before loading, only to decide what fits."""
         ...
+
+
+class Maker(Protocol):
+    """The functions of a module that makes files.
+
+    Its ``load`` calls ``prepare`` with them, unless the module says ``PREPARED = False``: then it quantizes
+    anew at every load, and files are made only to be saved.
+    """
+
+    def recipe(self, precision: str, spec: ModelSpec) -> Recipe: ...
+
+    def make(self, precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None: ...
 
 
 def canonical(name: object) -> str:
@@ -94,6 +114,12 @@ def loader(precision: str) -> Loader:
     return cast(Loader, cast(Any, import_module(PRECISIONS[canonical(precision)])))
 
 
+def maker(precision: str) -> Maker | None:
+    """The functions by which the precision's files are made; None if it has no files of its own."""
+    module = cast(Any, loader(precision))
+    return cast(Maker, module) if hasattr(module, "make") else None
+
+
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
     """Whether this host can run ``precision`` on ``device``."""
     return loader(precision).availability(canonical(precision), device)
@@ -104,6 +130,27 @@ def available(device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
     return tuple(name for name in PRECISIONS if availability(name, device).ok)
 
 
+def is_prepared(precision: str) -> bool:
+    """Whether the precision loads files that are made from the checkpoint once, and kept."""
+    return maker(precision) is not None and getattr(loader(precision), "PREPARED", True)
+
+
+def direct(device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
+    """The precisions that this host can run and that are quantized while they are loaded."""
+    return tuple(name for name in available(device) if not is_prepared(name))
+
+
+def offered(precision: str, spec: ModelSpec) -> Availability:
+    """As ``availability``, for one checkpoint: one that is quantized already has a single precision."""
+    name, checkpoint = canonical(precision), spec.checkpoint
+    if checkpoint.saved not in (None, name):
+        return Availability(
+            f"{checkpoint.model_id} is saved in {checkpoint.saved}; "
+            "for other precisions name the model that it was made from"
+        )
+    return availability(name, spec.device)
+
+
 def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
     """Loads ``spec.checkpoint`` in one precision and returns it with the time that loading took.
 
@@ -111,7 +158,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) 
         UnknownPrecision, PrecisionUnavailable, CheckpointError, OutOfMemory
     """
     name = canonical(precision)
-    able = availability(name, spec.device)
+    able = offered(name, spec)
     if not able.ok:
         raise PrecisionUnavailable(name, able)
     started = time.perf_counter()

@@ -97,6 +97,24 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a precision's files are made: everything that they depend on, besides the checkpoint.
+
+    Args:
+        method: the precision's name.
+        options: everything that changes their bytes: group size, observer, samples, seed … and ``format``, a
+            number that is raised whenever the same options begin to give other bytes.
+        packages: distributions whose versions change the bytes.
+        calibrated: whether the calibration text does.
+    """
+
+    method: str
+    options: Mapping[str, str | int | float | bool | None]
+    packages: tuple[str, ...] = ()
+    calibrated: bool = False
+
+
+@dataclass(frozen=True)
 class KeptLayer:
     """A weight matrix that was not quantized, and why."""
 

@@ -20,6 +20,8 @@ from loaders.config_check import (
 )
 from loaders.errors import CheckpointError
 from loaders.hub import locate
+from loaders.manifest import MANIFEST
+from loaders.saved import has_own_form, held_by, own_files, saved_precision
 from loaders.tokenizer_faults import is_tokenizer_fault
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -37,8 +39,11 @@ def open_checkpoint(
     folder, name, commit = locate(model_id, revision, progress)
     check_files(folder, name)
     raw = read_raw(folder, name)
+    saved = saved_precision(raw, name)
     files = weight_files(folder, name)
-    config = read_config(folder, name, raw, _held(files))
+    config = read_config(folder, name, raw, held_by(files) if has_own_form(raw) else _held(files))
+    if saved is not None:
+        del config.quantization_config
     text = config.get_text_config()
     return Checkpoint(
         model_id=name,
@@ -50,6 +55,7 @@ def open_checkpoint(
         vocabulary=text.vocab_size,
         eos_ids=end_tokens.configured(folder, config),
         file_bytes=sum(file.stat().st_size for file in files),
+        saved=saved,
     )
 
 
@@ -73,7 +79,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a checkpoint.
+    """The safetensors files of a checkpoint, or those that the manifest of a saved one names.
 
     Raises:
         CheckpointError: there are none, or some are missing.
@@ -91,6 +97,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if missing := [file for file in names if not (folder / file).is_file()]:
             raise CheckpointError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} in all)")
         return [folder / file for file in names]
+    if (folder / MANIFEST).is_file():
+        return own_files(folder, name)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
             f"{name} has its weights in pickle files, which can run code and are never opened; convert them: "

@@ -113,12 +113,6 @@ def read_raw(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{name} can't be served: {own} (model_type {str(kind)[:40]!r})")
     if "transformers_weights" in raw:  # it may name a pickle
         raise CheckpointError(f"config.json of {name} names weights of its own; only safetensors are opened")
-    if method := raw.get("quantization_config"):
-        shown = method.get("quant_method") if isinstance(method, dict) else None
-        raise CheckpointError(
-            f"{name} is quantized already ({str(shown)[:40]}); name the model it was made from: "
-            "every precision is made of the original weights"
-        )
     return raw
 
 

@@ -46,7 +46,7 @@ class PrecisionUnavailable(LoaderError):
     def __init__(self, precision: str, availability: "Availability") -> None:
         self.precision, self.availability = precision, availability
         mend = f" (mend it with: {availability.install})" if availability.install else ""
-        super().__init__(f"{precision} can't run on this host: {availability.reason}{mend}")
+        super().__init__(f"{precision} can't be served here: {availability.reason}{mend}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.precision, self.availability)

@@ -186,7 +186,8 @@ class Originals:
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self._model, self._prefix = model, f"{model.base_model_prefix}."
-        self._paths = weight_files(checkpoint.folder, checkpoint.model_id)
+        saved = checkpoint.saved is not None  # its files have codes in the place of the original weights
+        self._paths = [] if saved else weight_files(checkpoint.folder, checkpoint.model_id)
         self._files: Mapping[str, Any] = {}
         self._stack = ExitStack()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
     """
     name, refused = spec.checkpoint.model_id, refusals()
     try:
-        with _progress_bars_to(progress):
+        with _progress_bars_to(progress, "loading"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 spec.checkpoint.folder,
                 use_safetensors=True,
@@ -44,6 +45,12 @@ def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreT
     _check_complete(name, report)
     model.eval()
     return model
+
+
+def save_pretrained(model: PreTrainedModel, folder: Path, progress: Progress) -> None:
+    """Writes a checkpoint that ``from_pretrained`` reads."""
+    with _progress_bars_to(progress, "writing"):
+        model.save_pretrained(folder)
 
 
 def _check_complete(name: str, report: Mapping[str, Any]) -> None:
@@ -67,8 +74,8 @@ def meta_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _progress_bars_to(progress: Progress) -> Iterator[None]:
-    """Within this context, transformers' loading bar calls ``progress`` instead of being drawn."""
+def _progress_bars_to(progress: Progress, stage: str) -> Iterator[None]:
+    """Within this context, transformers' bar calls ``progress`` instead of being drawn."""
 
     class Bar:
         def __init__(self, iterable: Any = None, total: int | None = None, **_: Any) -> None:
@@ -83,7 +90,7 @@ def _progress_bars_to(progress: Progress) -> Iterator[None]:
 
         def update(self, count: int = 1) -> None:
             self.n += count
-            progress("loading", self.n, self.total)
+            progress(stage, self.n, self.total)
 
         def __enter__(self) -> "Bar":
             return self

@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP, every precision of it",
     "generate": "continue a prompt in this terminal, in one precision",
     "precisions": "what this host can run, and why not the rest",
+    "quantize": "make a precision's files once, and save them",
     "compare": "one prompt in several precisions, side by side",
     "report": "measure every precision here and say which one to run",
     "quality": "measure what each precision costs in quality",

@@ -36,13 +36,13 @@ LAYERS = (
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",
     "loaders.layers loaders.end_tokens loaders.texts",
-    "loaders.architectures",
+    "loaders.architectures loaders.saved",
     "loaders.hub loaders.config_check loaders.kernels loaders.manifest",
     "loaders",
     "loaders.config_values",
     "loaders.errors",
     "loaders.base",
-    "loaders.runner loaders.malloc loaders.tokenizer_faults loaders.bundled",
+    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
     "loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""

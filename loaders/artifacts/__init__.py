@@ -4,7 +4,7 @@ A precision whose weights take long to compute calls ``prepare`` when it is load
 by everything they depend on (``Recipe``), or in a folder of their own that ``bitdial quantize`` saved.
 """
 
-from loaders.artifacts.prepare import NotPrepared, find, prepare
-from loaders.artifacts.recipe import Recipe
+from loaders.artifacts.prepare import NotPrepared, is_made, prepare
+from loaders.base import Recipe
 
-__all__ = ["NotPrepared", "Recipe", "find", "prepare"]
+__all__ = ["NotPrepared", "Recipe", "is_made", "prepare"]

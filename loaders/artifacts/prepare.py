@@ -6,13 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from loaders.artifacts.recipe import Recipe, describe_model, key_of
-from loaders.base import ModelSpec, Progress
+import loaders
+from loaders.artifacts.recipe import KEY, describe, describe_model, key_of
+from loaders.base import ModelSpec, Progress, Recipe
 from loaders.errors import CheckpointError, LoaderError
 from loaders.manifest import ManifestError, read_manifest, verify, write_manifest
 
@@ -38,7 +39,8 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
     Cached files that are damaged are made again. While another process makes the same files, this one waits.
 
     Args:
-        make: writes the files; None if that takes so long that a person must start it.
+        make: writes the files; None if that takes so long that a person must start it. Files of the same
+            method and model with other options, such as more steps of training, are then accepted.
 
     Raises:
         NotPrepared: there are none, and ``make`` is None.
@@ -50,19 +52,29 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
         return _saved(spec, recipe.method)
     folder = place_of(spec, recipe)
     if make is None:
-        if _is_whole(folder):
-            return folder
-        raise NotPrepared(not_prepared(spec, recipe.method))
+        for made in (folder, *_made_otherwise(folder, spec, recipe)):
+            if is_whole(made):
+                return made
+        raise NotPrepared(_not_prepared(spec, recipe.method))
     with _locked(folder, progress):
-        if not _is_whole(folder):
-            build(folder, spec, recipe, make, progress)
+        if not is_whole(folder):
+            _build(folder, spec, recipe, make, progress)
     return folder
 
 
-def find(spec: ModelSpec, recipe: Recipe) -> Path | None:
-    """The cached files, if they exist; not verified."""
+def is_made(precision: str, spec: ModelSpec) -> bool:
+    """Whether the files of a prepared precision exist; they are not verified.
+
+    Raises:
+        CalibrationError: the calibration text can't be read.
+    """
+    made_by = loaders.maker(precision)
+    assert made_by is not None, precision
+    if spec.checkpoint.saved is not None:
+        return True
+    recipe = made_by.recipe(precision, spec)
     folder = place_of(spec, recipe)
-    return folder if folder.is_dir() else None
+    return folder.is_dir() or bool(_made_otherwise(folder, spec, recipe))
 
 
 def place_of(spec: ModelSpec, recipe: Recipe) -> Path:
@@ -71,7 +83,7 @@ def place_of(spec: ModelSpec, recipe: Recipe) -> Path:
     Raises:
         CalibrationError: the calibration text can't be read.
     """
-    described = recipe.described(spec)
+    described = describe(recipe, spec)
     key = key_of(described, describe_model(spec.checkpoint))
     return (spec.artifacts or default_cache()) / f"{recipe.method}-{key}"
 
@@ -82,14 +94,14 @@ def default_cache() -> Path:
     return Path(cache) / "bitdial" / "artifacts"
 
 
-def not_prepared(spec: ModelSpec, method: str) -> str:
+def _not_prepared(spec: ModelSpec, method: str) -> str:
     """The message that files have to be made first, and the command."""
     name = spec.checkpoint.model_id
     model = "" if name == "bundled" else f" --model {name}"
     return f"{method} of {name} has to be made first: bitdial quantize{model} --method {method}"
 
 
-def build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: Progress) -> None:
+def _build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: Progress) -> None:
     """Makes the files in a temporary folder beside ``folder``, then renames it.
 
     Raises:
@@ -103,7 +115,7 @@ def build(folder: Path, spec: ModelSpec, recipe: Recipe, make: Make, progress: P
         make(partial, progress)
         seconds = time.monotonic() - started
         write_manifest(
-            partial, recipe.method, recipe.described(spec), describe_model(spec.checkpoint), seconds
+            partial, recipe.method, describe(recipe, spec), describe_model(spec.checkpoint), seconds
         )
         _remove(folder)
         partial.rename(folder)
@@ -132,7 +144,21 @@ def _saved(spec: ModelSpec, method: str) -> Path:
     return checkpoint.folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _made_otherwise(folder: Path, spec: ModelSpec, recipe: Recipe) -> list[Path]:
+    """The folders of a method and a model with other options but of the same format, the newest first."""
+    model, form = describe_model(spec.checkpoint)["files"], recipe.options.get("format")
+    found: list[tuple[str, Path]] = []
+    for other in folder.parent.glob(f"{recipe.method}-{'[0-9a-f]' * KEY}"):
+        with suppress(ManifestError):
+            made = read_manifest(other)
+            options = made.recipe.get("options", {})
+            if made.model.get("files") == model and options.get("format") == form:
+                found.append((made.made, other))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files are as they were written."""
     if not folder.is_dir():
         return False
     try:

@@ -1,52 +1,32 @@
-"""Everything that a precision's made files depend on, and the key of it."""
+"""What a recipe and a model are, in full, and the key of both."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loaders.base import Checkpoint, ModelSpec
+from loaders.base import Checkpoint, ModelSpec, Recipe
 from loaders.checkpoint import weight_files
 from loaders.texts.calibration import calibration_text
 
-_KEY = 16  # hexadecimal digits
-
-Option = str | int | float | bool | None
+KEY = 16  # hexadecimal digits
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a precision's files are made.
+def describe(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """The recipe with versions and the digest of the calibration text, as a JSON object.
 
-    Args:
-        method: the precision's name.
-        options: everything else that changes their bytes: group size, observer, samples, seed … and
-            ``format``, a number that is raised whenever the same options begin to give other bytes.
-        packages: distributions whose versions change the bytes.
-        calibrated: whether the calibration text does.
+    Raises:
+        CalibrationError: the text can't be read.
     """
-
-    method: str
-    options: Mapping[str, Option]
-    packages: tuple[str, ...] = ()
-    calibrated: bool = False
-
-    def described(self, spec: ModelSpec) -> dict[str, Any]:
-        """The recipe with versions and the digest of the calibration text, as a JSON object.
-
-        Raises:
-            CalibrationError: the text can't be read.
-        """
-        text = calibration_text(spec.calibration) if self.calibrated else None
-        return {
-            "method": self.method,
-            "options": dict(self.options),
-            "packages": {name: _version(name) for name in self.packages},
-            "calibration": None if text is None else {"name": text.name, "sha256": text.sha256()},
-        }
+    text = calibration_text(spec.calibration) if recipe.calibrated else None
+    return {
+        "method": recipe.method,
+        "options": dict(recipe.options),
+        "packages": {name: _version(name) for name in recipe.packages},
+        "calibration": None if text is None else {"name": text.name, "sha256": text.sha256()},
+    }
 
 
 def key_of(recipe: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -57,7 +37,7 @@ def key_of(recipe: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         "calibration": None if calibration is None else calibration["sha256"],
         "model": {**model, "name": None, "revision": None},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_KEY]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:KEY]
 
 
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -85,7 +65,7 @@ def _digest(folder: Path, name: str) -> str:
     for text in ("config.json", "tokenizer.json"):
         if (folder / text).is_file():
             digest.update((folder / text).read_bytes())
-    return digest.hexdigest()[:_KEY]
+    return digest.hexdigest()[:KEY]
 
 
 def _version(name: str) -> str | None:

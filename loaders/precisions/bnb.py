@@ -7,6 +7,7 @@ not; ``llm_int8_skip_modules`` replaces the default list, so the head is always 
 import logging
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
+from loaders.artifacts import Recipe
 from loaders.base import DTYPES, Availability, LoadedModel, ModelSpec, Progress
 from loaders.cuda.memory import device_map
 from loaders.errors import CheckpointError
@@ -25,7 +27,7 @@ from loaders.layers.huge_pages import Arena
 from loaders.layers.native_linear import adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
-from loaders.pretrained import load_pretrained, meta_model, misfit
+from loaders.pretrained import load_pretrained, meta_model, misfit, save_pretrained
 from loaders.runners.select import is_compiled, runner_for
 
 BLOCK = 64  # weights that share one absmax
@@ -54,6 +56,25 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     return rest + (inner if precision == "int8" else inner // 2 + inner // BLOCK * 4)
 
 
+PREPARED = False  # quantizing takes no longer than reading what was saved
+
+
+def recipe(precision: str, spec: ModelSpec) -> Recipe:
+    nested = None if precision == "int8" else spec.double_quantization
+    return Recipe(precision, {"format": 1, "double_quantization": nested}, ("bitsandbytes",))
+
+
+def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
+    """Writes a checkpoint that ``from_pretrained`` of transformers reads."""
+    _silence_warnings()
+    config = quantization_config(precision, spec)
+    model = load_pretrained(
+        spec, progress, dtype=_own_dtype(spec), device_map=spec.device, quantization_config=config
+    )
+    _check_layers(model, precision, spec.checkpoint.model_id)
+    save_pretrained(model, folder, progress)
+
+
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     _silence_warnings()  # first: importing the library gives such a warning as well
     # bitsandbytes is optional; without this, its layers are taken for their base class, nn.Linear
@@ -62,7 +83,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if spec.device == "cpu" and precision != "int8":
         _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)
-    if precision == "int8" and spec.device == "cpu" and not spec.int8_threshold:
+    saved = spec.checkpoint.saved is not None
+    if precision == "int8" and spec.device == "cpu" and not spec.int8_threshold and not saved:
         model = _load_folded(spec, progress)
     else:
         model = load_pretrained(
@@ -70,7 +92,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             progress,
             dtype=torch.float32 if spec.device == "cpu" else rest,
             device_map=device_map(spec, estimate_bytes(precision, spec)),
-            quantization_config=quantization_config(precision, spec),
+            # transformers reads the configuration of a saved one from its config.json
+            **({} if saved else {"quantization_config": quantization_config(precision, spec)}),
         )
     _check_layers(model, precision, spec.checkpoint.model_id)
     arena, of_head = Arena(), head_type(precision, spec, model, rest)
@@ -148,6 +171,12 @@ def rest_dtype(precision: str, spec: ModelSpec) -> torch.dtype:
         compiled = is_compiled(spec.checkpoint.config)
         return torch.bfloat16 if compiled and not spec.int8_threshold else torch.float32
     return torch.float16 if precision == "int8" else _sixteen_bits()
+
+
+def _own_dtype(spec: ModelSpec) -> torch.dtype:
+    """The type of the checkpoint's tensors: those that stay as they are lose nothing."""
+    kept = spec.checkpoint.config.dtype
+    return kept if kept in DTYPES.values() else torch.float32
 
 
 def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:

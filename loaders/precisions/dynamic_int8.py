@@ -8,13 +8,17 @@ in any batch.
 """
 
 import gc
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
+from loaders.artifacts import Recipe, prepare
+from loaders.artifacts.native_weights import load_native, save_native
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.footprint import count_parameters, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
@@ -47,9 +51,38 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     return size
 
 
+PREPARED = False  # quantizing takes no longer than reading what was saved
+
+
+def recipe(precision: str, spec: ModelSpec) -> Recipe:
+    return Recipe(precision, {"format": 1, "quantize_lm_head": spec.quantize_lm_head})
+
+
+def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
+    save_native(_quantized(spec, progress), folder)
+
+
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    if spec.checkpoint.saved is not None:
+        folder = prepare(spec, recipe(precision, spec), None, progress)
+        model = load_native(spec, folder, progress)
+    else:
+        model = _quantized(spec, progress)
+    parameters = count_parameters(meta_model(spec))
+    footprint = measure(model, parameters, reasons(model, "the head was left in fp32 by choice"))
+    native = kernels.get() is not None
+    details = {
+        "activation_bits": 8 if native or activation_levels() == 127 else 7,
+        "per_row_ranges": True,
+        "activation_group_size": ACTIVATION_GROUP if native else "row",
+        "weight_scales_per_output": INT8_LANES if native else 1,
+        "kernels": kernels.describe(),
+    }
+    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
+
+
+def _quantized(spec: ModelSpec, progress: Progress) -> PreTrainedModel:
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
-    parameters = count_parameters(model)
     head = model.get_output_embeddings()
     targets = [
         (name, module)
@@ -66,13 +99,4 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if kernels.get() is not None:
         arena.move_remaining(model)
     gc.collect()
-    footprint = measure(model, parameters, reasons(model, "the head was left in fp32 by choice"))
-    native = kernels.get() is not None
-    details = {
-        "activation_bits": 8 if native or activation_levels() == 127 else 7,
-        "per_row_ranges": True,
-        "activation_group_size": ACTIVATION_GROUP if native else "row",
-        "weight_scales_per_output": INT8_LANES if native else 1,
-        "kernels": kernels.describe(),
-    }
-    return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
+    return model

@@ -9,12 +9,16 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
 
 import loaders
+from loaders.base import Checkpoint
 from loaders.errors import PrecisionUnavailable
 from server.commands.help import Arguments, Formatter
-from server.settings.model import has_variable
+from server.settings.model import ModelSettings, has_variable
+from server.settings.types import ALL, AUTO
 
 USAGE, FAILED = 2, 1
+_PRECISIONS_OF = ("precision", "precisions", "shadow_precision")
 _Options = TypeVar("_Options", bound=BaseSettings)
+_Settings = TypeVar("_Settings", bound=ModelSettings)
 
 
 class UsageError(Exception):
@@ -71,6 +75,28 @@ def require(precisions: Iterable[str], device: Literal["cpu", "cuda"]) -> None:
         able = loaders.availability(name, device)
         if not able.ok:
             raise UsageError(str(PrecisionUnavailable(name, able)))
+
+
+def for_saved(options: _Settings, checkpoint: Checkpoint) -> _Settings:
+    """The settings for a checkpoint that is quantized already: its precision is the default and the only one.
+
+    Raises:
+        UsageError: they name another.
+    """
+    saved = checkpoint.saved
+    if saved is None:
+        return options
+    given = [getattr(options, name) for name in _PRECISIONS_OF if name in options.model_fields_set]
+    for value in given:
+        names = value if isinstance(value, tuple) else (value,)
+        if others := [name for name in names if name not in (saved, ALL, AUTO, None)]:
+            raise UsageError(
+                f"{checkpoint.model_id} is saved in {saved}; for {others[0]} name the model it was made from"
+            )
+    here = {"precision": saved, "precisions": (saved,)}
+    return options.model_copy(
+        update={name: value for name, value in here.items() if name in type(options).model_fields}
+    )
 
 
 def complain(command: str, error: Exception) -> None:

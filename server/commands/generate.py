@@ -12,7 +12,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.end_tokens import with_end_token
 from loaders.errors import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands import FAILED, USAGE, UsageError, complain, for_saved, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.engine.engine import Engine
@@ -51,13 +51,14 @@ def _generate(options: Options, prompt: str) -> int:
         open_checkpoint,
     )
 
-    bars = ProgressBars(options.precision)
-    checkpoint = open_checkpoint(options.model_id, options.revision, bars)
+    checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
+    options = for_saved(options, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     checkpoint, codec = with_end_token(checkpoint, tokenizer), TextCodec(tokenizer)
     spec = options.spec(checkpoint, slots=1)
     ids = encode(codec, prompt, options.max_new_tokens, spec.max_tokens, checkpoint.vocabulary)
     compute_with(options.resolved_threads())
+    bars = ProgressBars(options.precision)
     try:
         # outside the event loop, which would continue the load after Ctrl-C
         model = loaders.load(options.precision, spec, bars)

@@ -31,6 +31,23 @@ def end_at_once(message: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def clean_up_on_interrupt() -> Iterator[None]:
+    """While entered, Ctrl-C and SIGTERM raise ``KeyboardInterrupt``, so that unfinished files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def say_on_interrupt(message: str) -> None:
     """Replaces the line that ``end_at_once`` prints."""
     global _message

@@ -62,12 +62,22 @@ def _list(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     )
     rows = [["precision", "weights", "aliases", "here"]]
     for name in loaders.PRECISIONS:
-        able = loaders.availability(name, device)
+        able = loaders.offered(name, spec)
         size = f"{loaders.loader(name).estimate_bytes(name, spec) / 1e6:,.1f} MB" if able.ok else NONE
         fix = f"; mend it with: {able.install}" if able.install else ""
-        here = "yes" if able.ok else f"no: {able.reason}{fix}"
+        here = _served(name, spec) if able.ok else f"no: {able.reason}{fix}"
         rows.append([name, size, ", ".join(loaders.aliases(name)), here])
     print("\n".join(aligned(rows, left=(0, 2, 3))))
+
+
+def _served(name: str, spec: ModelSpec) -> str:
+    if not loaders.is_prepared(name):
+        return "yes"
+    from loaders.artifacts import is_made  # late: help and usage must not wait for transformers
+
+    if is_made(name, spec):
+        return "yes; its files are made"
+    return "yes; its files are made first, by bitdial quantize or at the first load"
 
 
 def _report_layers(name: str, spec: ModelSpec) -> None:

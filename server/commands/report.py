@@ -34,7 +34,7 @@ class Options(ModelSettings):
     """
 
     precisions: Precisions | None = option(
-        None, _WHAT, "NAMES", "by comma, besides fp32, or all", unset="all that this host can run"
+        None, _WHAT, "NAMES", "by comma, besides fp32, or all", unset="those that need no files made first"
     )
     text: Path | None = option(
         None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands import FAILED, USAGE, UsageError, complain, for_saved, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError
 from server.http.connection.open_files import most_connections, raise_limit
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         # opened before the server starts: a missing model is one line and an exit code
         checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
         load_tokenizer(checkpoint)
+        options = for_saved(options, checkpoint)
         settings, choice = _resolve_default(options, checkpoint)
         _require_room(settings, checkpoint)
     except UsageError as error:

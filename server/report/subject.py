@@ -16,6 +16,7 @@ from loaders.base import ModelSpec
 from loaders.checkpoint import weight_files
 from loaders.kernels.build import compiled
 from loaders.texts import Text
+from loaders.texts.calibration import calibration_text
 from server.host.cpu import cpu_name
 from server.host.threads import resolve, run_in_own_thread
 from server.version import VERSION
@@ -97,6 +98,8 @@ def subject_of(spec: ModelSpec) -> Subject:
         "int8_threshold": spec.int8_threshold,
         "double_quantization": spec.double_quantization,
         "unquantized_dtype": spec.unquantized_dtype,
+        "lm_head_dtype": spec.lm_head_dtype,
+        "calibration": None if spec.calibration is None else calibration_text(spec.calibration).sha256(),
     }
     return Subject(model, _host(spec), _versions(), settings)
 

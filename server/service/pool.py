@@ -52,7 +52,7 @@ class Pool:
         self._metrics, self._lifecycle = metrics, lifecycle
         self._turn = FairLock() if self.device == "cpu" else None
         self._states = {
-            name: first_state(name, loaders.availability(name, self.device)) for name in loaders.PRECISIONS
+            name: first_state(name, loaders.offered(name, self.spec)) for name in loaders.PRECISIONS
         }
         self._loads: dict[str, asyncio.Task[Engine]] = {}
         self._loading = asyncio.Lock()

@@ -42,7 +42,7 @@ class PrecisionState:
     def refusal(self) -> Unavailable:
         """The error for requests of a precision that this host can't run."""
         mend = f" (mend it with: {self.install})" if self.install else ""
-        return Unavailable(f"{self.name} can't run on this host: {self.reason}{mend}")
+        return Unavailable(f"{self.name} can't be served here: {self.reason}{mend}")
 
 
 def first_state(name: str, able: Availability) -> PrecisionState:

@@ -21,7 +21,7 @@ async def load_first(pool: "Pool", names: Iterable[str], lifecycle: Lifecycle) -
     for name in names:
         state = pool.state(name)
         if state.state == "unavailable":
-            _log.warning("%s can't run on this host: %s", name, state.reason)
+            _log.warning("%s can't be served here: %s", name, state.reason)
             continue
         with suppress(ServiceError):  # it is in the state and in the log
             async with pool.use(name):

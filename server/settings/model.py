@@ -1,6 +1,7 @@
 """Settings of every command: which model is loaded, and how."""
 
 from inspect import get_annotations
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AliasChoices
@@ -14,7 +15,7 @@ from pydantic_settings import (
 
 from loaders.base import Checkpoint, ModelSpec, default_device
 from server.host.threads import resolve
-from server.settings.types import Precision, option
+from server.settings.types import Precision, TextFile, option
 
 _MODEL, _QUANTIZATION, _GPU = "model", "quantization", "on a GPU"
 
@@ -98,6 +99,20 @@ class ModelSettings(BaseSettings):
         "GPT-2 on a CPU: type of the KV cache: fp32, fp16, or fp32 for fp32 alone; fp16 becomes fp32 where "
         "it does not hold them",
     )
+    calibration: TextFile | None = option(
+        None,
+        _QUANTIZATION,
+        "FILE",
+        "a text in UTF-8 that calibrated precisions are made with",
+        unset="documentation that quality is not measured on",
+    )
+    artifacts: Path | None = option(
+        None,
+        _QUANTIZATION,
+        "FOLDER",
+        "where files are kept that a precision makes once: quantized weights, exported graphs",
+        unset="the user's cache",
+    )
 
     cuda_graphs: bool = option(
         True,
@@ -144,6 +159,8 @@ class ModelSettings(BaseSettings):
             unquantized_dtype=self.unquantized_dtype,
             lm_head_dtype=self.lm_head_dtype,
             kv_dtype=self.kv_dtype,
+            calibration=self.calibration,
+            artifacts=self.artifacts,
             batch_invariant=self.batch_invariant,
             cuda_graphs=self.cuda_graphs,
         )

@@ -63,5 +63,5 @@ def save(file: Path | None, text: str, option: str = "--json") -> None:
 
 
 def precisions_option(group: str) -> Any:
-    """``--precisions NAMES``; None stands for ``loaders.available``."""
-    return option(None, group, "NAMES", "by comma, or all", unset="all that this host can run")
+    """``--precisions NAMES``; None stands for ``loaders.direct``."""
+    return option(None, group, "NAMES", "by comma, or all", unset="those that need no files made first")

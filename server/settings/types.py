@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ _LATIN_1 = 0xFF
 AUTO = "auto"
 """In place of a precision's name: chosen by the stored report."""
 ALL = "all"
-"""In place of precisions' names: all that this host can run."""
+"""In place of precisions' names: those of ``loaders.direct``, since others may take minutes to make."""
 
 
 def parse_bytes(value: Any) -> Any:
@@ -60,6 +61,12 @@ def sendable_key(value: SecretStr) -> SecretStr:
     return value
 
 
+def existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path.name[:200]!r} is not a file")
+    return path
+
+
 def known_or_auto(value: Any) -> Any:
     """As ``loaders.canonical``, or ``AUTO``."""
     return value if value == AUTO else loaders.canonical(value)
@@ -76,13 +83,15 @@ Precision = Annotated[str, BeforeValidator(loaders.canonical)]
 PrecisionOrAuto = Annotated[str, BeforeValidator(known_or_auto)]
 Precisions = Annotated[tuple[Precision, ...] | str, BeforeValidator(parse_names_or_all)]
 """Canonical names, or ``ALL``."""
+TextFile = Annotated[Path, AfterValidator(existing_file)]
+"""A file that exists; its text is checked by its reader."""
 Key = Annotated[SecretStr, AfterValidator(sendable_key)]
 Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
 
 
 def listed(precisions: tuple[str, ...] | str | None, device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
-    """The names in a ``Precisions`` value; for ``ALL`` and for None, those that this host can run."""
-    return loaders.available(device) if precisions in (ALL, None, ()) else tuple(precisions or ())
+    """The names in a ``Precisions`` value; for ``ALL`` and for None, those of ``loaders.direct``."""
+    return loaders.direct(device) if precisions in (ALL, None, ()) else tuple(precisions or ())
 
 
 def option(

@@ -55,7 +55,7 @@ def test_equal_tokens_are_reported(model: str, capsys: pytest.CaptureFixture[str
         (["a", "--max-new-tokens", "256"], 2, "exceed the model's context of 256"),
         (["a", "--precisions", "int3"], 2, "unknown precision 'int3'"),
         (["a", "--reference", "x"], 2, "unknown precision 'x'"),
-        (["a", "--device", "cuda", "--precisions", "dynamic-int8"], 2, "can't run on this host"),
+        (["a", "--device", "cuda", "--precisions", "dynamic-int8"], 2, "can't be served here"),
         (["a", "--precisions", "fp32", "--json", "/dev/null/x"], 2, "'x' can't be written there"),
         (["a", "--precisions", "fp32", "--json", "/dev/full"], 1, "--json: No space left on device"),
     ],

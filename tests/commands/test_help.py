@@ -13,12 +13,13 @@ from loaders import checkpoint
 from loaders.base import Availability
 from loaders.errors import ModelNotFound
 from server.__main__ import COMMANDS, main
-from server.commands import bench, compare, generate, precisions, quality, report, serve
+from server.commands import bench, compare, generate, precisions, quality, quantize, report, serve
 
 OPTIONS: dict[str, type[BaseSettings]] = {
     "serve": serve.Options,
     "generate": generate.Options,
     "precisions": precisions.Options,
+    "quantize": quantize.Options,
     "compare": compare.Options,
     "report": report.Options,
     "quality": quality.Options,
@@ -103,7 +104,7 @@ def test_a_named_precision_that_cannot_run_ends_the_start(
 ) -> None:
     assert main([*arguments, "--device", "cpu"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"bitdial {arguments[0]}: nf4 can't run on this host: its library is missing "
+        f"bitdial {arguments[0]}: nf4 can't be served here: its library is missing "
         "(mend it with: pip install it)"
     ]
 

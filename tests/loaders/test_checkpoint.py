@@ -82,6 +82,13 @@ def test_a_missing_tensor_is_refused(folder: Path, precision: str) -> None:
     ("extra", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized already \(gptq\)"),
+        (
+            {"quantization_config": {"quant_method": "bitdial", "precision": "int1"}},
+            r"already \(bitdial, int1\)",
+        ),
+        ({"quantization_config": {"quant_method": "bitdial", "precision": ["fp32"]}}, "no precision serves"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantized already \(bitsandbytes\)"),
+        ({"quantization_config": [1]}, r"quantized already \(None\)"),
         ({"transformers_weights": "adapter_model.bin"}, "names weights of its own"),
         ({"model_type": "bloom"}, "tells no context length"),
     ],

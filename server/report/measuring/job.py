@@ -22,7 +22,7 @@ class ReportOptions:
     """What is measured.
 
     Args:
-        precisions: empty: all that this host can run.
+        precisions: empty: those that this host can run and that need no files made first.
         text: for the quality figures; None: the held-out text.
         quality, plots: whether quality is measured and plots are drawn.
         fresh: measures again what was measured before.
@@ -61,7 +61,7 @@ def make(
     cache.check_room(saved.folder)
     plan = Plan(
         spec,
-        options.precisions or loaders.available(spec.device),
+        options.precisions or loaders.direct(spec.device),
         text if options.quality else None,
         load_tokenizer(checkpoint) if options.quality else None,
         options.window,

@@ -1,0 +1,97 @@
+"""``bitdial quantize``: makes a precision's files once, so that later starts skip the work."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import loaders
+from loaders.errors import LoaderError
+from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.interrupts import clean_up_on_interrupt
+from server.commands.progress import ProgressBars
+from server.host.threads import compute_with
+from server.settings.model import ModelSettings
+from server.settings.types import Precision, option
+
+_WHAT, _WRITTEN = "what is made", "what is written"
+
+
+class Options(ModelSettings):
+    """Make a precision of a model once, and save it.
+
+    Without --out the files go to the cache that bitdial serve and the other
+    commands read. With it they become a checkpoint of their own: give its
+    folder as --model. int8, nf4 and fp4 are saved as transformers reads them.
+    """
+
+    method: Precision = option(..., _WHAT, "PRECISION", "the precision to make", unset="required")
+    out: Path | None = option(
+        None,
+        _WRITTEN,
+        "PATH",
+        "a new folder; or a file that ends in .tflite or .onnx, for that file alone",
+        unset="the cache alone",
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        options = parse(Options, "quantize", arguments)
+        require([options.method], options.resolved_device())
+        _require(options)
+        with clean_up_on_interrupt():
+            print(_quantize(options))
+    except UsageError as error:
+        complain("quantize", error)
+        return USAGE
+    except LoaderError as error:
+        complain("quantize", error)
+        return FAILED
+    return 0
+
+
+def _require(options: Options) -> None:
+    """Raises: UsageError, for a precision without files, and for a place that is taken."""
+    makers = [name for name in loaders.PRECISIONS if loaders.maker(name) is not None]
+    if loaders.maker(options.method) is None:
+        raise UsageError(f"--method: {options.method} has no files to make; these have: {', '.join(makers)}")
+    if options.out is None:
+        if not loaders.is_prepared(options.method):
+            raise UsageError(
+                f"--method: {options.method} is made while it is loaded and not cached; --out FOLDER saves it"
+            )
+    elif options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(f"--out: {options.out.name!r} exists")
+
+
+def _quantize(options: Options) -> str:
+    """Makes the files; returns the line that says where they are."""
+    from loaders.artifacts import prepare  # late: help and usage must not wait for transformers
+    from loaders.artifacts.saving import save
+    from loaders.checkpoint import load_tokenizer, open_checkpoint
+
+    with ProgressBars(options.model_id) as bars:
+        checkpoint = open_checkpoint(options.model_id, options.revision, bars)
+        load_tokenizer(checkpoint)
+    spec = options.spec(checkpoint, slots=1)
+    if checkpoint.saved is not None:
+        raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
+    made_by = loaders.maker(options.method)
+    assert made_by is not None
+    recipe = made_by.recipe(options.method, spec)
+    make = partial(made_by.make, options.method, spec)
+    compute_with(options.resolved_threads())
+    with ProgressBars(options.method) as bars:
+        if options.out is not None:
+            save(spec, recipe, make, options.out.absolute(), bars)
+            return _saved(options)
+        folder = prepare(spec, recipe, make, bars)
+    return f"{options.method} of {checkpoint.model_id} is in the cache: {folder}"
+
+
+def _saved(options: Options) -> str:
+    assert options.out is not None
+    where = options.out
+    size = sum(path.stat().st_size for path in where.rglob("*")) if where.is_dir() else where.stat().st_size
+    serve = f"\n  bitdial serve --model {where}" if where.is_dir() else ""
+    return f"{options.method} is saved in {where} ({size / 1e6:,.1f} MB){serve}"
