@@ -147,7 +147,7 @@ class _Step:
         self._logits = np.empty((0, 0, 0), np.float32)
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int], kept: int, vocabulary: int) -> Tensor:
-        """(rows, kept, vocabulary) logits after the last ``kept`` ids of each row; the next run reuses them."""
+        """(rows, kept, vocabulary) logits after each row's last ``kept`` ids, valid until the next run."""
         rows, tokens = len(ids), len(ids[0])
         ends = [start + tokens for start in starts]
         positions = np.asarray(starts, np.int64)[:, None] + np.arange(tokens)

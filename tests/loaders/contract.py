@@ -2,25 +2,20 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import loaders
 from loaders.artifacts import prepare
 from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
-from loaders.footprint import plain_tensors
-from loaders.layer_errors import HasModule, LayerReport, layer_errors, layers_of
+from loaders.layer_errors import LayerReport, layer_errors
 from loaders.layers.layer_weights import LayerWeights
-from loaders.runners.onnx_runner import OnnxRunner
 from tests import checkpoints
-from tests.loaders.layer_products import multiplied_weights
-from tests.loaders.onnx_products import product_of_eye
+from tests.loaders.layer_products import own_bytes, product_with_eye, weights_in
 
 TOKENS = list(range(20, 60))
 PROMPT = [40, 41, 42, 60, 61, 62, 63, 90, 91]
@@ -74,33 +69,6 @@ def tolerance(model: LoadedModel) -> float:
 def noise(key: str, weights: LayerWeights) -> tuple[float, float]:
     """Lowest and highest SQNR in dB: from the table, or 6 dB a bit, less what the range of a block costs."""
     return NOISE.get(key, (6 * weights.bits - 10, 6 * weights.bits))
-
-
-def weights_in(model: LoadedModel, name: str) -> LayerWeights:
-    layers = layers_of(model.runner)
-    assert layers is not None
-    return layers[name][1]
-
-
-def module_of(model: LoadedModel, name: str) -> Any:
-    assert isinstance(model.runner, HasModule)
-    return model.runner.module.get_submodule(name)
-
-
-def own_bytes(model: LoadedModel, name: str) -> int:
-    """Of the tensors that PyTorch knows of, the bias left out."""
-    if not isinstance(model.runner, HasModule):
-        return 0
-    module = module_of(model, name)
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return sum(part.nbytes for name, one in tensors if name != "bias" for part in plain_tensors(one))
-
-
-def product_with_eye(model: LoadedModel, name: str, inputs: int) -> Tensor:
-    """(outputs, inputs): what a layer gives for the rows of an identity, without its bias."""
-    if isinstance(model.runner, OnnxRunner):
-        return product_of_eye(model.runner.path, name, inputs).t()
-    return multiplied_weights(module_of(model, name), weights_in(model, name))
 
 
 def report_of(model: LoadedModel, spec: ModelSpec) -> LayerReport:

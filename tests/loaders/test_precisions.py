@@ -12,7 +12,8 @@ from loaders import kernels
 from loaders.base import ModelSpec, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import UnknownPrecision
-from tests.loaders.contract import RunnerContract, load, weights_in
+from tests.loaders.contract import RunnerContract, load
+from tests.loaders.layer_products import weights_in
 from tests.loaders.serving import ServingContract
 
 COMPILED = kernels.get() is not None
