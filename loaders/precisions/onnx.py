@@ -14,8 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loaders.artifacts.prepare import prepare
-from loaders.artifacts.recipe import Recipe
+from loaders.artifacts import Recipe, prepare
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError

@@ -15,7 +15,7 @@ from loaders.layers.shared_embedding import SharedEmbedding
 from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from loaders.runners.transformers_runner import TransformersRunner
 from tests import checkpoints, decoders
-from tests.loaders.contract import module_of, weights_in
+from tests.loaders.layer_products import module_of, weights_in
 
 pytestmark = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 IDS = [5, 6, 7, 100, 3]

@@ -17,7 +17,7 @@ from loaders.errors import CheckpointError, LoaderError
 from loaders.layers.gptq import quantize
 from loaders.texts.corpus import is_held_out
 from tests import checkpoints, decoders
-from tests.loaders.contract import weights_in
+from tests.loaders.layer_products import weights_in
 
 SIZES = {"intermediate_size": 384, "vocab_size": checkpoints.VOCABULARY}
 needs_kernels = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
