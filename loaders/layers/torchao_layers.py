@@ -81,7 +81,8 @@ def _int4(weight: Any) -> LayerWeights:
             return _by_product(weight)
         groups = codes.view(outputs, -1, GROUP).float() - _MIDDLE
         scale, zero = (one.t().float()[..., None] for one in parts.unbind(-1))
-        return (groups * scale + zero).view(outputs, inputs)
+        found: Tensor = (groups * scale + zero).view(outputs, inputs)
+        return found
 
     return LayerWeights("4-bit", (outputs, inputs), weight.qdata, dequantize, [("scales", parts)])
 
