@@ -73,7 +73,7 @@ class FakeFourBitLinear(FakeQuantizedLinear):
         self.log_ratio = nn.Parameter(torch.zeros_like(self.initial_scales))
 
     def quantized_weight(self) -> Tensor:
-        found: Tensor = _RoundToFourBits.apply(self.weight, self._scales())
+        found: Tensor = _RoundToFourBits.apply(self.weight, self._scales())  # type: ignore[no-untyped-call]
         return found
 
     def resolution(self) -> float:
@@ -208,7 +208,7 @@ def _round_groups(groups: Tensor) -> Tensor:
 
 def _straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
     """The rounded values, with the gradient of the exact ones."""
-    found: Tensor = _Identity.apply(exact, rounded)
+    found: Tensor = _Identity.apply(exact, rounded)  # type: ignore[no-untyped-call]
     return found
 
 

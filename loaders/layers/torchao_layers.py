@@ -43,7 +43,7 @@ class TorchAOLinear(nn.Module):
         self.weight = plain.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x.to(self.compute), self.weight).to(x.dtype)
+        y: Tensor = nn.functional.linear(x.to(self.compute), self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def layer_weights(self) -> LayerWeights:
