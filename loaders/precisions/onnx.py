@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.artifacts.prepare import prepare
-from loaders.artifacts.recipe import Recipe
-from loaders.base import Availability, LoadedModel, ModelSpec, Progress
+from loaders.base import Availability, LoadedModel, ModelSpec, Progress, Recipe
 from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure_layers, reasons
