@@ -7,8 +7,9 @@ row's own position.
 
 Inputs: ``input_ids`` and ``position_ids`` (rows, tokens) int64; ``last`` (rows,) int32, the index of each
 row's last key after this step; ``total`` () int32, keys of the longest row; ``kept`` (n,) int64, the tokens
-whose logits are wanted; ``past.0`` … (rows, heads, context, head dim) float32, a layer's keys, its values, the next
-layer's keys … Outputs: ``logits`` (rows, n, vocabulary) and ``present.0`` …, the same memory as the inputs.
+whose logits are wanted; ``past.0`` … (rows, heads, context, head dim) float32, a layer's keys, its values,
+the next layer's keys … Outputs: ``logits`` (rows, n, vocabulary) and ``present.0`` …, the same memory as the
+inputs.
 """
 
 import io

@@ -25,7 +25,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class OnnxRunner(Runner):
-    """Implements ``LayerRunner`` and ``ReportingRunner`` as well.
+    """Implements ``DescribedLayers`` and ``ReportingRunner`` as well.
 
     Args:
         path: the graph, as ``loaders.onnx.export`` describes it.

@@ -1,1 +1,0 @@
-"""From a loaded model to the file that is served."""
