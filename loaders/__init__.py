@@ -54,6 +54,8 @@ PRECISIONS: dict[str, str] = {
     "litert-fp16": "loaders.precisions.litert",
     "litert-int8": "loaders.precisions.litert",
     "litert-full-int8": "loaders.precisions.litert",
+    "onnx-fp32": "loaders.precisions.onnx",
+    "onnx-int8": "loaders.precisions.onnx",
 }
 ALIASES: dict[str, str] = {
     "8bit": "int8",

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.base import DTYPES, Footprint, KeptLayer, LoadedModel
-from loaders.layers.layer_weights import weights_of
+from loaders.layers.layer_weights import LayerWeights, weights_of
 
 Reason = Callable[[nn.Module], str]
 """Returns why the matrices of a module were not quantized."""
@@ -59,6 +59,45 @@ def measure(
         lookup_bytes=_lookup_bytes(model),
         quantized=quantized,
         kept=kept,
+        quantized_share=multiplied[True] / max(1, sum(multiplied.values())),
+    )
+
+
+def measure_layers(
+    layers: Mapping[str, LayerWeights], by_dtype: Mapping[str, int], model: PreTrainedModel, reason: Reason
+) -> Footprint:
+    """The footprint of a model without PyTorch modules.
+
+    Args:
+        layers: by name, as in ``model``.
+        by_dtype: bytes of all that the forward pass reads.
+        model: the checkpoint's, on the meta device.
+    """
+    state: dict[str, int] = defaultdict(int)
+    multiplied: dict[bool, int] = defaultdict(int)
+    counted, looked_up = _Bytes(), 0
+    for name, weights in layers.items():
+        for role, tensor in weights.state:
+            state[role] += counted.count(tensor)
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            looked_up += weights.weight.nbytes
+        else:
+            multiplied[weights.quantized] += math.prod(weights.shape)
+    total, parameters = sum(by_dtype.values()), count_parameters(model)
+    return Footprint(
+        weights_bytes=total,
+        by_dtype=dict(by_dtype),
+        quantization_state=dict(state),
+        transformers_footprint_bytes=total - sum(state.values()),
+        bits_per_weight=8 * total / parameters,
+        parameters=parameters,
+        lookup_bytes=looked_up,
+        quantized=[name for name, weights in layers.items() if weights.quantized],
+        kept=[
+            KeptLayer(name, reason(model.get_submodule(name)))
+            for name, weights in layers.items()
+            if not weights.quantized
+        ],
         quantized_share=multiplied[True] / max(1, sum(multiplied.values())),
     )
 

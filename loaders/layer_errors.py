@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from loaders.base import Checkpoint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import weight_files
 from loaders.footprint import quantization_warning
-from loaders.layers.layer_weights import LayerWeights, weights_of
+from loaders.layers.layer_weights import DescribedLayers, LayerWeights, weights_of
 from loaders.pretrained import meta_model
+from loaders.runner import Runner
 
 _ROWS = 2**22  # weights compared at a time
 
@@ -79,29 +80,51 @@ class HasModule(Protocol):
     def module(self) -> nn.Module: ...
 
 
+class ModuleLayers(Mapping[str, tuple[str, LayerWeights]]):
+    """The layers of PyTorch modules, each described when it is asked for: a description may be a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+
+    def __getitem__(self, name: str) -> tuple[str, LayerWeights]:
+        module = self._modules[name]
+        weights = weights_of(module)
+        assert weights is not None, f"{type(module).__name__} has weights that can't be read"
+        return type(module).__name__, weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def layers_of(runner: Runner) -> Mapping[str, tuple[str, LayerWeights]] | None:
+    """(kind, weights) of a runner's layers by name, among them modules without weights; None if unknown."""
+    if isinstance(runner, HasModule):
+        return ModuleLayers(runner.module)
+    return runner.layers() if isinstance(runner, DescribedLayers) else None
+
+
 def layer_errors(
     model: LoadedModel, spec: ModelSpec, progress: Progress = ignore_progress
 ) -> LayerReport | None:
     """Compares every matrix with the checkpoint's; needs a few times the largest layer in float32.
 
-    Returns: None if the runner has no PyTorch modules to read weights from.
+    Returns: None if the runner neither has PyTorch modules nor describes its layers.
     """
-    if not isinstance(model.runner, HasModule):
+    layers = layers_of(model.runner)
+    if layers is None:
         return None
-    loaded: nn.Module = model.runner.module
     before = meta_model(spec)
     reasons = {layer.name: layer.reason for layer in model.footprint.kept}
-    names = [
-        name for name, _ in loaded.named_modules() if name in reasons or name in model.footprint.quantized
-    ]
+    names = [name for name in layers if name in reasons or name in model.footprint.quantized]
     found, owners = [], dict[int, str]()
     with Originals(spec.checkpoint, before) as originals:
         for done, name in enumerate(names, 1):
-            module = loaded.get_submodule(name)
-            weights = weights_of(module)
-            assert weights is not None, f"{type(module).__name__} has weights that can't be read"
+            kind, weights = layers[name]
             owner = name if weights.copied else owners.setdefault(weights.weight.data_ptr(), name)
-            kinds = type(before.get_submodule(name)).__name__, type(module).__name__
+            kinds = type(before.get_submodule(name)).__name__, kind
             original = originals.weight(name)
             found.append(_layer(name, kinds, weights, original, reasons.get(name), owner))
             progress("comparing weights", done, len(names))

@@ -32,7 +32,7 @@ LAYERS = (
     "loaders.precisions",
     "loaders.footprint loaders.runners",
     "loaders.artifacts",
-    "loaders.calibration",
+    "loaders.litert loaders.onnx loaders.calibration",
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",
     "loaders.layers loaders.end_tokens loaders.texts",

@@ -5,7 +5,7 @@ are registered with ``weights_of``: those of PyTorch and transformers here, bits
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Protocol, runtime_checkable
@@ -84,3 +84,12 @@ def _(module: Any) -> LayerWeights:
 @weights_of.register(Conv1D)
 def _(module: Any) -> LayerWeights:
     return dense(module.weight.detach().t())
+
+
+@runtime_checkable
+class DescribedLayers(Protocol):
+    """A runner without PyTorch modules that describes the matrices of its layers itself."""
+
+    def layers(self) -> Mapping[str, tuple[str, LayerWeights]]:
+        """(kind, weights) by the names that the layers have in the checkpoint's model."""
+        ...

@@ -33,6 +33,8 @@ TOLERANCE = {
     "nf4": 0.6,
     "fp4": 0.8,
     "dynamic-int8": 0.1,
+    "onnx-fp32": 1e-5,
+    "onnx-int8": 0.1,
 }
 # SQNR in dB on normal weights, lowest and highest: of what a precision quantizes, and of types for the rest
 NOISE = {
@@ -40,6 +42,7 @@ NOISE = {
     "float16": (68, 80),
     "int8": (38, 48),
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
+    "onnx-int8": (38, 48),
     "nf4": (19, 23),
     "fp4": (16, 21),
 }

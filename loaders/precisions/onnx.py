@@ -1,0 +1,121 @@
+"""onnx-fp32, onnx-int8, onnx-static-int8, onnx-int4: the model as one graph on ONNX Runtime.
+
+The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a file.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loaders.artifacts.prepare import prepare
+from loaders.artifacts.recipe import Recipe
+from loaders.base import Availability, LoadedModel, ModelSpec, Progress
+from loaders.errors import CheckpointError
+from loaders.footprint import count_parameters, measure_layers, reasons
+from loaders.layers.dynamic_int8_linear import activation_levels
+from loaders.onnx import files, session
+from loaders.onnx.weights import GraphWeights
+from loaders.pretrained import load_pretrained, meta_model
+from loaders.runners.batching_check import check_numbers
+from loaders.runners.onnx_check import check_graph, expected_logits
+from loaders.runners.onnx_runner import OnnxRunner
+
+_FORMAT = 1  # raised whenever the same options give other files
+_PACKAGES = ("onnxruntime", "onnxscript", "torch", "transformers")
+
+
+def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
+    return session.availability(device)
+
+
+def estimate_bytes(precision: str, spec: ModelSpec) -> int:
+    model = meta_model(spec)
+    head, tied = model.get_output_embeddings(), files.Head(model).embedding is not None
+    size = 4 * count_parameters(model)
+    if precision == "onnx-fp32":
+        return size
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | Conv1D) and (layer is not head or spec.quantize_lm_head):
+            outputs, inputs = (
+                reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+            )
+            copies = 2 if layer is head and tied else 1
+            size += copies * outputs * inputs + 4 * outputs - 4 * outputs * inputs
+    return size
+
+
+def recipe(precision: str, spec: ModelSpec) -> Recipe:
+    options: dict[str, Any] = {"format": _FORMAT}
+    if precision == "onnx-int8":
+        options |= {"quantize_lm_head": spec.quantize_lm_head, "levels": activation_levels()}
+    return Recipe(precision, options, _PACKAGES)
+
+
+def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
+    _check_layers(meta_model(spec), precision, spec.checkpoint.model_id)
+    model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu").requires_grad_(False)
+    head, expected = files.Head(model), expected_logits(model, spec)
+    progress("exporting", 0, 0)
+    path = folder / files.FLOAT
+    files.write_float(model, spec.checkpoint.model_id, path, separate_head=precision != "onnx-fp32")
+    del model
+    check_graph(path, spec, expected)
+    progress("quantizing", 0, 0)
+    if precision == "onnx-fp32":
+        files.finish(files.read(path), folder)
+    else:
+        files.quantize_int8(folder, head, keep_head=not spec.quantize_lm_head)
+
+
+def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
+    folder = prepare(spec, recipe(precision, spec), partial(make, precision, spec), progress)
+    model = meta_model(spec)
+    names = [
+        name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D | nn.Embedding)
+    ]
+    weights = GraphWeights(folder / files.SERVED, names)
+    layers = {name: found for name, (_, found) in weights.layers().items()}
+    why = (
+        "this precision quantizes nothing"
+        if precision == "onnx-fp32"
+        else "the head was left in fp32 by choice"
+    )
+    footprint = measure_layers(layers, weights.by_dtype(), model, reasons(model, why))
+    runner = OnnxRunner(folder / files.SERVED, spec, weights)
+    check_numbers(runner, spec.checkpoint.architecture, torch.float32)
+    return LoadedModel(precision, runner, footprint, details=_details(precision))
+
+
+def _details(precision: str) -> dict[str, Any]:
+    details: dict[str, Any] = {"kernels": "ONNX Runtime"}
+    if precision == "onnx-int8":
+        bits = 8 if activation_levels() == 127 else 7
+        details |= {"activation_bits": bits, "activation_group_size": "row", "weight_scales_per_output": 1}
+    return details
+
+
+def _check_layers(model: PreTrainedModel, precision: str, name: str) -> None:
+    """
+    Raises:
+        CheckpointError: the model has a part that the exported graph lacks a form for.
+    """
+    for reason in _reasons_against(model):
+        raise CheckpointError(f"{name} can't be served in {precision}: {reason}")
+
+
+def _reasons_against(model: PreTrainedModel) -> Iterator[str]:
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear | Conv1D | nn.Embedding)]
+    matrices = {one.weight for one in layers}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and parameter not in matrices:
+            yield f"{name} is in no linear layer (as the experts of a mixture are)"
+    ropes: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (ropes, *ropes.values()) if isinstance(one, dict)}
+    if changing := kinds & {"dynamic", "longrope"}:
+        yield f"its rotary embeddings ({', '.join(sorted(changing))}) depend on the length of a text"
