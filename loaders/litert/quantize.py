@@ -72,7 +72,7 @@ class _Passes:
         self._path, self._samples, self._description = path, samples, description
 
     def __len__(self) -> int:
-        return len(self._samples) * (self._samples.shape[1] // CHUNK)
+        return int(len(self._samples) * (self._samples.shape[1] // CHUNK))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         from ai_edge_litert.interpreter import Interpreter

@@ -43,7 +43,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
         return Availability("LiteRT's kernels for this format run on CPUs only")
     if find_spec("ai_edge_litert") is None:
         return Availability("ai-edge-litert is not installed", "pip install 'bitdial[litert]'")
-    return Availability()
+    return Availability(environment.missing())
 
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:

@@ -20,7 +20,7 @@ def record(stage: str, current: int, total: int) -> None:
 @pytest.fixture
 def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A complete environment whose interpreter is a script, to be written by the test."""
-    monkeypatch.setenv("BITDIAL_LITERT_CONVERTER", str(tmp_path / "venv"))
+    monkeypatch.setenv(environment.FOLDER, str(tmp_path / "venv"))
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "complete").touch()
     return tmp_path / "venv" / "bin" / "python"
@@ -49,14 +49,16 @@ def test_a_converter_that_dies_is_one_clear_line(converter: Path, tmp_path: Path
 def test_without_a_network_the_first_conversion_fails_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BITDIAL_LITERT_CONVERTER", str(tmp_path / "venv"))
+    monkeypatch.delenv(environment.FOLDER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("loaders.litert.environment.sys.executable", str(tmp_path / "python"))
+    folder = environment.default_folder()
     write(
         tmp_path / "python",
-        f"mkdir -p {tmp_path}/venv/bin; printf '#!/bin/sh\\n"
+        f"mkdir -p {folder}/bin; printf '#!/bin/sh\\n"
         "echo WARNING: Retrying after connection broken\\n"
         "echo ERROR: No matching distribution found for torch==2.13.0\\nexit 1\\n' "
-        f"> {tmp_path}/venv/bin/python; chmod +x {tmp_path}/venv/bin/python",
+        f"> {folder}/bin/python; chmod +x {folder}/bin/python",
     )
     with pytest.raises(ConverterUnavailable) as caught:
         environment.ensure(ignore_progress)
@@ -72,3 +74,10 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     able = loaders.availability("litert-int8", "cpu")
     assert (able.reason, able.install) == ("ai-edge-litert is not installed", "pip install 'bitdial[litert]'")
     assert "CPU" in (loaders.availability("litert-int8", "cuda").reason or "")
+
+
+def test_an_environment_that_the_user_names_is_never_installed() -> None:
+    able = loaders.availability("litert-int8", "cpu")
+    assert able.reason == "BITDIAL_LITERT_CONVERTER names no environment with LiteRT's converter"
+    with pytest.raises(ConverterUnavailable, match="names no environment"):
+        environment.ensure(ignore_progress)

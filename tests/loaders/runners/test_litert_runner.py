@@ -24,7 +24,9 @@ class SummingSteps:
     def __init__(self, window: int | None = None, queries: int = 1) -> None:
         self.description = Description(1, 1, 1, queries, VOCABULARY, {"attention": window}, {})
         sizes = ((1, 1), (1, 8))
-        self.signatures = [Signature(*size, length) for size in sizes for length in LENGTHS]
+        self.signatures: Sequence[Signature] = [
+            Signature(*size, length) for size in sizes for length in LENGTHS
+        ]
         self.ran: list[Signature] = []
 
     def new_cache(self, length: int) -> StepCache:
