@@ -11,6 +11,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+import loaders
 from loaders.quality.prompt import longest_prompt
 from server.errors import DeadlinePassed, PromptTooLong, ServiceError
 from server.evaluation.comparison import Compared, Comparison, ComparisonRequest
@@ -23,7 +24,7 @@ from server.routes.generation_request import make_request, merge_parameters
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
 from server.service.pool import Pool
-from server.service.precision_state import known_precision
+from server.service.precision_state import PrecisionState, known_precision
 from server.settings.types import ALL
 from server.state import AppState, state_of
 
@@ -91,10 +92,15 @@ async def _compare(state: AppState, body: CompareBody) -> Answer:
     return answer
 
 
+def _is_direct(state: PrecisionState) -> bool:
+    """Whether loading the precision takes seconds: others make files first."""
+    return state.state != "unavailable" and not loaders.is_prepared(state.name)
+
+
 def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
     """Canonical names without duplicates, the reference first."""
     if precisions == ALL:
-        names = [state.name for state in pool.states() if state.state != "unavailable"]
+        names = [state.name for state in pool.states() if state.state == "loaded" or _is_direct(state)]
     elif precisions is None:
         names = [state.name for state in pool.states() if state.state == "loaded"]
     else:

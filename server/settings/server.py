@@ -48,7 +48,7 @@ class Settings(PrecisionSettings):
         _LOADING,
         "NAMES",
         "loaded at start, separated by commas, beside the default one; others at their first request; "
-        "all: every one that this host can run",
+        "all: every one that this host can run without files made first",
         unset=f"{','.join(_FIRST_ON_CUDA)} and, on a CPU, dynamic-int8",
     )
     memory_budget: Bytes | None = option(

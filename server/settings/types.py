@@ -15,7 +15,7 @@ _LATIN_1 = 0xFF
 AUTO = "auto"
 """In place of a precision's name: chosen by the stored report."""
 ALL = "all"
-"""In place of precisions' names: all that this host can run."""
+"""In place of precisions' names: those of ``loaders.direct``, since others may take minutes to make."""
 
 
 def parse_bytes(value: Any) -> Any:
@@ -90,13 +90,8 @@ Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
 
 
 def listed(precisions: tuple[str, ...] | str | None, device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
-    """The names in a ``Precisions`` value; for ``ALL`` those that this host can run.
-
-    For None, those of them that are quantized while they are loaded: others may take minutes to make first.
-    """
-    if precisions in (None, ()):
-        return loaders.direct(device)
-    return loaders.available(device) if precisions == ALL else tuple(precisions or ())
+    """The names in a ``Precisions`` value; for ``ALL`` and for None, those of ``loaders.direct``."""
+    return loaders.direct(device) if precisions in (ALL, None, ()) else tuple(precisions or ())
 
 
 def option(
