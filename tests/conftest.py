@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 import time
@@ -18,11 +19,16 @@ from starlette.testclient import TestClient
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
+from loaders.litert import environment
 from server.http.connection.listening import Server
 from server.http.server_config import ServerConfig
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+
+CONVERTER = environment.default_folder()
+"""The user's, for slow tests. For others LiteRT's precisions are unavailable: they may not install it."""
+os.environ[environment.FOLDER] = str(CONVERTER.with_name("no-converter"))
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ LAYERS = (
     "loaders.precisions",
     "loaders.footprint loaders.runners",
     "loaders.artifacts loaders.training",
-    "loaders.calibration loaders.onnx",
+    "loaders.calibration loaders.litert loaders.onnx",
     "loaders.pretrained loaders.checkpoint",
     "loaders.cuda",
     "loaders.layers loaders.end_tokens loaders.texts",

@@ -1,1 +1,1 @@
-"""LiteRT (TensorFlow Lite): models converted to .tflite files, in an environment of their own, and read here."""
+"""LiteRT (TensorFlow Lite): models as .tflite files, converted in an environment of their own."""

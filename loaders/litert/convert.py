@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, in_short
 from loaders.layers.attention_masks import Masks
 from loaders.litert.lengths import STAND_IN, read
 from loaders.litert.messages import reported, tell
@@ -30,10 +30,7 @@ def main(job_file: str) -> None:
     """Writes ``graph.tflite``, whose caches have the length ``STAND_IN``, and ``graph.json``."""
     job = json.loads(Path(job_file).read_text())
     out = Path(job["out"])
-    model, windows = _load(Path(job["folder"]))
-    shape = _shape(model)
-    tell("checking the step", 0, 0)
-    _check(model, shape, windows)
+    model, shape, windows = load_checked(Path(job["folder"]))
     steps = [(rows, tokens) for rows, tokens in job["steps"]]
     _convert(model, shape, windows, steps).export(str(out / "graph.tflite"))
     layers = _layers(out / "graph.tflite", model)
@@ -44,11 +41,33 @@ def main(job_file: str) -> None:
     (out / "graph.json").write_text(description.to_json())
 
 
+def load_checked(folder: Path) -> tuple[Any, CacheShape, dict[str, int | None]]:
+    """The model with the step's attention, its cache, and the attention window of each kind of layer.
+
+    Raises:
+        CheckpointError: the checkpoint is unusable, or the architecture can't be computed in steps.
+    """
+    model, windows = _load(folder)
+    shape = _shape(model)
+    tell("checking the step", 0, 0)
+    try:
+        _check(model, shape, windows)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a forward pass may raise anything for arguments that it doesn't expect
+        raise CheckpointError(
+            f"{type(model).__name__} can't be computed in steps ({in_short(error)})"
+        ) from error
+    return model, shape, windows
+
+
 def _load(folder: Path) -> tuple[Any, dict[str, int | None]]:
     """The model with the step's attention, and the attention window of each kind of layer."""
     spec = ModelSpec(open_checkpoint(str(folder)))
     model = load_pretrained(spec, tell, dtype=torch.float32, attn_implementation=ATTENTION)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
+    if any(STAND_IN in parameter.shape for parameter in model.parameters()):
+        raise CheckpointError(f"one of its dimensions is {STAND_IN}, which stands for the cache's length")
     if size > _LARGEST:
         raise CheckpointError(
             f"it has {size / 2**30:.1f} GiB of weights in float32; a .tflite file holds less than 2"

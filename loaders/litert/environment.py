@@ -29,6 +29,8 @@ REQUIREMENTS = (
     "ai-edge-litert==2.3.0",
     "safetensors",
 )
+FOLDER = "BITDIAL_LITERT_CONVERTER"
+"""The environment variable that names an existing environment; it is used as it is, never installed."""
 _TRIAL = "import ai_edge_quantizer, litert_torch, transformers"
 _STAGE = "installing LiteRT's converter"
 _TAIL = 12  # lines of a failed process's output that are searched for the reason
@@ -40,7 +42,7 @@ class ConverterUnavailable(LoaderError):
 
 def default_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("BITDIAL_LITERT_CONVERTER") or Path(cache) / "bitdial" / "litert-venv")
+    return Path(os.environ.get(FOLDER) or Path(cache) / "bitdial" / "litert-venv")
 
 
 def interpreter() -> Path | None:
@@ -49,12 +51,21 @@ def interpreter() -> Path | None:
     return python if (default_folder() / "complete").exists() and python.exists() else None
 
 
+def missing() -> str | None:
+    """Why nothing can be converted: the environment that the user names doesn't exist."""
+    if os.environ.get(FOLDER) and interpreter() is None:
+        return f"{FOLDER} names no environment with LiteRT's converter"
+    return None
+
+
 def ensure(progress: Progress) -> Path:
     """The environment's interpreter; installs the converter if it is missing (2 GB, a few minutes).
 
     Raises:
         ConverterUnavailable: it can't be installed; the message has the installer's last line.
     """
+    if why := missing():
+        raise ConverterUnavailable(why)
     folder = default_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):

@@ -36,26 +36,26 @@ def write(model: Any, path: Path) -> None:
 def at_lengths(model: Any, lengths: Sequence[int]) -> None:
     """Replaces every step with one for each length, in place."""
     graphs, signatures = [], []
+    constants = {at for at, buffer in enumerate(model.buffers) if buffer.data is not None}
     for signature in model.signatureDefs:
         rows, tokens, _ = signature_of(signature.signatureKey.decode())
         for length in lengths:
             name = step_name(rows, tokens, length)
-            graphs.append(_resized(model.subgraphs[signature.subgraphIndex], name, length))
+            graphs.append(_resized(model.subgraphs[signature.subgraphIndex], constants, name, length))
             own = copy(signature)
             own.signatureKey, own.subgraphIndex = name, len(graphs) - 1
             signatures.append(own)
     model.subgraphs, model.signatureDefs = graphs, signatures
 
 
-def _resized(graph: Any, name: str, length: int) -> Any:
-    resized = copy(graph)
-    resized.name, resized.tensors = name, [_tensor(tensor, length) for tensor in graph.tensors]
-    return resized
-
-
-def _tensor(tensor: Any, length: int) -> Any:
-    if tensor.shape is None or STAND_IN not in tensor.shape:
-        return tensor
-    resized = copy(tensor)
-    resized.shape = np.where(np.asarray(tensor.shape) == STAND_IN, length, tensor.shape).astype(np.int32)
+def _resized(graph: Any, constants: set[int], name: str, length: int) -> Any:
+    resized, ends = copy(graph), {*graph.inputs, *graph.outputs}
+    resized.name, resized.tensors = name, []
+    for at, tensor in enumerate(graph.tensors):
+        own = copy(tensor)
+        if at not in ends and tensor.buffer not in constants:
+            own.name = None  # long, and of no use
+        if tensor.shape is not None and STAND_IN in tensor.shape:
+            own.shape = np.where(np.asarray(tensor.shape) == STAND_IN, length, tensor.shape).astype(np.int32)
+        resized.tensors.append(own)
     return resized

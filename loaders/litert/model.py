@@ -18,7 +18,7 @@ from loaders.litert.steps import Description, Signature, signature_of, step_name
 
 Array = NDArray[Any]
 _SHARED = ":memory"
-"""The weights in the kernels' layout are packed once, in memory, for all steps; without it for each step."""
+"""The weights in the kernels' layout, packed once, in memory, for all steps; without it, for each step."""
 _READ_WRITE = 2  # LiteRtTensorBufferLockMode
 
 
@@ -89,18 +89,20 @@ class StepModel(Protocol):
 class LiteRTModel:
     """Implements ``StepModel``."""
 
-    def __init__(
-        self, path: Path, description: Description, threads: int, weight_cache: Path | None = None
-    ) -> None:
-        """``weight_cache``: a file for the weights as the kernels read them, shared by all steps."""
+    def __init__(self, path: Path, description: Description, threads: int, share: bool) -> None:
+        """``share``: all steps read one copy of the packed weights. LiteRT 2.3 confuses the copies of int8
+        weights whose activations have ranges taken while computing: results are then wrong.
+        """
         from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 
         self.description = description
-        cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=_SHARED)
+        cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=_SHARED if share else "")
         options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
         self._model: Any = CompiledModel.from_file(str(path), options=options)
         self._memory = _Memory()
-        self.signatures: Sequence[Signature] = sorted(signature_of(name) for name in self._model.get_signature_list())
+        self.signatures: Sequence[Signature] = sorted(
+            signature_of(name) for name in self._model.get_signature_list()
+        )
         self._steps: dict[Signature, _Buffers] = {}
 
     def new_cache(self, length: int) -> StepCache:

@@ -57,38 +57,51 @@ def _quantize(job: dict[str, Any], graph: Path, out: Path) -> None:
         samples = np.load(job["samples"])
         name = step_name(1, CHUNK, STAND_IN)
         tell("calibrating", 0, 0)
-        result = one.calibrate({name: _passes(graph / "graph.tflite", samples, description)}, num_threads=2)
+        result = one.calibrate({name: _Passes(graph / "graph.tflite", samples, description)}, num_threads=2)
         result = {**result, **_shared(read(graph / "graph.tflite"), result)}
     one.quantize(result).export_model(str(out))
 
 
-def _passes(path: Path, samples: Any, description: Description) -> Iterator[dict[str, Any]]:
-    """The inputs of the step that reads a chunk, for every chunk of every sample."""
-    from ai_edge_litert.interpreter import Interpreter
+class _Passes:
+    """The inputs of the step that reads a chunk, for every chunk of every sample.
 
-    runner = Interpreter(model_path=str(path), num_threads=2).get_signature_runner(
-        step_name(1, CHUNK, STAND_IN)
-    )
-    caches = (description.heads, STAND_IN, description.width)
-    sides = ("keys", "values")
-    for number, sample in enumerate(samples, 1):
-        past = {
-            f"{side}_{at}": np.zeros(caches, np.float32) for side in sides for at in range(description.layers)
-        }
+    They are computed whenever they are iterated, twice by ai-edge-quantizer: each holds a whole cache.
+    """
+
+    def __init__(self, path: Path, samples: Any, description: Description) -> None:
+        self._path, self._samples, self._description = path, samples, description
+
+    def __len__(self) -> int:
+        return int(len(self._samples) * (self._samples.shape[1] // CHUNK))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        from ai_edge_litert.interpreter import Interpreter
+
+        runner = Interpreter(model_path=str(self._path), num_threads=2).get_signature_runner(
+            step_name(1, CHUNK, STAND_IN)
+        )
+        for number, sample in enumerate(self._samples, 1):
+            yield from self._sample(runner, sample)
+            tell("calibrating", number, len(self._samples))
+
+    def _sample(self, runner: Any, sample: Any) -> Iterator[dict[str, Any]]:
+        described, one = self._description, np.ones(1, np.float32)
+        caches = (described.heads, STAND_IN, described.width)
+        names = [f"{side}_{layer}" for side in ("keys", "values") for layer in range(described.layers)]
+        past = {name: np.zeros(caches, np.float32) for name in names}
         for start in range(0, len(sample) - CHUNK + 1, CHUNK):
+            tokens = sample[None, start : start + CHUNK].astype(np.int32)
             positions = np.arange(start, start + CHUNK, dtype=np.int32)[None]
             masks = {
-                f"masks_{at}": _mask(start, window, description.queries)
-                for at, window in enumerate(description.windows.values())
+                f"masks_{at}": _mask(start, window, described.queries)
+                for at, window in enumerate(described.windows.values())
             }
-            given = {"one": np.ones(1, np.float32), "tokens": sample[None, start : start + CHUNK].astype(np.int32), "positions": positions}
-            given |= masks | {name: cache.copy() for name, cache in past.items()}
+            held = {name: cache.copy() for name, cache in past.items()}
+            given = {"one": one, "tokens": tokens, "positions": positions, **masks, **held}
             yield given
             found = runner(**given)
             for name, cache in past.items():
-                side, _, layer = name.partition("_")
-                cache[:, start : start + CHUNK] = found[f"new_{side}_{layer}"][0]
-        tell("calibrating", number, len(samples))
+                cache[:, start : start + CHUNK] = found[f"new_{name}"][0]
 
 
 def _mask(start: int, window: int | None, queries: int) -> Any:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-ROWS, CHUNK = 4, 32
-"""Rows of the step that decodes several together; tokens of the one that reads prompts."""
-SIZES = ((1, 1), (ROWS, 1), (1, CHUNK))
-"""(rows, tokens) of each step."""
+CHUNK = 32
+"""Tokens of the step that reads prompts."""
+SIZES = ((1, 1), (1, CHUNK))
+"""(rows, tokens) of each step. XNNPACK rounds a row otherwise alone than beside others: rows are computed one
+after another, so that a row's result doesn't depend on the batch."""
 _SHORTEST, _GROWTH = 128, 4  # tokens of the shortest cache; how many times longer the next one is
 
 

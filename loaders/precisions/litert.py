@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loaders.artifacts.prepare import prepare
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress, Recipe
@@ -31,8 +32,8 @@ _FORMAT = 1
 _SAMPLES = 128
 _SAMPLE_CHUNKS = 4
 _CALIBRATED = ("litert-full-int8",)
-_STORED = {"litert-fp32": 4.0, "litert-fp16": 2.0, "litert-int8": 1.01, "litert-full-int8": 1.01}
-"""Bytes of a weight; in int8 with its part of the row's scale."""
+_QUANTIZING = ("litert-int8", "litert-full-int8")
+_ROW_STATE = 4 + 8  # bytes of a row's scale and zero point
 _STATIC_LAYERS = ".*"
 """The layers, by a pattern of their tensors' names, whose activations are quantized with constant ranges."""
 
@@ -42,11 +43,24 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
         return Availability("LiteRT's kernels for this format run on CPUs only")
     if find_spec("ai_edge_litert") is None:
         return Availability("ai-edge-litert is not installed", "pip install 'bitdial[litert]'")
-    return Availability()
+    return Availability(environment.missing())
 
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
-    return int(count_parameters(meta_model(spec)) * _STORED[precision])
+    model = meta_model(spec)
+    matrices = {
+        id(layer.weight): layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear | nn.Embedding | Conv1D)
+    }
+    rest: int = count_parameters(model) - sum(one.numel() for one in matrices.values())
+    return 4 * rest + sum(_matrix_bytes(precision, *one.shape) for one in matrices.values())
+
+
+def _matrix_bytes(precision: str, outputs: int, inputs: int) -> int:
+    if precision in _QUANTIZING:
+        return outputs * (inputs + _ROW_STATE)
+    return outputs * inputs * (4 if precision == "litert-fp32" else 2)
 
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
@@ -98,13 +112,13 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     weights = Weights(folder / "model.tflite", description.names)
     model = meta_model(spec)
     embeddings = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
-    quantizes = precision in ("litert-int8", "litert-full-int8")
+    quantizes = precision in _QUANTIZING
     reason = "the converter keeps it" if quantizes else "this precision quantizes nothing"
     footprint = weights.footprint(count_parameters(model), embeddings, reason)
     threads = spec.threads or torch.get_num_threads()
     kinds = {name: "EMBEDDING_LOOKUP" if name in embeddings else "FULLY_CONNECTED" for name in weights.layers}
     layers = {name: (kinds[name], one) for name, one in weights.layers.items()}
-    steps = LiteRTModel(folder / "model.tflite", description, threads)
+    steps = LiteRTModel(folder / "model.tflite", description, threads, share=not quantizes)
     runner = LiteRTRunner(steps, layers, spec.slots, spec.max_tokens)
     check_numbers(runner, spec.checkpoint.architecture, torch.float32)
     details = {"kernels": "LiteRT, XNNPACK", "file_bytes": (folder / "model.tflite").stat().st_size}

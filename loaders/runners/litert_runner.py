@@ -1,7 +1,7 @@
 """The Runner of a .tflite file: steps of fixed sizes on caches that grow from one length to the next.
 
-Every row's cache has the length that its own tokens need, so that a row's arithmetic doesn't depend on the
-rows beside it.
+Rows are computed one after another, each with a cache of the length that its own tokens need, so that a row's
+arithmetic doesn't depend on the rows beside it.
 """
 
 from collections import defaultdict
@@ -24,15 +24,14 @@ class LiteRTRunner(Runner):
     """Implements ``ReportingRunner`` and ``DescribedLayers`` as well."""
 
     def __init__(
-        self, model: StepModel, slots: int, context: int, facts: Mapping[str, Any] | None = None
+        self, model: StepModel, layers: Mapping[str, tuple[str, LayerWeights]], slots: int, context: int
     ) -> None:
-        """``facts``: what ``report`` shows beside the steps."""
+        """``layers``: (kind, weights) of the model's layers by name."""
         self.slots, self.context = slots, context
         self.vocabulary = model.description.vocabulary
         self._model: StepModel | None = model
         self._layers = layers
         self._lengths = sorted({step.length for step in model.signatures})
-        self._rows = max(step.rows for step in model.signatures)
         self._chunk = max(step.tokens for step in model.signatures)
         self._held = [0] * slots
         self._caches: dict[int, StepCache] = {}
@@ -43,6 +42,7 @@ class LiteRTRunner(Runner):
         for start in range(0, len(ids), self._chunk):
             chunk = ids[start : start + self._chunk]
             output = self._append(slot, chunk)
+            self._held[slot] += len(chunk)
             if logits == "all" or start + len(chunk) == len(ids):
                 found.append(output.copy())
         if logits == "none":
@@ -50,15 +50,10 @@ class LiteRTRunner(Runner):
         return torch.from_numpy(np.concatenate(found) if logits == "all" else found[-1][-1:])
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for at, slot in enumerate(slots):
-            by_length[self._make_room(slot, 1).length].append(at)
         logits = np.empty((len(slots), self.vocabulary), np.float32)
-        for length, rows in by_length.items():
-            for start in range(0, len(rows), self._rows):
-                part = rows[start : start + self._rows]
-                logits[part] = self._decode([slots[at] for at in part], [ids[at] for at in part], length)
-        for slot in slots:
+        for row, (slot, id_) in enumerate(zip(slots, ids, strict=True)):
+            logits[row] = self._append(slot, [id_])
+        for slot in slots:  # after all: a failed call advances no row
             self._held[slot] += 1
         return torch.from_numpy(logits)
 
@@ -96,9 +91,9 @@ class LiteRTRunner(Runner):
     def report(self) -> Mapping[str, Any]:
         """For ``/stats``."""
         return {
-            **self._facts,
+            "forward": "LiteRT's XNNPACK",
             "cache_lengths": self._lengths,
-            "rows_of_a_step": self._rows,
+            "rows_of_a_step": 1,
             "chunk": self._chunk,
         }
 
@@ -113,7 +108,10 @@ class LiteRTRunner(Runner):
         return self._model
 
     def _append(self, slot: int, ids: Sequence[int]) -> Array:
-        """(len(ids), vocabulary) logits of a chunk; the step's remaining tokens are padding after it."""
+        """(len(ids), vocabulary) logits of a chunk that the slot doesn't count yet.
+
+        The step's remaining tokens are padding after it.
+        """
         cache, start = self._make_room(slot, len(ids)), self._held[slot]
         size = 1 if len(ids) == 1 else self._chunk
         tokens, positions = np.zeros((2, 1, size), np.int32)
@@ -123,27 +121,7 @@ class LiteRTRunner(Runner):
         output = self._live.run(Signature(1, size, cache.length), tokens, positions, masks, [cache])
         for held, new in zip((*cache.keys, *cache.values), (*output.keys, *output.values), strict=True):
             held[:, start : start + len(ids)] = new[0, :, : len(ids)]
-        self._held[slot] += len(ids)
         return output.logits[0, : len(ids)]
-
-    def _decode(self, slots: Sequence[int], ids: Sequence[int], length: int) -> Array:
-        """(len(slots), vocabulary) logits of rows whose caches have one length."""
-        size = 1 if len(slots) == 1 else self._rows
-        slots, ids = list(slots), list(ids)
-        padded = size - len(slots)  # rows that repeat the last one
-        tokens = np.array([[id_] for id_ in (*ids, *ids[-1:] * padded)], np.int32)
-        starts = [self._held[slot] for slot in slots]
-        starts += starts[-1:] * padded
-        caches = [self._caches[slot] for slot in slots]
-        caches += caches[-1:] * padded
-        masks = list(zip(*(self._masks(start, 1, length) for start in starts), strict=True))
-        step = Signature(size, 1, length)
-        output = self._live.run(step, tokens, np.array(starts, np.int32)[:, None], masks, caches)
-        for row, slot in enumerate(slots):
-            cache = caches[row]
-            for held, new in zip((*cache.keys, *cache.values), (*output.keys, *output.values), strict=True):
-                held[:, self._held[slot]] = new[row, :, 0]
-        return output.logits[: len(slots), 0]
 
     def _masks(self, start: int, tokens: int, length: int) -> list[Array]:
         """By kind of layer, the (1, queries × tokens, length) mask of a past of ``start`` tokens."""

@@ -36,6 +36,8 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=loaders.PRECISIONS)
 def precision(request: pytest.FixtureRequest) -> str:
+    if request.param.startswith("litert-"):
+        pytest.skip("converted by the slow tests in tests/loaders/litert")
     return str(request.param)
 
 

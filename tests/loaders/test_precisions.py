@@ -21,6 +21,8 @@ COMPILED = kernels.get() is not None
 
 @pytest.fixture(scope="module", params=loaders.PRECISIONS)
 def precision(request: pytest.FixtureRequest) -> str:
+    if request.param.startswith("litert-"):
+        pytest.skip("converted by the slow tests in tests/loaders/litert")
     return str(request.param)
 
 
