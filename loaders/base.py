@@ -72,8 +72,8 @@ class ModelSpec:
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
     lm_head_dtype: Literal["auto", "int8", "fp32", "bf16", "fp16"] = "auto"
-    """nf4, fp4, static-int8 on a CPU: type of the output head; ``auto``: int8 on the compiled kernels, else as
-    ``unquantized_dtype``. A head tied to the embedding gets weights of its own if the types differ."""
+    """nf4, fp4, static-int8 on a CPU: the type of the output head; ``auto``: int8 on the compiled kernels,
+    else as ``unquantized_dtype``. A head tied to the embedding gets its own weights if the types differ."""
     calibration: Path | None = None
     """Text that calibrated precisions read, in UTF-8; None: the corpus' prose that is not held out."""
     artifacts: Path | None = None
