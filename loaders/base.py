@@ -73,9 +73,9 @@ class ModelSpec:
     unquantized_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """int8, nf4, fp4: the type of the tensors that are not quantized (embeddings, head, norms, biases)."""
     lm_head_dtype: Literal["auto", "int8", "fp32", "bf16", "fp16"] = "auto"
-    """nf4, fp4, static-int8 on a CPU: the type of the output head; ``auto``: int8 on the compiled kernels, else
-    as ``unquantized_dtype``. If the types differ, a head that is tied to the embedding gets weights of its own;
-    in int8 the embedding is looked up in them."""
+    """nf4, fp4, static-int8 on a CPU: the type of the output head; ``auto``: int8 on the compiled kernels,
+    else as ``unquantized_dtype``. If the types differ, a head tied to the embedding gets its own weights; in
+    int8 the embedding is looked up in them."""
     calibration: Path | None = None
     """Text that calibrated precisions read, in UTF-8; None: the corpus' prose that is not held out."""
     training_steps: int = 200
