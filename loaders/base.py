@@ -63,8 +63,8 @@ class ModelSpec:
     threads: int | None = None
     """CPU threads of one forward pass, set by the thread that computes. None: its setting is kept."""
     quantize_lm_head: bool = True
-    """dynamic-int8, qat-int8, qat-int4: quantize the output head too, to int8. On the kernels a tied embedding is
-    looked up in it."""
+    """dynamic-int8, qat-int8, qat-int4: quantize the output head too, to int8. On the kernels a tied
+    embedding is looked up in it."""
     int8_threshold: float = 0.0
     """LLM.int8 outlier threshold. Above 0, outlier columns are selected over the whole batch: a row's result
     depends on the other rows, and every layer synchronizes with the host."""

@@ -24,7 +24,7 @@ class Options(ModelSettings):
     folder as --model. int8, nf4 and fp4 are saved as transformers reads them.
     """
 
-    method: Precision = option(..., _WHAT, "PRECISION", "the precision to make", unset="required")
+    method: Precision | None = option(None, _WHAT, "PRECISION", "the precision to make", unset="required")
     out: Path | None = option(
         None,
         _WRITTEN,
@@ -37,10 +37,9 @@ class Options(ModelSettings):
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parse(Options, "quantize", arguments)
-        require([options.method], options.resolved_device())
-        _require(options)
+        made_by = _require(options)
         with clean_up_on_interrupt():
-            print(_quantize(options))
+            print(_quantize(options, options.method or "", made_by))
     except UsageError as error:
         complain("quantize", error)
         return USAGE
@@ -50,11 +49,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _require(options: Options) -> None:
-    """Raises: UsageError, for a precision without files, and for a place that is taken."""
-    makers = [name for name in loaders.PRECISIONS if loaders.maker(name) is not None]
-    if loaders.maker(options.method) is None:
-        raise UsageError(f"--method: {options.method} has no files to make; these have: {', '.join(makers)}")
+def _require(options: Options) -> loaders.Maker:
+    """The functions that make the files.
+
+    Raises:
+        UsageError: the precision has none, this host can't run it, or the place is taken.
+    """
+    if options.method is None:
+        raise UsageError(f"--method is missing: {', '.join(_makers())}")
+    if (made_by := loaders.maker(options.method)) is None:
+        raise UsageError(
+            f"--method: {options.method} has no files to make; these have: {', '.join(_makers())}"
+        )
+    require([options.method], options.resolved_device())
     if options.out is None:
         if not loaders.is_prepared(options.method):
             raise UsageError(
@@ -62,9 +69,14 @@ def _require(options: Options) -> None:
             )
     elif options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: {options.out.name!r} exists")
+    return made_by
 
 
-def _quantize(options: Options) -> str:
+def _makers() -> list[str]:
+    return [name for name in loaders.PRECISIONS if loaders.maker(name) is not None]
+
+
+def _quantize(options: Options, method: str, made_by: loaders.Maker) -> str:
     """Makes the files; returns the line that says where they are."""
     from loaders.artifacts import prepare  # late: help and usage must not wait for transformers
     from loaders.artifacts.saving import save
@@ -76,22 +88,18 @@ def _quantize(options: Options) -> str:
     spec = options.spec(checkpoint, slots=1)
     if checkpoint.saved is not None:
         raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
-    made_by = loaders.maker(options.method)
-    assert made_by is not None
-    recipe = made_by.recipe(options.method, spec)
-    make = partial(made_by.make, options.method, spec)
+    recipe = made_by.recipe(method, spec)
+    make = partial(made_by.make, method, spec)
     compute_with(options.resolved_threads())
-    with ProgressBars(options.method) as bars:
+    with ProgressBars(method) as bars:
         if options.out is not None:
             save(spec, recipe, make, options.out.absolute(), bars)
-            return _saved(options)
+            return _saved(method, options.out)
         folder = prepare(spec, recipe, make, bars)
-    return f"{options.method} of {checkpoint.model_id} is in the cache: {folder}"
+    return f"{method} of {checkpoint.model_id} is in the cache: {folder}"
 
 
-def _saved(options: Options) -> str:
-    assert options.out is not None
-    where = options.out
+def _saved(method: str, where: Path) -> str:
     size = sum(path.stat().st_size for path in where.rglob("*")) if where.is_dir() else where.stat().st_size
     serve = f"\n  bitdial serve --model {where}" if where.is_dir() else ""
-    return f"{options.method} is saved in {where} ({size / 1e6:,.1f} MB){serve}"
+    return f"{method} is saved in {where} ({size / 1e6:,.1f} MB){serve}"

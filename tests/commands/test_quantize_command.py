@@ -52,9 +52,12 @@ def test_a_saved_checkpoint_has_one_precision(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "METHOD is missing or empty"),
+        ([], "--method is missing: int8, nf4"),
         (["--method", "int3"], "unknown precision 'int3'"),
-        (["--method", "fp32"], "fp32 has no files to make; these have: int8, nf4, fp4, dynamic-int8"),
+        (
+            ["--method", "fp32"],
+            "fp32 has no files to make; these have: int8, nf4, fp4, dynamic-int8, static-int8",
+        ),
         (["--method", "int8"], "int8 is made while it is loaded and not cached; --out FOLDER saves it"),
         (["--method", "int8", "--out", "."], "'.' exists|exists"),
         (["--method", "int8", "--out", "o", "--calibration", "missing.txt"], "'missing.txt' is not a file"),

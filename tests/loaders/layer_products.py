@@ -48,9 +48,8 @@ def multiplied_weights(module: Any, weights: LayerWeights) -> Tensor:
     values = exact_inputs(weights)
     with torch.inference_mode():
         rows = torch.diag(values).to(weights.weight.dtype if plain else torch.float32)
-        product = module(rows) - (0 if module.bias is None else module.bias)
-    found: Tensor = product.t().float() / values
-    return found
+        product: Tensor = module(rows) - (0 if module.bias is None else module.bias)
+    return product.t().float() / values
 
 
 def exact_inputs(weights: LayerWeights) -> Tensor:

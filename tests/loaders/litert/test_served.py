@@ -16,7 +16,8 @@ from loaders.base import LoadedModel, ModelSpec, ignore_progress
 from loaders.litert import environment
 from tests.conftest import CONVERTER
 from tests.loaders import contract
-from tests.loaders.contract import RunnerContract, ServingContract, report_of
+from tests.loaders.contract import RunnerContract, report_of
+from tests.loaders.serving import ServingContract
 
 pytestmark = pytest.mark.slow
 NAMES = [name for name in loaders.PRECISIONS if name.startswith("litert-")]
