@@ -1,10 +1,12 @@
 """``bitdial quantize``: makes a precision's files once, so that later starts skip the work."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import loaders
+from loaders.base import ModelSpec
 from loaders.errors import LoaderError
 from server.commands import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.interrupts import clean_up_on_interrupt
@@ -25,6 +27,9 @@ class Options(ModelSettings):
     """
 
     method: Precision | None = option(None, _WHAT, "PRECISION", "the precision to make", unset="required")
+    steps: int = option(
+        ModelSpec.training_steps, _WHAT, "N", "qat-int8, qat-int4: updates of the weights in training", ge=1
+    )
     out: Path | None = option(
         None,
         _WRITTEN,
@@ -85,7 +90,7 @@ def _quantize(options: Options, method: str, made_by: loaders.Maker) -> str:
     with ProgressBars(options.model_id) as bars:
         checkpoint = open_checkpoint(options.model_id, options.revision, bars)
         load_tokenizer(checkpoint)
-    spec = options.spec(checkpoint, slots=1)
+    spec = replace(options.spec(checkpoint, slots=1), training_steps=options.steps)
     if checkpoint.saved is not None:
         raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
     recipe = made_by.recipe(method, spec)

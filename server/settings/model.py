@@ -106,14 +106,6 @@ class ModelSettings(BaseSettings):
         "a text in UTF-8 that calibrated precisions are made with",
         unset="documentation that quality is not measured on",
     )
-    training_steps: int = option(
-        200,
-        _QUANTIZATION,
-        "N",
-        "qat-int8, qat-int4: updates of the weights when they are made",
-        ge=1,
-        validation_alias=AliasChoices("training_steps", "steps"),
-    )
     artifacts: Path | None = option(
         None,
         _QUANTIZATION,
@@ -169,7 +161,6 @@ class ModelSettings(BaseSettings):
             kv_dtype=self.kv_dtype,
             calibration=self.calibration,
             artifacts=self.artifacts,
-            training_steps=self.training_steps,
             batch_invariant=self.batch_invariant,
             cuda_graphs=self.cuda_graphs,
         )

@@ -49,7 +49,8 @@ def multiplied_weights(module: Any, weights: LayerWeights) -> Tensor:
     with torch.inference_mode():
         rows = torch.diag(values).to(weights.weight.dtype if plain else torch.float32)
         product: Tensor = module(rows) - (0 if module.bias is None else module.bias)
-    return product.t().float() / values
+    found: Tensor = product.t().float() / values
+    return found
 
 
 def exact_inputs(weights: LayerWeights) -> Tensor:
