@@ -1,5 +1,7 @@
 """Generates small real checkpoints: a GPT-2, a Llama with grouped-query attention."""
 
+import random
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,10 +81,11 @@ def scripted(script: Sequence[int], prompt_tokens: int, vocabulary: int = VOCABU
 
 
 def calibration_text(folder: Path) -> Path:
-    """A text of a few thousand tokens beside a checkpoint."""
-    path = folder / "calibration.txt"
-    path.write_text(" ".join(f"The {number}th train to the north leaves at {number % 24}:{number % 60:02}."
-                             for number in range(300)))  # fmt: skip
+    """A text of a few thousand tokens beside a checkpoint, in which every printable character is usual."""
+    path, chosen = folder / "calibration.txt", random.Random(0)
+    words = ("".join(chosen.choices(string.digits + string.ascii_letters + string.punctuation, k=6))
+             for _ in range(1500))  # fmt: skip
+    path.write_text(" ".join(words))
     return path
 
 

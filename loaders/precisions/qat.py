@@ -33,6 +33,7 @@ from loaders.layers.fake_quantize import (
 from loaders.layers.huge_pages import Arena
 from loaders.layers.layer_weights import weights_of
 from loaders.layers.norm_folding import fold_norms
+from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
 from loaders.manifest import read_manifest
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
@@ -60,11 +61,11 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     size: int = 4 * count_parameters(model)
     for _, layer in _targets(model, spec):
         outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        tied = layer is head and layer.weight is model.get_input_embeddings().weight
+        kept = layer is head and stays_beside(model, kernels.supports("int8", inputs))
         four_bit = precision == "qat-int4" and layer is not head
         own = outputs * inputs // 2 + outputs * inputs // FOUR_BIT_BLOCK * 4
         size += own if four_bit else int8_linear_bytes(outputs, inputs)
-        size -= 0 if tied else 4 * outputs * inputs
+        size -= 0 if kept else 4 * outputs * inputs
     return size
 
 
@@ -104,12 +105,15 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
         load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu").requires_grad_(False)
         for _ in range(2)
     )
+    tied = spec.quantize_lm_head and is_tied(student)
     insert(precision, student, spec)
     place = place_of(spec, recipe(precision, spec))
     state = place.with_name(f"{place.name}.training")
     distil(student, teacher, trained(student), texts, plan(precision, spec), state, progress)
     del teacher
     convert(student)
+    if tied:
+        share_embedding(student)
     save_native(student, folder)
 
 

@@ -30,6 +30,7 @@ from loaders.layers.huge_pages import Arena
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.observed_inputs import ObservedInputs, observe
+from loaders.layers.shared_embedding import is_tied, share_embedding
 from loaders.layers.static_int8 import OBSERVERS, StaticWeights, calibrate
 from loaders.manifest import read_manifest
 from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
@@ -221,8 +222,11 @@ def _convert_head(
     if dtype != torch.int8:
         replace_head(model, head_weight(model), dtype, arena)
         return
+    tied = is_tied(model)
     name = next(name for name, module in model.named_modules() if module is head)
     model.set_submodule(name, int8_linear(head.weight.detach(), head.bias, arena, folded.get(name)))
+    if tied:
+        share_embedding(model)
 
 
 def _calibrated(model: PreTrainedModel) -> dict[str, Any]:

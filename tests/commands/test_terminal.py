@@ -126,8 +126,8 @@ def test_a_prompt_that_cannot_be_read(
 def test_all_precisions_are_those_that_this_host_can_run() -> None:
     settings = Settings(precisions="all", device="cpu", precision="nf4")
     assert settings.first_precisions()[0] == "nf4"
-    assert set(settings.first_precisions()) == set(loaders.available("cpu"))
-    assert set(settings.required_precisions()) == set(loaders.available("cpu"))
+    assert set(settings.first_precisions()) == set(loaders.direct("cpu"))
+    assert set(settings.required_precisions()) == set(loaders.direct("cpu"))
 
 
 def test_ctrl_c_in_a_report_says_that_it_is_kept() -> None:

@@ -58,8 +58,9 @@ def exact_inputs(weights: LayerWeights) -> Tensor:
     if weights.input_factors is None:
         return torch.ones(weights.shape[1])
     factors, zero_points = weights.input_factors
-    ends: Tensor = torch.where(zero_points > 0, -128.0, 127.0) - zero_points
-    return ends / factors
+    ends = torch.where(zero_points > 0, -128.0, 127.0) - zero_points
+    found: Tensor = ends / factors
+    return found
 
 
 def product_of_eye(path: Path, layer: str, width: int) -> Tensor:

@@ -287,7 +287,7 @@ def test_all_precisions_and_no_quality(
     out = tmp_path / "out"
     assert run(folder, text, "--precisions", "all", "--no-quality", "--no-plots", "--out", str(out)) == 0
     document = json.loads((out / "report.json").read_text())
-    assert set(document["precisions"]) == set(loaders.available("cpu"))
+    assert set(document["precisions"]) == set(loaders.direct("cpu"))
     assert not list(out.glob("plots/*"))
     assert "perplexity" not in capsys.readouterr().out.split("\n\n")[1]
     assert "Nothing is said here about quality" in (out / "report.md").read_text()
