@@ -96,6 +96,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             **({} if saved else {"quantization_config": quantization_config(precision, spec)}),
         )
     _check_layers(model, precision, spec.checkpoint.model_id)
+    four_bit = {} if precision == "int8" else _four_bit_details(model)
     arena, of_head = Arena(), head_type(precision, spec, model, rest)
     exact = head_weight(model) if of_head != rest else None
     if spec.device == "cpu":
@@ -121,9 +122,14 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         details["weight_scales_per_output"] = 1
         if spec.device == "cuda" and not spec.int8_threshold:
             details["note"] = _THRESHOLD_NOTE
-    else:
-        details |= {"block_size": BLOCK, "double_quantization": spec.double_quantization}
-    return LoadedModel(precision, runner, footprint, details=details)
+    return LoadedModel(precision, runner, footprint, details=details | four_bit)
+
+
+def _four_bit_details(model: PreTrainedModel) -> dict[str, Any]:
+    """Read from a layer: a saved checkpoint may have been made with other options than this server's."""
+    weights = (getattr(module, "weight", None) for module in model.modules())
+    state = next(one for w in weights if (one := getattr(w, "quant_state", None)) is not None)
+    return {"block_size": state.blocksize, "double_quantization": state.nested}
 
 
 def _load_folded(spec: ModelSpec, progress: Progress) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Saved checkpoints: served with the same bits, in one precision, and refused where they are damaged."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def test_transformers_reads_a_bitsandbytes_checkpoint(small_spec: ModelSpec, tmp
         expected = model(torch.tensor([PROMPT])).logits[0].float()
     scored = loaders.load("nf4", found).runner.score(PROMPT)
     assert float((scored - expected).norm() / expected.norm()) < 0.02  # bf16 products
+
+
+def test_a_saved_checkpoint_has_the_options_that_it_was_made_with(
+    small_spec: ModelSpec, tmp_path: Path
+) -> None:
+    found = saved("nf4", replace(small_spec, double_quantization=True), tmp_path / "saved")
+    assert not found.double_quantization
+    assert loaders.load("nf4", found).details["double_quantization"]
 
 
 def test_layers_of_a_saved_checkpoint_have_no_originals(small_spec: ModelSpec, tmp_path: Path) -> None:
