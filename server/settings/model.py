@@ -89,8 +89,8 @@ class ModelSettings(BaseSettings):
         "auto",
         _QUANTIZATION,
         "TYPE",
-        "nf4, fp4, static-int8 on a CPU: type of the output head: int8, fp32, bf16 or fp16; auto is int8 where "
-        "the compiled kernels run it, else UNQUANTIZED_DTYPE (dynamic-int8 has QUANTIZE_LM_HEAD)",
+        "nf4, fp4, static-int8 on a CPU: type of the output head: int8, fp32, bf16 or fp16; auto is int8 "
+        "where the compiled kernels run it, else UNQUANTIZED_DTYPE (dynamic-int8 has QUANTIZE_LM_HEAD)",
     )
     kv_dtype: Literal["auto", "fp32", "fp16"] = option(
         "auto",
