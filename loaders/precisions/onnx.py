@@ -22,7 +22,7 @@ from loaders.footprint import count_parameters, measure_layers, reasons
 from loaders.layers.dynamic_int8_linear import activation_levels
 from loaders.onnx import files, session
 from loaders.onnx.calibrate import FARTHEST, PERCENTILE
-from loaders.onnx.quantize import BLOCK
+from loaders.onnx.quantize import BLOCK, static_weight_bits
 from loaders.onnx.weights import GraphWeights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.batching_check import check_numbers
@@ -71,7 +71,7 @@ def recipe(precision: str, spec: ModelSpec) -> Recipe:
         options |= {"quantize_lm_head": spec.quantize_lm_head, "levels": activation_levels()}
     if calibrated := precision == "onnx-static-int8":
         options |= {"samples": _SAMPLES, "tokens": _TOKENS, "percentile": PERCENTILE, "farthest": FARTHEST}
-        options |= {"levels": activation_levels()}
+        options |= {"levels": activation_levels(), "weight_bits": static_weight_bits()}
     return Recipe(precision, options, _PACKAGES, calibrated)
 
 
@@ -126,6 +126,7 @@ def _details(precision: str, weights: GraphWeights) -> dict[str, Any]:
     if precision == "onnx-static-int8":
         details |= {
             "activations": "one calibrated range a layer",
+            "weight_bits": static_weight_bits(),
             "by_row_because_of_outliers": weights.by_row(),
         }
     if precision == "onnx-int4":

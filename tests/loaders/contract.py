@@ -46,7 +46,7 @@ NOISE = {
     "int8": (38, 48),
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
     "onnx-int8": (38, 48),
-    "onnx-static-int8": (38, 48),
+    "onnx-static-int8": (32, 48),  # 7-bit weights without VNNI
     "onnx-int4": (19, 25),
     "static-int8": (38, 54),
     "nf4": (19, 23),
