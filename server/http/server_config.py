@@ -24,6 +24,7 @@ class ServerConfig(uvicorn.Config):
             app,
             host=settings.host,
             port=settings.port,
+            loop="asyncio",  # uvloop, if installed, keeps the files of closed sockets for longer
             http=Connection,
             ws="none",
             log_config=None,
