@@ -1,16 +1,21 @@
-"""Messages that libraries log while they are imported, and that a user can do nothing about.
+"""Messages that libraries log, and that a user can do nothing about.
 
 ``transformers`` imports torchao if it is installed, whatever is loaded. torchao then names each of its CUDA
-libraries that this host can't load, and uses functions of torch that warn.
+libraries that this host can't load, and uses functions of torch that warn. ONNX Runtime's quantizers advise
+to optimize a graph first, at the root logger; ours is lowered for them already.
 """
 
 import logging
+
+_NOISE = ("register_constant() on Enum", "pre-processing before quantization")
 
 
 def silence() -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(_is_useful)
+    logging.getLogger().addFilter(_is_useful)  # of what is logged there, not of other loggers
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
-    return "register_constant() on Enum" not in record.getMessage()
+    message = record.getMessage()
+    return not any(noise in message for noise in _NOISE)

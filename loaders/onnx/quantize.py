@@ -4,6 +4,10 @@ What the tools leave is brought into the form that is served: activations of ``q
 quantized by the row, since its DynamicQuantizeLinear takes one range over the whole batch, in which a row's
 result depends on its batch-mates; both int8 forms multiply by MatMulIntegerToFloat; and a tied embedding is
 looked up in the head's codes.
+
+Without VNNI, ONNX Runtime adds pairs of uint8 × int8 products in 16 bits, which saturate. Weights have 7 bits
+there (255 × 64 × 2 < 2¹⁵); with 7 bits of activations instead, SmolLM2's mean KL divergence was 0.150, now
+0.053.
 """
 
 import re
@@ -12,13 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from loaders.layers.dynamic_int8_linear import activation_levels
 from loaders.onnx.lowering import constant, replace
 
 BLOCK = 32  # weights that share a scale in four bits
 _IN_INT8 = 4  # ONNX Runtime's accuracy level of products whose activations are quantized to int8
+_LEVELS = 127  # largest quantized magnitude of an activation
 _TINY = np.float32(np.finfo(np.float32).tiny)
+
+
+def weight_bits() -> int:
+    """Of int8 weights on this CPU."""
+    return 8 if torch.cpu._is_vnni_supported() else 7
 
 
 def quantize_dynamically(source: Path, target: Path, kept: Sequence[str]) -> None:
@@ -35,6 +45,7 @@ def quantize_dynamically(source: Path, target: Path, kept: Sequence[str]) -> Non
         target,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
+        reduce_range=weight_bits() == 7,
         weight_type=QuantType.QInt8,
         nodes_to_exclude=list(kept),
         use_external_data_format=True,
@@ -46,9 +57,8 @@ def quantize_by_row(graph: Any) -> None:
     """The products of ``quantize_dynamic``, each row of activations scaled by its own largest magnitude."""
     import onnx_ir as ir
 
-    levels = activation_levels()
-    scale = constant(graph, "activation_scale", np.array(1 / levels, np.float32))
-    middle = constant(graph, "activation_zero_point", np.array(levels + 1, np.uint8))
+    scale = constant(graph, "activation_scale", np.array(1 / _LEVELS, np.float32))
+    middle = constant(graph, "activation_zero_point", np.array(_LEVELS + 1, np.uint8))
     tiny = constant(graph, "activation_least", np.array(_TINY))
     last = constant(graph, "last_axis", np.array([-1]))
     rows: dict[Any, tuple[Any, Any]] = {}
@@ -78,9 +88,6 @@ def quantize_by_row(graph: Any) -> None:
 def quantize_statically(source: Path, target: Path, ranges: Path, kept: Sequence[str]) -> None:
     """int8 weights with a scale per output, uint8 activations with one range each, by ``quantize_static``.
 
-    Without VNNI, ONNX Runtime too adds pairs of products in 16 bits. Weights have 7 bits there: half a step
-    more of their error is less than that of activations, which share one range.
-
     Args:
         ranges: of the activations, from ``loaders.onnx.calibrate``.
     """
@@ -97,7 +104,7 @@ def quantize_statically(source: Path, target: Path, ranges: Path, kept: Sequence
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
-        reduce_range=static_weight_bits() == 7,
+        reduce_range=weight_bits() == 7,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         nodes_to_exclude=list(kept),
@@ -110,11 +117,6 @@ def quantize_statically(source: Path, target: Path, ranges: Path, kept: Sequence
         },
         calibration_cache_path=ranges,
     )
-
-
-def static_weight_bits() -> int:
-    """Of the layers that ``quantize_statically`` quantizes, on this CPU."""
-    return 8 if activation_levels() == 127 else 7
 
 
 def multiply_integers(graph: Any) -> None:

@@ -19,10 +19,9 @@ from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure_layers, reasons
-from loaders.layers.dynamic_int8_linear import activation_levels
 from loaders.onnx import files, session
 from loaders.onnx.calibrate import FARTHEST, PERCENTILE
-from loaders.onnx.quantize import BLOCK, static_weight_bits
+from loaders.onnx.quantize import BLOCK, weight_bits
 from loaders.onnx.weights import GraphWeights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.batching_check import check_numbers
@@ -68,10 +67,10 @@ def _quantized_bytes(layer: nn.Linear | Conv1D, precision: str, bits: int) -> in
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
     options: dict[str, Any] = {"format": _FORMAT}
     if precision == "onnx-int8":
-        options |= {"quantize_lm_head": spec.quantize_lm_head, "levels": activation_levels()}
+        options |= {"quantize_lm_head": spec.quantize_lm_head, "levels": 127, "weight_bits": weight_bits()}
     if calibrated := precision == "onnx-static-int8":
         options |= {"samples": _SAMPLES, "tokens": _TOKENS, "percentile": PERCENTILE, "farthest": FARTHEST}
-        options |= {"levels": activation_levels(), "weight_bits": static_weight_bits()}
+        options |= {"levels": 127, "weight_bits": weight_bits()}
     return Recipe(precision, options, _PACKAGES, calibrated)
 
 
@@ -121,12 +120,12 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
 def _details(precision: str, weights: GraphWeights) -> dict[str, Any]:
     details: dict[str, Any] = {"kernels": "ONNX Runtime"}
     if precision == "onnx-int8":
-        bits = 8 if activation_levels() == 127 else 7
-        details |= {"activation_bits": bits, "activation_group_size": "row", "weight_scales_per_output": 1}
+        details |= {"activation_group_size": "row", "weight_scales_per_output": 1}
+        details |= {"activation_bits": 8, "weight_bits": weight_bits()}
     if precision == "onnx-static-int8":
         details |= {
             "activations": "one calibrated range a layer",
-            "weight_bits": static_weight_bits(),
+            "weight_bits": weight_bits(),
             "by_row_because_of_outliers": weights.by_row(),
         }
     if precision == "onnx-int4":

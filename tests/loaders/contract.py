@@ -45,8 +45,8 @@ NOISE = {
     "float16": (68, 80),
     "int8": (38, 48),
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
-    "onnx-int8": (38, 48),
-    "onnx-static-int8": (32, 48),  # 7-bit weights without VNNI
+    "onnx-int8": (32, 48),  # 7-bit weights without VNNI
+    "onnx-static-int8": (32, 48),
     "onnx-int4": (19, 25),
     "static-int8": (38, 54),
     "nf4": (19, 23),
