@@ -1,15 +1,144 @@
 // Starts the page: the state, the API, and every part in its place.
 
 import { Api } from "./api.js";
+import { drawControls } from "./controls.js";
+import { continued, drawConversation } from "./conversation.js";
+import { HEAT } from "./divergence.js";
+import { byId, el } from "./dom.js";
+import { bytes, visible } from "./format.js";
+import { askKey } from "./key.js";
+import { mountPicker } from "./picker.js";
+import { Runner } from "./run.js";
+import { ServerWatch } from "./server.js";
 import { createState } from "./state.js";
+import { mountMode } from "./mode.js";
 import * as precisions from "./panels/precisions.js";
 import * as report from "./panels/report.js";
 import * as snippets from "./panels/snippets.js";
 
-const byId = (id) => document.getElementById(id);
 const state = createState();
-const api = new Api();
+const api = new Api(askKey);
+const places = { columns: byId("columns"), bars: byId("bars") };
+const runner = new Runner(api, state, places, continueWith);
+const watch = new ServerWatch(api, state, showConnection);
+let openapi = null;
+let answered = false; // whether the conversation has to go on with one of the columns' answers
 
-precisions.mount(byId("precisions"), api, state);
-report.mount(byId("report"), api, state);
-snippets.mount(byId("snippets"), api, state);
+function showConnection(error) {
+  const line = byId("connection");
+  line.hidden = error === null;
+  line.textContent = error ? `${error.message}${error.status ? "" : " Trying again…"}` : "";
+  if (error === null) status("The server can be reached again.");
+}
+
+function status(text) {
+  byId("status").textContent = text;
+}
+
+function showModel({ stats, info }) {
+  if (!stats || !info) return;
+  const { id, parameters, context_length: context } = stats.model;
+  const size = parameters ? `${(parameters / 1e6).toPrecision(3)} M parameters, ` : "";
+  const { device_name: device, cpu_threads: threads, memory } = stats.host;
+  const host = `${device ?? stats.host.device}, ${threads} threads, ${bytes(memory.available_bytes)} free`;
+  byId("model").textContent = visible(`${id}: ${size}context ${context}; on ${host}`);
+}
+
+async function run() {
+  if (runner.running) return;
+  const { prompt, precisions: chosen, mode } = state.get();
+  if (!chosen.length) return status("Choose at least one precision.");
+  if (mode === "chat" && answered) continueWith(runner.columns[0], prompt);
+  setRunning(true);
+  watch.refresh();
+  status(`Running ${chosen.join(", ")}…`);
+  const summary = await runner.start();
+  setRunning(false);
+  status(summary);
+  answered = mode === "chat" && runner.columns.some((column) => column.finish);
+  if (answered) byId("prompt").select();
+  watch.refresh();
+}
+
+/** The next turn of the conversation follows this column's answer. */
+function continueWith(column, prompt = "") {
+  answered = false;
+  if (!column.finish) return;
+  state.set({ messages: continued(runner.asked, column), prompt });
+  runner.clear();
+  byId("prompt").focus();
+}
+
+function setRunning(running) {
+  byId("run").disabled = running;
+  byId("stop").disabled = !running;
+}
+
+function clear() {
+  answered = false;
+  runner.clear();
+  state.set({ prompt: "", messages: [] });
+  status("");
+}
+
+function drawLegend() {
+  const steps = HEAT.map((limit, index) => el("span", { className: "token" }, `≥ ${limit}`));
+  steps.forEach((step, index) => (step.dataset.heat = index + 1));
+  byId("legend").append(
+    el("p", { className: "hint" }, "Tint: how far the log-probability of a token is from the reference's, in nats: ",
+      ...steps.flatMap((step) => [step, " "]), "· ", el("span", { className: "token first" }, "first divergence"),
+      " · ", el("span", { className: "token after" }, "after it"), ": other context, so not compared. ",
+      "Times are those of this tab; precisions that run at the same time share the host."),
+  );
+}
+
+function update(current, patch = current) {
+  if ("stats" in patch || "info" in patch) showModel(current);
+  if ("messages" in patch || "mode" in patch) drawConversation(byId("conversation"), current);
+  if ("mode" in patch && openapi) drawControls(byId("parameters"), openapi, state);
+  if ("prompt" in patch && byId("prompt").value !== current.prompt) byId("prompt").value = current.prompt;
+  if (patch.stats && !current.precisions.length) chooseLoaded(current.stats);
+}
+
+let chosen = state.get().precisions.length > 0;
+function chooseLoaded(stats) {
+  if (chosen) return; // once: a user may want none
+  chosen = true;
+  const loaded = Object.entries(stats.precisions).filter(([, one]) => one.state === "loaded");
+  state.set({ precisions: loaded.map(([name]) => name) });
+}
+
+function listen() {
+  byId("prompt-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    run();
+  });
+  byId("prompt").addEventListener("input", () => state.set({ prompt: byId("prompt").value }));
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    run();
+  });
+  byId("stop").addEventListener("click", () => runner.stop());
+  byId("clear").addEventListener("click", clear);
+  byId("one-by-one").checked = state.get().oneByOne;
+  byId("one-by-one").addEventListener("change", (event) => state.set({ oneByOne: event.target.checked }));
+  window.addEventListener("pagehide", () => runner.stop());
+}
+
+async function start() {
+  listen();
+  drawLegend();
+  mountMode(byId("mode"), state);
+  mountPicker(byId("picker"), state);
+  state.subscribe(update);
+  update(state.get());
+  await watch.start(() => runner.running);
+  precisions.mount(byId("precisions"), api, state);
+  report.mount(byId("report"), api, state);
+  snippets.mount(byId("snippets"), api, state);
+  openapi = await api.get("openapi.json");
+  drawControls(byId("parameters"), openapi, state);
+}
+
+start().catch(showConnection);

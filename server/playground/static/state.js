@@ -1,13 +1,15 @@
 // The page's state: observable, and kept over a reload in this tab. Never the key.
 
-const KEPT = ["prompt", "messages", "mode", "precisions", "parameters", "otherParameters"];
+const KEPT = ["prompt", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
 const EMPTY = {
   prompt: "",
   messages: [], // of the conversation: {role, content}
   mode: "complete", // or "chat"
   precisions: [], // names of the chosen ones
-  parameters: {}, // of the mode, by the API's names
-  otherParameters: {}, // of the other mode
+  // of the mode, by its API's names; at first, what shows how far the precisions differ
+  parameters: { top_n_tokens: 5 },
+  otherParameters: { temperature: 0, logprobs: true, top_logprobs: 5 }, // of the other mode
+  oneByOne: false, // whether the precisions run one after another
   stats: null, // GET /stats
   info: null, // GET /info
 };
