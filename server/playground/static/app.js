@@ -1,7 +1,7 @@
 // Starts the page: the state, the API, and every part in its place.
 
 import { Api } from "./api.js";
-import { drawControls } from "./controls.js";
+import { drawControls, examplePrompt } from "./controls.js";
 import { continued, drawConversation } from "./conversation.js";
 import { HEAT } from "./divergence.js";
 import { byId, el } from "./dom.js";
@@ -40,7 +40,7 @@ function showModel({ stats, info }) {
   const { id, parameters, context_length: context } = stats.model;
   const size = parameters ? `${(parameters / 1e6).toPrecision(3)} M parameters, ` : "";
   const { device_name: device, cpu_threads: threads, memory } = stats.host;
-  const host = `${device ?? stats.host.device}, ${threads} threads, ${bytes(memory.available_bytes)} free`;
+  const host = `${device ?? stats.host.device}, ${threads} thread${threads === 1 ? "" : "s"}, ${bytes(memory.available_bytes)} free`;
   byId("model").textContent = visible(`${id}: ${size}context ${context}; on ${host}`);
 }
 
@@ -48,7 +48,7 @@ async function run() {
   if (runner.running) return;
   const { prompt, precisions: chosen, mode } = state.get();
   if (!chosen.length) return status("Choose at least one precision.");
-  if (mode === "chat" && answered) continueWith(runner.columns[0], prompt);
+  if (mode === "chat" && answered) continueWith(runner.columns.find((column) => column.finish), prompt);
   setRunning(true);
   watch.refresh();
   status(`Running ${chosen.join(", ")}…`);
@@ -139,6 +139,7 @@ async function start() {
   snippets.mount(byId("snippets"), api, state);
   openapi = await api.get("openapi.json");
   drawControls(byId("parameters"), openapi, state);
+  if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
 }
 
 start().catch(showConnection);

@@ -13,8 +13,7 @@ const SHOWN = [
 /** Draws the controls of the state's mode into `place`; each change is set in `state.parameters`. */
 export function drawControls(place, openapi, state) {
   const { mode, parameters } = state.get();
-  const content = openapi.paths[ROUTES[mode]].post.requestBody.content;
-  const { properties } = content["application/json"].schema;
+  const { properties } = bodyOf(openapi, ROUTES[mode]).schema;
   const fields = SHOWN.filter((name) => name in properties);
   const change = (name, value) => {
     const { [name]: _, ...others } = state.get().parameters;
@@ -22,6 +21,11 @@ export function drawControls(place, openapi, state) {
   };
   place.replaceChildren(...fields.map((name) => control(name, properties[name], parameters[name], change)));
 }
+
+/** The document's own example of a prompt. */
+export const examplePrompt = (openapi) => bodyOf(openapi, ROUTES.complete).example.inputs;
+
+const bodyOf = (openapi, route) => openapi.paths[route].post.requestBody.content["application/json"];
 
 function control(name, schema, value, change) {
   const kinds = schema.anyOf ?? [schema];

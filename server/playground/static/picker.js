@@ -51,5 +51,5 @@ function choice(name, state) {
 function noteOf(state, reason, memory) {
   if (state === "loaded") return bytes(memory.weights_bytes);
   if (state === "unavailable" || state === "failed") return `${state}: ${reason}`;
-  return state === "unloaded" ? "loads at its first request" : state;
+  return state === "unloaded" ? "not loaded" : state;
 }
