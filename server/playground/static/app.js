@@ -7,14 +7,13 @@ import { HEAT } from "./divergence.js";
 import { byId, el } from "./dom.js";
 import { bytes, visible } from "./format.js";
 import { askKey } from "./key.js";
+import { mountMode } from "./mode.js";
 import { mountPicker } from "./picker.js";
 import { Runner } from "./run.js";
 import { ServerWatch } from "./server.js";
 import { createState } from "./state.js";
-import { mountMode } from "./mode.js";
-import * as precisions from "./panels/precisions.js";
-import * as report from "./panels/report.js";
-import * as snippets from "./panels/snippets.js";
+
+const PANELS = ["precisions", "report", "snippets"]; // a section and a module each
 
 const state = createState();
 const api = new Api(askKey);
@@ -22,6 +21,7 @@ const places = { columns: byId("columns"), bars: byId("bars") };
 const runner = new Runner(api, state, places, continueWith);
 const watch = new ServerWatch(api, state, showConnection);
 let openapi = null;
+let followsLoaded = !state.get().precisions.length;
 let answered = false; // whether the conversation has to go on with one of the columns' answers
 
 function showConnection(error) {
@@ -48,6 +48,7 @@ async function run() {
   if (runner.running) return;
   const { prompt, precisions: chosen, mode } = state.get();
   if (!chosen.length) return status("Choose at least one precision.");
+  followsLoaded = false;
   if (mode === "chat" && answered) continueWith(runner.columns.find((column) => column.finish), prompt);
   setRunning(true);
   watch.refresh();
@@ -97,15 +98,13 @@ function update(current, patch = current) {
   if ("messages" in patch || "mode" in patch) drawConversation(byId("conversation"), current);
   if ("mode" in patch && openapi) drawControls(byId("parameters"), openapi, state);
   if ("prompt" in patch && byId("prompt").value !== current.prompt) byId("prompt").value = current.prompt;
-  if (patch.stats && !current.precisions.length) chooseLoaded(current.stats);
+  if (patch.stats && followsLoaded) chooseLoaded(current);
 }
 
-let chosen = state.get().precisions.length > 0;
-function chooseLoaded(stats) {
-  if (chosen) return; // once: a user may want none
-  chosen = true;
-  const loaded = Object.entries(stats.precisions).filter(([, one]) => one.state === "loaded");
-  state.set({ precisions: loaded.map(([name]) => name) });
+/** Chooses what is loaded, also while a starting server still loads, until the user chooses or runs. */
+function chooseLoaded({ stats, precisions }) {
+  const names = Object.keys(stats.precisions).filter((name) => stats.precisions[name].state === "loaded");
+  if (names.join() !== precisions.join()) state.set({ precisions: names });
 }
 
 function listen() {
@@ -119,11 +118,23 @@ function listen() {
     event.preventDefault();
     run();
   });
+  byId("picker").addEventListener("change", () => (followsLoaded = false));
   byId("stop").addEventListener("click", () => runner.stop());
   byId("clear").addEventListener("click", clear);
   byId("one-by-one").checked = state.get().oneByOne;
   byId("one-by-one").addEventListener("change", (event) => state.set({ oneByOne: event.target.checked }));
   window.addEventListener("pagehide", () => runner.stop());
+}
+
+/** A panel that fails says so in its own section; the rest of the page works without it. */
+async function mountPanel(name) {
+  const section = byId(name);
+  try {
+    const { mount } = await import(`./panels/${name}.js`);
+    mount(section, api, state);
+  } catch (error) {
+    section.replaceChildren(el("p", { className: "error" }, `${name}: ${error.message}`));
+  }
 }
 
 async function start() {
@@ -134,9 +145,7 @@ async function start() {
   state.subscribe(update);
   update(state.get());
   await watch.start(() => runner.running);
-  precisions.mount(byId("precisions"), api, state);
-  report.mount(byId("report"), api, state);
-  snippets.mount(byId("snippets"), api, state);
+  for (const name of PANELS) mountPanel(name);
   openapi = await api.get("openapi.json");
   drawControls(byId("parameters"), openapi, state);
   if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });

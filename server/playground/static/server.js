@@ -9,6 +9,7 @@ export class ServerWatch {
   #onChange;
   #timer = null;
   #lost = false;
+  #isRunning = () => false;
 
   /** `onChange(error)`: with an ApiError when a request fails, with null when it works again. */
   constructor(api, state, onChange) {
@@ -20,7 +21,7 @@ export class ServerWatch {
 
   /** Reads /stats, and /info where it may have changed; reads again later, sooner while `isRunning()`. */
   async start(isRunning) {
-    this.isRunning = isRunning;
+    this.#isRunning = isRunning;
     await this.refresh();
   }
 
@@ -37,6 +38,6 @@ export class ServerWatch {
       if (error.status === 401) return; // the user has cancelled: asked again by the next request
     }
     clearTimeout(this.#timer);
-    if (!document.hidden) this.#timer = setTimeout(() => this.refresh(), this.isRunning() ? RUNNING_MS : IDLE_MS);
+    if (!document.hidden) this.#timer = setTimeout(() => this.refresh(), this.#isRunning() ? RUNNING_MS : IDLE_MS);
   }
 }
