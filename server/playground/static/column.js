@@ -13,16 +13,20 @@ const FIGURES = {
   divergence: "First divergence",
 };
 
+const SHORTEST_MS = 100;
+const WAITING = "Waiting for the first token";
+
 export class Column {
   tokens = [];
   finish = null; // the API's finish reason
-  firstMs = null; // from the request to the first token
+  timings = null; // the API's, at the end, if it tells them
   #started = 0;
   #firstAt = 0;
   #lastAt = 0;
   #tracker = new Tracker();
   #figures = {};
   #spans = [];
+  #pending = []; // spans that are not on the page yet
 
   /** `onContinue(column)`: in a conversation, the next turn follows this answer. */
   constructor(name, isReference, onContinue = null) {
@@ -50,21 +54,28 @@ export class Column {
     return this.tokens.map((token) => (token.special ? "" : token.text)).join("");
   }
 
-  /** Decoded tokens per second after the first, as this tab received them. */
+  /** Tokens per second after the first: the server's, until they are known as this tab receives them. */
   get speed() {
-    const seconds = (this.#lastAt - this.#firstAt) / 1000;
-    return this.tokens.length > 1 && seconds > 0 ? (this.tokens.length - 1) / seconds : null;
+    const elapsed = this.timings?.decode_ms ?? this.#lastAt - this.#firstAt;
+    // a fast model's tokens arrive many at a time: the tab can't tell before a while
+    const known = this.tokens.length > 1 && elapsed > (this.timings ? 0 : SHORTEST_MS);
+    return known ? (1000 * (this.tokens.length - 1)) / elapsed : null;
+  }
+
+  /** Milliseconds to the first token, likewise: the tab's include the network and the precision's loading. */
+  get firstMs() {
+    if (this.timings) return this.timings.queue_ms + this.timings.prefill_ms;
+    return this.tokens.length ? this.#firstAt - this.#started : null;
   }
 
   start() {
     this.#started = performance.now();
-    this.#enter("running", "Waiting for the first token");
+    this.#enter("running", WAITING);
   }
 
   add(token) {
     const now = performance.now();
     if (!this.tokens.length) {
-      this.firstMs = now - this.#started;
       this.#firstAt = now;
       this.#enter("running", "Generating");
     }
@@ -73,14 +84,21 @@ export class Column {
     span.dataset.index = this.tokens.length;
     this.tokens.push(token);
     this.#spans.push(span);
-    this.output.append(span);
-    // follows its end, unless the user has scrolled back
+    this.#pending.push(span);
+  }
+
+  /** Puts the tokens since the last call on the page: together, because each time costs a layout. */
+  flush() {
+    if (!this.#pending.length) return;
     const { scrollHeight, scrollTop, clientHeight } = this.output;
-    if (scrollHeight - scrollTop - clientHeight < 80) this.output.scrollTop = scrollHeight;
+    const atEnd = scrollHeight - scrollTop - clientHeight < 40; // the user has not scrolled back
+    this.output.append(...this.#pending.splice(0));
+    if (atEnd) this.output.scrollTop = this.output.scrollHeight;
   }
 
   /** Ends the column: `finish` is the API's reason, `error` an error, neither: it was stopped. */
   end(finish, error = null) {
+    this.flush();
     this.finish = finish;
     if (error) {
       this.error.textContent = visible(`${error.message}${error.status ? ` (${error.status} ${error.code})` : ""}`);
@@ -111,10 +129,14 @@ export class Column {
     }
   }
 
-  showMemory(memory) {
-    this.memory = memory;
-    this.#figures.weights.textContent = bytes(memory?.weights_bytes);
-    this.#figures.kv.textContent = bytes(memory?.kv_cache_bytes);
+  /** `known`: the precision's entry of /stats. */
+  showMemory(known) {
+    this.memory = known?.memory ?? null;
+    this.#figures.weights.textContent = bytes(this.memory?.weights_bytes);
+    this.#figures.kv.textContent = bytes(this.memory?.kv_cache_bytes);
+    if (this.element.dataset.phase !== "running" || this.tokens.length) return;
+    const isLoading = known?.state === "loading";
+    this.phase.textContent = isLoading ? "Loading the precision" : WAITING;
   }
 
   showFigures() {

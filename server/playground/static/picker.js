@@ -18,6 +18,9 @@ export function mountPicker(place, state) {
       list.replaceChildren(...[...boxes.values()].map(({ element }) => element));
     }
     for (const name of names) boxes.get(name).update(stats.precisions[name], precisions.includes(name));
+    // of a server that has changed: what it can't run can't be unchecked either
+    const able = precisions.filter((name) => (stats.precisions[name]?.state ?? "unavailable") !== "unavailable");
+    if (able.length < precisions.length) state.set({ precisions: able });
   };
   state.subscribe(update);
   update(state.get());

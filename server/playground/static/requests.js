@@ -20,15 +20,16 @@ export function drawSeed() {
 }
 
 /**
- * One event of either dialect: `{tokens, finish}`. A token is `{key, text, logprob, top}`; equal keys are
- * the same token of the vocabulary.
+ * One event of either dialect: `{tokens, finish, timings}`, the last if the API tells them. A token is
+ * `{key, text, logprob, top}`; equal keys are the same token of the vocabulary.
  */
 export function parseEvent(event) {
   if (event.choices) return chatChunk(event.choices[0]);
   const { token, top_tokens: top = [] } = event;
   const own = { key: token.id, text: token.text, logprob: token.logprob, special: token.special };
   const others = top.map(({ id, text, logprob }) => ({ key: id, text, logprob }));
-  return { tokens: [{ ...own, top: others }], finish: event.details?.finish_reason ?? null };
+  const finish = event.details?.finish_reason ?? null;
+  return { tokens: [{ ...own, top: others }], finish, timings: event.timings };
 }
 
 function chatChunk(choice) {

@@ -6,7 +6,7 @@ import { inspect } from "./inspector.js";
 import { drawSeed, parseEvent, requestFor } from "./requests.js";
 
 const MOST_STREAMS = 4; // a browser opens six connections to a host: some stay free for the rest of the page
-const REDRAWN_MS = 100;
+const REDRAWN_MS = 80;
 
 /** The reference among these precisions. */
 export const referenceOf = (names) => (names.includes("fp32") ? "fp32" : names[0]);
@@ -82,8 +82,9 @@ export class Runner {
   }
 
   #add(column, event) {
-    const { tokens, finish } = parseEvent(event);
+    const { tokens, finish, timings } = parseEvent(event);
     for (const token of tokens) column.add(token);
+    if (timings) column.timings = timings;
     this.#compare(column);
     return finish;
   }
@@ -103,12 +104,15 @@ export class Runner {
   }
 
   #showMemory(stats) {
-    for (const column of this.columns) column.showMemory(stats?.precisions[column.name]?.memory ?? null);
-    this.#draw();
+    for (const column of this.columns) column.showMemory(stats?.precisions[column.name]);
+    if (!this.running) this.#draw();
   }
 
   #draw() {
-    for (const column of this.columns) column.showFigures();
+    for (const column of this.columns) {
+      column.flush();
+      column.showFigures();
+    }
     drawBars(this.#places.bars, this.columns);
   }
 
