@@ -127,15 +127,24 @@ function listen() {
   window.addEventListener("pagehide", () => runner.stop());
 }
 
-/** A panel that fails says so in its own section; the rest of the page works without it. */
+/** The panel in its section, which is shown with it; the rest of the page works without. */
 async function mountPanel(name) {
+  const { mount } = await import(`./panels/${name}.js`);
   const section = byId(name);
+  section.hidden = document.querySelector(`nav a[href="#${name}"]`).hidden = false;
   try {
-    const { mount } = await import(`./panels/${name}.js`);
-    mount(section, api, state);
+    await mount(section, api, state);
   } catch (error) {
-    section.replaceChildren(el("p", { className: "error" }, `${name}: ${error.message}`));
+    section.append(el("p", { className: "error" }, error.message));
   }
+}
+
+async function mountPanels() {
+  const mounted = await Promise.allSettled(PANELS.map(mountPanel));
+  for (const { reason } of mounted) if (reason) console.error(reason);
+  if (mounted.every(({ status: outcome }) => outcome === "rejected")) return;
+  const style = new URL("panels.css", import.meta.url).href;
+  document.head.append(el("link", { rel: "stylesheet", href: style }));
 }
 
 async function start() {
@@ -146,7 +155,7 @@ async function start() {
   state.subscribe(update);
   update(state.get());
   await watch.start(() => runner.running);
-  for (const name of PANELS) mountPanel(name);
+  mountPanels();
   openapi = await api.get("openapi.json");
   drawControls(byId("parameters"), openapi, state);
   if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
