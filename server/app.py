@@ -25,7 +25,7 @@ from server.http.openapi import describe
 from server.http.responses import error_response
 from server.http.route_facts import RouteTable
 from server.report.choice import Choice
-from server.routes import compare, favicon, generate, health, precisions, report, stats, tokenize
+from server.routes import compare, favicon, generate, health, playground, precisions, report, stats, tokenize
 from server.routes.openai import routes as openai
 from server.service.watchdog import watch
 from server.settings.server import Settings
@@ -33,7 +33,7 @@ from server.settings.types import AUTO
 from server.state import AppState, build_state
 from server.version import VERSION
 
-_MODULES = (generate, openai, compare, report, tokenize, stats, precisions, health, favicon)
+_MODULES = (generate, openai, compare, report, tokenize, stats, precisions, health, favicon, playground)
 _ROUTERS = (*(module.router for module in _MODULES), generate.root_router)
 ROUTES = tuple(route for router in _ROUTERS for route in router.routes)
 """Every route of the service, in the order in which they are tried."""

@@ -27,7 +27,7 @@ LAYERS = (
     "server.http server.engine",
     "server.settings",
     "server.host server.lifecycle",
-    "server.activity server.concurrency server.errors server.tables server.terminal server.version server",
+    "server.activity server.concurrency server.errors server.tables server.terminal server.version server.playground server",
     "loaders.quality loaders.layer_errors",
     "loaders.precisions",
     "loaders.footprint loaders.runners",

@@ -95,20 +95,22 @@ class AutoBounds(Strict):
 class Sampling(Strict):
     """How to continue a prompt."""
 
-    max_new_tokens: int | None = Field(None, ge=1, examples=[20])
-    temperature: float | None = Field(None, gt=0, le=100)
-    top_k: int | None = Field(None, ge=1)
-    top_p: OpenUnit | None = None
-    typical_p: OpenUnit | None = None
-    min_p: float | None = Field(None, ge=0, lt=1)
-    do_sample: bool | None = None
-    repetition_penalty: float | None = Field(None, gt=0)
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
-    truncate: int | None = Field(None, ge=1)
-    ignore_eos: bool | None = None
+    max_new_tokens: int | None = Field(
+        None, ge=1, examples=[20], description="64, or what the context has left, if left out"
+    )
+    temperature: float | None = Field(None, gt=0, le=100, description="1 if left out; samples if set")
+    top_k: int | None = Field(None, ge=1, description="all tokens if left out; samples if set")
+    top_p: OpenUnit | None = Field(None, description="off if left out; samples if set")
+    typical_p: OpenUnit | None = Field(None, description="off if left out; samples if set")
+    min_p: float | None = Field(None, ge=0, lt=1, description="off if left out; samples if set")
+    do_sample: bool | None = Field(None, description="false if left out, unless another parameter samples")
+    repetition_penalty: float | None = Field(None, gt=0, description="1, which is none, if left out")
+    frequency_penalty: Penalty | None = Field(None, description="0 if left out")
+    presence_penalty: Penalty | None = Field(None, description="0 if left out")
+    seed: Seed | None = Field(None, description="random if left out")
+    stop: Stop | None = Field(None, description="none if left out")
+    truncate: int | None = Field(None, ge=1, description="the whole prompt if left out")
+    ignore_eos: bool | None = Field(None, description="false if left out")
 
     @property
     def samples(self) -> bool:
@@ -124,7 +126,7 @@ class Parameters(Sampling):
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
-    top_n_tokens: int | None = Field(None, ge=0, le=5)
+    top_n_tokens: int | None = Field(None, ge=0, le=5, description="0 if left out")
     watermark: Any = None
     grammar: Any = None
     adapter_id: Any = None

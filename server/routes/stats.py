@@ -143,6 +143,7 @@ async def info(request: Request) -> dict[str, Any]:
         "router": "bitdial",
         "precision": pool.default,
         "precisions": [known.name for known in pool.states() if known.state != "unavailable"],
+        "chat_template": state.chat is not None,
     }
 
 

@@ -41,6 +41,8 @@ EXPECTED: dict[tuple[str, str], tuple[set[str], Dialect]] = {
     ("GET", "/health/live"): ({"public", "quiet"}, Dialect.NATIVE),
     ("GET", "/health/ready"): ({"public", "quiet"}, Dialect.NATIVE),
     ("GET", "/favicon.ico"): ({"public"}, Dialect.NATIVE),
+    ("GET", "/"): ({"public"}, Dialect.NATIVE),
+    ("GET", "/playground/{name}"): ({"public", "quiet"}, Dialect.NATIVE),
 }
 FLAGS = ("takes_a_place", "generates", "admin", "public", "quiet")
 

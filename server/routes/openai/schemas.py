@@ -56,8 +56,8 @@ class OpenAIBody(IgnoredFields):
 
     model: str | None = None
     n: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2, description="1 if left out; 0 is greedy")
+    top_p: float | None = Field(None, ge=0, le=1, description="1 if left out; 0 is greedy")
     stop: Stop | None = None
     seed: SignedSeed | None = Field(None, description="-1: drawn, as if left out")
     stream: bool | None = None
@@ -157,7 +157,7 @@ class CompletionBody(OpenAIBody, IgnoredInCompletions):
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, description="16 if left out")
 
     _best_of = field_validator("best_of")(within_best_of)
 
@@ -211,7 +211,7 @@ class ChatBody(OpenAIBody, IgnoredInChats):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="64 if left out")
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

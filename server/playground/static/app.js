@@ -1,0 +1,164 @@
+// Starts the page: the state, the API, and every part in its place.
+
+import { Api } from "./api.js";
+import { drawControls, examplePrompt } from "./controls.js";
+import { continued, drawConversation } from "./conversation.js";
+import { HEAT } from "./divergence.js";
+import { byId, el } from "./dom.js";
+import { bytes, visible } from "./format.js";
+import { askKey } from "./key.js";
+import { mountMode } from "./mode.js";
+import { mountPicker } from "./picker.js";
+import { Runner } from "./run.js";
+import { ServerWatch } from "./server.js";
+import { createState } from "./state.js";
+
+const PANELS = ["precisions", "report", "snippets"]; // a section and a module each
+
+const state = createState();
+const api = new Api(askKey);
+const places = { columns: byId("columns"), bars: byId("bars") };
+const runner = new Runner(api, state, places, continueWith);
+const watch = new ServerWatch(api, state, showConnection);
+let openapi = null;
+let followsLoaded = !state.get().precisions.length;
+let answered = false; // whether the conversation has to go on with one of the columns' answers
+
+function showConnection(error) {
+  const line = byId("connection");
+  line.hidden = error === null;
+  line.textContent = error ? `${error.message}${error.status ? "" : " Trying again…"}` : "";
+  if (error === null) status("The server can be reached again.");
+}
+
+function status(text) {
+  byId("status").textContent = text;
+}
+
+function showModel({ stats, info }) {
+  if (!stats || !info) return;
+  const { id, parameters, context_length: context } = stats.model;
+  const size = parameters ? `${(parameters / 1e6).toPrecision(3)} M parameters, ` : "";
+  const { device_name: device, cpu_threads: threads, memory } = stats.host;
+  const host = `${device ?? stats.host.device}, ${threads} thread${threads === 1 ? "" : "s"}, ${bytes(memory.available_bytes)} free`;
+  byId("model").textContent = visible(`${id}: ${size}context ${context}; on ${host}`);
+}
+
+async function run() {
+  if (runner.running) return;
+  const { prompt, precisions: chosen, mode } = state.get();
+  if (!chosen.length) return status("Choose at least one precision.");
+  followsLoaded = false;
+  if (mode === "chat" && answered) continueWith(runner.columns.find((column) => column.finish), prompt);
+  setRunning(true);
+  watch.refresh();
+  status(`Running ${chosen.join(", ")}…`);
+  const summary = await runner.start();
+  setRunning(false);
+  status(summary);
+  answered = mode === "chat" && runner.columns.some((column) => column.finish);
+  if (answered) byId("prompt").select();
+  watch.refresh();
+}
+
+/** The next turn of the conversation follows this column's answer. */
+function continueWith(column, prompt = "") {
+  answered = false;
+  if (!column.finish) return;
+  state.set({ messages: continued(runner.asked, column), prompt });
+  runner.clear();
+  byId("prompt").focus();
+}
+
+function setRunning(running) {
+  byId("run").disabled = running;
+  byId("stop").disabled = !running;
+}
+
+function clear() {
+  answered = false;
+  runner.clear();
+  state.set({ prompt: "", messages: [] });
+  status("");
+}
+
+function drawLegend() {
+  const steps = HEAT.map((limit, index) => el("span", { className: "token" }, `≥ ${limit}`));
+  steps.forEach((step, index) => (step.dataset.heat = index + 1));
+  byId("legend").append(
+    el("p", { className: "hint" }, "Tint: how far the log-probability of a token is from the reference's, in nats: ",
+      ...steps.flatMap((step) => [step, " "]), "· ", el("span", { className: "token first" }, "first divergence"),
+      " · ", el("span", { className: "token after" }, "after it"), ": other context, so not compared. ",
+      "Times are those that this tab sees, and at the end the server's own, except in a chat, whose API tells none. ",
+      "Precisions that run at the same time share the host."),
+  );
+}
+
+function update(current, patch = current) {
+  if ("stats" in patch || "info" in patch) showModel(current);
+  if ("messages" in patch || "mode" in patch) drawConversation(byId("conversation"), current);
+  if ("mode" in patch && openapi) drawControls(byId("parameters"), openapi, state);
+  if ("prompt" in patch && byId("prompt").value !== current.prompt) byId("prompt").value = current.prompt;
+  if (patch.stats && followsLoaded) chooseLoaded(current);
+}
+
+/** Chooses what is loaded, also while a starting server still loads, until the user chooses or runs. */
+function chooseLoaded({ stats, precisions }) {
+  const names = Object.keys(stats.precisions).filter((name) => stats.precisions[name].state === "loaded");
+  if (names.join() !== precisions.join()) state.set({ precisions: names });
+}
+
+function listen() {
+  byId("prompt-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    run();
+  });
+  byId("prompt").addEventListener("input", () => state.set({ prompt: byId("prompt").value }));
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    run();
+  });
+  byId("picker").addEventListener("change", () => (followsLoaded = false));
+  byId("stop").addEventListener("click", () => runner.stop());
+  byId("clear").addEventListener("click", clear);
+  byId("one-by-one").checked = state.get().oneByOne;
+  byId("one-by-one").addEventListener("change", (event) => state.set({ oneByOne: event.target.checked }));
+  window.addEventListener("pagehide", () => runner.stop());
+}
+
+/** The panel in its section, which is shown with it; the rest of the page works without. */
+async function mountPanel(name) {
+  const { mount } = await import(`./panels/${name}.js`);
+  const section = byId(name);
+  section.hidden = document.querySelector(`nav a[href="#${name}"]`).hidden = false;
+  try {
+    await mount(section, api, state);
+  } catch (error) {
+    section.append(el("p", { className: "error" }, error.message));
+  }
+}
+
+async function mountPanels() {
+  const mounted = await Promise.allSettled(PANELS.map(mountPanel));
+  for (const { reason } of mounted) if (reason) console.error(reason);
+  if (mounted.every(({ status: outcome }) => outcome === "rejected")) return;
+  const style = new URL("panels.css", import.meta.url).href;
+  document.head.append(el("link", { rel: "stylesheet", href: style }));
+}
+
+async function start() {
+  listen();
+  drawLegend();
+  mountMode(byId("mode"), state);
+  mountPicker(byId("picker"), state);
+  state.subscribe(update);
+  update(state.get());
+  await watch.start(() => runner.running);
+  mountPanels();
+  openapi = await api.get("openapi.json");
+  drawControls(byId("parameters"), openapi, state);
+  if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
+}
+
+start().catch(showConnection);

@@ -1,0 +1,45 @@
+// Figures and texts as people read them.
+
+const UNITS = ["B", "kB", "MB", "GB", "TB"];
+
+export function bytes(count) {
+  if (count === null || count === undefined) return "–";
+  let unit = 0;
+  while (count >= 1000 && unit < UNITS.length - 1) {
+    count /= 1000;
+    unit += 1;
+  }
+  return `${unit ? count.toPrecision(3) : count} ${UNITS[unit]}`;
+}
+
+export function milliseconds(value) {
+  if (value === null || value === undefined) return "–";
+  return value < 1000 ? `${value.toFixed(value < 10 ? 1 : 0)} ms` : `${(value / 1000).toFixed(2)} s`;
+}
+
+export function rate(value) {
+  return value === null || value === undefined ? "–" : `${value.toFixed(value < 100 ? 1 : 0)} tokens/s`;
+}
+
+/** A log-probability as a percentage with enough digits. */
+export function percent(logprob) {
+  const value = 100 * Math.exp(logprob);
+  return `${value >= 10 ? value.toFixed(1) : value.toPrecision(2)} %`;
+}
+
+// Controls that a terminal or the bidirectional algorithm obeys: shown, so that the text reads as it is.
+const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/gu;
+
+/** The text with its control characters as visible ones: ␛ for escape, ⟨U+202E⟩ for an override. */
+export function visible(text) {
+  return text.replace(CONTROLS, (control) => {
+    const code = control.codePointAt(0);
+    if (code < 0x20) return String.fromCodePoint(0x2400 + code);
+    return code === 0x7f ? "\u2421" : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
+  });
+}
+
+/** A token alone: line ends and blanks visible too. */
+export function quoted(text) {
+  return `“${visible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥")}”`;
+}
