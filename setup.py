@@ -40,7 +40,7 @@ class TaggedWheel(bdist_wheel):
 
 
 def manylinux(libraries: list[bytes]) -> str | None:
-    """The platform tag by the newest symbols of glibc in use; None if the libraries need others than glibc's."""
+    """The platform tag by the newest symbols of glibc in use; None if other libraries are needed."""
     content = b"\0".join(libraries)
     versions = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", content)]
     if not versions or set(re.findall(rb"\0((?:lib|ld-)[\w.+-]*\.so[\d.]*)(?=\0)", content)) - NEEDED:

@@ -1,4 +1,4 @@
-"""The wheel that `python -m build` makes: its contents and tag, and its kernels load where it is installed."""
+"""The wheel that `python -m build` makes: contents, tag, and kernels that load where it is installed."""
 
 import os
 import platform
