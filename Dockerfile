@@ -83,7 +83,7 @@ ARG PIP_FIND_LINKS
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv \
  && /opt/venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --requirement build.txt
-COPY pyproject.toml README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY loaders loaders
 COPY server server
 COPY --from=kernels /kernels loaders/kernels/

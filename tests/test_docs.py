@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README, API, SETTINGS, STRUCTURE = (
     ROOT / name for name in ("README.md", "docs/api.md", "docs/settings.md", "docs/structure.md")
 )
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS = [README, *OTHERS, *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLES = {name.upper() for name in Settings.model_fields} | {"MODEL"}
 EXTERNAL = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "TORCH_INDEX_URL", "PYTHON", "VARIANT", "XDG_CACHE_HOME"}
 EXTERNAL |= {"OMP_NUM_THREADS"}

@@ -46,6 +46,7 @@ def build() -> list[Path]:
         old.unlink()
     missing = {target: path for target, path in wanted.items() if not path.exists()}
     for target, path in missing.items():
+        print(f"CPU kernels: compiling for {target} …", file=sys.stderr, flush=True)
         _compile(TARGETS[target], path)
     return list(missing.values())
 

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         _require_chat_template(options)
         _require_files(options)
         set_up_logging(options.json_output, options.log_level, options.secrets())
+        if sys.stderr.isatty():  # the imports take seconds
+            print(f"bitdial: starting with the model {options.model_id} …", file=sys.stderr, flush=True)
         # late: help and usage must not wait for transformers
         from loaders.checkpoint import load_tokenizer, open_checkpoint
 
@@ -157,6 +159,7 @@ def _announce(options: Settings, port: int) -> None:
     body = json.dumps(wanted)
     print(
         f"\nbitdial is listening on {address}\n"
+        f"  open {address}/ in a browser\n"
         f"  every route: {address}/docs\n"
         f"  model {options.model_id}, default precision {options.precision}; try:\n\n"
         f"  curl {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'\n",

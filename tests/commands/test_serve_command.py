@@ -33,6 +33,7 @@ def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.Captu
     serve._announce(Settings(host=host), 8099)
     printed = capsys.readouterr().out
     assert f"listening on {address}\n" in printed
+    assert f"open {address}/ in a browser\n" in printed
     (curl,) = (line for line in printed.splitlines() if "curl" in line)
     assert curl.startswith(f"  curl {address}/generate -H 'Content-Type")
 
