@@ -161,13 +161,31 @@ def offered(precision: str, spec: ModelSpec) -> Availability:
     return availability(name, spec.device)
 
 
-def load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
-    """Loads ``spec.checkpoint`` in one precision and returns it with the time that loading took.
+def load(precision: str, model: ModelSpec | str | Path, progress: Progress = ignore_progress) -> LoadedModel:
+    """Loads a model in one precision and returns it with the time that loading took.
+
+    Args:
+        precision: a name of ``PRECISIONS`` or an alias of one.
+        model: a checkpoint with options; or ``bundled``, a folder or a hub id, with the default options for
+            one sequence, on a GPU if there is one.
+        progress: called with (stage, current, total).
 
     Raises:
-        UnknownPrecision, PrecisionUnavailable, CheckpointError, OutOfMemory
+        UnknownPrecision, PrecisionUnavailable, ModelNotFound, CheckpointError, OutOfMemory
     """
     name = canonical(precision)
+    spec = model if isinstance(model, ModelSpec) else _spec_of(model, progress)
+    loaded = _load(name, spec, progress)
+    loaded.spec = spec
+    return loaded
+
+
+def _spec_of(model: str | Path, progress: Progress) -> ModelSpec:
+    spec: ModelSpec = cast(Any, import_module("loaders.interactive.text")).spec_of(model, progress)
+    return spec
+
+
+def _load(name: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     able = offered(name, spec)
     if not able.ok:
         raise PrecisionUnavailable(name, able)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,9 +157,14 @@ class Footprint:
         return sum(self.quantization_state.values())
 
 
-@dataclass
+def _interactive(module: str) -> Any:
+    """A module of a layer above this one: it describes a loaded model, or runs it."""
+    return import_module(f"loaders.interactive.{module}")
+
+
+@dataclass(repr=False)
 class LoadedModel:
-    """One precision of one checkpoint, ready to run."""
+    """One precision of one checkpoint, ready to run; a notebook shows its proof as tables."""
 
     precision: str
     runner: Runner
@@ -165,6 +172,40 @@ class LoadedModel:
     load_seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further facts for ``/stats`` (compute dtype, block size, …)."""
+    spec: ModelSpec | None = None
+    """The checkpoint and the options that it was loaded with; set by ``loaders.load``."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's ``transformers`` tokenizer, loaded when it is first used.
+
+        Raises:
+            CheckpointError: there is none, or it is broken.
+            ValueError: the model was not loaded by ``loaders.load``.
+        """
+        if self.spec is None:
+            raise ValueError("the model's checkpoint is not known")
+        return import_module("loaders.checkpoint").load_tokenizer(self.spec.checkpoint)
+
+    def generate(self, text: str, max_new_tokens: int = 64) -> str:
+        """The greedy continuation of ``text``, without it: up to ``max_new_tokens``, or to an end token.
+
+        One thread at a time: the runner's first slot computes it, which must be free, and is freed again.
+
+        Raises:
+            ValueError: the prompt has no tokens, or the context has no room for it and the new tokens.
+            CheckpointError: the checkpoint has no usable tokenizer.
+        """
+        continuation: str = _interactive("text").generate(self, text, max_new_tokens)
+        return continuation
+
+    def __repr__(self) -> str:
+        line: str = _interactive("proof").line(self)
+        return line
+
+    def _repr_html_(self) -> str:
+        html: str = _interactive("proof").as_html(self)
+        return html
 
     def close(self) -> None:
         self.runner.close()

@@ -28,6 +28,7 @@ LAYERS = (
     "server.settings",
     "server.host server.lifecycle",
     "server.activity server.concurrency server.errors server.tables server.terminal server.version server.playground server",
+    "loaders.interactive",
     "loaders.quality loaders.layer_errors",
     "loaders.precisions",
     "loaders.footprint loaders.runners",
