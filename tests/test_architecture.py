@@ -27,7 +27,8 @@ LAYERS = (
     "server.http server.engine",
     "server.settings",
     "server.host server.lifecycle",
-    "server.activity server.concurrency server.errors server.tables server.terminal server.version server.playground server",
+    "server.activity server.concurrency server.errors server.playground server.tables server.terminal "
+    "server.version server",
     "loaders.quality loaders.layer_errors",
     "loaders.precisions",
     "loaders.footprint loaders.runners",
