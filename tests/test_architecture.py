@@ -27,14 +27,9 @@ LAYERS = (
     "server.http server.engine",
     "server.settings",
     "server.host server.lifecycle",
-<<<<<<< HEAD
-    "server.activity server.concurrency server.errors server.tables server.terminal server.version server",
-    "server.playground",
-    "loaders.interactive",
-=======
     "server.activity server.concurrency server.errors server.playground server.tables server.terminal "
     "server.version server",
->>>>>>> w-page
+    "loaders.interactive",
     "loaders.quality loaders.layer_errors",
     "loaders.precisions",
     "loaders.footprint loaders.runners",
