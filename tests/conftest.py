@@ -153,12 +153,13 @@ def live(make_app: Callable[..., FastAPI]) -> Iterator[str]:
 
 
 @contextmanager
-def serving(app: FastAPI, send_buffer: int | None = None, **options: Any) -> Iterator[str]:
+def serving(app: FastAPI, send_buffer: int | None = None, port: int = 0, **options: Any) -> Iterator[str]:
     """Serves an app on a socket; ``send_buffer``: its SO_SNDBUF in bytes; ``options``: uvicorn's."""
     with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("127.0.0.1", port))
         server = Server(ServerConfig(app, app.state.settings, **options))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

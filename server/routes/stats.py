@@ -68,6 +68,11 @@ async def stats(
             "in_flight": state.service.places.in_flight,
             "capacity": state.settings.max_concurrent_requests,
         },
+        "memory": {
+            "limit_bytes": state.settings.memory_budget,
+            "used_bytes": pool.used_bytes(),
+            "free_bytes": max(0, pool.free_bytes()),
+        },
         "kv_cache": pool.kv_memory.figures(),
         "report": _report(state.reports),
         "shadow": state.shadow and state.shadow.figures(),

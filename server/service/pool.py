@@ -178,7 +178,7 @@ class Pool:
     async def _make_room(self, state: PrecisionState) -> None:
         """Unloads idle precisions, least recently used first; raises ``NotReady`` if that is not enough."""
         needed = memory.needed_bytes(state.name, self.spec)
-        while needed > (free := self._free_bytes()):
+        while needed > (free := self.free_bytes()):
             if not (idle := self.idle()):
                 raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
             await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
@@ -187,7 +187,8 @@ class Pool:
         """Precisions that may be unloaded; never the default, without which the server is not ready."""
         return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
 
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
+        """What another precision may take; negative if the loaded ones exceed the budget."""
         free = memory.free_bytes(self.device) - self.kv_memory.uncommitted_bytes(self._models)
         budget = self._settings.memory_budget
         return free if budget is None else min(free, budget - self.used_bytes())

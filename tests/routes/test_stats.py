@@ -20,6 +20,7 @@ SHAPE: dict[str, Any] = {
     "host": {"device", "device_name", "cpu_threads", "memory"},
     "uptime_seconds": None,
     "queue": {"running", "waiting", "in_flight", "capacity"},
+    "memory": {"limit_bytes", "used_bytes", "free_bytes"},
     "kv_cache": {"limit_bytes", "used_bytes", "committed_bytes"},
     "report": {"finished", "note", "recommendation", "precisions"},
     "shadow": None,

@@ -1,0 +1,98 @@
+// Every precision's state and memory, loading and unloading, and what the host has room for.
+
+import { el } from "../dom.js";
+import { bytes, visible } from "../format.js";
+
+export function mount(section, api, state) {
+  const gauge = new Gauge();
+  const rows = el("tbody");
+  const message = el("p", { role: "status", "aria-live": "polite" });
+  section.setAttribute("aria-labelledby", "precisions-heading");
+  section.append(
+    el("h2", { id: "precisions-heading" }, "Precisions"),
+    gauge.element,
+    message,
+    el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Precisions of this model" },
+      el("table", {}, heads(["precision", "state", "weights", "KV cache", "bits per weight", ""]), rows)),
+  );
+  const shown = new Map();
+  const update = ({ stats }, patch = { stats }) => {
+    if (!stats || !("stats" in patch)) return;
+    gauge.show(stats.memory);
+    for (const [name, known] of Object.entries(stats.precisions)) {
+      if (!shown.has(name)) shown.set(name, new Row(name, api, state, message));
+      const row = shown.get(name);
+      if (!row.element.isConnected) rows.append(row.element);
+      row.show(known);
+    }
+  };
+  state.subscribe(update);
+  update(state.get());
+}
+
+/** What the loaded precisions take of the memory that there is for them. */
+class Gauge {
+  constructor() {
+    this.meter = el("meter", { id: "memory-gauge", min: 0 });
+    this.text = el("span");
+    this.element = el("p", { className: "gauge" },
+      el("label", { htmlFor: "memory-gauge" }, "Memory of all precisions"), this.meter, this.text);
+  }
+
+  show({ limit_bytes: limit, used_bytes: used, free_bytes: free }) {
+    const total = limit ?? used + free;
+    Object.assign(this.meter, { max: total, high: 0.9 * total, value: used });
+    const of = limit === null ? "" : ` of a budget of ${bytes(limit)}`;
+    this.text.textContent = `${bytes(used)} used${of}, ${bytes(free)} free for more`;
+  }
+}
+
+class Row {
+  #busy = false;
+
+  constructor(name, api, state, message) {
+    Object.assign(this, { name, api, state, message });
+    this.cells = ["state", "weights", "cache", "bits"].map((className) => el("td", { className }));
+    this.button = el("button", { type: "button", onclick: () => this.#act() });
+    this.progress = el("progress", { hidden: true, "aria-label": `Loading ${name}` });
+    this.element = el("tr", {}, el("th", { scope: "row" }, name), ...this.cells,
+      el("td", {}, this.button, " ", this.progress));
+  }
+
+  show({ state, reason, memory }) {
+    this.loaded = state === "loaded";
+    const texts = [reason ? `${state}: ${reason}` : state, bytes(memory?.weights_bytes), bytes(memory?.kv_cache_bytes),
+      memory?.bits_per_weight?.toFixed(2) ?? "–"];
+    this.cells.forEach((cell, index) => (cell.textContent = visible(texts[index])));
+    this.button.textContent = this.loaded ? "Unload" : "Load";
+    this.button.setAttribute("aria-label", `${this.button.textContent} ${this.name}`);
+    this.button.disabled = this.#busy || state === "unavailable" || state === "loading";
+  }
+
+  async #act() {
+    this.#busy = this.button.disabled = true;
+    const verb = this.loaded ? "unload" : "load";
+    this.message.textContent = `${this.name}: ${verb}ing…`;
+    try {
+      if (this.loaded) await this.api.post(`precisions/${this.name}/unload`);
+      else await this.api.stream(`precisions/${this.name}/load`, undefined, (event) => this.#follow(event));
+      this.message.textContent = `${this.name}: ${verb}ed.`;
+    } catch (error) {
+      this.message.textContent = `${this.name}: ${visible(error.message)}`;
+    }
+    this.#busy = false;
+    this.progress.hidden = true;
+    this.state.set({ stats: await this.api.get("stats") });
+  }
+
+  #follow({ stage, progress }) {
+    this.progress.hidden = false;
+    if (!progress?.total) this.progress.removeAttribute("value"); // of unknown length
+    else Object.assign(this.progress, { max: progress.total, value: progress.current });
+    if (stage) this.message.textContent = `${this.name}: ${visible(stage)}…`;
+  }
+}
+
+function heads(names) {
+  return el("thead", {}, el("tr", {}, ...names.map((name) => el(name ? "th" : "td", name ? { scope: "col" } : {}, name))));
+}
