@@ -43,7 +43,7 @@ class Gauge {
     const total = limit ?? used + free;
     Object.assign(this.meter, { max: total, high: 0.9 * total, value: used });
     const of = limit === null ? "" : ` of a budget of ${bytes(limit)}`;
-    this.text.textContent = `${bytes(used)} used${of}, ${bytes(free)} free for more`;
+    this.text.textContent = `${bytes(used)} taken${of} by weights and what their caches may grow to, ${bytes(free)} free for more`;
   }
 }
 
