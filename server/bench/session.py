@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loaders.base import LoadedModel
-from loaders.kv_cache.block_pool import BLOCK_TOKENS
-from loaders.runner import PagedRunner
 from server.bench.bandwidth import Bandwidth, MemorySpeed, middle
 from server.bench.contenders import Contender, EngineContender, Prompts
 from server.bench.figures import Figures, Floor, Run, mean_context, summarize
 from server.bench.peak_memory import Peak, peak_on
+from server.host.memory import cache_token_bytes
 
 _WARM_UP_TOKENS = 8
 _PAUSE = 0.3  # seconds until the previous engine's threads sleep: Intel's OpenMP spins for 0.2
@@ -170,9 +169,6 @@ def floor_of(loaded: LoadedModel, rows: int, plan: Plan, bandwidth: Bandwidth) -
 
 def floor_bytes(loaded: LoadedModel, cached_tokens: float) -> tuple[int, float]:
     """Bytes that a step must read: its weight matrices, and keys and values of all cached tokens."""
-    runner, footprint = loaded.runner, loaded.footprint
-    if isinstance(runner, PagedRunner):
-        per_token = runner.pool.block_bytes / BLOCK_TOKENS
-    else:
-        per_token = getattr(runner, "token_bytes", runner.kv_cache_bytes / (runner.slots * runner.context))
+    footprint = loaded.footprint
+    per_token = cache_token_bytes(loaded.runner)
     return footprint.weights_bytes - footprint.lookup_bytes, cached_tokens * per_token

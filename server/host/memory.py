@@ -9,7 +9,8 @@ import torch
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.cuda.memory import cards_free, smallest_cache
-from loaders.runner import DeviceRunner, PagedRunner
+from loaders.kv_cache.block_pool import BLOCK_TOKENS
+from loaders.runner import DeviceRunner, PagedRunner, Runner
 from server.host import cgroups
 
 _MARGIN = 0.9  # usable share of the free memory; the rest is for activations and other processes
@@ -66,6 +67,21 @@ def needed_bytes(precision: str, spec: ModelSpec) -> int:
 def within(budget: int | None, used: int, spec: ModelSpec) -> ModelSpec:
     """``spec`` with the rest of the memory budget as ``room``, which bounds a GPU's KV cache."""
     return spec if budget is None else replace(spec, room=budget - used)
+
+
+def cache_token_bytes(runner: Runner) -> float:
+    """Bytes of one cached token's keys and values."""
+    if isinstance(runner, PagedRunner):
+        return runner.pool.block_bytes / BLOCK_TOKENS
+    known: float | None = getattr(runner, "token_bytes", None)
+    return runner.kv_cache_bytes / (runner.slots * runner.context) if known is None else known
+
+
+def full_cache_bytes(runner: Runner) -> int:
+    """Bytes of the cache with the whole context in every slot; blocks are allocated as they are needed."""
+    if isinstance(runner, PagedRunner):
+        return round(cache_token_bytes(runner) * runner.slots * runner.context)
+    return runner.kv_cache_bytes
 
 
 def working_bytes(model: LoadedModel) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 from server.host import cache
 from server.report.subject import Reading, Subject
 
-FORMAT = 2
-"""Incremented when documents of older versions can't be rendered any more."""
+FORMAT = 3
+"""Incremented when documents of older versions can't be rendered any more, or have figures that are wrong."""
 NAME = "report.json"
 _log = logging.getLogger(__name__)
 

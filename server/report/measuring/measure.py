@@ -21,6 +21,7 @@ from loaders.texts import Text, TextError
 from server.bench.document import plain
 from server.bench.errors import BenchError
 from server.errors import ServiceError
+from server.host.memory import full_cache_bytes
 from server.host.threads import resolve, run_in_own_thread
 from server.report.measuring.speed import Pauses, Speeds, settled
 from server.report.store import SavedReport
@@ -158,7 +159,7 @@ class Measurement:
             "load_seconds": model.load_seconds,
             "disk_bytes": spec.checkpoint.file_bytes,
             "weights_bytes": footprint.weights_bytes,
-            "kv_cache_bytes": model.runner.kv_cache_bytes,
+            "kv_cache_bytes": full_cache_bytes(model.runner),
             "sequences": model.runner.slots,
             "by_dtype": dict(footprint.by_dtype),
             "quantization_state_bytes": footprint.quantization_state_bytes,
