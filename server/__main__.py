@@ -6,21 +6,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from server.commands import COMMANDS
 from server.commands.interrupts import INTERRUPTED, end_at_once
 from server.host import threads
 from server.version import VERSION
-
-COMMANDS = {
-    "serve": "serve a model over HTTP, every precision of it",
-    "generate": "continue a prompt in this terminal, in one precision",
-    "precisions": "what this host can run, and why not the rest",
-    "quantize": "make a precision's files once, and save them",
-    "compare": "one prompt in several precisions, side by side",
-    "report": "measure every precision here and say which one to run",
-    "quality": "measure what each precision costs in quality",
-    "explain": "show what quantization does to a layer's weights",
-    "bench": "measure speed and memory of every precision on this host",
-}
 
 
 def usage() -> str:
@@ -30,7 +19,13 @@ def usage() -> str:
         "One causal language model in FP32, 8-bit and 4-bit, chosen per request.\n\n"
         f"commands:\n{commands}\n\n"
         "  bitdial COMMAND --help     the command's options\n"
-        "  bitdial --version\n"
+        "  bitdial --version\n\n"
+        "exit codes:\n"
+        "  0    done\n"
+        "  1    failed: the model, the host or the server; one line says why\n"
+        "  2    a wrong option, value or prompt\n"
+        "  70   serve: a worker died or hung\n"
+        "  130  Ctrl-C\n"
     )
 
 

@@ -8,7 +8,7 @@ from loaders.base import Checkpoint
 from loaders.errors import LoaderError
 from server.bench.errors import BenchError
 from server.bench.options import Options
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.settings.output import NotSaved
 

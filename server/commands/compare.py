@@ -14,7 +14,7 @@ from loaders.base import ModelSpec
 from loaders.end_tokens import with_end_token
 from loaders.errors import LoaderError
 from loaders.quality.prompt import longest_prompt
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.sampling import PROMPT_HELP, STDIN, SamplingSettings, encode, read_prompt
 from server.commands.side_by_side import MARK, shown, side_by_side, wrapped
@@ -95,7 +95,7 @@ async def _compare(options: Options, prompt: str) -> list[Compared]:
 
 
 async def _started(name: str, spec: ModelSpec, threads: int) -> Engine:
-    bars = ProgressBars(name)
+    bars = ProgressBars(name, quiet=True)
     compute_with(threads)
     try:
         model = loaders.load(name, spec, bars)

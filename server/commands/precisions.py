@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import loaders
 from loaders.base import Checkpoint, ModelSpec
 from loaders.errors import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.table import layer_lines
 from server.host.threads import compute_with

@@ -20,10 +20,13 @@ class ProgressBars:
     """A ``loaders`` progress callback: one bar per stage on a terminal, one line per stage otherwise.
 
     What follows a colon in a stage, such as the loss of a training, is shown beside its bar.
+
+    Args:
+        quiet: without a terminal, no lines: for what takes seconds.
     """
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, quiet: bool = False) -> None:
+        self._title, self._quiet = title, quiet
         self._stage: str | None = None
         self._bar: Any = None
 
@@ -36,7 +39,7 @@ class ProgressBars:
                 self._bar = tqdm(
                     desc=f"{self._title}: {stage}", leave=False, miniters=1, bar_format=_UNCOUNTED
                 )
-            else:
+            elif not self._quiet or stage == _OWN_BARS:
                 print(f"{self._title}: {stage} …", file=sys.stderr, flush=True)
         if self._bar is not None:
             self._bar.set_description_str(f"{self._title}: {stage}", refresh=False)

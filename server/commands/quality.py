@@ -11,7 +11,7 @@ from loaders.errors import LoaderError
 from loaders.quality import measure
 from loaders.quality.greedy import PROMPTS
 from loaders.texts import TextError, held_out, text_file
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.progress import ProgressBars
 from server.commands.table import Row, layer_lines, quality_lines
 from server.host import memory

@@ -8,7 +8,7 @@ from pathlib import Path
 import loaders
 from loaders.base import ModelSpec
 from loaders.errors import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.interrupts import clean_up_on_interrupt
 from server.commands.progress import ProgressBars
 from server.host.threads import compute_with

@@ -10,7 +10,7 @@ from loaders.errors import LoaderError
 from loaders.quality.greedy import PROMPTS
 from loaders.texts import TextError, text_file
 from server.bench.errors import BenchError
-from server.commands import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.interrupts import say_on_interrupt
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError

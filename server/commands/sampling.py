@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from loaders.tokenizer_faults import unknown_token
-from server.commands import UsageError
+from server.commands.command_line import UsageError
 from server.engine.sequence import SamplingParams
 from server.service.text.codec import TextCodec
 from server.settings.server import ModelSettings
@@ -64,6 +65,23 @@ def read_prompt(given: str, arguments: Sequence[str]) -> str:
         raise UsageError("standard input is not UTF-8") from None
     if not prompt:
         raise UsageError("standard input is empty")
+    return prompt
+
+
+def read_prompt_file(file: Path) -> str:
+    """A file's text without its final newline.
+
+    Raises:
+        UsageError: it can't be read, is empty, or is not UTF-8.
+    """
+    try:
+        prompt = file.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is not UTF-8") from None
+    if not prompt:
+        raise UsageError(f"{file} is empty")
     return prompt
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, for_saved, parse, require
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, for_saved, parse, require
 from server.commands.progress import ProgressBars, show_loading
 from server.errors import ServiceError
 from server.http.connection.open_files import most_connections, raise_limit
@@ -30,7 +30,8 @@ class Options(Settings):
     """
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], command: str = "serve") -> int:
+    """Serves; errors begin with the name of ``command``, which another command replaces by its own."""
     try:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
@@ -50,10 +51,10 @@ def main(arguments: Sequence[str]) -> int:
         settings, choice = _resolve_default(options, checkpoint)
         _require_room(settings, checkpoint)
     except UsageError as error:
-        complain("serve", error)
+        complain(command, error)
         return USAGE
     except LoaderError as error:
-        complain("serve", error)
+        complain(command, error)
         return FAILED
     from server.app import create_app
     from server.http.server import Process

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from server.host import cgroups
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -67,6 +65,8 @@ def limit_libraries() -> None:
 
 def compute_with(threads: int) -> None:
     """Sets the number of threads of the calling thread's parallel operations, whatever other threads set."""
+    import torch  # late: limit_libraries is called before it is imported
+
     torch.get_num_threads()  # takes over the process's number now: later it would replace the one set here
     torch.set_num_threads(threads)
 

@@ -24,17 +24,14 @@ _FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32"
 _BUSY_CHUNK_ON_CPU = 16  # doubles the time of a step of eight rows, about
 
 
-__all__ = ["ModelSettings", "PrecisionSettings", "Settings"]
+__all__ = ["ChatSettings", "ModelSettings", "PrecisionSettings", "Settings"]
 _MODEL, _LOADING, _SHADOW = "model", "loading", "shadow"
 _CHOOSING, _NETWORK, _REQUESTS, _OPERATION = "precision auto", "network", "requests", "operation"
 
 
-class Settings(PrecisionSettings):
-    """Settings of a server."""
+class ChatSettings(PrecisionSettings):
+    """Settings of a model that chats."""
 
-    precision: PrecisionOrAuto = option(
-        "fp32", _MODEL, "NAME", "the precision of requests that name none; auto chooses by the report"
-    )
     chat_template: Path | None = option(
         None,
         _MODEL,
@@ -43,6 +40,13 @@ class Settings(PrecisionSettings):
         unset="the model's own",
     )
 
+
+class Settings(ChatSettings):
+    """Settings of a server."""
+
+    precision: PrecisionOrAuto = option(
+        "fp32", _MODEL, "NAME", "the precision of requests that name none; auto chooses by the report"
+    )
     precisions: Precisions | None = option(
         None,
         _LOADING,

@@ -1,6 +1,8 @@
 """``--help``, and errors for precisions that this host can't run."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,11 +14,24 @@ import loaders
 from loaders import checkpoint
 from loaders.base import Availability
 from loaders.errors import ModelNotFound
-from server.__main__ import COMMANDS, main
-from server.commands import bench, compare, explain, generate, precisions, quality, quantize, report, serve
+from server.__main__ import main
+from server.commands import (
+    COMMANDS,
+    bench,
+    chat,
+    compare,
+    explain,
+    generate,
+    precisions,
+    quality,
+    quantize,
+    report,
+    serve,
+)
 
 OPTIONS: dict[str, type[BaseSettings]] = {
     "serve": serve.Options,
+    "chat": chat.Options,
     "generate": generate.Options,
     "precisions": precisions.Options,
     "quantize": quantize.Options,
@@ -50,15 +65,32 @@ def test_help_is_written_for_people(
         assert max(map(len, text.splitlines())) <= min(columns, 100)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_every_setting_has_its_option_and_its_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of([command], capsys).split())
     for name, field in OPTIONS[command].model_fields.items():
-        if name == "prompt":
+        if name in ("prompt", "json_lines"):
             continue
         dashed = name.replace("_", "-")
         assert re.search(rf"--(\[no-\])?{dashed}[, ]", text), name
         assert (field.description or "?") in re.sub(r"(?<=\w)- (?=\w)", "-", text), name
+
+
+def test_all_commands_but_completion_have_options() -> None:
+    assert OPTIONS.keys() == COMMANDS.keys() - {"completion"}
+
+
+def test_help_and_version_do_not_wait_for_pytorch() -> None:
+    script = (
+        "import sys; from server.__main__ import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_the_summary_has_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of([], capsys)
+    for code in (0, 1, 2, 70, 130):
+        assert re.search(rf"^  {code} ", text, re.M)
 
 
 def test_defaults_are_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,13 @@ def test_a_stage_is_a_line_without_a_terminal(capsys: pytest.CaptureFixture[str]
     ]
 
 
+def test_what_takes_seconds_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ProgressBars("int8", quiet=True)
+    bars("loading", 1, 2)
+    bars("downloading", 0, 0)
+    assert capsys.readouterr().err == "int8: downloading …\n"
+
+
 def test_a_bar_shows_how_far_a_stage_is(terminal: Terminal) -> None:
     bars = ProgressBars("int8")
     with redirect_stderr(terminal):

@@ -17,7 +17,8 @@ from server.__main__ import main
 from server.bench import table
 from server.bench.figures import Figures
 from server.bench.session import Row
-from server.commands import bench, generate, parse, quality
+from server.commands import bench, generate, quality
+from server.commands.command_line import parse
 from server.host import cache
 from server.settings.server import Settings
 from server.tables import Table

@@ -65,6 +65,20 @@ def test_generate_in_the_terminal(folder: Path) -> None:
     assert re.search(r"\[nf4: \d tokens, first after", done.stderr)
 
 
+def test_generate_continues_files_and_prints_json(folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for file, text in zip(files, ("abc\n", "xyz"), strict=True):
+        file.write_text(text)
+    options = ("--model", str(folder), "--max-new-tokens", "3", "--file", ",".join(map(str, files)))
+    shown, told = bitdial("generate", *options), bitdial("generate", *options, "--json")
+    first, second = map(json.loads, told.stdout.splitlines())
+    assert [first["file"], second["file"]] == [*map(str, files)]
+    assert (first["prompt_tokens"], first["generated_tokens"], len(first["token_ids"])) == (3, 3, 3)
+    assert told.stderr == ""  # quiet: it is no terminal
+    one, two = (f"==> {file} <==" for file in files)
+    assert shown.stdout == f"{one}\nabc{first['generated_text']}\n\n{two}\nxyz{second['generated_text']}\n"
+
+
 @pytest.mark.parametrize("moment", ["import transformers", "import server.engine.engine"])
 def test_ctrl_c_ends_a_command_at_once_wherever_it_is(moment: str, folder: Path) -> None:
     """Interrupted during its import, transformers raises an error about a missing module."""

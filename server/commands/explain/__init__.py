@@ -12,7 +12,7 @@ from loaders.affine.quantizer import Quantizer
 from loaders.affine.quantizer import parse as parse_quantizer
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
-from server.commands import FAILED, USAGE, UsageError, complain, parse
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse
 from server.commands.progress import ProgressBars
 from server.host.threads import compute_with
 from server.report import plots

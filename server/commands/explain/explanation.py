@@ -11,7 +11,7 @@ from torch import Tensor
 from loaders.affine.applied import Applied, Code, Matrix
 from loaders.affine.quantizer import Quantizer
 from loaders.base import Progress
-from server.commands import UsageError
+from server.commands.command_line import UsageError
 from server.commands.explain.layers import Layers, Ranked
 
 BINS = 120

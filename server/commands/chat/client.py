@@ -1,0 +1,221 @@
+"""A bitdial server as ``bitdial chat`` uses it: the conversation's routes over HTTP."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+
+from server.commands.chat.answer import Answer
+from server.commands.chat.conversation import Conversation, Sampling
+from server.commands.progress import ProgressBars
+
+_CONNECT = 10.0  # seconds; an answer itself may take as long as the server permits
+_CHAT, _CONTINUE = "v1/chat/completions", "v1/completions"
+_CONTEXT_LENGTH = "context_length_exceeded"
+_LEAST_TOKENS = 16
+
+
+class ChatError(Exception):
+    """What the server, or the way to it, has refused; the message is for people.
+
+    Args:
+        code: the OpenAI dialect's ``code``.
+        exit_code: what the program ends with, if it must end.
+    """
+
+    def __init__(self, message: str, code: str | None = None, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.code, self.exit_code = code, exit_code
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server says of itself."""
+
+    model: str
+    precision: str
+    """The default one."""
+    context: int
+    """Most tokens of prompt and answer."""
+    templated: bool
+    """Whether the model has a chat template."""
+
+
+class Client:
+    """Routes of one server; every failure is a ``ChatError``.
+
+    Args:
+        key: its Bearer token, if it needs one.
+        loads_show_themselves: the server draws its progress on this terminal by itself.
+    """
+
+    def __init__(self, url: str, key: str | None, loads_show_themselves: bool = False) -> None:
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = httpx2.Timeout(None, connect=_CONNECT)
+        try:
+            self._http = httpx2.Client(base_url=self.url + "/", headers=headers, timeout=timeout)
+        except (ValueError, httpx2.InvalidURL) as error:
+            raise ChatError(f"{self.url}: {error}") from None
+        self._loads_show_themselves = loads_show_themselves
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> Any:
+        """A route's JSON."""
+        with self._said_plainly():
+            response = self._http.get(path)
+            if not response.is_success:
+                raise _refusal(response)
+            return response.json()
+
+    def served(self) -> Served:
+        info = self.get("info")
+        try:
+            return Served(
+                str(info["model_id"]),
+                str(info["precision"]),
+                int(info["max_total_tokens"]),
+                bool(info["chat_template"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise self._no_bitdial() from None
+
+    def load(self, precision: str) -> None:
+        """Loads a precision and shows the progress; returns when it is ready.
+
+        A server that keeps loading for its administrator loads at the first request instead.
+        """
+        try:
+            with ProgressBars(precision, quiet=True) as bars:
+                for event in self._events(f"precisions/{precision}/load", None):
+                    if event.get("status") == "failed":
+                        raise ChatError(str(event.get("error")))
+                    if "progress" in event and not self._loads_show_themselves:
+                        bars(event["stage"], event["progress"]["current"], event["progress"]["total"])
+        except ChatError as error:
+            if error.code not in ("unauthorized", "invalid_api_key"):
+                raise
+
+    def reply(
+        self,
+        conversation: Conversation,
+        question: str,
+        sampling: Sampling,
+        answer: Answer,
+        on_text: Callable[[str], None],
+    ) -> None:
+        """Answers the question; an exception, such as Ctrl-C's, cancels it at the server.
+
+        As it comes near the context's end it may become shorter than the sampling permits.
+
+        Args:
+            answer: filled as it comes, in its precision.
+            on_text: called with each piece of the text.
+        """
+        self._within_context(
+            answer,
+            _CHAT,
+            {"messages": conversation.messages(question)},
+            sampling,
+            on_text,
+        )
+
+    def continuation(
+        self, text: str, sampling: Sampling, answer: Answer, on_text: Callable[[str], None]
+    ) -> None:
+        """Continues a text by a model without chat template; otherwise as ``reply``."""
+        self._within_context(answer, _CONTINUE, {"prompt": text}, sampling, on_text)
+
+    def _within_context(
+        self,
+        answer: Answer,
+        path: str,
+        asked: Mapping[str, Any],
+        sampling: Sampling,
+        on_text: Callable[[str], None],
+    ) -> None:
+        tokens = sampling.max_new_tokens
+        while True:
+            body = {
+                **asked,
+                "max_tokens": tokens,
+                **sampling.fields(),
+                **({} if sampling.samples else {"temperature": 0}),
+                "stream_options": {"include_usage": True},
+            }
+            try:
+                return self._fill(answer, path, body, on_text)
+            except ChatError as error:
+                if error.code != _CONTEXT_LENGTH or tokens <= _LEAST_TOKENS:
+                    raise
+                tokens = max(_LEAST_TOKENS, tokens // 2)
+
+    def _fill(
+        self, answer: Answer, path: str, body: Mapping[str, Any], on_text: Callable[[str], None]
+    ) -> None:
+        begun, first = time.perf_counter(), None
+        for event in self._events(path, {**body, "precision": answer.precision, "stream": True}):
+            text = answer.take(event)
+            if text is None:
+                continue
+            now = time.perf_counter()
+            first = now if first is None else first
+            answer.first_ms, answer.decode_seconds = (first - begun) * 1000, now - first
+            answer.text += text
+            on_text(text)
+
+    def _events(self, path: str, body: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """The JSON objects of a stream of server-sent events."""
+        with self._said_plainly(), self._http.stream("POST", path, json=body) as response:
+            if not response.is_success:
+                response.read()
+                raise _refusal(response)
+            for event in httpx2.EventSource(response):
+                if event.data == "[DONE]":
+                    return
+                told = json.loads(event.data)
+                if "error" in told and "status" not in told:
+                    raise _told(told)
+                yield told
+
+    @contextmanager
+    def _said_plainly(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.ConnectError as error:
+            raise ChatError(f"no server at {self.url}: {error}") from None
+        except httpx2.HTTPError as error:
+            what = str(error) or type(error).__name__
+            raise ChatError(f"the connection to {self.url} failed: {what}") from None
+        except (json.JSONDecodeError, httpx2.SSEError):
+            raise self._no_bitdial() from None
+
+    def _no_bitdial(self) -> ChatError:
+        return ChatError(f"{self.url} does not answer as a bitdial server")
+
+
+def _refusal(response: httpx2.Response) -> ChatError:
+    try:
+        return _told(response.json())
+    except (ValueError, AttributeError):
+        return ChatError(f"{response.url} answered {response.status_code} {response.reason_phrase}")
+
+
+def _told(body: Mapping[str, Any]) -> ChatError:
+    """An error in either dialect."""
+    error = body.get("error")
+    if isinstance(error, Mapping):
+        return ChatError(str(error.get("message")), error.get("code"))
+    return ChatError(str(error), body.get("error_type"))

@@ -1,0 +1,112 @@
+"""What is typed: lines with history and completion on a terminal, plain lines otherwise."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+QUOTES = '"""'
+"""Begins and ends a message of several lines."""
+
+Input = Callable[[], str]
+"""The next message. Raises ``EOFError`` at the end, ``KeyboardInterrupt`` for Ctrl-C."""
+Words = Callable[[], Mapping[str, Sequence[str]]]
+"""The commands and, of each, what may follow it."""
+
+
+def make_input(prompt: Callable[[], str], words: Words, keep_history: bool) -> Input:
+    """Reads from the terminal, or lines of standard input if that or the output is none."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return _Lines(sys.stdin).read
+    history: History = InMemoryHistory()
+    if keep_history and (file := _history_file()) is not None:
+        history = FileHistory(str(file))
+    session: PromptSession[str] = PromptSession(
+        history=history,
+        completer=_Commands(words),
+        complete_while_typing=False,
+        key_bindings=_keys(),
+        multiline=True,  # Enter is bound to what ends a message
+        prompt_continuation=lambda width, line, wrapped: " " * width,
+        enable_open_in_editor=True,
+    )
+    return lambda: unquoted(session.prompt(prompt()))
+
+
+def is_open(text: str) -> bool:
+    """Whether the quotes that begin a message are not closed yet."""
+    return text.lstrip().startswith(QUOTES) and text.count(QUOTES) < 2
+
+
+def unquoted(text: str) -> str:
+    """A message without the quotes around it, and without blank ends."""
+    text = text.strip()
+    if text.startswith(QUOTES):
+        text = text.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
+    return text
+
+
+class _Lines:
+    """Messages from a pipe or a file: one a line, or several lines in quotes."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+
+    def read(self) -> str:
+        text = next(self._lines, None)
+        while text is not None and is_open(text) and (more := next(self._lines, None)) is not None:
+            text += more
+        if text is None:
+            raise EOFError
+        return unquoted(text)
+
+
+class _Commands(Completer):
+    def __init__(self, words: Words) -> None:
+        self._words = words
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        command, space, rest = document.text_before_cursor.partition(" ")
+        if not command.startswith("/"):
+            return
+        words = self._words()
+        typed = rest.rpartition(" ")[2] if space else command
+        for word in words.get(command, ()) if space else words:
+            if word.startswith(typed):
+                yield Completion(word, start_position=-len(typed))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _history_file() -> Path | None:
+    """Where typed messages are kept, readable by this user alone; None where nothing can be written."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    file = Path(state) / "bitdial" / "chat_history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError:
+        return None
+    return file

@@ -1,0 +1,103 @@
+"""Shared by the subcommands: settings from a command line, errors as one line."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from inspect import cleandoc
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
+
+import loaders
+from loaders.base import Checkpoint
+from loaders.errors import PrecisionUnavailable
+from server.commands.help import Arguments, Formatter
+from server.settings.model import ModelSettings, has_variable
+from server.settings.types import ALL, AUTO
+
+USAGE, FAILED = 2, 1
+_PRECISIONS_OF = ("precision", "precisions", "shadow_precision")
+_Options = TypeVar("_Options", bound=BaseSettings)
+_Settings = TypeVar("_Settings", bound=ModelSettings)
+
+
+class UsageError(Exception):
+    """An invalid command line or environment variable, named in the message."""
+
+
+def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _Options:
+    """Settings from flags, then environment, then defaults. Exits on ``--help`` and on unknown flags.
+
+    Raises:
+        UsageError: a value is invalid.
+    """
+    try:
+        return CliApp.run(
+            options, cli_args=list(arguments), cli_settings_source=command_line(options, command)
+        )
+    except ValidationError as error:
+        first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
+        raise UsageError("; ".join(_readable(options, one) for one in reversed(first.values()))) from None
+
+
+def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource[Any]:
+    """The parser of a command's options."""
+    shown = Arguments(options.model_fields)
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        options,
+        cli_prog_name=f"bitdial {command}",
+        add_argument_method=shown.add,
+        formatter_class=Formatter,
+    )
+    parser = source.root_parser
+    parser.usage = " ".join([f"bitdial {command} [OPTIONS]", *shown.positional])
+    parser.description = cleandoc(options.__doc__ or "")
+    return source
+
+
+def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:
+    name = str(error["loc"][0]) if error["loc"] else "the command line"
+    flag = f"--{name.replace('_', '-')}" if error["loc"] else name
+    if error["loc"] and has_variable(options, name):
+        flag += f" (or {name.upper()})"
+    if error["type"] == "missing":
+        return f"{name.upper()} is missing or empty"
+    return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
+
+
+def require(precisions: Iterable[str], device: Literal["cpu", "cuda"]) -> None:
+    """Checks, before anything is loaded, that this host can run the precisions.
+
+    Raises:
+        UsageError: with the reason, and the install command if there is one.
+    """
+    for name in precisions:
+        able = loaders.availability(name, device)
+        if not able.ok:
+            raise UsageError(str(PrecisionUnavailable(name, able)))
+
+
+def for_saved(options: _Settings, checkpoint: Checkpoint) -> _Settings:
+    """The settings for a checkpoint that is quantized already: its precision is the default and the only one.
+
+    Raises:
+        UsageError: they name another.
+    """
+    saved = checkpoint.saved
+    if saved is None:
+        return options
+    given = [getattr(options, name) for name in _PRECISIONS_OF if name in options.model_fields_set]
+    for value in given:
+        names = value if isinstance(value, tuple) else (value,)
+        if others := [name for name in names if name not in (saved, ALL, AUTO, None)]:
+            raise UsageError(
+                f"{checkpoint.model_id} is saved in {saved}; for {others[0]} name the model it was made from"
+            )
+    here = {"precision": saved, "precisions": (saved,)}
+    return options.model_copy(
+        update={name: value for name, value in here.items() if name in type(options).model_fields}
+    )
+
+
+def complain(command: str, error: Exception) -> None:
+    print(f"bitdial {command}: {error}", file=sys.stderr)
