@@ -4,8 +4,6 @@
 not; ``llm_int8_skip_modules`` replaces the default list, so the head is always in it.
 """
 
-import logging
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +33,6 @@ _THRESHOLD_NOTE = (
     "an outlier takes the precision of its whole row of activations; INT8_THRESHOLD=6 keeps them in fp16, "
     "but then no step is captured, and what runs beside a sequence changes its tokens"
 )
-_CPU_CAST = "MatMul8bitLt: inputs will be cast"
 
 
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
@@ -66,7 +63,6 @@ def recipe(precision: str, spec: ModelSpec) -> Recipe:
 
 def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
     """Writes a checkpoint that ``from_pretrained`` of transformers reads."""
-    _silence_warnings()
     config = quantization_config(precision, spec)
     model = load_pretrained(
         spec, progress, dtype=_own_dtype(spec), device_map=spec.device, quantization_config=config
@@ -76,7 +72,6 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
-    _silence_warnings()  # first: importing the library gives such a warning as well
     # bitsandbytes is optional; without this, its layers are taken for their base class, nn.Linear
     import loaders.layers.bitsandbytes_layers  # noqa: F401
 
@@ -239,10 +234,3 @@ def _compute_dtype(spec: ModelSpec) -> torch.dtype:
 def _sixteen_bits() -> torch.dtype:
     """The type that the GPU has instructions for: before Ampere, bf16 is emulated in fp32."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _silence_warnings() -> None:
-    """On a CPU bitsandbytes warns at each int8 call, and recommends a package that downloads native code."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=_CPU_CAST)
