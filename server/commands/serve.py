@@ -31,7 +31,11 @@ class Options(Settings):
 
 
 def main(arguments: Sequence[str], command: str = "serve") -> int:
-    """Serves; errors begin with the name of ``command``, which another command replaces by its own."""
+    """Serves.
+
+    Args:
+        command: the name that errors begin with; another one than ``serve`` shows the progress of loads.
+    """
     try:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
 
     def listening(port: int) -> None:
         _announce(settings, port)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and command == "serve":
             bars.add(asyncio.create_task(show_loading(state_of(app).pool.states)))
 
     bars: set[asyncio.Task[None]] = set()  # the event loop's references to tasks are weak

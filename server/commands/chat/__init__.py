@@ -70,7 +70,7 @@ def _chat(options: Options) -> int:
     with ExitStack() as stack:
         if options.url is None:
             own = stack.enter_context(OwnServer(options))
-            client = Client(own.url, own.key, loads_show_themselves=True)
+            client = Client(own.url, own.key)
         else:
             key = options.api_key.get_secret_value() if options.api_key else os.environ.get("API_KEY")
             client = Client(options.url, key)

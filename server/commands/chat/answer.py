@@ -47,4 +47,6 @@ class Answer:
             delta = choice.get("delta") or choice
             if "role" not in delta:  # the first one of a chat has no token
                 text = delta.get("content", delta.get("text"))
+        if text is not None:
+            self.tokens = (self.tokens or 0) + 1  # until the usage comes, which a stopped answer lacks
         return text

@@ -51,10 +51,9 @@ class Client:
 
     Args:
         key: its Bearer token, if it needs one.
-        loads_show_themselves: the server draws its progress on this terminal by itself.
     """
 
-    def __init__(self, url: str, key: str | None, loads_show_themselves: bool = False) -> None:
+    def __init__(self, url: str, key: str | None) -> None:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(None, connect=_CONNECT)
@@ -62,7 +61,6 @@ class Client:
             self._http = httpx2.Client(base_url=self.url + "/", headers=headers, timeout=timeout)
         except (ValueError, httpx2.InvalidURL) as error:
             raise ChatError(f"{self.url}: {error}") from None
-        self._loads_show_themselves = loads_show_themselves
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +100,7 @@ class Client:
                 for event in self._events(f"precisions/{precision}/load", None):
                     if event.get("status") == "failed":
                         raise ChatError(str(event.get("error")))
-                    if "progress" in event and not self._loads_show_themselves:
+                    if "progress" in event:
                         bars(event["stage"], event["progress"]["current"], event["progress"]["total"])
         except ChatError as error:
             if error.code not in ("unauthorized", "invalid_api_key"):

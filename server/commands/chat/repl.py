@@ -10,9 +10,9 @@ from server.commands.chat import slash
 from server.commands.chat.answer import Answer
 from server.commands.chat.client import ChatError, Client
 from server.commands.chat.conversation import Conversation, Sampling, Turn
+from server.commands.chat.flow import Flow
 from server.commands.chat.typed import Input
 from server.commands.chat.waiting import Waiting
-from server.commands.side_by_side import shown
 
 _LEAVE = "Ctrl-D or /bye ends the conversation"
 
@@ -68,14 +68,13 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Shows the answer as it comes, and takes it into the conversation; Ctrl-C stops it."""
-        stopped, answer = "", Answer(self.precision)
+        stopped, answer, flow = "", Answer(self.precision), Flow(sys.stdout)
         try:
-            self.fill(answer, question, _show)
+            self.fill(answer, question, flow.write)
         except KeyboardInterrupt:
             stopped = ", stopped"
         finally:
-            if answer.text:
-                print(flush=True)
+            flow.end()
         self.note(f"[{answer.figures()}{stopped}]")
         if answer.text:
             self.conversation.turns.append(Turn(question, answer.text, answer.precision))
@@ -109,11 +108,6 @@ class Chat:
         if not self.templated:
             self.note("it has no chat template: each message is continued, without those before it")
         self.note(f"/help lists the commands; {_LEAVE}")
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(shown(text))
-    sys.stdout.flush()
 
 
 @contextmanager
