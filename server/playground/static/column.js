@@ -119,7 +119,7 @@ export class Column {
       if (comparison.difference !== null) span.dataset.heat = heat(comparison.difference);
       if (index === this.#tracker.first) {
         span.classList.add("first");
-        span.setAttribute("aria-label", `first divergence: ${this.tokens[index].text}`);
+        span.setAttribute("aria-label", `first divergence: ${visible(this.tokens[index].text)}`);
         this.output.classList.add("diverged");
       }
     }

@@ -28,7 +28,7 @@ export function percent(logprob) {
 }
 
 // Controls that a terminal or the bidirectional algorithm obeys: shown, so that the text reads as it is.
-const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/gu;
+const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/gu;
 
 /** The text with its control characters as visible ones: ␛ for escape, ⟨U+202E⟩ for an override. */
 export function visible(text) {
@@ -37,6 +37,11 @@ export function visible(text) {
     if (code < 0x20) return String.fromCodePoint(0x2400 + code);
     return code === 0x7f ? "\u2421" : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
   });
+}
+
+/** A JSON text of the same value whose control characters are escapes: as code it is what it looks like. */
+export function escaped(json) {
+  return json.replace(CONTROLS, (control) => `\\u${control.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
 
 /** A token alone: line ends and blanks visible too. */

@@ -59,7 +59,9 @@ class Row {
       el("td", {}, this.button, " ", this.progress));
   }
 
-  show({ state, reason, memory }) {
+  show(known) {
+    this.known = known;
+    const { state, reason, memory } = known;
     this.loaded = state === "loaded";
     const texts = [reason ? `${state}: ${reason}` : state, bytes(memory?.weights_bytes), bytes(memory?.kv_cache_bytes),
       memory?.bits_per_weight?.toFixed(2) ?? "–"];
@@ -82,7 +84,12 @@ class Row {
     }
     this.#busy = false;
     this.progress.hidden = true;
-    this.state.set({ stats: await this.api.get("stats") });
+    this.show(this.known); // what is known may stay so: of a server that can't be reached nothing new is
+    try {
+      this.state.set({ stats: await this.api.get("stats") });
+    } catch {
+      // the page shows it, and reads again, wherever its own reading of them fails
+    }
   }
 
   #follow({ stage, progress }) {
