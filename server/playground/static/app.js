@@ -90,7 +90,7 @@ function drawLegend() {
     el("p", { className: "hint" }, "Tint: how far the log-probability of a token is from the reference's, in nats: ",
       ...steps.flatMap((step) => [step, " "]), "· ", el("span", { className: "token first" }, "first divergence"),
       " · ", el("span", { className: "token after" }, "after it"), ": other context, so not compared. ",
-      "Times are those that this tab sees, and at the end the server's own, except in a chat, whose API tells none. ",
+      "Times “in this tab” are as it sees them, with the network and the loading of a precision; the others are the server's own. ",
       "Precisions that run at the same time share the host."),
   );
 }

@@ -20,11 +20,11 @@ export function drawSeed() {
 }
 
 /**
- * One event of either dialect: `{tokens, finish, timings}`, the last if the API tells them. A token is
+ * One event of either dialect: `{tokens, finish, timings}`, the last with the reason to finish. A token is
  * `{key, text, logprob, top}`; equal keys are the same token of the vocabulary.
  */
 export function parseEvent(event) {
-  if (event.choices) return chatChunk(event.choices[0]);
+  if (event.choices) return { ...chatChunk(event.choices[0]), timings: event.timings };
   const { token, top_tokens: top = [] } = event;
   const own = { key: token.id, text: token.text, logprob: token.logprob, special: token.special };
   const others = top.map(({ id, text, logprob }) => ({ key: id, text, logprob }));
