@@ -12,6 +12,7 @@ import { mountPicker } from "./picker.js";
 import { Runner } from "./run.js";
 import { ServerWatch } from "./server.js";
 import { createState } from "./state.js";
+import { mountSystem } from "./system.js";
 
 const PANELS = ["precisions", "report", "snippets"]; // a section and a module each
 
@@ -167,6 +168,7 @@ async function start() {
   listen();
   drawLegend();
   mountMode(byId("mode"), state);
+  mountSystem(state);
   mountPicker(byId("picker"), state);
   state.subscribe(update);
   update(state.get());

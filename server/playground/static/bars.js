@@ -26,8 +26,9 @@ function draw({ title, value, text, better, isTime }, columns) {
     if (column.isReference) row.className = "is-reference";
     return row;
   });
-  const tabs = columns.filter((column, index) => values[index] !== null && !column.timings);
-  const measured = isTime && tabs.length ? `, ${tabs.length < columns.length ? "partly " : ""}in this tab` : "";
+  const known = columns.filter((column, index) => values[index] !== null);
+  const tabs = known.filter((column) => !column.timings);
+  const measured = isTime && tabs.length ? `, ${tabs.length < known.length ? "partly " : ""}in this tab` : "";
   const caption = el("caption", {}, `${title} `, el("small", {}, `${better} is better${measured}`));
   return el("table", { className: "bars" }, caption, el("tbody", {}, ...rows));
 }

@@ -4,13 +4,18 @@
 export function requestFor(state, precision, seed) {
   const parameters = { ...(seed !== undefined && { seed }), ...state.parameters };
   if (state.mode === "chat") {
-    const turns = [...state.messages, { role: "user", content: state.prompt }];
     return {
       path: "v1/chat/completions",
-      body: { messages: turns, precision, stream: true, ...parameters },
+      body: { messages: messagesOf(state), precision, stream: true, ...parameters },
     };
   }
   return { path: "generate_stream", body: { inputs: state.prompt, parameters, precision } };
+}
+
+/** The messages of a chat: the system's, if there is one, the conversation, and the user's next. */
+export function messagesOf({ system, messages, prompt }) {
+  const first = system.trim() ? [{ role: "system", content: system }] : [];
+  return [...first, ...messages, { role: "user", content: prompt }];
 }
 
 /** A seed for all precisions of a run, below 2^52 as the server's own. */

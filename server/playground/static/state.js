@@ -2,9 +2,10 @@
 
 import { kept, restored } from "./json.js";
 
-const KEPT = ["prompt", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
+const KEPT = ["prompt", "system", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
 const EMPTY = {
   prompt: "",
+  system: "", // the system's message, ahead of the conversation
   messages: [], // of the conversation: {role, content}
   mode: "complete", // or "chat"
   precisions: [], // names of the chosen ones
