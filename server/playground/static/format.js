@@ -2,14 +2,20 @@
 
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
+/** The unit for so many bytes, `{name, size}`: of which three digits are not a thousand. */
+export function unitOf(count) {
+  let [index, size] = [0, 1];
+  while (count >= 999.5 * size && index < UNITS.length - 1) {
+    index += 1;
+    size *= 1000;
+  }
+  return { name: UNITS[index], size };
+}
+
 export function bytes(count) {
   if (count === null || count === undefined) return "–";
-  let unit = 0;
-  while (count >= 1000 && unit < UNITS.length - 1) {
-    count /= 1000;
-    unit += 1;
-  }
-  return `${unit ? count.toPrecision(3) : count} ${UNITS[unit]}`;
+  const { name, size } = unitOf(count);
+  return `${size > 1 ? (count / size).toPrecision(3) : count} ${name}`;
 }
 
 export function milliseconds(value) {
