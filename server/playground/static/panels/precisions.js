@@ -2,6 +2,7 @@
 
 import { el } from "../dom.js";
 import { bytes, visible } from "../format.js";
+import { readStats } from "../server.js";
 
 export function mount(section, api, state) {
   const gauge = new Gauge();
@@ -84,12 +85,8 @@ class Row {
     }
     this.#busy = false;
     this.progress.hidden = true;
-    this.show(this.known); // what is known may stay so: of a server that can't be reached nothing new is
-    try {
-      this.state.set({ stats: await this.api.get("stats") });
-    } catch {
-      // the page shows it, and reads again, wherever its own reading of them fails
-    }
+    this.show(this.known); // at least: the statistics may not come
+    await readStats(this.api, this.state);
   }
 
   #follow({ stage, progress }) {

@@ -2,6 +2,7 @@
 
 import { el } from "../dom.js";
 import { bytes, rate, visible } from "../format.js";
+import { readStats } from "../server.js";
 import { plot } from "./plot.js";
 
 export function mount(section, api, state) {
@@ -41,12 +42,12 @@ class Maker {
     let outcome = "Finished.";
     try {
       await this.api.stream("report", {}, (event) => this.#follow(event), this.#abort.signal);
-      this.state.set({ stats: await this.api.get("stats") });
     } catch (error) {
       outcome = error.name === "AbortError"
         ? "Cancelled. What was measured is kept; the next report continues." : visible(error.message);
     }
     this.#show(outcome, false);
+    await readStats(this.api, this.state);
   }
 
   #show(text, running) {
