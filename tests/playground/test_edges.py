@@ -26,7 +26,11 @@ class Prefixed:
     """The app behind a proxy that removes a path prefix, and knows no other path."""
 
     def __init__(self, app: FastAPI, prefix: str) -> None:
-        self._app, self._prefix, self.state = app, prefix, app.state
+        self._app, self._prefix = app, prefix
+
+    @property
+    def state(self) -> Any:
+        return self._app.state  # replaced as the app starts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

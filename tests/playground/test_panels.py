@@ -103,7 +103,7 @@ def see_plot(drawing: Locator) -> None:
     """Axes with units and ticks, and the points where their figures say: less memory left, more KL up."""
     name = "Mean KL divergence (nats per token) over Weights (kB) of 3 precisions"
     expect(drawing).to_have_accessible_name(name)
-    texts = drawing.locator("text").all_inner_texts()
+    texts = drawing.locator("text").all_text_contents()
     assert {
         "Weights (kB)",
         "Mean KL divergence (nats per token)",

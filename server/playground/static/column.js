@@ -119,6 +119,7 @@ export class Column {
       if (comparison.difference !== null) span.dataset.heat = heat(comparison.difference);
       if (index === this.#tracker.first) {
         span.classList.add("first");
+        span.setAttribute("role", "group"); // without a role it may have no name
         span.setAttribute("aria-label", `first divergence: ${visible(this.tokens[index].text)}`);
         this.output.classList.add("diverged");
       }
