@@ -3,7 +3,8 @@
 import { el, svg } from "../dom.js";
 import { unitOf } from "../format.js";
 
-const [HEIGHT, NARROWEST, WIDEST] = [320, 280, 680];
+const [NARROWEST, WIDEST] = [280, 680];
+const [LOWEST, ROW] = [300, 16]; // more points need more room for their names
 const MARGIN = { left: 56, right: 12, top: 34, bottom: 48 };
 const LEAST = -6; // of the logarithm: below it, where fp32's own 0 is, all are drawn as one
 const [LINE, CHARACTER] = [14, 7]; // of a label, in pixels
@@ -11,6 +12,8 @@ const [LINE, CHARACTER] = [14, 7]; // of a label, in pixels
 /** A figure of these rows, `[name, {weights_bytes, mean_kl}]`, drawn as wide as there is room. */
 export function plot(rows) {
   const place = el("div", { className: "plot" });
+  const height = Math.max(LOWEST, MARGIN.top + MARGIN.bottom + ROW * rows.length);
+  place.style.blockSize = `${height}px`; // before it is drawn, so that drawing changes no size
   const figure = el("figure", {}, place,
     el("figcaption", { className: "hint" }, "Lower and further left is better. The table has the same figures."));
   let drawn = 0;
@@ -18,21 +21,21 @@ export function plot(rows) {
     const width = Math.max(NARROWEST, Math.min(figure.clientWidth, WIDEST));
     if (width === drawn) return;
     drawn = width;
-    place.replaceChildren(draw(rows, width));
+    place.replaceChildren(draw(rows, width, height));
   }).observe(figure);
   return figure;
 }
 
-function draw(rows, width) {
-  const area = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: HEIGHT - MARGIN.bottom };
+function draw(rows, width, height) {
+  const area = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
   const [x, y] = [bytesAxis(rows, area), divergenceAxis(rows, area)];
   const points = rows.map(([name, row]) => ({ name, x: x.at(row.weights_bytes), y: y.at(row.mean_kl) }));
   const middle = (area.left + area.right) / 2;
   const about = `${y.title} over ${x.title} of ${rows.length} precisions`;
-  return svg("svg", { width, height: HEIGHT, role: "img", "aria-label": about },
+  return svg("svg", { width, height, role: "img", "aria-label": about },
     ...x.ticks.flatMap(({ at, text }) => [line(at, area.top, at, area.bottom), label(text, at, area.bottom + 18, "middle")]),
     ...y.ticks.flatMap(({ at, text }) => [line(area.left, at, area.right, at), label(text, area.left - 8, at + 4, "end")]),
-    label(x.title, middle, HEIGHT - 8, "middle"), label(y.title, 4, 16, "start"),
+    label(x.title, middle, height - 8, "middle"), label(y.title, 4, 16, "start"),
     svg("path", { class: "axis", d: `M${area.left} ${area.top}V${area.bottom}H${area.right}` }),
     ...points.map((point) => svg("circle", { cx: point.x, cy: point.y, r: 4 })), ...names(points, area));
 }
@@ -74,9 +77,9 @@ const raised = (power) => String(power).replace(/./g, (sign) => "⁻⁰¹²³⁴
 /** The points' names, each beside its point or, where others are, further off and with a line to it. */
 function* names(points, area) {
   const taken = points.map(({ x, y }) => ({ left: x - 5, right: x + 5, top: y - 5, bottom: y + 5 }));
-  for (const { name, x, y } of points) {
+  for (const { name, x, y } of [...points].sort((one, other) => one.y - other.y)) {
     const size = name.length * CHARACTER;
-    const places = Array.from({ length: 17 }, (_, k) => (k % 2 ? -1 : 1) * Math.ceil(k / 2) * LINE).flatMap((off) => [
+    const places = Array.from({ length: 41 }, (_, k) => (k % 2 ? -1 : 1) * Math.ceil(k / 2) * LINE).flatMap((off) => [
       { side: 1, left: x + 8, right: x + 8 + size, top: y + off - LINE / 2, bottom: y + off + LINE / 2 },
       { side: -1, left: x - 8 - size, right: x - 8, top: y + off - LINE / 2, bottom: y + off + LINE / 2 },
     ]);
