@@ -93,7 +93,7 @@ def test_whatever_makes_the_page_sample_makes_openai_sample(
         varying(loads.runners["fp32"], 0)
         page = open_page(address)
         codes, shown = [], []
-        for name, value in {"do_sample": True, "top_k": 3, "min_p": 0.4, "top_p": 0.7}.items():
+        for name, value in {"do_sample": True, "top_k": 3, "min_p": 0.6, "top_p": 0.7}.items():
             ask(page, "abc", seed=5, **{name: value})
             finished(page)
             codes.append(code_of(page, "openai"))

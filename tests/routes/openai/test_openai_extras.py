@@ -193,24 +193,6 @@ def test_the_usage_so_far_in_every_chunk(chatty: TestClient, path: str) -> None:
         assert [one for one in plain if one["choices"] and "usage" in one] == []
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_choices_times_are_in_its_last_chunk(chatty: TestClient, path: str) -> None:
-    body: dict[str, Any] = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": SAID}
-    sent = {**body, "stream": True, "n": 2, "max_tokens": 3, "temperature": 0.1, "ignore_eos": True}
-    ended = {}
-    for chunk in chunks(chatty.post(path, json=sent).text):
-        [choice] = chunk["choices"]
-        assert ("timings" in chunk) == (choice["finish_reason"] is not None)
-        if "timings" in chunk:
-            ended[choice["index"]] = chunk["timings"]
-    native = chatty.post("/generate", json={"inputs": PROMPT, "max_new_tokens": 3}).json()["timings"]
-    assert sorted(ended) == [0, 1]
-    for found in ended.values():
-        assert found.keys() == native.keys()
-        assert 0 < found["prefill_ms"] < found["total_ms"]
-        assert found["decode_ms"] > 0
-
-
 # prompts and messages
 
 
