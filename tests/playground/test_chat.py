@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from tests.conftest import Loads, serving, wait_until
 from tests.playground.conftest import Open
-from tests.playground.pages import answer, ask, column, finished, in_flight, saying
+from tests.playground.pages import answer, ask, column, finished, in_flight, saying, set_controls
 
 pytestmark = pytest.mark.browser
 MakeApp = Callable[..., FastAPI]
@@ -43,6 +43,24 @@ def test_the_system_message_is_the_first(make_chatty_app: MakeApp, loads: Loads,
         ask(page, "Hi")
         finished(page)
         expect(answer(page, "fp32")).to_have_text("zz")
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_the_first_divergence_of_a_chat(
+    make_chatty_app: MakeApp, loads: Loads, open_page: Open, logprobs: bool
+) -> None:
+    with serving(app := make_chatty_app()) as address:
+        wait_until(lambda: app.state.pool.state("bf16").state == "loaded")
+        saying(loads.runners["fp32"], "user: Hi\nassistant:", "zé qz")
+        saying(loads.runners["bf16"], "user: Hi\nassistant:", "zé zz")
+        page = open_page(address)
+        page.get_by_label("Chat", exact=True).check()
+        set_controls(page, logprobs=logprobs)
+        ask(page, "Hi", max_tokens=6)
+        finished(page)
+        for precision in ("fp32", "bf16"):
+            expect(column(page, precision)).to_contain_text("Tokens6")
+        expect(column(page, "bf16")).to_contain_text("First divergencetoken 5")
 
 
 def test_the_times_of_a_chat_are_the_servers(make_chatty_app: MakeApp, loads: Loads, open_page: Open) -> None:

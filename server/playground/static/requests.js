@@ -39,14 +39,17 @@ export function parseEvent(event) {
 
 function chatChunk(choice) {
   if (!choice) return { tokens: [], finish: null };
-  const text = choice.delta?.content ?? "";
+  const { role, content } = choice.delta ?? {};
+  const text = content ?? "";
   const [first, ...more] = choice.logprobs?.content ?? [];
   const finish = choice.finish_reason ?? null;
   if (first) {
     const rest = more.map((entry) => chatToken(entry, ""));
     return { tokens: [chatToken(first, text), ...rest], finish };
   }
-  return { tokens: text ? [{ key: null, text, logprob: null, top: [] }] : [], finish };
+  // without log-probabilities a chunk is a token, of which the text alone is known; the first has the role, and none
+  const isToken = content !== undefined && role === undefined;
+  return { tokens: isToken ? [{ key: text, text, logprob: null, top: [] }] : [], finish };
 }
 
 function chatToken(entry, text) {
