@@ -2,10 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.routes.openai.test_openai import TEMPLATE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 OPEN_SECONDS = 20
@@ -21,6 +25,18 @@ def browser() -> Iterator[Browser]:
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def make_chatty_app(make_app: Callable[..., FastAPI], tmp_path: Path) -> Callable[..., FastAPI]:
+    """Like ``make_app``, for a model with a chat template."""
+
+    def make(**values: Any) -> FastAPI:
+        file = tmp_path / "template.jinja"
+        file.write_text(TEMPLATE)
+        return make_app(**{"chat_template": file, **values})
+
+    return make
 
 
 @pytest.fixture

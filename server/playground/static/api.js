@@ -1,5 +1,7 @@
 // The server's API: JSON, server-sent events, the key, and errors as the API says them.
 
+import { stringify } from "./json.js";
+
 // of this module's address rather than the page's, so that it holds behind any path prefix
 const BASE = new URL("..", import.meta.url);
 
@@ -81,7 +83,7 @@ export class Api {
 
 function posted(content, accept, signal) {
   const headers = { Accept: accept, "Content-Type": "application/json" };
-  const sent = content === undefined ? undefined : JSON.stringify(content);
+  const sent = content === undefined ? undefined : stringify(content);
   return { method: "POST", headers, body: sent, signal };
 }
 

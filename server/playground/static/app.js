@@ -12,6 +12,7 @@ import { mountPicker } from "./picker.js";
 import { Runner } from "./run.js";
 import { ServerWatch } from "./server.js";
 import { createState } from "./state.js";
+import { mountSystem } from "./system.js";
 
 const PANELS = ["precisions", "report", "snippets"]; // a section and a module each
 
@@ -21,13 +22,14 @@ const places = { columns: byId("columns"), bars: byId("bars") };
 const runner = new Runner(api, state, places, continueWith);
 const watch = new ServerWatch(api, state, showConnection);
 let openapi = null;
+let asksControls = false;
 let followsLoaded = !state.get().precisions.length;
 let answered = false; // whether the conversation has to go on with one of the columns' answers
 
 function showConnection(error) {
   const line = byId("connection");
   line.hidden = error === null;
-  line.textContent = error ? `${error.message}${error.status ? "" : " Trying again…"}` : "";
+  line.textContent = error ? visible(`${error.message}${error.status ? "" : " Trying again…"}`) : "";
   if (error === null) status("The server can be reached again.");
 }
 
@@ -89,7 +91,7 @@ function drawLegend() {
     el("p", { className: "hint" }, "Tint: how far the log-probability of a token is from the reference's, in nats: ",
       ...steps.flatMap((step) => [step, " "]), "· ", el("span", { className: "token first" }, "first divergence"),
       " · ", el("span", { className: "token after" }, "after it"), ": other context, so not compared. ",
-      "Times are those that this tab sees, and at the end the server's own, except in a chat, whose API tells none. ",
+      "Times “in this tab” are as it sees them, with the network and the loading of a precision; the others are the server's own. ",
       "Precisions that run at the same time share the host."),
   );
 }
@@ -100,6 +102,21 @@ function update(current, patch = current) {
   if ("mode" in patch && openapi) drawControls(byId("parameters"), openapi, state);
   if ("prompt" in patch && byId("prompt").value !== current.prompt) byId("prompt").value = current.prompt;
   if (patch.stats && followsLoaded) chooseLoaded(current);
+  if (patch.stats) loadControls();
+}
+
+/** The sampling controls and the example, tried again with each reading of the statistics until they are here. */
+async function loadControls() {
+  if (openapi || asksControls) return;
+  asksControls = true;
+  try {
+    openapi = await api.get("openapi.json");
+    drawControls(byId("parameters"), openapi, state);
+    if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
+  } catch (error) {
+    byId("parameters").replaceChildren(el("p", { className: "error" }, visible(error.message)));
+  }
+  asksControls = false;
 }
 
 /** Chooses what is loaded, also while a starting server still loads, until the user chooses or runs. */
@@ -135,7 +152,7 @@ async function mountPanel(name) {
   try {
     await mount(section, api, state);
   } catch (error) {
-    section.append(el("p", { className: "error" }, error.message));
+    section.append(el("p", { className: "error" }, visible(error.message)));
   }
 }
 
@@ -151,14 +168,12 @@ async function start() {
   listen();
   drawLegend();
   mountMode(byId("mode"), state);
+  mountSystem(state);
   mountPicker(byId("picker"), state);
   state.subscribe(update);
   update(state.get());
   await watch.start(() => runner.running);
   mountPanels();
-  openapi = await api.get("openapi.json");
-  drawControls(byId("parameters"), openapi, state);
-  if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
 }
 
 start().catch(showConnection);

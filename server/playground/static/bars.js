@@ -6,8 +6,8 @@ import { bytes, milliseconds, rate } from "./format.js";
 const CHARTS = [
   { title: "Weights", value: (column) => column.memory?.weights_bytes, text: bytes, better: "smaller" },
   { title: "KV cache", value: (column) => column.memory?.kv_cache_bytes, text: bytes, better: "smaller" },
-  { title: "Speed", value: (column) => column.speed, text: rate, better: "larger" },
-  { title: "Time to first token", value: (column) => column.firstMs, text: milliseconds, better: "smaller" },
+  { title: "Speed", value: (column) => column.speed, text: rate, better: "larger", isTime: true },
+  { title: "Time to first token", value: (column) => column.firstMs, text: milliseconds, better: "smaller", isTime: true },
 ];
 
 /** Draws the charts of these columns into `place`. */
@@ -15,7 +15,7 @@ export function drawBars(place, columns) {
   place.replaceChildren(...(columns.length ? CHARTS.map((chart) => draw(chart, columns)) : []));
 }
 
-function draw({ title, value, text, better }, columns) {
+function draw({ title, value, text, better, isTime }, columns) {
   const values = columns.map((column) => value(column) ?? null);
   const most = Math.max(0, ...values.filter((one) => one !== null));
   const rows = columns.map((column, index) => {
@@ -26,6 +26,9 @@ function draw({ title, value, text, better }, columns) {
     if (column.isReference) row.className = "is-reference";
     return row;
   });
-  const caption = el("caption", {}, `${title} `, el("small", {}, `${better} is better`));
+  const known = columns.filter((column, index) => values[index] !== null);
+  const tabs = known.filter((column) => !column.timings);
+  const measured = isTime && tabs.length ? `, ${tabs.length < known.length ? "partly " : ""}in this tab` : "";
+  const caption = el("caption", {}, `${title} `, el("small", {}, `${better} is better${measured}`));
   return el("table", { className: "bars" }, caption, el("tbody", {}, ...rows));
 }

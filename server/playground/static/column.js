@@ -19,7 +19,7 @@ const WAITING = "Waiting for the first token";
 export class Column {
   tokens = [];
   finish = null; // the API's finish reason
-  timings = null; // the API's, at the end, if it tells them
+  timings = null; // the server's own, which the stream ends with
   #started = 0;
   #firstAt = 0;
   #lastAt = 0;
@@ -119,7 +119,8 @@ export class Column {
       if (comparison.difference !== null) span.dataset.heat = heat(comparison.difference);
       if (index === this.#tracker.first) {
         span.classList.add("first");
-        span.setAttribute("aria-label", `first divergence: ${this.tokens[index].text}`);
+        span.setAttribute("role", "group"); // without a role it may have no name
+        span.setAttribute("aria-label", `first divergence: ${visible(this.tokens[index].text)}`);
         this.output.classList.add("diverged");
       }
     }
@@ -140,13 +141,18 @@ export class Column {
   }
 
   showFigures() {
-    this.#figures.ttft.textContent = milliseconds(this.firstMs);
-    this.#figures.speed.textContent = rate(this.speed);
+    this.#showTime(this.#figures.ttft, this.firstMs, milliseconds);
+    this.#showTime(this.#figures.speed, this.speed, rate);
     this.#figures.count.textContent = String(this.tokens.length);
     if (this.isReference) return;
     const first = this.#tracker.first;
     const none = this.finish && this.tokens.length ? "none" : "–";
     this.#figures.divergence.textContent = first === null ? none : `token ${first + 1}`;
+  }
+
+  #showTime(figure, value, format) {
+    const isTabs = value !== null && !this.timings;
+    figure.replaceChildren(format(value), ...(isTabs ? [" ", el("small", {}, "in this tab")] : []));
   }
 
   #enter(phase, text) {

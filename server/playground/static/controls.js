@@ -1,6 +1,7 @@
 // The sampling controls: names, types, limits and descriptions as /openapi.json has them.
 
 import { el } from "./dom.js";
+import { exactNumber } from "./json.js";
 
 const ROUTES = { complete: "/generate", chat: "/v1/chat/completions" };
 // which of the fields are about sampling, in this order; those that the schema lacks are left out
@@ -46,7 +47,7 @@ function number(kind, value, standard, change) {
   if (kind.minimum !== undefined) input.min = kind.minimum;
   if (kind.maximum !== undefined) input.max = kind.maximum;
   input.value = value ?? "";
-  input.addEventListener("input", () => change(input.value === "" ? undefined : Number(input.value)));
+  input.addEventListener("input", () => change(input.value === "" ? undefined : exactNumber(input.value)));
   return input;
 }
 

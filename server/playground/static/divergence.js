@@ -13,7 +13,7 @@ export const HEAT = [0.02, 0.1, 0.3, 0.7, 1.5]; // nats; a shade each
  */
 export function compareTokens(own, reference) {
   if (reference === undefined) return { same: false, difference: null };
-  const same = own.key === reference.key && own.key !== null;
+  const same = own.key === reference.key;
   const twin = same ? reference : reference.top.find((token) => token.key === own.key);
   if (!twin || own.logprob === null || twin.logprob === null) return { same, difference: null };
   return { same, difference: Math.abs(own.logprob - twin.logprob), logprob: twin.logprob };

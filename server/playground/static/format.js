@@ -2,14 +2,20 @@
 
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
+/** The unit for so many bytes, `{name, size}`: of which three digits are not a thousand. */
+export function unitOf(count) {
+  let [index, size] = [0, 1];
+  while (count >= 999.5 * size && index < UNITS.length - 1) {
+    index += 1;
+    size *= 1000;
+  }
+  return { name: UNITS[index], size };
+}
+
 export function bytes(count) {
   if (count === null || count === undefined) return "–";
-  let unit = 0;
-  while (count >= 1000 && unit < UNITS.length - 1) {
-    count /= 1000;
-    unit += 1;
-  }
-  return `${unit ? count.toPrecision(3) : count} ${UNITS[unit]}`;
+  const { name, size } = unitOf(count);
+  return `${size > 1 ? (count / size).toPrecision(3) : count} ${name}`;
 }
 
 export function milliseconds(value) {
@@ -28,7 +34,7 @@ export function percent(logprob) {
 }
 
 // Controls that a terminal or the bidirectional algorithm obeys: shown, so that the text reads as it is.
-const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/gu;
+const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/gu;
 
 /** The text with its control characters as visible ones: ␛ for escape, ⟨U+202E⟩ for an override. */
 export function visible(text) {
@@ -37,6 +43,11 @@ export function visible(text) {
     if (code < 0x20) return String.fromCodePoint(0x2400 + code);
     return code === 0x7f ? "\u2421" : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
   });
+}
+
+/** A JSON text of the same value whose control characters are escapes: as code it is what it looks like. */
+export function escaped(json) {
+  return json.replace(CONTROLS, (control) => `\\u${control.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
 
 /** A token alone: line ends and blanks visible too. */

@@ -1,11 +1,12 @@
 // Asks for a key. It goes to the API's module and nowhere else.
 
 import { byId } from "./dom.js";
+import { visible } from "./format.js";
 
 /** Shows the dialog with the API's message; the key that was given, or null. */
 export function askKey(message) {
   const [dialog, form, input] = [byId("key-dialog"), byId("key-form"), byId("key")];
-  byId("key-message").textContent = message;
+  byId("key-message").textContent = visible(message);
   input.value = "";
   dialog.showModal();
   input.focus();

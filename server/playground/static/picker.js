@@ -1,7 +1,7 @@
 // Which precisions to run: a checkbox each, those that this host can't run disabled with the reason.
 
 import { el } from "./dom.js";
-import { bytes } from "./format.js";
+import { bytes, visible } from "./format.js";
 
 /** Keeps the checkboxes in `place` as the server's precisions and the state's choice are. */
 export function mountPicker(place, state) {
@@ -45,8 +45,8 @@ function choice(name, state) {
       input.disabled = known === "unavailable";
       input.checked = checked && !input.disabled;
       element.dataset.state = known;
-      note.textContent = noteOf(known, reason, memory);
-      element.title = reason ?? "";
+      note.textContent = visible(noteOf(known, reason, memory));
+      element.title = visible(reason ?? "");
     },
   };
 }

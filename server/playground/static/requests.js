@@ -4,13 +4,18 @@
 export function requestFor(state, precision, seed) {
   const parameters = { ...(seed !== undefined && { seed }), ...state.parameters };
   if (state.mode === "chat") {
-    const turns = [...state.messages, { role: "user", content: state.prompt }];
     return {
       path: "v1/chat/completions",
-      body: { messages: turns, precision, stream: true, ...parameters },
+      body: { messages: messagesOf(state), precision, stream: true, ...parameters },
     };
   }
   return { path: "generate_stream", body: { inputs: state.prompt, parameters, precision } };
+}
+
+/** The messages of a chat: the system's, if there is one, the conversation, and the user's next. */
+export function messagesOf({ system, messages, prompt }) {
+  const first = system.trim() ? [{ role: "system", content: system }] : [];
+  return [...first, ...messages, { role: "user", content: prompt }];
 }
 
 /** A seed for all precisions of a run, below 2^52 as the server's own. */
@@ -20,11 +25,11 @@ export function drawSeed() {
 }
 
 /**
- * One event of either dialect: `{tokens, finish, timings}`, the last if the API tells them. A token is
+ * One event of either dialect: `{tokens, finish, timings}`, the last with the reason to finish. A token is
  * `{key, text, logprob, top}`; equal keys are the same token of the vocabulary.
  */
 export function parseEvent(event) {
-  if (event.choices) return chatChunk(event.choices[0]);
+  if (event.choices) return { ...chatChunk(event.choices[0]), timings: event.timings };
   const { token, top_tokens: top = [] } = event;
   const own = { key: token.id, text: token.text, logprob: token.logprob, special: token.special };
   const others = top.map(({ id, text, logprob }) => ({ key: id, text, logprob }));
@@ -34,14 +39,17 @@ export function parseEvent(event) {
 
 function chatChunk(choice) {
   if (!choice) return { tokens: [], finish: null };
-  const text = choice.delta?.content ?? "";
+  const { role, content } = choice.delta ?? {};
+  const text = content ?? "";
   const [first, ...more] = choice.logprobs?.content ?? [];
   const finish = choice.finish_reason ?? null;
   if (first) {
     const rest = more.map((entry) => chatToken(entry, ""));
     return { tokens: [chatToken(first, text), ...rest], finish };
   }
-  return { tokens: text ? [{ key: null, text, logprob: null, top: [] }] : [], finish };
+  // without log-probabilities a chunk is a token, of which the text alone is known; the first has the role, and none
+  const isToken = content !== undefined && role === undefined;
+  return { tokens: isToken ? [{ key: text, text, logprob: null, top: [] }] : [], finish };
 }
 
 function chatToken(entry, text) {

@@ -3,6 +3,15 @@
 const RUNNING_MS = 1000;
 const IDLE_MS = 5000;
 
+/** Reads /stats at once, after something that changes them. A failure is shown where the page's own reading fails. */
+export async function readStats(api, state) {
+  try {
+    state.set({ stats: await api.get("stats") });
+  } catch {
+    // of a server that can't be reached nothing new is known
+  }
+}
+
 export class ServerWatch {
   #api;
   #state;

@@ -1,8 +1,11 @@
 // The page's state: observable, and kept over a reload in this tab. Never the key.
 
-const KEPT = ["prompt", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
+import { kept, restored } from "./json.js";
+
+const KEPT = ["prompt", "system", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
 const EMPTY = {
   prompt: "",
+  system: "", // the system's message, ahead of the conversation
   messages: [], // of the conversation: {role, content}
   mode: "complete", // or "chat"
   precisions: [], // names of the chosen ones
@@ -34,7 +37,7 @@ export function createState(storage = window.sessionStorage, name = `bitdial:${l
 
 function stored(storage, name) {
   try {
-    const found = JSON.parse(storage.getItem(name) ?? "{}");
+    const found = restored(storage.getItem(name) ?? "{}");
     return Object.fromEntries(KEPT.filter((key) => key in found).map((key) => [key, found[key]]));
   } catch {
     return {}; // no storage here, or another version's
@@ -43,7 +46,7 @@ function stored(storage, name) {
 
 function store(storage, name, state) {
   try {
-    storage.setItem(name, JSON.stringify(Object.fromEntries(KEPT.map((key) => [key, state[key]]))));
+    storage.setItem(name, kept(Object.fromEntries(KEPT.map((key) => [key, state[key]]))));
   } catch {
     // full or forbidden: the page works without
   }

@@ -17,7 +17,7 @@ from server.routes.openai.format import chat_logprobs, finish, running_usage, us
 from server.routes.openai.merge import merged
 from server.routes.openai.schemas import ChatBody
 from server.routes.precision_choice import PrecisionChoice
-from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all, timings, whole
 from server.service.generation import Continuation, Conversation, GenerationRequest, Piece
 from server.state import state_of
 
@@ -117,4 +117,6 @@ class Chat:
         frame = self._frame("chat.completion.chunk", [choice], one)
         if self.body.continuous_usage:
             frame["usage"] = running_usage(one, generated)
+        if reason:
+            frame["timings"] = timings(one)
         return event(frame)

@@ -20,7 +20,7 @@ from server.routes.openai.format import CompletionLogprobs, finish, joined, runn
 from server.routes.openai.merge import merged
 from server.routes.openai.schemas import CompletionBody
 from server.routes.precision_choice import PrecisionChoice
-from server.routes.shared import SEEDS, headers, run_all, served, stream_all, whole
+from server.routes.shared import SEEDS, headers, run_all, served, stream_all, timings, whole
 from server.service.generation import Continuation, GenerationRequest, Piece
 from server.settings.server import Settings
 from server.state import state_of
@@ -180,18 +180,19 @@ class Completion:
                     first = index not in begun
                     choice = self._delta(index, piece, opened[index], builders[index], first)
                     begun.add(index)
-                    counts = self._counts(opened[index], piece)
-                    chunks.append(event({**self._frame([choice], opened[index]), **counts}))
+                    figures = self._figures(opened[index], piece, choice["finish_reason"])
+                    chunks.append(event({**self._frame([choice], opened[index]), **figures}))
                 yield b"".join(chunks)
         if self.body.includes_usage:
             yield event({**self._frame([], opened[0]), "usage": usage(opened[:: self.each], opened)})
         yield event("[DONE]")
 
-    def _counts(self, one: Continuation, piece: Piece | None) -> dict[str, Any]:
-        """The usage so far, if every chunk includes it."""
-        if not self.body.continuous_usage:
-            return {}
-        return {"usage": running_usage(one, piece.index if piece else 0)}
+    def _figures(self, one: Continuation, piece: Piece | None, reason: str | None) -> dict[str, Any]:
+        """The usage so far, if every chunk includes it, and a choice's times in its last chunk."""
+        figures: dict[str, Any] = {"timings": timings(one)} if reason else {}
+        if self.body.continuous_usage:
+            figures["usage"] = running_usage(one, piece.index if piece else 0)
+        return figures
 
     def _delta(
         self,

@@ -2,6 +2,7 @@
 
 import { el } from "../dom.js";
 import { bytes, visible } from "../format.js";
+import { readStats } from "../server.js";
 
 export function mount(section, api, state) {
   const gauge = new Gauge();
@@ -59,7 +60,9 @@ class Row {
       el("td", {}, this.button, " ", this.progress));
   }
 
-  show({ state, reason, memory }) {
+  show(known) {
+    this.known = known;
+    const { state, reason, memory } = known;
     this.loaded = state === "loaded";
     const texts = [reason ? `${state}: ${reason}` : state, bytes(memory?.weights_bytes), bytes(memory?.kv_cache_bytes),
       memory?.bits_per_weight?.toFixed(2) ?? "–"];
@@ -82,7 +85,8 @@ class Row {
     }
     this.#busy = false;
     this.progress.hidden = true;
-    this.state.set({ stats: await this.api.get("stats") });
+    this.show(this.known); // at least: the statistics may not come
+    await readStats(this.api, this.state);
   }
 
   #follow({ stage, progress }) {

@@ -1,65 +1,80 @@
-// The last report's advice, table and plots, and a button that makes a new one.
+// The last report's advice, table and plot, and a button that makes a new one.
 
-import { el, svg } from "../dom.js";
+import { el } from "../dom.js";
 import { bytes, rate, visible } from "../format.js";
+import { readStats } from "../server.js";
+import { plot } from "./plot.js";
 
-export async function mount(section, api) {
+export function mount(section, api, state) {
   const place = el("div");
-  const status = el("p", { role: "status", "aria-live": "polite" });
-  const progress = el("progress", { hidden: true, "aria-label": "Progress of the report" });
-  const make = el("button", { type: "button" }, "Make a report");
-  const cancel = el("button", { type: "button", disabled: true }, "Cancel");
   section.setAttribute("aria-labelledby", "report-heading");
   section.append(el("h2", { id: "report-heading" }, "Report"),
     el("p", { className: "hint" }, "Measures every precision on this host: memory, speed, quality against fp32. It takes minutes."),
-    el("p", { className: "actions" }, make, cancel, progress), status, place);
-  let abort = null;
-
-  async function show() {
-    try {
-      place.replaceChildren(...drawn(await api.get("stats")));
-    } catch (error) {
-      place.replaceChildren(el("p", { className: "error" }, visible(error.message)));
-    }
-  }
-
-  function follow({ step, steps, precision, stage }) {
-    if (!steps) return;
-    progress.hidden = false;
-    Object.assign(progress, { max: steps, value: step });
-    status.textContent = visible(`Step ${step} of ${steps}: ${precision}, ${stage}…`);
-  }
-
-  make.addEventListener("click", async () => {
-    abort = new AbortController();
-    make.disabled = !(cancel.disabled = false);
-    status.textContent = "Starting…";
-    let failed = null;
-    try {
-      await api.stream("report", {}, (event) => {
-        if (event.status === "failed") failed = event.error;
-        follow(event);
-      }, abort.signal);
-      status.textContent = failed === null ? "Finished." : visible(failed);
-    } catch (error) {
-      status.textContent = error.name === "AbortError"
-        ? "Cancelled. What was measured is kept; the next report continues." : visible(error.message);
-    }
-    progress.hidden = cancel.disabled = true;
-    make.disabled = false;
-    await show();
-  });
-  cancel.addEventListener("click", () => abort.abort());
-  await show();
+    ...new Maker(api, state).elements, place);
+  let shown = "";
+  const update = ({ stats }, patch = { stats }) => {
+    if (!stats || !("stats" in patch)) return;
+    const found = JSON.stringify(stats.report);
+    if (found === shown) return; // what is focused or scrolled stays so
+    shown = found;
+    place.replaceChildren(...drawn(stats.report));
+  };
+  state.subscribe(update);
+  update(state.get());
 }
 
-function* drawn({ report }) {
+/** Makes a report, with its progress, until it is cancelled. */
+class Maker {
+  #abort = null;
+
+  constructor(api, state) {
+    Object.assign(this, { api, state });
+    this.status = el("p", { role: "status", "aria-live": "polite" });
+    this.progress = el("progress", { hidden: true, "aria-label": "Progress of the report" });
+    this.start = el("button", { type: "button", onclick: () => this.#make() }, "Make a report");
+    this.cancel = el("button", { type: "button", disabled: true, onclick: () => this.#abort.abort() }, "Cancel");
+    this.elements = [el("p", { className: "actions" }, this.start, this.cancel, this.progress), this.status];
+  }
+
+  async #make() {
+    this.#abort = new AbortController();
+    this.#show("Starting…", true);
+    let outcome = "Finished.";
+    try {
+      await this.api.stream("report", {}, (event) => this.#follow(event), this.#abort.signal);
+    } catch (error) {
+      outcome = error.name === "AbortError"
+        ? "Cancelled. What was measured is kept; the next report continues." : visible(error.message);
+    }
+    this.#show(outcome, false);
+    await readStats(this.api, this.state);
+  }
+
+  #show(text, running) {
+    this.status.textContent = text;
+    const focused = document.activeElement;
+    this.start.disabled = running;
+    this.cancel.disabled = !running;
+    if (!running) this.progress.hidden = true;
+    if (focused === this.start || focused === this.cancel) (running ? this.cancel : this.start).focus(); // a disabled button has none
+  }
+
+  #follow({ step, steps, precision, stage, progress }) {
+    if (!steps) return;
+    this.progress.hidden = false;
+    const part = progress?.total ? progress.current / progress.total : 0;
+    Object.assign(this.progress, { max: steps, value: step - 1 + part });
+    this.status.textContent = visible(`Step ${step} of ${steps}: ${precision}, ${stage}…`);
+  }
+}
+
+function* drawn(report) {
   yield el("p", {}, visible(report.note));
   const rows = Object.entries(report.precisions);
   if (!rows.length) return;
   yield el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Figures of the report" }, table(rows));
   const measured = rows.filter(([, row]) => row.mean_kl !== null);
-  if (measured.length > 1) yield scatter(measured);
+  if (measured.length > 1) yield plot(measured);
 }
 
 function table(rows) {
@@ -70,22 +85,4 @@ function table(rows) {
     el("tbody", {}, ...rows.map(([name, row]) => el("tr", {}, el("th", { scope: "row" }, name),
       ...[bytes(row.weights_bytes), `${row.load_seconds} s`, rate(row.tokens_per_second["1"]), figure(row.speed_ratio_to_fp32, 3),
         figure(row.perplexity_ratio, 5), figure(row.mean_kl, 3), figure(row.top1_agreement, 4)].map((text) => el("td", {}, text))))));
-}
-
-/** Quality against memory: mean KL from fp32, by its logarithm, over the bytes of the weights. */
-function scatter(rows) {
-  const [width, height, margin] = [560, 260, 44];
-  const least = 1e-6; // fp32's own is 0
-  const depth = (row) => Math.log10(Math.max(row.mean_kl, least));
-  const largest = Math.max(...rows.map(([, row]) => row.weights_bytes));
-  const [low, high] = [Math.min(...rows.map(([, row]) => depth(row))), Math.max(...rows.map(([, row]) => depth(row)))];
-  const x = (row) => margin + (width - 3 * margin) * (row.weights_bytes / largest);
-  const y = (row) => height - margin - (height - 2 * margin) * ((depth(row) - low) / (high - low || 1));
-  const label = (text, at) => svg("text", { class: "label", ...at }, text);
-  return el("figure", {},
-    svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Mean KL divergence against memory" },
-      svg("path", { class: "axis", d: `M${margin} ${margin / 2}V${height - margin}H${width - margin}` }),
-      label("weights →", { x: width - 2.2 * margin, y: height - margin / 3 }), label("mean KL ↑ (log)", { x: 4, y: 14 }),
-      ...rows.flatMap(([name, row]) => [svg("circle", { cx: x(row), cy: y(row), r: 4 }), label(name, { x: x(row) + 7, y: y(row) + 4 })])),
-    el("figcaption", { className: "hint" }, "Lower and further left is better."));
 }
