@@ -67,6 +67,15 @@ def test_the_tutorials_commands_run(
         assert capsys.readouterr().out, line
 
 
+def test_the_terminals_commands_run(environment: Mapping[str, str], tmp_path: Path) -> None:
+    piped, continued = blocks("terminal.md", "run")
+    answers = run("\n".join(["set -euo pipefail", *piped.commands]), environment, tmp_path)
+    assert answers.startswith("s are not a")
+    lines = run("\n".join(["set -euo pipefail", *continued.commands]), environment, tmp_path).splitlines()
+    assert lines[0].startswith("Return a list of")
+    assert json.loads(lines[-1])["generated_tokens"] == 3
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_tutorials_requests_are_answered(environment: Mapping[str, str], tmp_path: Path) -> None:
     (block,) = blocks("tutorial.md", "serve")
