@@ -3,9 +3,8 @@
 import statistics
 from bisect import bisect_left
 from collections import Counter as Counts
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 
 from prometheus_client import (
@@ -21,33 +20,15 @@ from prometheus_client.registry import Collector
 
 from loaders.kv_cache.block_pool import PoolStats
 from server.engine.sequence import StepStats, Timeline
+from server.observability.record import Record
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_WINDOW = 1024  # latest values that percentiles are computed over
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _NATS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.999, 1)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 # a creation time for every series would double their number without use here
 disable_created_metrics()  # type: ignore[no-untyped-call]
-
-
-def _window() -> deque[float]:
-    return deque(maxlen=_WINDOW)
-
-
-@dataclass
-class _Record:
-    """One precision's latest values, in seconds."""
-
-    queue: deque[float] = field(default_factory=_window)
-    first_token: deque[float] = field(default_factory=_window)
-    gaps: deque[float] = field(default_factory=_window)
-    single_row_gaps: deque[float] = field(default_factory=_window)
-    total: deque[float] = field(default_factory=_window)
-    requests: int = 0
-    tokens: int = 0
-    busy: float = 0.0
 
 
 class _Gaps(Collector):
@@ -83,7 +64,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self._model = model
         self._registry = CollectorRegistry()
-        self._records: dict[str, _Record] = defaultdict(_Record)
+        self._records: dict[str, Record] = defaultdict(Record)
         label = ["model", "precision"]
 
         def counter(name: str, text: str, labels: Sequence[str] = label) -> Counter:
@@ -199,6 +180,15 @@ class Metrics:
             counter = self._totals[name].labels(self._model, precision)
             counter.inc(total - self._last_totals[precision][name])
             self._last_totals[precision][name] = total
+
+    def records(self) -> dict[str, Record]:
+        """The latest values of each precision."""
+        return dict(self._records)
+
+    def absorb(self, records: Mapping[str, Record]) -> None:
+        """Adds another process's values to those behind ``latency`` and ``throughput``."""
+        for precision, record in records.items():
+            self._records[precision].absorb(record)
 
     def latency(self, precision: str) -> dict[str, object]:
         """Requests that succeeded, and percentiles (ms) over the latest of them."""

@@ -61,6 +61,11 @@ async def compare(request: Request) -> Response:
     values, state = merge_parameters(await read_object(request)), state_of(request.app)
     body = validate(CompareBody, values, state.settings)
     results = await until_disconnect(request, _within_time(state, body))
+    return answered(request, results)
+
+
+def answered(request: Request, results: Answer) -> Response:
+    """The results as JSON, or as a table in Markdown if the client accepts that."""
     if "text/markdown" in request.headers.get("accept", ""):
         return Response(markdown(results.reference, results.rows), media_type="text/markdown")
     return JSONResponse(_as_json(results))
@@ -77,8 +82,8 @@ async def _within_time(state: AppState, body: CompareBody) -> Answer:
 
 async def _compare(state: AppState, body: CompareBody) -> Answer:
     reference = known_precision(body.reference)
-    names = _select(state.pool, body.precisions, reference)
-    request = await _comparison_request(state, body)
+    names = select(state.pool, body.precisions, reference)
+    request = await comparison_request(state, body)
     answer = Answer(reference, len(request.ids), request.params.seed, {})
     comparison = Comparison(request, state.codec, state.pool.use, state.service.observe)
     async with state.comparing:  # one at a time: the reference's logits are kept in memory meanwhile
@@ -97,7 +102,7 @@ def _is_direct(state: PrecisionState) -> bool:
     return state.state != "unavailable" and not loaders.is_prepared(state.name)
 
 
-def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
+def select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
     """Canonical names without duplicates, the reference first."""
     if precisions == ALL:
         names = [state.name for state in pool.states() if state.state == "loaded" or _is_direct(state)]
@@ -108,7 +113,12 @@ def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> lis
     return list(dict.fromkeys([reference, *names]))
 
 
-async def _comparison_request(state: AppState, body: CompareBody) -> ComparisonRequest:
+async def comparison_request(state: AppState, body: CompareBody) -> ComparisonRequest:
+    """What every precision computes; the prompt is encoded here.
+
+    Raises:
+        ServiceError
+    """
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     deadline = time.perf_counter() + state.settings.request_timeout
     ids = await state.service.prompts.encode(request, deadline)

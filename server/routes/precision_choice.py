@@ -60,7 +60,13 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: str | Non
         BadPrecision: no such precision, or two of these places disagree.
         UnknownModel: not the name of the served model.
     """
-    model_id = state_of(request.app).checkpoint.model_id
+    return named_precision(request, body, model, state_of(request.app).checkpoint.model_id)
+
+
+def named_precision(
+    request: Request, body: Mapping[str, Any], model: str | None, model_id: str
+) -> str | None:
+    """As ``choose_precision``, for an app that serves ``model_id`` without having a checkpoint itself."""
     names = [name for name in (request.path_params.get("model"), model) if name is not None]
     names = [name for name in names if not _is_address(name, request)]
     requested: list[object] = [body["precision"]] if "precision" in body else []

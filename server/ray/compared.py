@@ -1,0 +1,105 @@
+"""The parts of ``POST /compare`` that replicas compute; the reference's logits go through Ray's object store."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.types import Message
+
+from server.errors import DeadlinePassed, ServiceError
+from server.evaluation.comparison import Compared, Comparison, ComparisonRequest, Reference
+from server.http.body import read_object
+from server.http.validation import validate
+from server.ray.exchange import Forwarded
+from server.routes.compare import CompareBody, comparison_request, select
+from server.routes.generation_request import merge_parameters
+from server.service.precision_state import known_precision
+from server.settings.types import ALL
+from server.state import AppState, state_of
+
+ComparedOrError = Compared | ServiceError
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """A finished run of the reference.
+
+    Args:
+        precisions: all that are compared, the reference first.
+        tolerant: one that fails has its error in its row.
+        reference: an ``ObjectRef`` of a ``Reference``.
+    """
+
+    precisions: list[str]
+    tolerant: bool
+    request: ComparisonRequest
+    row: Compared
+    reference: Any
+
+
+async def run_reference(
+    app: FastAPI, forwarded: Forwarded, deployed: tuple[str, ...]
+) -> ReferenceRun | ServiceError:
+    """Validates the request and runs its reference.
+
+    Args:
+        deployed: the precisions of a request that names none.
+
+    Returns: an error as a value, since Ray would wrap a raised one in its own.
+    """
+    try:
+        return await _run_reference(app, forwarded, deployed)
+    except ServiceError as error:
+        return error
+
+
+async def _run_reference(app: FastAPI, forwarded: Forwarded, deployed: tuple[str, ...]) -> ReferenceRun:
+    import ray
+
+    state = state_of(app)
+    values = merge_parameters(await read_object(_request(app, forwarded)))
+    body = validate(CompareBody, values, state.settings)
+    reference = known_precision(body.reference)
+    named = deployed if body.precisions is None else body.precisions
+    names = select(state.pool, named, reference)
+    if body.precisions == ALL:
+        names = list(dict.fromkeys([*names, *deployed]))
+    with state.service.places.reserved():
+        request = await comparison_request(state, body)
+        comparison = _comparison(state, request)
+        row = await _in_time(state, comparison.run(reference))
+    stored = await asyncio.to_thread(ray.put, comparison.reference)
+    return ReferenceRun(names, body.precisions == ALL, request, row, stored)
+
+
+async def compare_with(state: AppState, run: ReferenceRun, precision: str) -> ComparedOrError:
+    """One precision compared with a run of the reference; an error as a value."""
+    try:
+        reference: Reference = await run.reference
+        with state.service.places.reserved():
+            comparison = _comparison(state, run.request, reference)
+            return await _in_time(state, comparison.run(precision))
+    except ServiceError as error:
+        return error
+
+
+def _comparison(state: AppState, request: ComparisonRequest, reference: Reference | None = None) -> Comparison:
+    return Comparison(request, state.codec, state.pool.use, state.service.observe, reference)
+
+
+async def _in_time(state: AppState, run: Any) -> Compared:
+    try:
+        async with asyncio.timeout(state.settings.request_timeout):
+            found: Compared = await run
+            return found
+    except TimeoutError:
+        raise DeadlinePassed("the comparison's time was up") from None
+
+
+def _request(app: FastAPI, forwarded: Forwarded) -> Request:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": forwarded.body, "more_body": False}
+
+    return Request({**forwarded.scope(), "app": app}, receive)
