@@ -1,4 +1,4 @@
-"""The parts of ``POST /compare`` that replicas compute; the reference's logits go through Ray's object store."""
+"""The parts of ``POST /compare`` that replicas compute; Ray's object store has the reference's logits."""
 
 import asyncio
 from dataclasses import dataclass
@@ -85,7 +85,9 @@ async def compare_with(state: AppState, run: ReferenceRun, precision: str) -> Co
         return error
 
 
-def _comparison(state: AppState, request: ComparisonRequest, reference: Reference | None = None) -> Comparison:
+def _comparison(
+    state: AppState, request: ComparisonRequest, reference: Reference | None = None
+) -> Comparison:
     return Comparison(request, state.codec, state.pool.use, state.service.observe, reference)
 
 

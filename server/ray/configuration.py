@@ -1,4 +1,4 @@
-"""The settings of a replica: those of the application, its deployment's ``user_config``, and its resources."""
+"""The settings of a replica: those of the application, the deployment's ``user_config``, its resources."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -58,7 +58,9 @@ def destination(scope: Scope, raw: bytes, dialect: Dialect, model_id: str) -> De
     bounds = values.get("auto")
     if precision is None and bounds is not None:
         precision = AUTO
-    return Destination(precision, bounds if isinstance(bounds, dict) else None, _text(values)[:_CHARACTERS] or " ")
+    return Destination(
+        precision, bounds if isinstance(bounds, dict) else None, _text(values)[:_CHARACTERS] or " "
+    )
 
 
 def _path_parameters(scope: Scope) -> dict[str, Any]:

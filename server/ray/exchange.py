@@ -18,7 +18,7 @@ class Forwarded:
     Args:
         path: without the prefix of the application.
         prompt: the beginning of its text, which a request router may choose a replica by. Ray's
-            ``PrefixCacheAffinityRouter`` reads this attribute and divides by its length, so it is never empty.
+            ``PrefixCacheAffinityRouter`` reads it and divides by its length, so it is never empty.
     """
 
     method: str
@@ -48,7 +48,7 @@ class Forwarded:
 
 @dataclass(frozen=True)
 class Head:
-    """The first item of a response: what came first of its body is with it, all of it if that came at once."""
+    """The first item of a response: with what came of its body at once, often all."""
 
     status: int
     headers: Headers
@@ -99,7 +99,9 @@ async def exchange(app: ASGIApp, request: Forwarded) -> AsyncGenerator[Head | by
         start = await messages.get()
         if start is not None:
             first, ended = _available(messages)
-            yield Head(start["status"], [(bytes(name), bytes(value)) for name, value in start["headers"]], first)
+            yield Head(
+                start["status"], [(bytes(name), bytes(value)) for name, value in start["headers"]], first
+            )
             while not ended:
                 message = await messages.get()
                 if message is None:

@@ -51,7 +51,9 @@ class Fleet:
     def __init__(self, default: str, handles: Mapping[str, DeploymentHandle]) -> None:
         self.default = default
         self._handles = handles
-        self._relays = {name: handle.options(method_name="relay", stream=True) for name, handle in handles.items()}
+        self._relays = {
+            name: handle.options(method_name="relay", stream=True) for name, handle in handles.items()
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ class Fleet:
 
     def serving(self, precision: str | None) -> str:
         """The deployment that serves a precision: its own, or the default one, which loads it if asked to."""
-        return precision if precision in self._handles else self.default
+        return precision if precision is not None and precision in self._handles else self.default
 
     def relay(self, name: str, request: Forwarded) -> "Relay":
         """The response of one replica, in pieces."""

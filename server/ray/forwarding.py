@@ -10,7 +10,7 @@ from server.concurrency import Interrupted, run_until
 from server.errors import DeadlinePassed, GenerationFailed, ServiceError
 from server.http.responses import error_body, error_response, note_refusal, request_id
 from server.http.route_facts import facts_of
-from server.http.streaming import _disconnected, event
+from server.http.streaming import disconnected, event
 from server.ray.exchange import Forwarded, Head
 from server.ray.fleet import Fleet, Relay, ReplicaLost
 
@@ -31,7 +31,9 @@ class Forwarding:
     def __init__(self, fleet: Fleet, seconds: float) -> None:
         self._fleet, self._seconds = fleet, seconds
 
-    async def forward(self, name: str, request: Forwarded, scope: Scope, receive: Receive, send: Send) -> None:
+    async def forward(
+        self, name: str, request: Forwarded, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Answers a request by a replica of ``name``.
 
         A replica that ends before its response has begun is replaced by another one, once.
@@ -41,7 +43,9 @@ class Forwarding:
             relay = self._fleet.relay(name, request)
             try:
                 with suppress(Interrupted):  # the client has disconnected
-                    await run_until(_disconnected(receive), self._copy(relay, response), _Once(relay, response))
+                    await run_until(
+                        disconnected(receive), self._copy(relay, response), _Once(relay, response)
+                    )
                 return
             except ServiceError as error:
                 if isinstance(error, ReplicaLost) and tries_left and not response.begun:

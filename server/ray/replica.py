@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 
 from server.app import create_app
 from server.errors import ServiceError
@@ -142,6 +143,10 @@ class Replica:
         async with self._use() as app:
             return Figures(await collected(app, request), state_of(app).metrics.records())
 
+    async def exposition(self, request: Forwarded) -> tuple[str, str]:
+        """The replica's name, and its ``/metrics``."""
+        return serve.get_replica_context().replica_tag, (await self.answer(request)).body.decode()
+
     async def choose(self, request: Forwarded, bounds: Mapping[str, Any] | None) -> str | None:
         """The precision that ``auto`` is with these bounds; None if the app's own answer is an error."""
         async with self._use() as app:
@@ -152,14 +157,14 @@ class Replica:
             except (ServiceError, TypeError, ValueError):
                 return None
 
-    async def run_reference(self, request: Forwarded, deployed: tuple[str, ...]) -> ReferenceRun | ServiceError:
+    async def run_reference(
+        self, request: Forwarded, deployed: tuple[str, ...]
+    ) -> ReferenceRun | ServiceError:
         """The reference's part of ``/compare``."""
         async with self._use() as app:
             return await run_reference(app, request, deployed)
 
-    async def compare_with(
-        self, request: Forwarded, run: ReferenceRun, precision: str
-    ) -> ComparedOrError:
+    async def compare_with(self, request: Forwarded, run: ReferenceRun, precision: str) -> ComparedOrError:
         """Another precision's part of ``/compare``."""
         async with self._use() as app:
             return await compare_with(state_of(app), run, precision)
