@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from server.observability.logs import set_up_logging
+from server.ray.configuration import checked
 from server.ray.fleet import Fleet
 from server.ray.ingress import create_ingress
 from server.ray.replica import Replica
@@ -32,6 +33,9 @@ class Arguments(BaseModel):
     max_replicas: int | None = Field(None, ge=1, description="with more than `replicas` it scales by load")
     num_cpus: float = Field(1.0, ge=0, description="of a replica; whole ones are its threads, unless set")
     num_gpus: float = Field(0.0, ge=0, description="of a replica; below 1 it takes that share of a card")
+    user_config: dict[str, Any] = Field(
+        default_factory=dict, description="settings that replicas take over without being replaced"
+    )
 
 
 def build(arguments: Arguments, settings: Settings) -> serve.Application:
@@ -63,6 +67,7 @@ def _options(arguments: Arguments, settings: Settings) -> dict[str, Any]:
         "max_queued_requests": settings.max_concurrent_requests,
         "graceful_shutdown_timeout_s": settings.graceful_termination_timeout,
         "ray_actor_options": {"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
+        "user_config": checked(arguments.user_config),
     }
     if (arguments.max_replicas or 0) > arguments.replicas:
         options["autoscaling_config"] = {
