@@ -34,7 +34,7 @@ class Destination:
 
     precision: str | None = None
     bounds: Mapping[str, Any] | None = None
-    prompt: str = " "
+    prompt: str = ""
 
 
 def destination(scope: Scope, raw: bytes, dialect: Dialect, model_id: str) -> Destination:
@@ -58,9 +58,7 @@ def destination(scope: Scope, raw: bytes, dialect: Dialect, model_id: str) -> De
     bounds = values.get("auto")
     if precision is None and bounds is not None:
         precision = AUTO
-    return Destination(
-        precision, bounds if isinstance(bounds, dict) else None, _text(values)[:_CHARACTERS] or " "
-    )
+    return Destination(precision, bounds if isinstance(bounds, dict) else None, _text(values)[:_CHARACTERS])
 
 
 def _path_parameters(scope: Scope) -> dict[str, Any]:

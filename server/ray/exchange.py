@@ -17,8 +17,7 @@ class Forwarded:
 
     Args:
         path: without the prefix of the application.
-        prompt: the beginning of its text, which a request router may choose a replica by. Ray's
-            ``PrefixCacheAffinityRouter`` reads it and divides by its length, so it is never empty.
+        prompt: the beginning of its text, by which ``server.ray.affinity`` chooses a replica.
     """
 
     method: str
@@ -26,7 +25,7 @@ class Forwarded:
     query: bytes
     headers: Headers
     body: bytes = b""
-    prompt: str = " "
+    prompt: str = ""
 
     def scope(self) -> Scope:
         """The ASGI scope of a connection."""

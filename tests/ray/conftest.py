@@ -1,4 +1,4 @@
-"""A cluster of Ray on this host, with two replicas of fp32 and one of dynamic-int8, started once."""
+"""A cluster of Ray on this host, with two replicas of fp32 and of dynamic-int8, started once."""
 
 import secrets
 import socket
@@ -57,7 +57,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "server.ray.proxy.middlewares")

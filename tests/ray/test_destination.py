@@ -90,8 +90,8 @@ def test_auto_is_passed_on_with_its_bounds() -> None:
             Dialect.OPENAI_CHAT,
             "ab",
         ),
-        ({"inputs": ""}, Dialect.NATIVE, " "),
-        ({}, Dialect.NATIVE, " "),
+        ({"inputs": ""}, Dialect.NATIVE, ""),
+        ({}, Dialect.NATIVE, ""),
     ],
 )
 def test_the_text_that_replicas_are_chosen_by(body: Any, dialect: Dialect, text: str) -> None:
