@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What Ray Serve costs and gives on this host: one server against a fleet on Ray, in turns.
 
-Writes a JSON file: overhead of a request and of a streamed token, throughput of one process and of two replicas
-of one thread each, a replica killed under load, an update under load. Needs two cores with nothing else on them.
+Writes a JSON file: overhead of a request and of a streamed token, throughput of one process and of two
+replicas of one thread each, a replica killed under load, an update under load. It takes two cores.
 
 .venv/bin/python scripts/ray_figures.py --out docs/results/cpu-ray-$(date +%F).json
 """
@@ -27,7 +27,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from scripts.ray_traffic import Outcomes, clients
+from tests.ray.traffic import Outcomes, clients  # noqa: E402
 
 PROMPT = "The with statement"
 SETTINGS = {"PRECISIONS": "fp32", "THREADS": "1", "DEVICE": "cpu", "LOG_LEVEL": "warning"}
@@ -203,12 +203,13 @@ def update(fleet: RayFleet) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), **outcomes.figures()}
 
 
-def measure(rounds: int, seconds: float) -> dict[str, Any]:
+def measure(rounds: int, seconds: float, grpc: bool) -> dict[str, Any]:
     environment = {
         **SETTINGS,
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": str(int(grpc)),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.ray.proxy.middlewares",
     }
     import ray
@@ -221,6 +222,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             "host": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "ray": ray.__version__,
+            "between processes": "gRPC" if grpc else "calls of actors",
             "model": "bundled",
             "seconds to deploy two replicas": round(start, 1),
             "overhead": overhead({"plain": plain, "ray": fleet.address}, rounds * 10),
@@ -234,9 +236,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement of throughput")
+    parser.add_argument(
+        "--grpc", action=argparse.BooleanOptionalAction, default=True, help="between Ray's processes"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found = measure(arguments.rounds, arguments.seconds)
+    found = measure(arguments.rounds, arguments.seconds, arguments.grpc)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     if arguments.out:
         arguments.out.write_text(text)

@@ -15,8 +15,8 @@ import loaders
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [*sorted((ROOT / "loaders").rglob("*.py")), *sorted((ROOT / "server").rglob("*.py"))]
 LAYERS = (
-    "server.__main__",
-    "server.commands",
+    "server.__main__ server.ray_app",
+    "server.commands server.ray",
     "server.app",
     "server.routes",
     "server.state",
@@ -177,6 +177,11 @@ def test_the_process_of_a_chat_template_imports_little() -> None:
 
 def test_only_metrics_imports_prometheus() -> None:
     assert importers("prometheus_client") == {"server/observability/metrics.py"}
+
+
+def test_only_its_own_package_imports_ray() -> None:
+    assert all(name.startswith(("server/ray/", "server/ray_app.py")) for name in importers("ray"))
+    assert not [name for name in reached("server.__main__") if name.startswith("server.ray")]
 
 
 def test_only_tracing_imports_opentelemetry() -> None:

@@ -20,6 +20,7 @@ from server.settings.types import ALL
 from server.state import AppState, state_of
 
 ComparedOrError = Compared | ServiceError
+_latest: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ async def _run_reference(app: FastAPI, forwarded: Forwarded, deployed: tuple[str
         comparison = _comparison(state, request)
         row = await _in_time(state, comparison.run(reference))
     stored = await asyncio.to_thread(ray.put, comparison.reference)
+    # by gRPC the router's copy of it does not count as a use: the latest one is kept here
+    _latest[:] = [stored]
     return ReferenceRun(names, body.precisions == ALL, request, row, stored)
 
 

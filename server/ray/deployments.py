@@ -29,10 +29,16 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    replicas: int = Field(1, ge=1, description="of each precision")
-    max_replicas: int | None = Field(None, ge=1, description="with more than `replicas` it scales by load")
-    num_cpus: float = Field(1.0, ge=0, description="of a replica; whole ones are its threads, unless set")
-    num_gpus: float = Field(0.0, ge=0, description="of a replica; below 1 it takes that share of a card")
+    replicas: int = Field(default=1, ge=1, description="of each precision")
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="with more than `replicas` it scales by load"
+    )
+    num_cpus: float = Field(
+        default=1.0, ge=0, description="of a replica; whole ones are its threads, unless set"
+    )
+    num_gpus: float = Field(
+        default=0.0, ge=0, description="of a replica; below 1 it takes that share of a card"
+    )
     user_config: dict[str, Any] = Field(
         default_factory=dict, description="settings that replicas take over without being replaced"
     )

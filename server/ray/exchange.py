@@ -52,6 +52,8 @@ class Head:
     status: int
     headers: Headers
     body: bytes
+    ended: bool
+    """Nothing follows: the client need not wait until the replica's call has ended, too."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,8 @@ async def exchange(app: ASGIApp, request: Forwarded) -> AsyncGenerator[Head | by
         start = await messages.get()
         if start is not None:
             first, ended = _available(messages)
-            yield Head(
-                start["status"], [(bytes(name), bytes(value)) for name, value in start["headers"]], first
-            )
+            headers = [(bytes(name), bytes(value)) for name, value in start["headers"]]
+            yield Head(start["status"], headers, first, ended)
             while not ended:
                 message = await messages.get()
                 if message is None:

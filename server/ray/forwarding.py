@@ -60,6 +60,8 @@ class Forwarding:
                 async for item in relay:
                     limit.reschedule(None)
                     await response.send(item)
+                    if isinstance(item, Head) and item.ended:
+                        break
         except TimeoutError:
             relay.cancel()
             raise DeadlinePassed("the request was not finished in time") from None

@@ -43,7 +43,7 @@ def test_pieces_come_as_they_are_sent() -> None:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         async with aclosing(exchange(app, REQUEST)) as pieces:
-            assert await anext(pieces) == Head(200, [], b"")
+            assert await anext(pieces) == Head(200, [], b"", False)
             for piece in (b"one", b"two"):
                 step.set()
                 assert await anext(pieces) == piece

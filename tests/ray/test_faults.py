@@ -6,9 +6,9 @@ import time
 import httpx
 import pytest
 
-from scripts.ray_traffic import clients
 from tests.conftest import wait_until
 from tests.ray.conftest import Cluster
+from tests.ray.traffic import clients
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 LONG = {"prompt": "The with statement", "max_tokens": 480, "n": 4, "ignore_eos": True, "seed": 1}
