@@ -10,7 +10,6 @@ replicas of one thread each, a replica killed under load, an update under load. 
 import argparse
 import json
 import os
-import platform
 import secrets
 import socket
 import statistics
@@ -219,7 +218,6 @@ def measure(rounds: int, seconds: float, grpc: bool) -> dict[str, Any]:
         fleet = RayFleet(environment, held)
         start = fleet.deploy(2)
         return {
-            "host": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "ray": ray.__version__,
             "between processes": "gRPC" if grpc else "calls of actors",
