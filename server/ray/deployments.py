@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from server.observability.logs import set_up_logging
 from server.ray.configuration import checked
@@ -16,6 +17,7 @@ from server.settings.server import Settings
 from server.settings.types import AUTO
 
 ROUTER = "router"
+_AFFINITY = "server.ray.affinity.PrefixAffinityRouter"
 _PRIVATE = {"host", "port"}
 _HEADROOM = 32  # /stats, /metrics and health reach a replica whose places are all taken
 _MOST_IN_ROUTER = 10_000  # the replicas' own limits come first
@@ -38,6 +40,9 @@ class Arguments(BaseModel):
     )
     num_gpus: float = Field(
         default=0.0, ge=0, description="of a replica; below 1 it takes that share of a card"
+    )
+    affinity: bool = Field(
+        default=False, description="prompts with the same beginning go to the same replica, if it has room"
     )
     user_config: dict[str, Any] = Field(
         default_factory=dict, description="settings that replicas take over without being replaced"
@@ -75,6 +80,8 @@ def _options(arguments: Arguments, settings: Settings) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
         "user_config": checked(arguments.user_config),
     }
+    if arguments.affinity:
+        options["request_router_config"] = RequestRouterConfig(request_router_class=_AFFINITY)
     if (arguments.max_replicas or 0) > arguments.replicas:
         options["autoscaling_config"] = {
             "min_replicas": arguments.replicas,

@@ -26,14 +26,15 @@ class Cluster:
         """Deploys the application, or changes it; returns when it is ready.
 
         Args:
-            options: settings, and ``user_config``.
+            options: settings, ``user_config`` and ``affinity``.
         """
         from ray import serve
 
         from server.ray.deployments import Arguments, build
         from server.settings.server import Settings
 
-        arguments = Arguments(replicas=replicas, user_config=options.pop("user_config", {}))
+        own = {field: options.pop(field) for field in ("user_config", "affinity") if field in options}
+        arguments = Arguments(replicas=replicas, **own)
         serve.run(build(arguments, Settings(**{**SETTINGS, **options})), name=name, route_prefix=prefix)
 
     def replicas(self) -> dict[str, int]:

@@ -163,10 +163,11 @@ def test_a_comparison_is_that_of_one_server(client: httpx.Client, single: httpx.
     assert set(tolerant["precisions"]) == {"fp32", "dynamic-int8"}  # those deployed
 
 
-def test_a_second_application_has_its_own_path_and_keys(cluster: Cluster) -> None:
+def test_a_second_application_has_its_own_path_keys_and_request_router(cluster: Cluster) -> None:
     from ray import serve
 
-    cluster.deploy("keys", "/keys", 1, precisions="fp32", api_key="secret", admin_api_key="root")
+    keys = {"api_key": "secret", "admin_api_key": "root"}
+    cluster.deploy("keys", "/keys", 2, precisions="fp32", affinity=True, **keys)
     with httpx.Client(base_url=f"{cluster.address}/keys", timeout=60) as client:
         key = {"Authorization": "Bearer secret"}
         refused = client.post("/generate", json=GREEDY)
@@ -182,4 +183,15 @@ def test_a_second_application_has_its_own_path_and_keys(cluster: Cluster) -> Non
         assert loaded.text.endswith('data: {"status":"ready"}\n\n')
         states = {one["name"]: one["state"] for one in client.get("/precisions", headers=key).json()}
         assert states["bf16"] == "loaded"
+        # prompts that begin alike go to the replica that has their beginning cached
+        beginning = "The with statement is used to wrap the execution of a block. " * 6
+        for story in ("first", "second", "third", "fourth"):
+            prompts = [f"{story}: {beginning}{number}" for number in range(5)]
+            answers = [
+                client.post("/generate", json={"inputs": prompt, "max_new_tokens": 2}, headers=key).json()
+                for prompt in prompts
+            ]
+            cached = [answer["usage"]["cached_tokens"] for answer in answers]
+            assert cached[0] == 0
+            assert all(cached[1:]), cached
     serve.delete("keys")
