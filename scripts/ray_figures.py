@@ -10,15 +10,12 @@ replicas of one thread each, a replica killed under load, an update under load. 
 import argparse
 import json
 import os
+import re
 import secrets
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,86 +23,13 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from ray_servers import RayFleet, one_server  # noqa: E402
+
 from tests.ray.traffic import Outcomes, clients  # noqa: E402
 
 PROMPT = "The with statement"
-SETTINGS = {"PRECISIONS": "fp32", "THREADS": "1", "DEVICE": "cpu", "LOG_LEVEL": "warning"}
-
-
-@contextmanager
-def one_server(environment: dict[str, str]) -> Iterator[str]:
-    """``bitdial serve``; yields its address."""
-    port = free_port()
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as server:
-        try:
-            yield ready(f"http://127.0.0.1:{port}")
-        finally:
-            server.terminate()
-
-
-class RayFleet:
-    """A cluster of Ray in processes of its own on this host."""
-
-    def __init__(self, environment: dict[str, str], held: ExitStack) -> None:
-        import ray
-        from ray import serve
-
-        os.environ.update(environment)
-        port = free_port()
-        temporary = held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        ray.init(
-            num_cpus=8,
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-            _temp_dir=temporary,
-        )
-        held.callback(ray.shutdown)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        held.callback(serve.shutdown)
-        self.address = f"http://127.0.0.1:{port}"
-
-    def deploy(self, replicas: int, **settings: Any) -> float:
-        """Deploys or changes the application; returns the seconds until it is ready."""
-        from ray import serve
-
-        from server.ray.deployments import Arguments, build
-        from server.settings.server import Settings
-
-        started = time.monotonic()
-        serve.run(build(Arguments(replicas=replicas), Settings(**settings)))
-        ready(self.address)
-        return time.monotonic() - started
-
-    def kill_one(self) -> None:
-        """Ends a replica without notice."""
-        import ray
-
-        named = ray.util.list_named_actors(all_namespaces=True)
-        names = sorted(one["name"] for one in named if "#fp32#" in one["name"])
-        ray.kill(ray.get_actor(names[0], namespace="serve"))
-
-    def replicas(self) -> int:
-        return int(httpx.get(f"{self.address}/stats", timeout=60).json()["replicas"].get("fp32", 0))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def ready(address: str) -> str:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        try:
-            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
-                return address
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"{address} was not ready within two minutes")
+ONE, TWO, FLEET = "one process, one thread", "one process, two threads", "two replicas, one thread each"
+SETTINGS = {"DEVICE": "cpu", "LOG_LEVEL": "warning"}
 
 
 def milliseconds(client: httpx.Client, tokens: int, stream: bool) -> float:
@@ -139,36 +63,47 @@ def overhead(addresses: dict[str, str], rounds: int) -> dict[str, Any]:
         for kind, by_name in times.items()
     }
     for by_name in found.values():
-        by_name["ratio"] = round(by_name["ray"] / by_name["plain"], 3)
+        by_name["ratio"] = round(by_name[FLEET] / by_name[ONE], 3)
     alone, streamed = found["101 tokens"], found["101 tokens streamed"]
-    found["ms per request"] = round(found["1 token"]["ray"] - found["1 token"]["plain"], 3)
-    extra = (streamed["ray"] - streamed["plain"]) - (alone["ray"] - alone["plain"])
+    found["ms per request"] = round(found["1 token"][FLEET] - found["1 token"][ONE], 3)
+    extra = (streamed[FLEET] - streamed[ONE]) - (alone[FLEET] - alone[ONE])
     found["ms per streamed token"] = round(extra / 101, 4)
     return found
 
 
-def tokens_per_second(address: str, count: int, seconds: float, tokens: int) -> float:
-    """Generated tokens of finished requests per second, of clients that send one after another."""
-    with clients(address, count, tokens) as outcomes:
+def generated(address: str) -> float:
+    """The tokens that a server has generated."""
+    text = httpx.get(f"{address}/metrics", timeout=60).text
+    return sum(float(value) for value in re.findall(r"^bitdial_generated_tokens_total.* (.+)$", text, re.M))
+
+
+def tokens_per_second(address: str, count: int, seconds: float) -> float:
+    """Tokens generated per second for clients that send one request after another."""
+    with clients(address, count, 100) as outcomes:
         time.sleep(seconds / 4)  # all are under way
-        before, started = outcomes.answered, time.monotonic()
+        before, started = generated(address), time.monotonic()
         time.sleep(seconds)
-        rate = (outcomes.answered - before) * tokens / (time.monotonic() - started)
+        rate = (generated(address) - before) / (time.monotonic() - started)
     check(outcomes)
     return rate
 
 
-def throughput(plain: str, fleet: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """One process of one thread against two replicas of one thread each, in turns."""
+def throughput(addresses: dict[str, str], rounds: int, seconds: float) -> dict[str, Any]:
+    """Tokens per second of each server, in turns, and the fleet's relative to the others' of its turn."""
     found: dict[str, Any] = {}
     for count in (4, 16):
-        rates: dict[str, list[float]] = {"plain": [], "ray": []}
+        rates: dict[str, list[float]] = {name: [] for name in addresses}
         for _ in range(rounds):
-            for name, address in (("plain", plain), ("ray", fleet)):
-                rates[name].append(tokens_per_second(address, count, seconds, 200))
-        medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
-        ratios = [ray / one for ray, one in zip(rates["ray"], rates["plain"], strict=True)]
-        found[f"{count} clients"] = {**medians, "ratio": round(statistics.median(ratios), 3)}
+            for name, address in addresses.items():
+                rates[name].append(tokens_per_second(address, count, seconds))
+        found[f"{count} clients"] = {
+            **{name: round(statistics.median(values), 1) for name, values in rates.items()},
+            "ratios": {
+                name: round(statistics.median([a / b for a, b in zip(rates[FLEET], values, strict=True)]), 3)
+                for name, values in rates.items()
+                if name != FLEET
+            },
+        }
     return found
 
 
@@ -202,44 +137,54 @@ def update(fleet: RayFleet) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), **outcomes.figures()}
 
 
-def measure(rounds: int, seconds: float, grpc: bool) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     environment = {
         **SETTINGS,
+        "MODEL_ID": arguments.model,
+        "PRECISION": arguments.precision,
+        "PRECISIONS": arguments.precision,
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": str(int(grpc)),
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": str(int(arguments.grpc)),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.ray.proxy.middlewares",
     }
     import ray
 
     with ExitStack() as held:
-        plain = held.enter_context(one_server({**os.environ, **environment}))
-        fleet = RayFleet(environment, held)
-        start = fleet.deploy(2)
-        return {
+        one, two = (
+            held.enter_context(one_server({**os.environ, **environment, "THREADS": threads}))
+            for threads in ("1", "2")
+        )
+        fleet = RayFleet({**environment, "THREADS": "1"}, arguments.precision, held)
+        found: dict[str, Any] = {
             "cores": os.cpu_count(),
             "ray": ray.__version__,
-            "between processes": "gRPC" if grpc else "calls of actors",
-            "model": "bundled",
-            "seconds to deploy two replicas": round(start, 1),
-            "overhead": overhead({"plain": plain, "ray": fleet.address}, rounds * 10),
-            "throughput": throughput(plain, fleet.address, rounds, seconds),
-            "a replica killed": kill(fleet),
-            "an update": update(fleet),
+            "between processes": "gRPC" if arguments.grpc else "calls of actors",
+            "model": Path(arguments.model).name,
+            "precision": arguments.precision,
+            "seconds to deploy two replicas": round(fleet.deploy(2), 1),
         }
+        servers = {ONE: one, FLEET: fleet.address}
+        found["overhead"] = overhead(servers, arguments.rounds * 10)
+        found["throughput"] = throughput({**servers, TWO: two}, arguments.rounds, arguments.seconds)
+        if arguments.faults:
+            found |= {"a replica killed": kill(fleet), "an update": update(fleet)}
+        return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement of throughput")
-    parser.add_argument(
-        "--grpc", action=argparse.BooleanOptionalAction, default=True, help="between Ray's processes"
-    )
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement of throughput")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--grpc", action=switch, default=True, help="between Ray's processes")
+    parser.add_argument("--faults", action=switch, default=True, help="also end and update replicas")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found = measure(arguments.rounds, arguments.seconds, arguments.grpc)
+    found = measure(arguments)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     if arguments.out:
         arguments.out.write_text(text)
