@@ -3,6 +3,9 @@
 import json
 from typing import Any
 
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'bitdial[ray]'")
 from server.observability.metrics import Metrics
 from server.observability.record import Record
 from server.ray.exchange import Whole
