@@ -37,7 +37,9 @@ def bitdial(port: int, *options: str, **variables: str) -> Iterator[None]:
         command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
-            wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=60)
+            ready = f"http://127.0.0.1:{port}/health"
+            wait_until(lambda: answers(ready) or process.poll() is not None, seconds=60)
+            assert process.poll() is None, "the server ended"
             yield
         finally:
             process.terminate()
@@ -60,7 +62,9 @@ def prometheus(folder: Path, jobs: Mapping[str, tuple[int, str]]) -> Iterator[st
     ]  # fmt: skip
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as process:
         try:
-            wait_until(lambda: answers(f"http://{address}/-/ready"), seconds=30)
+            ready = f"http://{address}/-/ready"
+            wait_until(lambda: answers(ready) or process.poll() is not None, seconds=30)
+            assert process.poll() is None, "Prometheus ended"
             yield f"http://{address}"
         finally:
             process.terminate()

@@ -20,7 +20,7 @@ from tests.test_docs import EXTERNAL, VARIABLES
 FOLDER = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
 OLDEST = "1.30"
-"""The oldest Kubernetes that has the manifests' fields, as docs/operations.md says."""
+"""The oldest Kubernetes that has the manifests' fields, as docs/docker.md says."""
 Manifest = dict[str, Any]
 
 
@@ -82,6 +82,23 @@ def test_the_rendered_manifests_follow_kubernetes_schemas(overlay: str, version:
     assert set(rendered) == kinds | {"ServiceMonitor"}
     for kind in kinds:  # the other is the operator's own
         assert violations(rendered[kind], version) is None, kind
+
+
+def test_the_document_names_the_oldest_version() -> None:
+    assert f"Kubernetes {OLDEST} or newer" in (ROOT / "docs/docker.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+def test_the_documented_command_makes_the_alerts_a_manifest() -> None:
+    (command,) = re.findall(
+        r"^(\{ printf .*?)kubectl apply .*?-f -$", (ROOT / "docs/docker.md").read_text(), re.M | re.S
+    )
+    done = subprocess.run(
+        ["bash", "-c", command + "cat"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    manifest = yaml.safe_load(done.stdout)
+    assert (manifest["kind"], manifest["metadata"]) == ("PrometheusRule", {"name": "bitdial"})
+    assert manifest["spec"] == yaml.safe_load((DEPLOY / "alerts.yml").read_text())
 
 
 def test_a_misspelled_field_would_be_found() -> None:
@@ -202,7 +219,7 @@ def test_the_keys_come_from_a_secret_that_prometheus_uses_too(overlay: str) -> N
     assert "optional" not in secret, "without its keys a server would be open to all"
     (endpoint,) = rendered["ServiceMonitor"]["spec"]["endpoints"]
     assert endpoint["authorization"]["credentials"] == {"name": secret["name"], "key": "API_KEY"}
-    command = re.findall(r"create secret generic (\S+)", (ROOT / "docs/operations.md").read_text())
+    command = re.findall(r"create secret generic (\S+)", (ROOT / "docs/docker.md").read_text())
     assert command == [secret["name"]]
 
 
