@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,24 +97,23 @@ class Drawing:
         figure.savefig(file)
 
     def _draw(self, axes: "Axes", panel: Panel) -> None:
-        factor, unit = _SCALES.get(panel["fieldConfig"]["defaults"]["unit"], (1, ""))
+        fields = panel["fieldConfig"]["defaults"]
+        found = [pair for query in queries(panel, self._variables) for pair in self._series(query)]
+        factor, unit = _scale(fields["unit"], [value for _, points in found for _, value in points])
         axes.set_title(f"{panel['title']}{f' ({unit})' if unit else ''}", fontsize=9, loc="left")
         axes.tick_params(labelsize=7)
-        found = [pair for query in queries(panel, self._variables) for pair in self._series(query)]
         if panel["type"] == "stat":
             axes.set_axis_off()
             last = found[0][1][-1][1] * factor if found else math.nan
             axes.text(0, 0.3, f"{last:,.4g}", fontsize=22, color="#1f60c4")
             return
-        for name, points in found:
+        states = panel["type"] == "state-timeline"  # a line for each, as long as it lasts
+        for place, (name, points) in enumerate(found):
             minutes = [(when - self._end) / 60 for when, _ in points]
-            axes.plot(minutes, [value * factor for _, value in points], label=name, linewidth=1.1)
+            heights = [float(place) if states else value * factor for _, value in points]
+            axes.plot(minutes, heights, label=name, linewidth=5 if states else 1.1)
         axes.set_xlim((self._start - self._end) / 60, 0)
-        axes.grid(alpha=0.25)
-        if found:
-            axes.legend(fontsize=6.5, loc="upper left", framealpha=0.6)
-        else:
-            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", fontsize=8, color="gray")
+        _decorate(axes, states, [factor * fields[end] if end in fields else None for end in ("min", "max")])
 
     def _series(self, query: Query) -> list[tuple[str, list[tuple[float, float]]]]:
         found = ask(
@@ -125,6 +124,27 @@ class Drawing:
             (label(query.legend, one["metric"]), [(when, float(value)) for when, value in one["values"]])
             for one in found["result"]
         ]
+
+
+def _scale(unit: str, values: Sequence[float]) -> tuple[float, str]:
+    """The factor of the figures that are drawn, and their unit; seconds where milliseconds are too many."""
+    if unit == "s" and max((value for value in values if not math.isnan(value)), default=0) >= 5:
+        return 1, "s"
+    return _SCALES.get(unit, (1, ""))
+
+
+def _decorate(axes: "Axes", states: bool, limits: Sequence[float | None]) -> None:
+    axes.grid(alpha=0.25)
+    if states:
+        axes.set_yticks([])
+        axes.margins(y=0.6)
+    else:
+        axes.set_ylim(*limits)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", fontsize=8, color="gray")
+        return
+    legend = axes.legend(fontsize=6, ncols=3, loc="upper left", framealpha=0.5)
+    legend.set_in_layout(False)
 
 
 def main() -> None:
