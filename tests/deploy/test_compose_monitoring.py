@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.files import COMPOSE, DASHBOARD, DEPLOY, PLOT, ROOT, SCRAPING
+from tests.deploy.files import COMPOSE, DEPLOY, ROOT, SCRAPING
 
 SERVICES: dict[str, Any] = COMPOSE["services"]
 MONITORING = {name: one for name, one in SERVICES.items() if one["profiles"] == ["monitoring"]}
@@ -114,29 +114,3 @@ def test_grafana_has_neither_a_login_nor_an_administrator() -> None:
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
     assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
     assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
-
-
-def test_the_dashboards_panels_have_places_and_identities_of_their_own() -> None:
-    drawn = DASHBOARD["panels"]
-    assert len({panel["id"] for panel in drawn}) == len(drawn)
-    taken: set[tuple[int, int]] = set()
-    for panel in drawn:
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken, panel["title"]
-        taken |= cells
-
-
-def test_the_dashboard_uses_its_variables_and_no_others() -> None:
-    named = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
-    text = (DEPLOY / "grafana/dashboards/bitdial.json").read_text()
-    assert set(re.findall(r"\$(\w+)", text)) - {"__all"} == named | {"__rate_interval"}
-    for panel in PLOT["panels"](DASHBOARD):
-        assert panel["description"]
-        sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
-        assert sources == [{"type": "prometheus", "uid": "$datasource"}] * len(sources)
