@@ -65,7 +65,7 @@ def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, fl
 
 def reports_of(client: TestClient) -> Reports:
     app: Any = client.app
-    found: Reports = app.state.reports
+    found: Reports = app.state.default.reports
     return found
 
 
@@ -344,7 +344,7 @@ def test_a_report_pauses_while_requests_run_and_ends_with_its_client(
     async def watch() -> None:
         app = make_app()
         async with entered(app) as client:
-            reports, service = app.state.reports, app.state.service
+            reports, service = app.state.default.reports, app.state.service
             events = reports.make(options, None)
             assert [await anext(events), await anext(events)] == [{"status": "starting"}, {"status": 1}]
             process = psutil.Process(reports._process.pid)
