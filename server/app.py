@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,7 +25,6 @@ from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestConte
 from server.http.openapi import describe
 from server.http.responses import error_response
 from server.http.route_facts import RouteTable
-from server.report.choice import Choice
 from server.routes import compare, favicon, generate, health, playground, precisions, report, stats, tokenize
 from server.routes.openai import routes as openai
 from server.served_model import Wanted
@@ -42,8 +42,8 @@ ROUTES = tuple(route for router in _ROUTERS for route in router.routes)
 
 def create_app(
     settings: Settings,
-    default_choice: Choice | None = None,
     *,
+    first: Wanted | None = None,
     others: Sequence[Wanted] = (),
     open_checkpoint: Callable[..., Checkpoint] = loaders.checkpoint.open_checkpoint,
     load: Callable[..., LoadedModel] = loaders.load,
@@ -52,8 +52,8 @@ def create_app(
 
     Args:
         settings: the one instance that everything in the app holds; ``precision`` is resolved, not ``AUTO``.
-        default_choice: why the report chose ``settings.precision``, if it did.
-        others: the models beside that of ``settings``, which is the default one.
+        first: the default model; None: ``open_checkpoint`` opens that of ``settings``.
+        others: the models beside it.
         open_checkpoint: (model id, revision) → ``Checkpoint``.
         load: loads one precision; same signature as ``loaders.load``.
 
@@ -65,8 +65,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        wanted = [Wanted(settings, default_choice), *others]
-        state = await build_state(wanted, early_refusal, open_checkpoint, load)
+        opened = partial(open_checkpoint, settings.model_id, settings.revision)
+        state = await build_state([first or Wanted(opened, settings), *others], early_refusal, load)
         app.state = state  # type: ignore[assignment]  # typed: see state_of
         admission.places = state.places
         async with _running(state):

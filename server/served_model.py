@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 class ServedModel:
     """Built by the lifespan; of several models in an app each has its own."""
 
+    name: str
     settings: Settings
     """The app's, with this model's ``model_id`` and precisions; ``precision`` is never ``AUTO``."""
     default_choice: Choice | None
@@ -49,10 +50,6 @@ class ServedModel:
     quantization_reports: QuantizationReports
     shadow: Shadow | None
 
-    @property
-    def name(self) -> str:
-        return self.checkpoint.model_id
-
     async def stop(self) -> None:
         """Stops what runs in the background, then the engines."""
         await self.reports.stop()
@@ -68,6 +65,7 @@ class ServedModel:
 class _Opened:
     """What reports and shadow are built on."""
 
+    name: str
     settings: Settings
     default_choice: Choice | None
     checkpoint: Checkpoint
@@ -81,16 +79,24 @@ class _Opened:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A model to serve: the app's settings with its name, source and precisions."""
+    """A model to serve.
 
+    Args:
+        open: its checkpoint; may raise ``LoaderError``.
+        settings: the app's, with this model's ``model_id`` and precisions.
+        default_choice: why the report chose ``settings.precision``, if it did.
+        name: None: the checkpoint's own.
+    """
+
+    open: Callable[[], Checkpoint]
     settings: Settings
     default_choice: Choice | None = None
+    name: str | None = None
 
 
 async def build_models(
     wanted: Sequence[Wanted],
     lifecycle: Lifecycle,
-    open_checkpoint: Callable[..., Checkpoint],
     load: Callable[..., LoadedModel],
 ) -> list[ServedModel]:
     """Opens the checkpoints, the default one first, and builds everything around them; loads no precision.
@@ -103,9 +109,9 @@ async def build_models(
     opened: list[_Opened] = []
     places: Places | None = None
     for one in wanted:
-        checkpoint = await asyncio.to_thread(open_checkpoint, one.settings.model_id, one.settings.revision)
+        checkpoint = await asyncio.to_thread(one.open)
         tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, checkpoint)
-        metrics = Metrics(checkpoint.model_id)
+        metrics = Metrics(one.name or checkpoint.model_id)
         places = places or Places(first.max_concurrent_requests, lifecycle, host, metrics)
         opened.append(_open(one, checkpoint, tokenizer, metrics, places, host, lifecycle, load))
     activity = Activity(*(one.service for one in opened), *(one.pool for one in opened))
@@ -134,10 +140,12 @@ def _open(
     settings = wanted.settings
     checkpoint, codec = with_end_token(opened, tokenizer), TextCodec(tokenizer)
     chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
-    tracing = _make_tracing(settings, metrics, checkpoint)
+    name = wanted.name or checkpoint.model_id
+    tracing = _make_tracing(settings, metrics, name)
     pool = Pool(checkpoint, settings, load=load, metrics=metrics, lifecycle=lifecycle, host=host)
     service = GenerationService(settings, checkpoint, codec, pool, tracing or metrics, places, chat)
     return _Opened(
+        name=name,
         settings=settings,
         default_choice=wanted.default_choice,
         checkpoint=checkpoint,
@@ -163,9 +171,9 @@ async def _with_evaluation(opened: _Opened, activity: Activity) -> ServedModel:
     )
 
 
-def _make_tracing(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":
+def _make_tracing(settings: Settings, metrics: Metrics, model: str) -> "Tracing | None":
     if settings.otlp_endpoint is None:
         return None
     from server.observability.tracing import Tracing  # needs an extra
 
-    return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
+    return Tracing(metrics, settings.otlp_endpoint, model)

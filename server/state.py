@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.applications import Starlette
 
-from loaders.base import Checkpoint, LoadedModel
+from loaders.base import LoadedModel
 from server.http.connection.early_refusal import EarlyRefusal
 from server.lifecycle import Lifecycle
 from server.served_model import ServedModel, Wanted, build_models
@@ -80,7 +80,6 @@ def state_of(app: Starlette) -> AppState:
 async def build_state(
     wanted: Sequence[Wanted],
     early_refusal: EarlyRefusal,
-    open_checkpoint: Callable[..., Checkpoint],
     load: Callable[..., LoadedModel],
 ) -> AppState:
     """Opens the checkpoints and builds everything around them; loads no precision.
@@ -93,7 +92,7 @@ async def build_state(
     """
     started, started_monotonic = time.time(), time.monotonic()
     lifecycle = Lifecycle()
-    models = await build_models(wanted, lifecycle, open_checkpoint, load)
+    models = await build_models(wanted, lifecycle, load)
     return AppState(
         started=started,
         started_monotonic=started_monotonic,

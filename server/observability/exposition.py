@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
 from server.observability.metrics import Metrics
 
 
-def merged(metrics: Sequence[Metrics]) -> CollectorRegistry:
-    """A registry that collects from the models' own; their series differ in the label ``model``."""
+def render(metrics: Sequence[Metrics]) -> bytes:
+    """Prometheus's text format of the models' metrics, whose series differ in the label ``model``."""
     registry = CollectorRegistry()
     registry.register(_Merged([one.registry for one in metrics]))
-    return registry
+    return generate_latest(registry)
 
 
 class _Merged:

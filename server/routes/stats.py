@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import torch
 from fastapi import APIRouter, Request, Response
-from prometheus_client import generate_latest
 from pydantic import WithJsonSchema
 
 import loaders
@@ -17,7 +16,7 @@ from loaders.runner import PagedRunner, ReportingRunner
 from server.errors import Invalid
 from server.host import memory
 from server.http.route_facts import RouteFacts
-from server.observability.exposition import merged
+from server.observability.exposition import render
 from server.observability.metrics import CONTENT_TYPE, Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
@@ -53,7 +52,7 @@ async def stats(
     reference = full.model.footprint.weights_bytes if full else parameters and 4 * parameters
     return {
         "model": {
-            "id": checkpoint.model_id,
+            "id": model.name,
             "revision": checkpoint.revision,
             "architecture": checkpoint.architecture,
             "parameters": parameters,
@@ -126,8 +125,7 @@ async def prometheus(request: Request) -> Response:
     models = state_of(request.app).models.values()
     for model in models:
         _set_gauges(model)
-    text = generate_latest(merged([model.metrics for model in models]))
-    return Response(text, media_type=CONTENT_TYPE)
+    return Response(render([model.metrics for model in models]), media_type=CONTENT_TYPE)
 
 
 def _set_gauges(model: ServedModel) -> None:

@@ -192,7 +192,8 @@ def test_nan_logits_fail_a_replay_and_the_shadow_continues(make_app: MakeApp, lo
             await compared(client, 1)
             loads.runners["fp32"].poison = lambda logits, slots: logits * float("nan")
             await ask(client)
-            await until(lambda: app.state.default.shadow.figures()["precisions"]["bf16"]["requests"]["failed"] == 1)
+            shadow = app.state.default.shadow
+            await until(lambda: shadow.figures()["precisions"]["bf16"]["requests"]["failed"] == 1)
             loads.runners["fp32"].poison = lambda logits, slots: logits
             await ask(client)
             assert (await compared(client, 2))["mean_kl"] == 0.0

@@ -17,6 +17,7 @@ from server.report import plots, store
 from server.report.auto import resolve_default
 from server.report.background import Reports
 from server.report.subject import Reading
+from server.served_model import Wanted
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.conftest import Loads, entered, until, wait_until
@@ -202,17 +203,13 @@ def test_bounds_that_are_none(client: TestClient, body: dict[str, Any], status: 
 
 def test_auto_as_the_servers_default(tmp_path: Path, loads: Loads) -> None:
     checkpoint = fake_checkpoint(tmp_path)
-    settings = Settings(
-        precision="auto",
-        precisions="fp32,bf16",
-        device="cpu",
-        auto_max_perplexity_increase=0.2,
-        auto_prefer="memory",
-    )
+    auto = {"precision": "auto", "auto_max_perplexity_increase": 0.2, "auto_prefer": "memory"}
+    settings = Settings(**{**auto, "precisions": "fp32,bf16", "device": "cpu"})
     reports = Reports(settings, checkpoint)
     asyncio.run(reports.find_subject())
     keep_report(reports)
-    app = create_app(*resolve_default(settings, reports), open_checkpoint=lambda *_: checkpoint, load=loads)
+    settings, choice = resolve_default(settings, reports)
+    app = create_app(settings, first=Wanted(lambda: checkpoint, settings, choice), load=loads)
     with TestClient(app) as client:
         wait_until(lambda: client.get("/health").status_code == 200)
         assert client.get("/health").json()["precision"] == "nf4"

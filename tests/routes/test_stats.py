@@ -17,6 +17,7 @@ from tests.routes.test_generate import ask
 PERCENTILES = {"p50", "p90", "p99", "mean"}
 SHAPE: dict[str, Any] = {
     "model": {"id", "revision", "architecture", "parameters", "context_length"},
+    "models": None,
     "host": {"device", "device_name", "cpu_threads", "memory"},
     "uptime_seconds": None,
     "queue": {"running", "waiting", "in_flight", "capacity"},
