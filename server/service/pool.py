@@ -116,7 +116,7 @@ class Pool:
             expected = isinstance(error, LoaderError | ServiceError)
             state.reason = str(error) if expected else type(error).__name__  # clients see no more of a bug
             traceback = None if expected else error
-            _log.warning("%s could not be loaded: %s", state.name, state.reason, exc_info=traceback)
+            _log.warning("%s could not be loaded: %s", self._title(state), state.reason, exc_info=traceback)
             if isinstance(error, ServiceError):
                 state.state = "unloaded"  # there may be room later
                 raise
@@ -128,8 +128,12 @@ class Pool:
         if (warning := quantization_warning(model)) is not None:
             _log.warning("%s", warning)
         facts = f"{model.load_seconds:.1f} s, {memory.used_bytes(model)} bytes"
-        _log.info("%s loaded in %s; forward pass: %s", state.name, facts, forward_pass(model))
+        _log.info("%s loaded in %s; forward pass: %s", self._title(state), facts, forward_pass(model))
         return engine
+
+    def _title(self, state: PrecisionState) -> str:
+        """For the log: with the model's name if there are several."""
+        return state.name if len(self.host.pools) == 1 else f"{self.spec.checkpoint.model_id}:{state.name}"
 
     def _engine_of(self, model: LoadedModel) -> Engine:
         return Engine(
@@ -201,7 +205,7 @@ class Pool:
         state.state = "unloaded"
         await engine.stop()
         self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
-        _log.info("%s unloaded", state.name)
+        _log.info("%s unloaded", self._title(state))
 
     @property
     def first(self) -> tuple[str, ...]:

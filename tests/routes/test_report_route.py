@@ -203,7 +203,7 @@ def test_bounds_that_are_none(client: TestClient, body: dict[str, Any], status: 
 
 def test_auto_as_the_servers_default(tmp_path: Path, loads: Loads) -> None:
     checkpoint = fake_checkpoint(tmp_path)
-    auto = {"precision": "auto", "auto_max_perplexity_increase": 0.2, "auto_prefer": "memory"}
+    auto: dict[str, Any] = {"precision": "auto", "auto_max_perplexity_increase": 0.2, "auto_prefer": "memory"}
     settings = Settings(**{**auto, "precisions": "fp32,bf16", "device": "cpu"})
     reports = Reports(settings, checkpoint)
     asyncio.run(reports.find_subject())
