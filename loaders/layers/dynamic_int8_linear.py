@@ -20,7 +20,7 @@ def weight_levels() -> int:
     """Largest quantized magnitude of FBGEMM's weights.
 
     Without VNNI it adds pairs of uint8 × int8 products in 16 bits, which saturate if both have 8 bits: with
-    weights of 7 they never do (255 × 63 × 2 < 2¹⁵). Outliers make activations the worse place to save the bit.
+    weights of 7 they never do (255 × 63 × 2 < 2¹⁵). Activations, with their outliers, need the bit more.
     """
     return 127 if torch.cpu._is_vnni_supported() else 63
 

@@ -23,7 +23,7 @@ from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.footprint import count_parameters, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
 from loaders.layers.conv1d import to_linear
-from loaders.layers.dynamic_int8_linear import weight_levels, int8_linear, int8_linear_bytes
+from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes, weight_levels
 from loaders.layers.huge_pages import Arena
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
