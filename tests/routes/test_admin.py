@@ -51,6 +51,8 @@ def states(client: TestClient) -> dict[str, str]:
 
 
 def test_the_list_has_every_precision(client: TestClient) -> None:
+    pool = client.app.state.pool  # type: ignore[attr-defined]
+    wait_until(lambda: pool.state("bf16").state == "loaded")
     rows = {row["name"]: row for row in client.get("/precisions").json()}
     assert list(rows) == list(loaders.PRECISIONS)
     for name, row in rows.items():
