@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -72,15 +72,7 @@ def create_app(
         async with _running(state):
             yield
 
-    app = FastAPIOffline(  # serves the scripts of /docs itself; FastAPI's page loads them from a CDN
-        redoc_url=None,
-        static_url="/docs/static",
-        title="bitdial",
-        version=VERSION,
-        description="One causal language model in every precision, chosen per request.",
-        lifespan=lifespan,
-        redirect_slashes=False,
-    )
+    app = _make_app(lifespan)
     routes = RouteTable(ROUTES)
     admission = AdmissionControl(Auth(app, settings, routes), settings, routes)
     early_refusal = _make_early_refusal(admission, settings)
@@ -93,6 +85,18 @@ def create_app(
     describe(app, settings, routes)
     _add_middleware(app, settings, admission, routes)
     return app
+
+
+def _make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    return FastAPIOffline(  # serves the scripts of /docs itself; FastAPI's page loads them from a CDN
+        redoc_url=None,
+        static_url="/docs/static",
+        title="bitdial",
+        version=VERSION,
+        description="Causal language models in every precision, chosen per request.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
 
 
 @asynccontextmanager

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """Built by the lifespan; of several models in an app each has its own."""
+class _Opened:
+    """What reports and shadow are built on."""
 
     name: str
     settings: Settings
@@ -46,6 +46,12 @@ class ServedModel:
     tracing: "Tracing | None"
     pool: Pool
     service: GenerationService
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(_Opened):
+    """Built by the lifespan; of several models in an app each has its own."""
+
     reports: Reports
     quantization_reports: QuantizationReports
     shadow: Shadow | None
@@ -59,22 +65,6 @@ class ServedModel:
         await self.pool.stop()
         if self.tracing is not None:
             await self.tracing.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """What reports and shadow are built on."""
-
-    name: str
-    settings: Settings
-    default_choice: Choice | None
-    checkpoint: Checkpoint
-    codec: TextCodec
-    chat: ChatRenderer | None
-    metrics: Metrics
-    tracing: "Tracing | None"
-    pool: Pool
-    service: GenerationService
 
 
 @dataclass(frozen=True)

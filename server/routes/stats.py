@@ -45,26 +45,15 @@ async def stats(
     if layers not in (None, "true", "false"):
         raise Invalid("layers is true or false", param="layers")
     state, model = state_of(request.app), choose_model(request)
-    pool, metrics, checkpoint = model.pool, model.metrics, model.checkpoint
+    pool, metrics = model.pool, model.metrics
     names = loaders.PRECISIONS if precision is None else [known_precision(precision)]
     full = pool.state("fp32").engine
     parameters = next((e.model.footprint.parameters for e in pool.engines), None)
     reference = full.model.footprint.weights_bytes if full else parameters and 4 * parameters
     return {
-        "model": {
-            "id": model.name,
-            "revision": checkpoint.revision,
-            "architecture": checkpoint.architecture,
-            "parameters": parameters,
-            "context_length": checkpoint.context_length,
-        },
+        "model": _identity(model, parameters),
         "models": list(state.models),
-        "host": {
-            "device": pool.device,
-            "device_name": _device_name(pool.device),
-            "cpu_threads": pool.threads,
-            "memory": memory.process_memory(),
-        },
+        "host": _host(pool),
         "uptime_seconds": round(state.uptime(), 3),
         "queue": {
             "running": sum(engine.running for engine in pool.engines),
@@ -85,6 +74,25 @@ async def stats(
             | ({"proof": await model.quantization_reports.of(name)} if layers == "true" else {})
             for name in names
         },
+    }
+
+
+def _identity(model: ServedModel, parameters: int | None) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "revision": model.checkpoint.revision,
+        "architecture": model.checkpoint.architecture,
+        "parameters": parameters,
+        "context_length": model.checkpoint.context_length,
+    }
+
+
+def _host(pool: Pool) -> dict[str, Any]:
+    return {
+        "device": pool.device,
+        "device_name": _device_name(pool.device),
+        "cpu_threads": pool.threads,
+        "memory": memory.process_memory(),
     }
 
 

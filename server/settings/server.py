@@ -49,7 +49,7 @@ class Settings(ChatSettings):
         None,
         _MODEL,
         "MODELS",
-        "several models in place of MODEL_ID, by comma, the default one first; NAME=FOLDER gives one a name",
+        "several models in place of MODEL_ID, by comma, the default one first; name=folder gives one a name",
         unset="MODEL_ID alone",
     )
 
