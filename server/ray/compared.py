@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.requests import Request
-from starlette.types import Message
 
 from server.errors import DeadlinePassed, ServiceError
 from server.evaluation.comparison import Compared, Comparison, ComparisonRequest, Reference
@@ -15,9 +13,10 @@ from server.http.validation import validate
 from server.ray.exchange import Forwarded
 from server.routes.compare import CompareBody, comparison_request, select
 from server.routes.generation_request import merge_parameters
+from server.routes.precision_choice import choose_model
+from server.served_model import ServedModel
 from server.service.precision_state import known_precision
 from server.settings.types import ALL
-from server.state import AppState, state_of
 
 ComparedOrError = Compared | ServiceError
 _latest: list[Any] = []
@@ -28,11 +27,13 @@ class ReferenceRun:
     """A finished run of the reference.
 
     Args:
+        model: its name.
         precisions: all that are compared, the reference first.
         tolerant: one that fails has its error in its row.
         reference: an ``ObjectRef`` of a ``Reference``.
     """
 
+    model: str
     precisions: list[str]
     tolerant: bool
     request: ComparisonRequest
@@ -59,52 +60,45 @@ async def run_reference(
 async def _run_reference(app: FastAPI, forwarded: Forwarded, deployed: tuple[str, ...]) -> ReferenceRun:
     import ray
 
-    state = state_of(app)
-    values = merge_parameters(await read_object(_request(app, forwarded)))
-    body = validate(CompareBody, values, state.settings)
+    request_ = forwarded.request(app)
+    values, model = merge_parameters(await read_object(request_)), choose_model(request_)
+    body = validate(CompareBody, values, model.settings)
     reference = known_precision(body.reference)
     named = deployed if body.precisions is None else body.precisions
-    names = select(state.pool, named, reference)
+    names = select(model.pool, named, reference)
     if body.precisions == ALL:
         names = list(dict.fromkeys([*names, *deployed]))
-    with state.service.places.reserved():
-        request = await comparison_request(state, body)
-        comparison = _comparison(state, request)
-        row = await _in_time(state, comparison.run(reference))
+    with model.service.places.reserved():
+        request = await comparison_request(model, body)
+        comparison = _comparison(model, request)
+        row = await _in_time(model, comparison.run(reference))
     stored = await asyncio.to_thread(ray.put, comparison.reference)
     # by gRPC the router's copy of it does not count as a use: the latest one is kept here
     _latest[:] = [stored]
-    return ReferenceRun(names, body.precisions == ALL, request, row, stored)
+    return ReferenceRun(model.name, names, body.precisions == ALL, request, row, stored)
 
 
-async def compare_with(state: AppState, run: ReferenceRun, precision: str) -> ComparedOrError:
+async def compare_with(model: ServedModel, run: ReferenceRun, precision: str) -> ComparedOrError:
     """One precision compared with a run of the reference; an error as a value."""
     try:
         reference: Reference = await run.reference
-        with state.service.places.reserved():
-            comparison = _comparison(state, run.request, reference)
-            return await _in_time(state, comparison.run(precision))
+        with model.service.places.reserved():
+            comparison = _comparison(model, run.request, reference)
+            return await _in_time(model, comparison.run(precision))
     except ServiceError as error:
         return error
 
 
 def _comparison(
-    state: AppState, request: ComparisonRequest, reference: Reference | None = None
+    model: ServedModel, request: ComparisonRequest, reference: Reference | None = None
 ) -> Comparison:
-    return Comparison(request, state.codec, state.pool.use, state.service.observe, reference)
+    return Comparison(request, model.codec, model.pool.use, model.service.observe, reference)
 
 
-async def _in_time(state: AppState, run: Any) -> Compared:
+async def _in_time(model: ServedModel, run: Any) -> Compared:
     try:
-        async with asyncio.timeout(state.settings.request_timeout):
+        async with asyncio.timeout(model.settings.request_timeout):
             found: Compared = await run
             return found
     except TimeoutError:
         raise DeadlinePassed("the comparison's time was up") from None
-
-
-def _request(app: FastAPI, forwarded: Forwarded) -> Request:
-    async def receive() -> Message:
-        return {"type": "http.request", "body": forwarded.body, "more_body": False}
-
-    return Request({**forwarded.scope(), "app": app}, receive)

@@ -102,11 +102,12 @@ def _resolved(settings: Settings) -> tuple[Settings, Choice | None]:
     """
     if settings.precision != AUTO:
         return settings, None
-    from loaders.checkpoint import open_checkpoint
+    from server.ray.models import wanted
     from server.report.auto import resolve_default
     from server.report.background import Reports
 
-    reports = Reports(settings, open_checkpoint(settings.model_id, settings.revision))
+    first = wanted(settings, None)[0]
+    reports = Reports(first.settings, first.open())
     asyncio.run(reports.find_subject())
     return resolve_default(settings, reports)
 

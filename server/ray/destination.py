@@ -1,6 +1,6 @@
 """Which deployment a request goes to, by the precision that it names."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,22 +37,21 @@ class Destination:
     prompt: str = ""
 
 
-def destination(scope: Scope, raw: bytes, dialect: Dialect, model_id: str) -> Destination:
+def destination(scope: Scope, raw: bytes, dialect: Dialect, served: Collection[str]) -> Destination:
     """Reads a generating request, of which every place may name the precision.
 
     Args:
         scope: with the path as the app's routes have it.
         raw: its body.
+        served: the models' names.
     """
     try:
         values = parse_object(raw)
         if dialect is Dialect.NATIVE:
             values = merge_parameters(values)
         model = None if dialect is Dialect.NATIVE else values.get("model")
-        if not isinstance(model, str | None):
-            return Destination()
         request = Request({**scope, "path_params": _path_parameters(scope)})
-        precision = named_precision(request, values, model, model_id)
+        precision = named_precision(request, values, model, served)
     except ServiceError:
         return Destination()
     bounds = values.get("auto")

@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Scope
 
 Headers = list[tuple[bytes, bytes]]
@@ -43,6 +45,14 @@ class Forwarded:
             "client": None,
             "server": None,
         }
+
+    def request(self, app: Starlette) -> Request:
+        """The request as the app's routes read it."""
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": self.body, "more_body": False}
+
+        return Request({**self.scope(), "app": app}, receive)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Ingress:
             ("GET", "/precisions"): self._precisions,
             ("POST", "/compare"): comparisons.answer,
         }
-        self._model: str | None = None
+        self._models: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -112,7 +112,7 @@ class Ingress:
         facts = facts_of(scope)
         if not facts.generates:
             return self._fleet.default, forwarded
-        found = destination(scope, forwarded.body, facts.dialect, await self._model_id(forwarded))
+        found = destination(scope, forwarded.body, facts.dialect, await self._served(forwarded))
         precision = found.precision
         forwarded = Forwarded(
             forwarded.method, forwarded.path, forwarded.query, forwarded.headers, forwarded.body, found.prompt
@@ -122,12 +122,12 @@ class Ingress:
                 precision = await self._fleet.call(self._fleet.default, "choose", forwarded, found.bounds)
         return self._fleet.serving(precision), forwarded
 
-    async def _model_id(self, forwarded: Forwarded) -> str:
-        """The served model's name; empty while the default deployment can't tell it."""
-        if self._model is None:
+    async def _served(self, forwarded: Forwarded) -> list[str]:
+        """The served models' names; none while the default deployment can't tell them."""
+        if not self._models:
             with suppress(ServiceError):
-                self._model = await self._fleet.call(self._fleet.default, "model_id", forwarded)
-        return self._model or ""
+                self._models = await self._fleet.call(self._fleet.default, "models", forwarded)
+        return self._models
 
     def _admin(self, scope: Scope) -> Answer | None:
         """The answer of a request to load or unload a precision, which concerns all replicas of one."""

@@ -17,8 +17,10 @@ from server.observability.record import Record
 from server.ray.compared import ComparedOrError, ReferenceRun, compare_with, run_reference
 from server.ray.configuration import assigned, replica_settings
 from server.ray.exchange import Forwarded, Head, Whole, collected, exchange
+from server.ray.models import wanted
 from server.report.auto import bounds_of, choose_by_report
 from server.report.choice import Bounds, Choice
+from server.routes.precision_choice import choose_model
 from server.settings.server import Settings
 from server.state import AppState, state_of
 
@@ -74,7 +76,8 @@ class Replica:
         self._ready.set()
 
     async def _start(self, settings: Settings) -> None:
-        app = create_app(settings, self._choice)
+        first, *others = wanted(settings, self._choice)
+        app = create_app(settings, first=first, others=others)
         await self._running.enter_async_context(app.router.lifespan_context(app))
         state = state_of(app)
         while state.pool.state(self._precision).engine is None:
@@ -122,10 +125,10 @@ class Replica:
             return f"{self._precision} is loading"
         return _fault(state_of(self._app), self._precision)
 
-    async def model_id(self, request: Forwarded) -> str:
-        """The name of the served checkpoint."""
+    async def models(self, request: Forwarded) -> list[str]:
+        """The names of the served checkpoints."""
         async with self._use() as app:
-            return state_of(app).checkpoint.model_id
+            return list(state_of(app).models)
 
     async def relay(self, request: Forwarded) -> AsyncGenerator[Head | bytes]:
         """The app's response in pieces. Closing the generator cancels the request."""
@@ -141,7 +144,9 @@ class Replica:
     async def figures(self, request: Forwarded) -> Figures:
         """The app's ``/stats``."""
         async with self._use() as app:
-            return Figures(await collected(app, request), state_of(app).metrics.records())
+            answer = await collected(app, request)
+            found = choose_model(request.request(app)).metrics.records() if answer.status == 200 else {}
+            return Figures(answer, found)
 
     async def exposition(self, request: Forwarded) -> tuple[str, str]:
         """The replica's name, and its ``/metrics``."""
@@ -150,10 +155,10 @@ class Replica:
     async def choose(self, request: Forwarded, bounds: Mapping[str, Any] | None) -> str | None:
         """The precision that ``auto`` is with these bounds; None if the app's own answer is an error."""
         async with self._use() as app:
-            state = state_of(app)
             try:
-                asked = bounds_of(state.settings) if bounds is None else Bounds(**bounds)
-                return choose_by_report(state.reports, state.pool.able, asked).precision
+                model = choose_model(request.request(app))
+                asked = bounds_of(model.settings) if bounds is None else Bounds(**bounds)
+                return choose_by_report(model.reports, model.pool.able, asked).precision
             except (ServiceError, TypeError, ValueError):
                 return None
 
@@ -167,7 +172,7 @@ class Replica:
     async def compare_with(self, request: Forwarded, run: ReferenceRun, precision: str) -> ComparedOrError:
         """Another precision's part of ``/compare``."""
         async with self._use() as app:
-            return await compare_with(state_of(app), run, precision)
+            return await compare_with(state_of(app).models[run.model], run, precision)
 
 
 def _fault(state: AppState, precision: str) -> str | None:

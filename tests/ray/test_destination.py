@@ -8,7 +8,7 @@ import pytest
 from server.http.route_facts import Dialect
 from server.ray.destination import Destination, destination
 
-MODEL = "owner/gpt2"
+MODELS = ["owner/gpt2", "small"]
 
 
 def found(
@@ -20,7 +20,7 @@ def found(
 ) -> Destination:
     scope = {"type": "http", "method": "POST", "path": path, "query_string": query, "headers": list(headers)}
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return destination(scope, raw, dialect, MODEL)
+    return destination(scope, raw, dialect, MODELS)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,8 @@ def found(
         ("/models/owner/gpt2:int8/generate_stream", {}, b"", ()),
         ("/models/tgi:int8", {}, b"", ()),
         ("/", {"precision": "int8"}, b"precision=int8", ()),
+        ("/models/small:int8/generate", {}, b"", ()),
+        ("/generate", {}, b"model=small:int8", ()),
     ],
 )
 def test_a_native_request_names_it(
@@ -62,6 +64,7 @@ def test_an_openai_request_names_it(path: str, more: dict[str, Any]) -> None:
         ("/generate", {"inputs": "x", "precision": "int3"}, b"", Dialect.NATIVE),
         ("/generate", {"inputs": "x", "precision": ["int8"]}, b"", Dialect.NATIVE),
         ("/generate", {"precision": "int8", "parameters": {"precision": "int8"}}, b"", Dialect.NATIVE),
+        ("/models/small:int8/generate", {"inputs": "x"}, b"model=gpt2", Dialect.NATIVE),
         ("/models/other:int8/generate", {"inputs": "x"}, b"", Dialect.NATIVE),
         ("/generate", b"{", b"", Dialect.NATIVE),
         ("/generate", b"[" * 200_000, b"", Dialect.NATIVE),
