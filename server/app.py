@@ -15,6 +15,7 @@ from starlette.responses import Response
 import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
+from server.concurrency import cancelled
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.http.admission.admission_control import AdmissionControl
 from server.http.auth import Auth
@@ -22,6 +23,7 @@ from server.http.connection.early_refusal import EarlyRefusal
 from server.http.methods import HeadAsGet, allowed
 from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestContext
 from server.http.openapi import describe
+from server.http.redaction import Redaction
 from server.http.responses import error_response
 from server.http.route_facts import RouteTable
 from server.report.choice import Choice
@@ -98,24 +100,25 @@ async def _running(state: AppState) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(watch(state.pool, state.lifecycle, state.settings.hang_timeout))]
     if state.shadow is not None:
         tasks.append(asyncio.create_task(state.shadow.run()))
+    if state.telemetry is not None and state.telemetry.metrics is not None:
+        tasks.append(asyncio.create_task(state.telemetry.metrics.run()))
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
+        await cancelled(*tasks)
         await state.reports.stop()
         if state.chat is not None:
             await state.chat.stop()
         state.service.prompts.close()
         await state.pool.stop()
-        if state.tracing is not None:
-            await state.tracing.close()
+        if state.telemetry is not None:
+            await state.telemetry.close()
 
 
 def _make_early_refusal(admission: AdmissionControl, settings: Settings) -> EarlyRefusal:
     if settings.otlp_endpoint is None:
         return EarlyRefusal(admission, settings)
-    from server.observability.tracing import trace_context  # needs an extra
+    from server.observability.otlp.trace_context import trace_context  # needs an extra
 
     return EarlyRefusal(admission, settings, trace_context)
 
@@ -127,9 +130,9 @@ def _add_middleware(
     app.add_middleware(HeadAsGet)
     app.add_middleware(AdmissionMiddleware, admission=admission)
     if settings.otlp_endpoint is not None:
-        from server.observability.tracing import TraceContext  # needs an extra
+        from server.observability.otlp.trace_context import TraceContext  # needs an extra
 
-        app.add_middleware(TraceContext)
+        app.add_middleware(TraceContext, redaction=Redaction(settings.secrets()))
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Auth, settings=settings, routes=routes)
     if settings.cors_allow_origin:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -21,13 +22,14 @@ from server.report.background import Reports
 from server.report.choice import Choice
 from server.service.chat.renderer import ChatRenderer
 from server.service.chat.source import make_renderer
+from server.service.gauges import set_gauges
 from server.service.generation import GenerationService
 from server.service.pool import Pool
 from server.service.text.codec import TextCodec
 from server.settings.server import Settings
 
 if TYPE_CHECKING:
-    from server.observability.tracing import Tracing
+    from server.observability.otlp.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class AppState:
     """None if the model has no chat template."""
     lifecycle: Lifecycle
     metrics: Metrics
-    tracing: "Tracing | None"
+    telemetry: "Telemetry | None"
+    """None if no collector is configured."""
     pool: Pool
     service: GenerationService
     reports: Reports
@@ -99,9 +102,11 @@ async def build_state(
     checkpoint, codec = with_end_token(opened, tokenizer), TextCodec(tokenizer)
     chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
     lifecycle, metrics = Lifecycle(), Metrics(checkpoint.model_id)
-    tracing = _make_tracing(settings, metrics, checkpoint)
+    telemetry = _make_telemetry(settings, metrics, checkpoint)
+    observer = metrics if telemetry is None else telemetry.tracing
     pool = Pool(checkpoint, settings, load=load, metrics=metrics, lifecycle=lifecycle)
-    service = GenerationService(settings, checkpoint, codec, pool, tracing or metrics, lifecycle, chat)
+    metrics.refresh = partial(set_gauges, metrics, pool)
+    service = GenerationService(settings, checkpoint, codec, pool, observer, lifecycle, chat)
     activity = Activity(service, pool)
     reports = Reports(settings, checkpoint, activity)
     await reports.find_subject()
@@ -116,7 +121,7 @@ async def build_state(
         chat=chat,
         lifecycle=lifecycle,
         metrics=metrics,
-        tracing=tracing,
+        telemetry=telemetry,
         pool=pool,
         service=service,
         reports=reports,
@@ -126,12 +131,12 @@ async def build_state(
     )
 
 
-def _make_tracing(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Tracing | None":
+def _make_telemetry(settings: Settings, metrics: Metrics, checkpoint: Checkpoint) -> "Telemetry | None":
     if settings.otlp_endpoint is None:
         return None
-    from server.observability.tracing import Tracing  # needs an extra
+    from server.observability.otlp.telemetry import Telemetry  # needs an extra
 
-    return Tracing(metrics, settings.otlp_endpoint, checkpoint.model_id)
+    return Telemetry(metrics, settings.otlp_endpoint, checkpoint.model_id)
 
 
 def _make_shadow(

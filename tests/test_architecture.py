@@ -175,12 +175,13 @@ def test_the_process_of_a_chat_template_imports_little() -> None:
         assert {module.split(".")[0] for module in found} <= known
 
 
-def test_only_metrics_imports_prometheus() -> None:
-    assert importers("prometheus_client") == {"server/observability/metrics.py"}
+def test_only_observability_imports_prometheus() -> None:
+    assert all(name.startswith("server/observability/") for name in importers("prometheus_client"))
 
 
-def test_only_tracing_imports_opentelemetry() -> None:
-    assert importers("opentelemetry") == {"server/observability/tracing.py"}
+def test_only_its_package_imports_opentelemetry() -> None:
+    """It is an extra: what imports the package does so where a collector is configured."""
+    assert all(name.startswith("server/observability/otlp/") for name in importers("opentelemetry"))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.base import LoadedModel
 from loaders.footprint import quantization_warning
-from loaders.runner import PagedRunner, ReportingRunner
+from loaders.runner import ReportingRunner
 from server.errors import Invalid
 from server.host import memory
 from server.http.route_facts import RouteFacts
-from server.observability.metrics import CONTENT_TYPE, Metrics
+from server.observability.exposition import OPENMETRICS, PLAIN, expose
+from server.observability.metrics import Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
@@ -115,18 +116,12 @@ def _range(interval: Interval) -> list[float] | None:
 
 
 @router.get("/metrics")
-@RouteFacts(quiet=True, media_types=("text/plain",))
+@RouteFacts(quiet=True, media_types=(PLAIN, OPENMETRICS))
 async def prometheus(request: Request) -> Response:
-    """Metrics in Prometheus's text format."""
-    metrics = state_of(request.app).metrics
-    for state in state_of(request.app).pool.states():
-        engine = state.engine
-        metrics.set_load(state.name, engine.running if engine else 0, engine.waiting if engine else 0)
-        if engine and isinstance(runner := engine.model.runner, PagedRunner):
-            metrics.set_kv_cache(
-                state.name, runner.pool.stats(), engine.preemptions, runner.pool.committed_bytes
-            )
-    return Response(metrics.render(), media_type=CONTENT_TYPE)
+    """Metrics in Prometheus's text format, or in OpenMetrics' if ``Accept`` asks for it."""
+    accept = ",".join(request.headers.getlist("accept"))
+    body, content_type = expose(state_of(request.app).metrics, accept)
+    return Response(body, headers={"content-type": content_type, "vary": "Accept"})
 
 
 @router.get("/info")

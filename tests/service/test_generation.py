@@ -59,8 +59,8 @@ class Outcomes:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, int]] = []
 
-    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        self.seen.append((precision, outcome, prompt_tokens))
+    def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None:
+        self.seen.append((ended.precision, ended.outcome, ended.prompt_tokens))
 
 
 class House:
