@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.runner import Logits, Runner
+from server.observability.ended import Ended, SpanIds
 from tests.checkpoints import VOCABULARY, byte_tokenizer
 
 _FIRST, _LETTERS = 65, 26  # ids of "a" … "z" in the byte alphabet of tests/checkpoints.py
@@ -130,3 +131,13 @@ def fake_load(precision: str, spec: ModelSpec, progress: Progress = ignore_progr
     """Replaces ``loaders.load``."""
     progress("loading", 1, 1)
     return fake_model(precision, FakeRunner(spec.slots, spec.max_tokens))
+
+
+class Outcomes:
+    """Records what is observed: precision, outcome and prompt tokens."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, int]] = []
+
+    def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None:
+        self.seen.append((ended.precision, ended.outcome, ended.prompt_tokens))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.engine.engine import Engine
-from server.engine.sequence import SamplingParams, Timeline
+from server.engine.sequence import SamplingParams
 from server.errors import (
     BadPrecision,
     GenerationFailed,
@@ -25,7 +25,7 @@ from server.service.text.codec import TextCodec
 from server.settings.server import Settings
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import until
-from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+from tests.fakes import FakeRunner, Outcomes, fake_checkpoint, fake_model
 
 
 class OneEngine:
@@ -53,14 +53,6 @@ class OneEngine:
     @property
     def users(self) -> int:
         return self.state.users
-
-
-class Outcomes:
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str, int]] = []
-
-    def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None:
-        self.seen.append((ended.precision, ended.outcome, ended.prompt_tokens))
 
 
 class House:

@@ -38,7 +38,7 @@ def metrics_url(traces_url: str, environment: Mapping[str, str] = os.environ) ->
 
 
 def resource() -> Resource:
-    """This process. Its id tells its series from other servers'; the environment may name other attributes."""
+    """This process. Its id tells its series from other servers'; the environment may name more."""
     defaults = {
         "service.name": "bitdial",
         "service.version": VERSION,

@@ -1,5 +1,6 @@
 """Everything that an OpenTelemetry collector gets of one app."""
 
+import asyncio
 import logging
 
 from server.observability.metrics import Metrics
@@ -29,6 +30,5 @@ class Telemetry:
 
     async def close(self) -> None:
         """Sends what is left, for a limited time; after the task of ``metrics.run`` was cancelled."""
-        if self.metrics is not None:
-            await self.metrics.close()
-        await self.tracing.close()
+        closing = [] if self.metrics is None else [self.metrics.close()]
+        await asyncio.gather(self.tracing.close(), *closing)
