@@ -13,12 +13,14 @@ from server.activity import Activity
 from server.evaluation.quantization_report import QuantizationReports
 from server.evaluation.shadow import Shadow
 from server.lifecycle import Lifecycle
+from server.observability.ended import Observer
 from server.observability.metrics import Metrics
 from server.report.background import Reports
 from server.report.choice import Choice
 from server.service.admission import Places
 from server.service.chat.renderer import ChatRenderer
 from server.service.chat.source import make_renderer
+from server.service.gauges import set_gauges
 from server.service.generation import GenerationService
 from server.service.host_resources import HostResources
 from server.service.pool import Pool
@@ -26,7 +28,7 @@ from server.service.text.codec import TextCodec
 from server.settings.server import Settings
 
 if TYPE_CHECKING:
-    from server.observability.tracing import Tracing
+    from server.observability.otlp.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class _Opened:
     chat: ChatRenderer | None
     """None if the model has no chat template."""
     metrics: Metrics
-    tracing: "Tracing | None"
+    telemetry: "Telemetry | None"
+    """None if no collector is configured."""
     pool: Pool
     service: GenerationService
 
@@ -63,8 +66,8 @@ class ServedModel(_Opened):
             await self.chat.stop()
         self.service.prompts.close()
         await self.pool.stop()
-        if self.tracing is not None:
-            await self.tracing.close()
+        if self.telemetry is not None:
+            await self.telemetry.close()
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ async def build_models(
     for one in wanted:
         checkpoint = await asyncio.to_thread(one.open)
         tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, checkpoint)
-        metrics = Metrics(one.name or checkpoint.model_id)
-        places = places or Places(first.max_concurrent_requests, lifecycle, host, metrics)
-        opened.append(_open(one, checkpoint, tokenizer, metrics, places, host, lifecycle, load))
+        observed = _observed(one, one.name or checkpoint.model_id)
+        places = places or Places(first.max_concurrent_requests, lifecycle, host, observed.observer)
+        opened.append(_open(one, checkpoint, tokenizer, observed, places, host, lifecycle, load))
     activity = Activity(*(one.service for one in opened), *(one.pool for one in opened))
     models = [await _with_evaluation(one, activity) for one in opened]
     shadows = [model.shadow for model in models if model.shadow is not None]
@@ -117,11 +120,32 @@ def _tell(shadows: Sequence[Shadow]) -> None:
         shadow.arrival()
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """What counts and traces a model's requests."""
+
+    metrics: Metrics
+    telemetry: "Telemetry | None"
+
+    @property
+    def observer(self) -> Observer:
+        return self.metrics if self.telemetry is None else self.telemetry.tracing
+
+
+def _observed(wanted: Wanted, name: str) -> _Observed:
+    metrics, endpoint = Metrics(name), wanted.settings.otlp_endpoint
+    if endpoint is None:
+        return _Observed(metrics, None)
+    from server.observability.otlp.telemetry import Telemetry  # needs an extra
+
+    return _Observed(metrics, Telemetry(metrics, endpoint, name))
+
+
 def _open(
     wanted: Wanted,
     opened: Checkpoint,
     tokenizer: Any,
-    metrics: Metrics,
+    observed: _Observed,
     places: Places,
     host: HostResources,
     lifecycle: Lifecycle,
@@ -130,19 +154,19 @@ def _open(
     settings = wanted.settings
     checkpoint, codec = with_end_token(opened, tokenizer), TextCodec(tokenizer)
     chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
-    name = wanted.name or checkpoint.model_id
-    tracing = _make_tracing(settings, metrics, name)
+    metrics = observed.metrics
     pool = Pool(checkpoint, settings, load=load, metrics=metrics, lifecycle=lifecycle, host=host)
-    service = GenerationService(settings, checkpoint, codec, pool, tracing or metrics, places, chat)
+    metrics.refresh = partial(set_gauges, metrics, pool)
+    service = GenerationService(settings, checkpoint, codec, pool, observed.observer, places, chat)
     return _Opened(
-        name=name,
+        name=wanted.name or checkpoint.model_id,
         settings=settings,
         default_choice=wanted.default_choice,
         checkpoint=checkpoint,
         codec=codec,
         chat=chat,
         metrics=metrics,
-        tracing=tracing,
+        telemetry=observed.telemetry,
         pool=pool,
         service=service,
     )
@@ -159,11 +183,3 @@ async def _with_evaluation(opened: _Opened, activity: Activity) -> ServedModel:
     return ServedModel(
         **vars(opened), reports=reports, quantization_reports=QuantizationReports(pool), shadow=shadow
     )
-
-
-def _make_tracing(settings: Settings, metrics: Metrics, model: str) -> "Tracing | None":
-    if settings.otlp_endpoint is None:
-        return None
-    from server.observability.tracing import Tracing  # needs an extra
-
-    return Tracing(metrics, settings.otlp_endpoint, model)

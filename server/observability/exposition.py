@@ -1,21 +1,40 @@
-"""The metrics of several models as one text: each family once, with the series of all."""
+"""The text of ``/metrics`` in the format that is asked for: Prometheus's, or OpenMetrics with exemplars."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest, openmetrics
 from prometheus_client.core import Metric
 
 from server.observability.metrics import Metrics
 
+PLAIN = "text/plain"
+OPENMETRICS = "application/openmetrics-text"
+_PLAIN_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-def render(metrics: Sequence[Metrics]) -> bytes:
-    """Prometheus's text format of the models' metrics, whose series differ in the label ``model``."""
+
+class Exposition(NamedTuple):
+    """A scrape's body and its ``Content-Type``."""
+
+    body: bytes
+    content_type: str
+
+
+def expose(metrics: Sequence[Metrics], accept: str) -> Exposition:
+    """Every series of the models; ``accept``: the request's ``Accept``."""
+    for one in metrics:
+        one.refresh()
     registry = CollectorRegistry()
     registry.register(_Merged([one.registry for one in metrics]))
-    return generate_latest(registry)
+    if prefers_openmetrics(accept):
+        text = openmetrics.exposition.generate_latest(registry)  # type: ignore[no-untyped-call]
+        return Exposition(text, openmetrics.exposition.CONTENT_TYPE_LATEST)
+    return Exposition(generate_latest(registry), _PLAIN_TYPE)
 
 
 class _Merged:
+    """Each family once, with the series of all registries."""
+
     def __init__(self, registries: Sequence[CollectorRegistry]) -> None:
         self._registries = registries
 
@@ -30,3 +49,24 @@ class _Merged:
                 if (known := families.setdefault(family.name, family)) is not family:
                     known.samples.extend(family.samples)
         return iter(families.values())
+
+
+def prefers_openmetrics(accept: str) -> bool:
+    """Whether OpenMetrics is asked for by name, and no less than plain text is."""
+    weights = {PLAIN: 0.0, OPENMETRICS: 0.0}
+    for part in accept.split(","):
+        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        if media_type in weights:
+            weights[media_type] = max(weights[media_type], _weight(parameters))
+    return 0 < weights[OPENMETRICS] >= weights[PLAIN]
+
+
+def _weight(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
