@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentelemetry import context, trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,7 +55,7 @@ class TraceContext:
         }
         span = tracer.start_span(scope["method"], kind=SpanKind.SERVER, attributes=attributes)
         if span.is_recording():
-            note_span(span_ids(span))
+            note_span(span_ids(span.get_span_context()))
         token = context.attach(trace.set_span_in_context(span))
         try:
             yield span
@@ -97,8 +97,7 @@ def note_span(span: SpanIds) -> None:
         ids.update(span._asdict())
 
 
-def span_ids(span: Span) -> SpanIds:
-    found = span.get_span_context()
+def span_ids(found: SpanContext) -> SpanIds:
     return SpanIds(trace.format_trace_id(found.trace_id), trace.format_span_id(found.span_id))
 
 
