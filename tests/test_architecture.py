@@ -21,6 +21,7 @@ LAYERS = (
     "server.routes",
     "server.state",
     "server.evaluation",
+    "server.planning",
     "server.service",
     "server.report server.observability",
     "server.bench",

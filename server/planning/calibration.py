@@ -110,11 +110,11 @@ class Calibrator:
     async def _cells(self, progress: Progress) -> list[Cell]:
         rows = [count for count in ROWS if count < self._model.runner.slots]
         work: list[Callable[[], Awaitable[Cell]]] = [
-            *(lambda size=size: self._prompts(size) for size in self._chunks),  # type: ignore[misc]
-            *(lambda count=count: self._rows(count) for count in rows),  # type: ignore[misc]
+            *(lambda size=size: self._prompts(size) for size in self._chunks),
+            *(lambda count=count: self._rows(count) for count in rows),
         ]
         if isinstance(self._model.runner, MixedRunner):
-            work += [lambda count=count: self._both(count) for count in rows]  # type: ignore[misc]
+            work += [lambda count=count: self._both(count) for count in rows]
         if self._context >= 2 * _LONG and _LONG_ROWS in rows:
             work.append(lambda: self._rows(_LONG_ROWS, _LONG))
         await self._rows(min(_LONG_ROWS, rows[-1]))  # caches and threads are warm from here on

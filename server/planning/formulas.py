@@ -1,4 +1,4 @@
-"""A replica's steady state by formulas, in milliseconds of computing; docs/planning.md derives them.
+"""A replica's steady state by formulas; docs/planning.md derives them.
 
 The number of requests in a replica is a birth-death process: they come at the rate of arrivals and leave at a
 rate that depends on their number, since more rows take a longer step. Its stationary distribution gives what
@@ -67,9 +67,10 @@ class SteadyState:
         refused = float(share[-1])
         random = np.random.default_rng(7)
         ahead = random.choice(len(share) - 1, _DRAWS, p=share[:-1] / (1 - refused))
+        rows = np.array([0.0, *(state.rows for state in self._states)])
         held = np.minimum(np.arange(len(share)), self._replica.slots)
         return latencies_of(
-            self._ttfts(ahead, random), self._gaps(share, random), refused, float(share @ held)
+            self._ttfts(ahead, random), self._gaps(share, random), refused, float(share @ rows[held])
         )
 
     def _occupied(self, held: int, ends: float) -> Occupied:
@@ -120,17 +121,19 @@ class SteadyState:
     def _stationary(self) -> Floats:
         """Probabilities of 0 … ``places`` requests; an arrival in the last is refused.
 
-        Beyond the slots they fall as those of a queue with constant service times (M/D/c) do, since the
-        requests are of one shape: by the factor of Tijms's geometric tail.
+        Where all slots are held they fall as those of a queue with constant service times (M/D/c) do, since
+        the requests are of one shape: by the factor of Tijms's geometric tail. That an arrival has to wait is
+        hardly less probable with constant than with exponential times, so their sum stays as it is.
         """
         replica, load = self._replica, self._workload.rate
         rates = [self._states[min(held, replica.slots) - 1].rate for held in range(1, replica.places + 1)]
         ratios = np.array([load / rate for rate in rates])
-        if ratios[-1] < 1:
-            ratios[replica.slots :] = _tail(float(ratios[-1]))
         logarithms = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
         shares = np.exp(logarithms - logarithms.max())
         found: Floats = shares / shares.sum()
+        if ratios[-1] < 1:
+            tail = _tail(float(ratios[-1])) ** np.arange(replica.places - replica.slots + 1)
+            found[replica.slots :] = found[replica.slots :].sum() * tail / tail.sum()
         return found
 
     def _ttfts(self, ahead: np.ndarray, random: np.random.Generator) -> Floats:

@@ -32,7 +32,9 @@ class SimulatedRunner(Runner):
         token_seconds: of every row of a pass that gets a token.
     """
 
-    def __init__(self, times: StepTimes, noise: Noise, slots: int, context: int, token_seconds: float) -> None:
+    def __init__(
+        self, times: StepTimes, noise: Noise, slots: int, context: int, token_seconds: float
+    ) -> None:
         self.slots, self.context, self.vocabulary = slots, context, 1
         self.now = 0.0
         self._times, self._draw, self._token_seconds = times, noise.draw, token_seconds
@@ -68,7 +70,9 @@ class SimulatedRunner(Runner):
         if prompt is not None:
             pairs += chunk * (held[prompt] + chunk / 2)
             held[prompt] += chunk
-        self.now += self._times.seconds(len(slots), chunk, pairs) * self._draw() + tokens * self._token_seconds
+        self.now += (
+            self._times.seconds(len(slots), chunk, pairs) * self._draw() + tokens * self._token_seconds
+        )
 
 
 class SimulatedMixedRunner(SimulatedRunner):

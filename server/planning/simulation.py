@@ -67,14 +67,16 @@ class Simulated:
         return sum(one.is_good(limits) for one in self.finished) / self.seconds
 
     def latencies(self) -> Latencies:
-        return latencies_of(self.ttfts, self.gaps, 1 - len(self.finished) / len(self.requests))
+        finished = self.finished
+        decoding = sum(one.times[-1] - one.times[0] for one in finished) / self.seconds
+        return latencies_of(self.ttfts, self.gaps, 1 - len(finished) / len(self.requests), decoding)
 
 
 def latencies_of(ttfts: Floats, gaps: Floats, refused: float = 0.0, rows: float = 0.0) -> Latencies:
     """Percentiles; infinite where nothing was served, and 0 between tokens where each has only one."""
     first = np.quantile(ttfts, (0.5, 0.99)) if len(ttfts) else (np.inf, np.inf)
     between = np.quantile(gaps, (0.5, 0.99)) if len(gaps) else (0.0, 0.0)
-    return Latencies(*map(float, first), *map(float, between), refused, rows)
+    return Latencies(float(first[0]), float(first[1]), float(between[0]), float(between[1]), refused, rows)
 
 
 class Simulation:

@@ -1,7 +1,7 @@
 """How long a forward pass takes, from measured passes: its median, and a noise of theirs that is drawn.
 
-A pass computes ``chunk`` prompt tokens of one sequence, or decodes ``rows`` rows, or both. Its median seconds
-are interpolated between the measured cells, and grow with ``pairs``: the (token, key) pairs that its attention
+A pass computes ``chunk`` prompt tokens of one sequence, or decodes ``rows`` rows, or both. Its median is
+interpolated between the measured cells, and grows with ``pairs``: the (token, key) pairs that its attention
 computes. The noise is the series of measured seconds ÷ their median, in the order of measuring, drawn in
 blocks, since what disturbs a host lasts for many passes (moving-block bootstrap: Künsch 1989).
 """

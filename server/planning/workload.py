@@ -85,7 +85,7 @@ class Latencies:
     refused: float = 0.0
     """Share of the requests."""
     rows: float = 0.0
-    """Sequences in slots, averaged over time."""
+    """Sequences that have their first token and not their last, averaged over time."""
 
     def meets(self, objectives: Objectives) -> bool:
         """Whether both 99th percentiles are within their limits and no request in a hundred is refused."""
