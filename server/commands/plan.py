@@ -132,7 +132,7 @@ def _show(document: Any) -> None:
     print(
         folded(
             f"{document.model}: {work.rate:g} requests a second of {work.prompt} prompt and {work.tokens} "
-            f"generated tokens; p99 of the first token {goals.ttft_ms:g} ms, between tokens {goals.itl_ms:g} ms"
+            f"generated tokens; p99: first token {goals.ttft_ms:g} ms, between tokens {goals.itl_ms:g} ms"
         )
     )
     if document.choices:

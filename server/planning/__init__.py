@@ -1,1 +1,1 @@
-"""Capacity planning: measured step times, a formula for the steady state, and a simulation of the real scheduler."""
+"""Capacity planning: measured step times, formulas of the steady state, a simulation of the real scheduler."""

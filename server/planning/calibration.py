@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -110,13 +111,13 @@ class Calibrator:
     async def _cells(self, progress: Progress) -> list[Cell]:
         rows = [count for count in ROWS if count < self._model.runner.slots]
         work: list[Callable[[], Awaitable[Cell]]] = [
-            *(lambda size=size: self._prompts(size) for size in self._chunks),
-            *(lambda count=count: self._rows(count) for count in rows),
+            *(partial(self._prompts, size) for size in self._chunks),
+            *(partial(self._rows, count) for count in rows),
         ]
         if isinstance(self._model.runner, MixedRunner):
-            work += [lambda count=count: self._both(count) for count in rows]
+            work += [partial(self._both, count) for count in rows]
         if self._context >= 2 * _LONG and _LONG_ROWS in rows:
-            work.append(lambda: self._rows(_LONG_ROWS, _LONG))
+            work.append(partial(self._rows, _LONG_ROWS, _LONG))
         await self._rows(min(_LONG_ROWS, rows[-1]))  # caches and threads are warm from here on
         cells = []
         for done, measure in enumerate(work):

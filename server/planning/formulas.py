@@ -170,7 +170,7 @@ class SteadyState:
 
 
 def _tail(load: float) -> float:
-    """P(n + 1) ÷ P(n) of a long M/D/c queue: 1 / x for the x > 1 with load · (x − 1) = ln x, loads below 1."""
+    """P(n + 1) ÷ P(n) of a long M/D/c queue: 1 / x for the x > 1 with load · (x − 1) = ln x."""
     low, high = 1.0, 2.0
     while load * (high - 1) < math.log(high):
         low, high = high, 2 * high

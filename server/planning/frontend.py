@@ -4,6 +4,7 @@ The client computes on the server's CPUs, unless the caller has set other ones, 
 """
 
 import asyncio
+from itertools import pairwise
 from statistics import median
 
 from server.bench.http.client import Answer, Client
@@ -48,7 +49,7 @@ async def measure_on(client: Client, precision: str | None, times: StepTimes, re
         begin = max(answer.arrivals[0] for answer in answers)
         for answer in answers:  # gaps while all of them decode
             inner = [time for time in answer.arrivals if time >= begin]
-            gaps += [b - a for a, b in zip(inner, inner[1:], strict=False)]
+            gaps += [b - a for a, b in pairwise(inner)]
     keys = PROMPT + TOKENS / 2
     decode = times.seconds(STREAMS, 0, STREAMS * keys)
     return Frontend(
