@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loaders.checkpoint import open_checkpoint
@@ -92,8 +93,17 @@ async def measure_http(
         return await measure_on(client, None, calibration.step_times(), Replica(options.slots))
 
 
-async def reality(options: argparse.Namespace, settings: ModelSettings, rate: float) -> Simulated:
-    """An open loop against a server of its own."""
+def others_seconds() -> float:
+    """CPU seconds of the host so far that are neither this process's nor its children's."""
+    host, own = psutil.cpu_times(), psutil.Process()
+    busy = sum(host) - host.idle - getattr(host, "iowait", 0.0) - getattr(host, "guest", 0.0)
+    return float(busy - sum(sum(one.cpu_times()[:2]) for one in (own, *own.children(recursive=True))))
+
+
+async def reality(
+    options: argparse.Namespace, settings: ModelSettings, rate: float
+) -> tuple[Simulated, float]:
+    """An open loop against a server of its own; and the CPUs that other processes used meanwhile."""
     os.sched_setaffinity(0, {options.server_core})
     count = round(rate * options.seconds)
     arrivals = poisson(rate, count, seed=11)
@@ -102,17 +112,19 @@ async def reality(options: argparse.Namespace, settings: ModelSettings, rate: fl
         texts = await Texts(client).get(count + 8, options.prompt, distinct=count + 8)
         for text in texts[count:]:  # warms up
             await client.stream(text, options.tokens, None)
+        others = others_seconds()
         begun, sending = time.perf_counter(), list[asyncio.Task[Answer]]()
         for arrival, text in zip(arrivals, texts, strict=False):
             await asyncio.sleep(max(begun + arrival - time.perf_counter(), 0))
             sending.append(asyncio.create_task(client.stream(text, options.tokens, None)))
         answers = await asyncio.gather(*sending)
+        others = (others_seconds() - others) / (time.perf_counter() - begun)
     served = [
         Served(one.sent - begun, 0, bool(one.error), [at - begun for at in one.arrivals]) for one in answers
     ]
     kept = served[int(WARM_UP * len(served)) :]
     ends = [one.times[-1] for one in kept if not one.refused]
-    return Simulated(kept, max(ends) - kept[0].arrived)
+    return Simulated(kept, max(ends) - kept[0].arrived), others
 
 
 def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[st
     times = Calibration.read(known["calibration"]).step_times()
     frontend, replica = Frontend(**known["frontend"]), Replica(options.slots)
     rate = options.share * known["capacity"]["simulated"]
-    real = asyncio.run(reality(options, settings, rate))
+    real, others = asyncio.run(reality(options, settings, rate))
     count = round(rate * options.seconds)
     arrivals = poisson(rate, count, seed=11)
     workload = Workload(count / arrivals[-1], options.prompt, options.tokens)
@@ -135,6 +147,7 @@ def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[st
         "requests": len(real.requests),
         "errors": sum(one.refused for one in real.requests),
         "seconds": real.seconds,
+        "cpus_of_others": others,
         "plan": {name: planned[name] for name in FIGURES if name in planned},
         "simulation": simulated,
         "reality": figures(real),

@@ -1,1 +1,1 @@
-"""Capacity planning: measured step times, formulas of the steady state, a simulation of the real scheduler."""
+"""Capacity planning: step times, formulas of the steady state, simulation of the real scheduler."""
