@@ -1,8 +1,8 @@
 """A replica reduced to the number of its requests, by what event simulations of the real scheduler show.
 
 For every number of requests: the rate at which one ends, and the latencies of those that arrive or are
-decoded then. The stationary distribution of any process that moves by single steps is that of a birth-death process
-with these conditional rates (flow balance across each level); what is lost is the order in which they follow.
+decoded then. The stationary distribution of any process that moves by single steps is that of a birth-death
+process with these conditional rates (flow balance across each level); what is lost is the order of events.
 """
 
 from collections import defaultdict

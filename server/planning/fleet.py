@@ -99,15 +99,18 @@ class Fleet:
         self._again = 0  # requests of failed replicas, sent again in the next step
         self._now = 0.0
 
-    def run(self, rate: Callable[[float], float], seconds: float, window: float) -> list[Window]:
+    def run(
+        self, rate: Callable[[float], float], seconds: float, window: float, start: float = 0.0
+    ) -> list[Window]:
         """
         Args:
             rate: arrivals a second at a time.
             window: seconds over which is counted.
+            start: the time at which it begins.
         """
-        found = []
+        found, self._now = [], start
         for number in range(round(seconds / window)):
-            counted = Window(number * window, window)
+            counted = Window(start + number * window, window)
             counted.found = np.zeros(self._replica.levels, dtype=np.int64)
             counted.occupied = np.zeros(self._replica.levels)
             for _ in range(round(window / self._tick)):
