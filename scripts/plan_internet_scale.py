@@ -5,8 +5,8 @@
         --calibration docs/results/plan-validation-2026-11-29.json
 
 The replica's step times are measured ones; the event simulation of the real scheduler reduces them to
-rates and latencies by number of requests; a lumped Markov chain computes the fleet. First the chain is compared
-with the event simulation of a small fleet. Traffic and failures are assumptions, written out in the result.
+rates and latencies by number of requests; a lumped Markov chain computes the fleet. First the chain is
+compared with the event simulation of a small fleet. Traffic and failures are assumptions, written out in the result.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from server.planning.aggregate import Aggregate, aggregate
 from server.planning.calibration import Calibration
 from server.planning.document import milliseconds
 from server.planning.fleet import Faults, Fleet, Window
-from server.planning.simulation import Policy, Simulation, capacity, poisson
+from server.planning.simulation import WARM_UP, Policy, Simulation, capacity, poisson
 from server.planning.step_times import StepTimes
 from server.planning.workload import Frontend, Replica, Workload
 
@@ -34,6 +34,7 @@ DAY, HOUR, WINDOW = 86400.0, 3600.0, 600.0
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 LOADS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97, 1.05)  # of the runs that a replica is reduced from
 CHECKED = (0.6, 0.8, 0.9)
+RUNS = 10  # of the chain, for what one run of the events shows
 
 
 class Traffic:
@@ -81,18 +82,34 @@ def check(
             rate = load * most * replicas
             arrivals = poisson(rate, round(rate * seconds), seed=5)
             events = Simulation(times, workload.at(rate), replica, frontend, replicas, policy).run(arrivals)
-            fleet = Fleet(one, replicas, replica.places, policy)
-            fleet.run(lambda now, rate=rate: rate, 60, 60)  # type: ignore[misc]
-            (window,) = fleet.run(lambda now, rate=rate: rate, 4000, 4000)  # type: ignore[misc]
-            simulated, chained = milliseconds(events.latencies()), milliseconds(window.latencies(one))
-            found.append({"policy": policy, "load": load, "events": simulated, "chain": chained})
+            window = chained(one, replicas, replica.places, policy, rate, seconds)
+            simulated, chain = milliseconds(events.latencies()), milliseconds(window.latencies(one))
+            found.append({"policy": policy, "load": load, "events": simulated, "chain": chain})
     return found
+
+
+def chained(
+    one: Aggregate, replicas: int, places: int, policy: Policy, rate: float, seconds: float
+) -> Window:
+    """What so many seconds from an empty fleet show, less the first tenth, over several runs."""
+    total = Window(0.0, 0.0, found=np.zeros(one.levels, dtype=np.int64), occupied=np.zeros(one.levels))
+    for seed in range(RUNS):
+        fleet = Fleet(one, replicas, places, policy, tick=0.02, seed=seed)
+        first = WARM_UP * seconds
+        fleet.run(lambda now: rate, first, first)
+        (window,) = fleet.run(lambda now: rate, seconds - first, seconds - first)
+        total.seconds += window.seconds
+        total.arrivals += window.arrivals
+        total.refused += window.refused
+        total.found += window.found
+        total.occupied += window.occupied
+    return total
 
 
 def day(
     one: Aggregate, traffic: Traffic, options: argparse.Namespace, faults: Faults | None
 ) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for policy in POLICIES:
         begun = time.perf_counter()
         fleet = Fleet(one, options.replicas, options.places, policy, faults, options.tick)
@@ -129,7 +146,7 @@ def main() -> None:
     parser.add_argument("--days-between-failures", type=float, default=10, help="of one replica")
     parser.add_argument("--restart-seconds", type=float, default=120)
     parser.add_argument("--outage-share", type=float, default=0.1, help="of the replicas, at 20:30")
-    parser.add_argument("--tick", type=float, default=0.1, help="seconds")
+    parser.add_argument("--tick", type=float, default=0.05, help="seconds")
     options = parser.parse_args()
     known = json.loads(options.calibration.read_text())
     times = Calibration.read(known["calibration"]).step_times()

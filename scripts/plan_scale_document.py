@@ -15,13 +15,14 @@ def document(result: dict[str, Any]) -> str:
             "",
             "Made by `scripts/plan_internet_scale.py`;",
             "[planning.md](../planning.md#thousands-of-replicas) says how, and within which limits.",
-            f"A replica is {one['precision']} of {one['model']} on one core with batches of {one['slots']}; it",
-            f"serves at most {one['capacity']:.2f} requests a second of {one['prompt']} + {one['tokens']} tokens.",
+            f"A replica is {one['precision']} of {one['model']} on one core with batches of {one['slots']}",
+            f"and serves at most {one['capacity']:.2f} requests a second of {one['prompt']} + {one['tokens']}",
+            "tokens.",
             "",
             f"Assumed: mean traffic between a third of the peak (08:00) and the peak (20:00), "
             f"{set_['peak_per_second']:,.0f}",
-            f"requests a second, which is {set_['peak_load']:.0%} of the fleet's capacity; each minute's varies "
-            f"by {set_['minute_spread']:.0%}; a replica",
+            f"requests a second, which is {set_['peak_load']:.0%} of the fleet's capacity; each minute's varies"
+            f" by {set_['minute_spread']:.0%}; a replica",
             f"fails once in {set_['days_between_failures']:g} days and serves again after "
             f"{set_['restart_seconds']:g} s; at 20:30 {set_['outage_share']:.0%} of the replicas fail together.",
             "",

@@ -18,6 +18,7 @@ from server.planning.step_times import Floats
 from server.planning.workload import Latencies
 
 _DRAWS = 20_000
+_MOST_ENDS = 0.5  # of a replica in a step
 Counts = np.ndarray
 
 
@@ -88,12 +89,15 @@ class Fleet:
         tick: float = 0.05,
         seed: int = 7,
     ) -> None:
+        """Raises: ValueError, if several requests of a replica would often end in one step."""
         self._replica, self._places, self._policy = replica, places, policy
         self._faults, self._tick = faults, tick
         self._random = np.random.default_rng(seed)
         self.counts: Counts = np.zeros(replica.levels, dtype=np.int64)
         self.counts[0] = replicas
-        self._ends = 1 - np.exp(-replica.rates * tick)
+        self._ends = replica.rates * tick
+        if self._ends.max() > _MOST_ENDS:
+            raise ValueError(f"a tick of {tick} s is too long for {replica.rates.max():.3g} ends a second")
         self._back: deque[tuple[float, int]] = deque()  # (when, replicas) that restart
         self._outages = deque(sorted(faults.outages)) if faults is not None else deque()
         self._again = 0  # requests of failed replicas, sent again in the next step
@@ -130,7 +134,7 @@ class Fleet:
         self._now += self._tick
 
     def _end(self) -> None:
-        """At most one request of a replica ends in a step."""
+        """At most one request of a replica ends in a step; the mean is exact."""
         ending = self._random.binomial(self.counts, self._ends)
         self.counts -= ending
         self.counts[:-1] += ending[1:]
