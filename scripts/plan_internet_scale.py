@@ -6,7 +6,7 @@
 
 The replica's step times are measured ones; the event simulation of the real scheduler reduces them to
 rates and latencies by number of requests; a lumped Markov chain computes the fleet. First the chain is
-compared with the event simulation of a small fleet. Traffic and failures are assumptions, written out in the result.
+compared with the event simulation of a small fleet. Traffic and failures are assumptions, and written out.
 """
 
 import argparse

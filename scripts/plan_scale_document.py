@@ -7,39 +7,35 @@ FIGURES = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 _NAMES = ("TTFT p50, ms", "TTFT p99, ms", "ITL p50, ms", "ITL p99, ms")
 
 
+_TEXT = """\
+# {replicas:,} replicas over a day
+
+Made by `scripts/plan_internet_scale.py`; [planning.md](../planning.md#thousands-of-replicas) says how, and
+within which limits. A replica is {precision} of {model} on one core with batches of {slots} and serves at
+most {capacity:.2f} requests a second of {prompt} + {tokens} tokens.
+
+Assumed: mean traffic between a third of the peak (08:00) and the peak (20:00), which is {peak_per_second:,.0f}
+requests a second or {peak_load:.0%} of the fleet's capacity; each minute's varies by {minute_spread:.0%}; a
+replica fails once in {days_between_failures:g} days and serves again after {restart_seconds:g} s; at 20:30
+{outage_share:.0%} of the replicas fail together.
+
+## The day
+
+{day}
+
+![latencies and replicas over the day]({plot})
+
+## The chain beside the event simulation
+
+16 replicas, 100 s from the first request, chain / events:
+
+{checks}
+"""
+
+
 def document(result: dict[str, Any]) -> str:
-    set_, one = result["assumptions"], result["replica"]
-    return "\n".join(
-        (
-            f"# {set_['replicas']:,} replicas over a day",
-            "",
-            "Made by `scripts/plan_internet_scale.py`;",
-            "[planning.md](../planning.md#thousands-of-replicas) says how, and within which limits.",
-            f"A replica is {one['precision']} of {one['model']} on one core with batches of {one['slots']}",
-            f"and serves at most {one['capacity']:.2f} requests a second of {one['prompt']} + {one['tokens']}",
-            "tokens.",
-            "",
-            f"Assumed: mean traffic between a third of the peak (08:00) and the peak (20:00), "
-            f"{set_['peak_per_second']:,.0f}",
-            f"requests a second, which is {set_['peak_load']:.0%} of the fleet's capacity; each minute's varies"
-            f" by {set_['minute_spread']:.0%}; a replica",
-            f"fails once in {set_['days_between_failures']:g} days and serves again after "
-            f"{set_['restart_seconds']:g} s; at 20:30 {set_['outage_share']:.0%} of the replicas fail together.",
-            "",
-            "## The day",
-            "",
-            _table(_day(result)),
-            "",
-            f"![latencies and replicas over the day]({result['plot']})",
-            "",
-            "## The chain beside the event simulation",
-            "",
-            "16 replicas, chain / events:",
-            "",
-            _table(_checks(result)),
-            "",
-        )
-    )
+    tables = {"day": _table(_day(result)), "checks": _table(_checks(result)), "plot": result["plot"]}
+    return _TEXT.format(**result["assumptions"], **result["replica"], **tables)
 
 
 def _day(result: dict[str, Any]) -> list[list[str]]:
