@@ -34,6 +34,7 @@ DAY, HOUR, WINDOW = 86400.0, 3600.0, 600.0
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 LOADS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97, 1.05)  # of the runs that a replica is reduced from
 CHECKED = (0.6, 0.8, 0.9)
+TICK = 0.03  # seconds
 RUNS = 10  # of the chain, for what one run of the events shows
 
 
@@ -94,7 +95,7 @@ def chained(
     """What so many seconds from an empty fleet show, less the first tenth, over several runs."""
     total = Window(0.0, 0.0, found=np.zeros(one.levels, dtype=np.int64), occupied=np.zeros(one.levels))
     for seed in range(RUNS):
-        fleet = Fleet(one, replicas, places, policy, tick=0.02, seed=seed)
+        fleet = Fleet(one, replicas, places, policy, tick=TICK, seed=seed)
         first = WARM_UP * seconds
         fleet.run(lambda now: rate, first, first)
         (window,) = fleet.run(lambda now: rate, seconds - first, seconds - first)
@@ -112,7 +113,7 @@ def day(
     found: dict[str, Any] = {}
     for policy in POLICIES:
         begun = time.perf_counter()
-        fleet = Fleet(one, options.replicas, options.places, policy, faults, options.tick)
+        fleet = Fleet(one, options.replicas, options.places, policy, faults, TICK)
         fleet.run(traffic, 120, 120, start=-120)
         windows = fleet.run(traffic, DAY, WINDOW)
         found[policy] = {
@@ -146,7 +147,6 @@ def main() -> None:
     parser.add_argument("--days-between-failures", type=float, default=10, help="of one replica")
     parser.add_argument("--restart-seconds", type=float, default=120)
     parser.add_argument("--outage-share", type=float, default=0.1, help="of the replicas, at 20:30")
-    parser.add_argument("--tick", type=float, default=0.05, help="seconds")
     options = parser.parse_args()
     known = json.loads(options.calibration.read_text())
     times = Calibration.read(known["calibration"]).step_times()

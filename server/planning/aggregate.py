@@ -60,8 +60,9 @@ def aggregate(runs: Sequence[Simulated], slots: int, levels: int) -> Aggregate:
                 gaps[int(level)].append(gap)
     full = _observed(ended, slots)
     rates = np.array([0.0, *(ended[at] / seconds[at] if at <= full else 0.0 for at in range(1, levels))])
-    saturated = ended[slots : full + 1].sum() / seconds[slots : full + 1].sum()
-    rates[slots:] = saturated
+    busy = min(2 * slots, full)  # with fewer, some have only just come and are not decoded yet
+    saturated = float(ended[busy : full + 1].sum() / seconds[busy : full + 1].sum())
+    rates[busy:] = saturated
     decoded = [len(gaps[at]) / seconds[at] if seconds[at] else 0.0 for at in range(levels)]
     return Aggregate(
         rates,

@@ -6,7 +6,8 @@ from tests.planning.measured import pass_seconds, step_times
 
 
 @pytest.mark.parametrize(
-    ("rows", "chunk"), [(1, 0), (3, 0), (8, 0), (12, 0), (20, 0), (0, 16), (0, 100), (0, 200), (5, 16), (6, 8)]
+    ("rows", "chunk"),
+    [(1, 0), (3, 0), (8, 0), (12, 0), (20, 0), (0, 16), (0, 100), (0, 200), (5, 16), (6, 8)],
 )
 def test_passes_between_and_beyond_the_measured_sizes_are_interpolated(rows: int, chunk: int) -> None:
     assert step_times().seconds(rows, chunk, 0) == pytest.approx(pass_seconds(rows, chunk))
