@@ -16,8 +16,8 @@ most {capacity:.2f} requests a second of {prompt} + {tokens} tokens.
 
 Assumed: mean traffic between a third of the peak (08:00) and the peak (20:00), {peak_per_second:,.0f}
 requests a second, which is {peak_load:.0%} of the fleet's capacity; each minute's varies by
-{minute_spread:.0%}; a replica fails once in {days_between_failures:g} days and serves again after {restart_seconds:g} s; at 20:30
-{outage_share:.0%} of the replicas fail together.
+{minute_spread:.0%}; a replica fails once in {days_between_failures:g} days and serves again after
+{restart_seconds:g} s; at 20:30 {outage_share:.0%} of the replicas fail together.
 
 ## The day
 

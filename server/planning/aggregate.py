@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.planning.simulation import Simulated
+from server.planning.simulation import Served, Simulated
 from server.planning.step_times import Floats
 
 POINTS = 200  # quantiles kept of a distribution
@@ -48,10 +48,11 @@ def aggregate(runs: Sequence[Simulated], slots: int, levels: int) -> Aggregate:
     seconds, ended = np.zeros(levels + 1), np.zeros(levels + 1)
     ttfts, gaps = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)
     for run in runs:
-        times, counts = _levels(run)
+        served = [one for one in (*run.first, *run.requests) if not one.refused]
+        times, counts = _levels(served)
         held = np.minimum(counts, levels)
         np.add.at(seconds, held[:-1], np.diff(times))
-        for one in run.finished:
+        for one in served:
             before = int(np.searchsorted(times, one.times[-1], side="left")) - 1
             ended[held[before]] += 1
             ttfts[min(one.ahead, levels)].append(one.ttft)
@@ -72,14 +73,11 @@ def aggregate(runs: Sequence[Simulated], slots: int, levels: int) -> Aggregate:
     )
 
 
-def _levels(run: Simulated) -> tuple[Floats, np.ndarray]:
+def _levels(served: Sequence[Served]) -> tuple[Floats, np.ndarray]:
     """Times at which the number of requests changes, and the number from then on."""
-    begun = [(one.arrived, 1) for one in run.finished]
-    ended = [(one.times[-1], -1) for one in run.finished]
-    changes = sorted(begun + ended)
-    start = run.finished[0].ahead
+    changes = sorted([(one.arrived, 1) for one in served] + [(one.times[-1], -1) for one in served])
     times = np.array([time for time, _ in changes])
-    return times, np.maximum(start + np.cumsum([by for _, by in changes]), 0)
+    return times, np.cumsum([by for _, by in changes])
 
 
 def _observed(ended: Floats, slots: int) -> int:

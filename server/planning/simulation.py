@@ -50,6 +50,8 @@ class Simulated:
     requests: Sequence[Served]
     seconds: float
     """From the first of them to the last token."""
+    first: Sequence[Served] = ()
+    """Those that were left out."""
 
     @property
     def finished(self) -> list[Served]:
@@ -119,9 +121,11 @@ class Simulation:
             self._env.process(self._replica(number))
         self._env.process(self._router(arrivals, requests))
         self._env.run()
-        kept = requests[int(WARM_UP * len(requests)) :]
+        skipped = int(WARM_UP * len(requests))
+        kept = requests[skipped:]
         ends = [one.times[-1] for one in kept if one.times]
-        return Simulated(kept, max(ends, default=kept[-1].arrived) - kept[0].arrived)
+        seconds = max(ends, default=kept[-1].arrived) - kept[0].arrived
+        return Simulated(kept, seconds, requests[:skipped])
 
     def _router(self, arrivals: Sequence[float], requests: list[Served]) -> _Events:
         env = self._env
