@@ -6,10 +6,10 @@
     .venv/bin/python scripts/plan_validation.py table
 
 The server computes with one thread on one core and is loaded from another. ``calibrate`` measures its step
-times and what HTTP adds; ``load`` offers a share of the simulated capacity and compares; both keep their
-figures in --out, from which ``table`` makes the table. Every prompt is another text, so that no prefix is
-cached. The simulation gets the very arrivals of the run; formulas get their mean rate. The first tenth of the
-requests is left out everywhere.
+times and what HTTP adds, ``http`` the latter alone; ``load`` offers a share of the simulated capacity and
+compares; all keep their figures in --out, from which ``table`` makes the table. Every prompt is another text,
+so that no prefix is cached. The simulation gets the very arrivals of the run, formulas get their mean rate.
+The first tenth of the requests is left out everywhere.
 """
 
 import argparse
@@ -85,6 +85,7 @@ def calibrate(options: argparse.Namespace, settings: ModelSettings) -> dict[str,
 async def measure_http(
     options: argparse.Namespace, settings: ModelSettings, calibration: Calibration
 ) -> Frontend:
+    os.sched_setaffinity(0, {options.server_core})
     from server.planning.frontend import measure_on
 
     server = own_server(settings, options.precision, options.slots, 1)  # inherits the server's core
@@ -128,14 +129,29 @@ async def reality(
 
 
 def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[str, Any]) -> dict[str, Any]:
-    """One load: plan, simulation and reality."""
-    times = Calibration.read(known["calibration"]).step_times()
-    frontend, replica = Frontend(**known["frontend"]), Replica(options.slots)
+    """One load in reality, then computed."""
     rate = options.share * known["capacity"]["simulated"]
     real, others = asyncio.run(reality(options, settings, rate))
-    count = round(rate * options.seconds)
-    arrivals = poisson(rate, count, seed=11)
-    workload = Workload(count / arrivals[-1], options.prompt, options.tokens)
+    load = {
+        "rate": rate,
+        "offered_seconds": options.seconds,
+        "requests": len(real.requests),
+        "errors": sum(one.refused for one in real.requests),
+        "seconds": real.seconds,
+        "cpus_of_others": others,
+        "reality": figures(real),
+        "interval": intervals(real),
+    }
+    return load | computed(load, known)
+
+
+def computed(load: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Plan and simulation of a load, and how far the latter is from reality."""
+    times = Calibration.read(known["calibration"]).step_times()
+    frontend, replica = Frontend(**known["frontend"]), Replica(known["slots"])
+    count = round(load["rate"] * load["offered_seconds"])
+    arrivals = poisson(load["rate"], count, seed=11)
+    workload = Workload(count / arrivals[-1], known["prompt"], known["tokens"])
     runs = [
         figures(Simulation(times, workload, replica, frontend, seed=seed).run(arrivals))
         for seed in range(SEEDS)
@@ -143,16 +159,9 @@ def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[st
     simulated = {name: statistics.median(run[name] for run in runs) for name in FIGURES}
     planned = milliseconds(SteadyState(times, workload, replica, frontend).latencies())
     return {
-        "rate": workload.rate,
-        "requests": len(real.requests),
-        "errors": sum(one.refused for one in real.requests),
-        "seconds": real.seconds,
-        "cpus_of_others": others,
         "plan": {name: planned[name] for name in FIGURES if name in planned},
         "simulation": simulated,
-        "reality": figures(real),
-        "interval": intervals(real),
-        "difference": {name: simulated[name] / value - 1 for name, value in figures(real).items()},
+        "difference": {name: simulated[name] / value - 1 for name, value in load["reality"].items()},
     }
 
 
@@ -192,7 +201,7 @@ def table(known: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("action", choices=("calibrate", "load", "table"))
+    parser.add_argument("action", choices=("calibrate", "http", "load", "table"))
     parser.add_argument("share", type=float, nargs="?", default=0.7, help="of the capacity")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--precision", default="dynamic-int8")
@@ -208,6 +217,11 @@ def main() -> None:
     known = json.loads(options.out.read_text()) if options.action != "calibrate" else {}
     if options.action == "calibrate":
         known = calibrate(options, settings)
+    elif options.action == "http":
+        found = Calibration.read(known["calibration"])
+        known["frontend"] = vars(asyncio.run(measure_http(options, settings, found)))
+        for load in known["loads"].values():
+            load |= computed(load, known)
     elif options.action == "load":
         known["loads"][f"{options.share:g}"] = compare(options, settings, known)
     options.out.write_text(json.dumps(known) + "\n")

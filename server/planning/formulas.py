@@ -111,7 +111,8 @@ class SteadyState:
         lower, upper = (self._size(count, size, pairs) for count in (low, low + 1))
         seconds = lower + (rows - low) * (upper - lower)
         tokens = rows + size / load.prompt  # the first token comes with the prompt's last chunk
-        return seconds * self._mean_noise + tokens * self._frontend.token_seconds
+        frontend = self._frontend
+        return seconds * self._mean_noise + frontend.step_seconds + tokens * frontend.token_seconds
 
     def _size(self, rows: int, chunk: int, pairs: float) -> float:
         if chunk and rows and not self._times.mixed:

@@ -41,21 +41,26 @@ async def measure_on(client: Client, precision: str | None, times: StepTimes, re
         return [answer for answer in await asyncio.gather(*found) if not answer.error]
 
     await together(2)  # warms up
-    ttfts, gaps = list[float](), list[float]()
+    ttfts, single, several = list[float](), list[float](), list[float]()
     for _ in range(ROUNDS):
         alone = await together(1)
         ttfts += [answer.ttft for answer in alone]
-        answers = await together(STREAMS)
-        begin = max(answer.arrivals[0] for answer in answers)
-        for answer in answers:  # gaps while all of them decode
-            inner = [time for time in answer.arrivals if time >= begin]
-            gaps += [b - a for a, b in pairwise(inner)]
-    keys = PROMPT + TOKENS / 2
-    decode = times.seconds(STREAMS, 0, STREAMS * keys)
-    return Frontend(
-        max(median(ttfts) - prefill_alone(times, replica, PROMPT), 0.0),
-        max(median(gaps) - decode, 0.0) / STREAMS,
-    )
+        single += _gaps(alone)
+        several += _gaps(await together(STREAMS))
+
+    def beyond(gaps: list[float], rows: int) -> float:
+        return median(gaps) - times.seconds(rows, 0, rows * (PROMPT + TOKENS / 2))
+
+    one, all_ = max(beyond(single, 1), 0.0), max(beyond(several, STREAMS), 0.0)
+    per_token = max(all_ - one, 0.0) / (STREAMS - 1)
+    first = median(ttfts) - prefill_alone(times, replica, PROMPT)
+    return Frontend(max(first, 0.0), max(one - per_token, 0.0), per_token)
+
+
+def _gaps(answers: list[Answer]) -> list[float]:
+    """Seconds between tokens while all of them decode."""
+    begin = max(answer.arrivals[0] for answer in answers)
+    return [b - a for one in answers for a, b in pairwise([time for time in one.arrivals if time >= begin])]
 
 
 def prefill_alone(times: StepTimes, replica: Replica, prompt: int) -> float:

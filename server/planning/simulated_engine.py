@@ -125,6 +125,7 @@ class SimulatedEngine:
         )
         self._estimate = QueueEstimate(replica.slots, replica.busy_chunk)
         self._replica, self._on_token = replica, on_token
+        self._step_seconds = frontend.step_seconds
         self._inbox: list[Request] = []
         self._open: dict[Request, None] = {}
         self.places = Places(replica.places, Lifecycle(), self, _NoObserver())
@@ -169,7 +170,7 @@ class SimulatedEngine:
         self._inbox.clear()
         self._runner.now = now
         self._done: Step = self._worker.step(now)
-        return self._runner.now
+        return self._runner.now + (self._step_seconds if self._done.stats is not None else 0.0)
 
     def deliver(self, now: float) -> None:
         """Hands the step's tokens over, and gives back the places of sequences that have ended."""

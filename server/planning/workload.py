@@ -67,10 +67,11 @@ class Frontend:
 
     Args:
         request_seconds: from a request's first byte to its sequence in the engine.
-        token_seconds: for each row of a step, by which the next step is later.
+        step_seconds, token_seconds: by which a step is longer, and for each of its rows.
     """
 
     request_seconds: float = 0.0
+    step_seconds: float = 0.0
     token_seconds: float = 0.0
 
 
