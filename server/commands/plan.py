@@ -19,10 +19,10 @@ _WORK, _GOALS, _WHAT, _MORE = "the requests", "objectives", "what is planned wit
 
 
 class Options(ModelSettings):
-    """Plan how many replicas of this host serve a workload, in which precision and batch size.
+    """Plan how many replicas of this host serve a workload, in which precision.
 
-    Step times are measured once per precision and kept. The server's settings
-    (PREFILL_CHUNK, MAX_CONCURRENT_REQUESTS and others) are those of the environment.
+    Step times are measured once for each precision, and kept. Settings of the
+    server, such as PREFILL_CHUNK, are those of the environment.
     docs/planning.md explains the figures.
     """
 
@@ -99,6 +99,7 @@ def _plan(options: Options) -> None:
         measured.failed,
         measured.perplexity_ratios(),
         options.price_per_hour,
+        {one.precision: one.step_times().disturbance for one in measured.calibrations},
     )
     _show(document)
     line = json.dumps(plain(document.data()), allow_nan=False)

@@ -1,7 +1,7 @@
 """A plan as a table, as sentences and as data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from server.planning.planner import Choice, Impossible
@@ -9,6 +9,7 @@ from server.planning.workload import MILLISECONDS, Frontend, Latencies, Objectiv
 from server.tables import NONE, cells
 from server.version import VERSION
 
+_NOISY = 2.0
 LEGEND = """\
 batch       MAX_BATCH_SIZE: sequences decoded together by a replica
 replicas    of this host, behind a router that chooses at random; with least-loaded routing it is less loaded
@@ -36,6 +37,8 @@ class Document:
     failed: Mapping[str, str]
     quality: Mapping[str, float]
     price_per_hour: float | None = None
+    noise: Mapping[str, float] = field(default_factory=dict)
+    """By precision, the 99th percentile of a pass's time ÷ its median."""
 
     @property
     def choices(self) -> list[Choice]:
@@ -64,6 +67,12 @@ class Document:
     def sentences(self) -> list[str]:
         """What to run, and why others can't."""
         found = [f"{name} could not be measured: {reason}." for name, reason in self.failed.items()]
+        if noisy := [name for name, ratio in self.noise.items() if ratio > _NOISY]:
+            worst = max(self.noise[name] for name in noisy)
+            found.append(
+                f"While {', '.join(noisy)} was measured, other work disturbed this host: one pass in a hundred "
+                f"took {worst:.1f} × the median or longer. Measure again with --fresh while nothing else runs."
+            )
         for plan in self.plans:
             if isinstance(plan, Impossible):
                 idle = f"{_ms(plan.idle.ttft_p99)} ms and {_ms(plan.idle.itl_p99)} ms with almost no load"
@@ -90,6 +99,7 @@ class Document:
             "choices": [self._choice(one) for one in self.choices],
             "impossible": [_impossible(one) for one in self.plans if isinstance(one, Impossible)],
             "failed": dict(self.failed),
+            "noise_p99": dict(self.noise),
         }
 
     def _choice(self, one: Choice) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class StepTimes:
         self._rows = sorted(self._bases)[1:]
         self._known: dict[tuple[int, int], float] = {}
 
+    @property
+    def disturbance(self) -> float:
+        """The 99th percentile of the noise: 1 on a host that nothing else uses, nearly."""
+        return float(np.quantile(self.noise, 0.99))
+
     def seconds(self, rows: int, chunk: int, pairs: float) -> float:
         """The median."""
         base = self._known.get((rows, chunk))
