@@ -70,8 +70,9 @@ class Document:
         if noisy := [name for name, ratio in self.noise.items() if ratio > _NOISY]:
             worst = max(self.noise[name] for name in noisy)
             found.append(
-                f"While {', '.join(noisy)} was measured, other work disturbed this host: one pass in a hundred "
-                f"took {worst:.1f} × the median or longer. Measure again with --fresh while nothing else runs."
+                f"While {', '.join(noisy)} was measured, other work disturbed this host: one pass in a "
+                f"hundred took {worst:.1f} × the median or longer. Measure again, with --fresh, while "
+                "nothing else runs."
             )
         for plan in self.plans:
             if isinstance(plan, Impossible):
