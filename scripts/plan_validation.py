@@ -7,9 +7,9 @@
 
 The server computes with one thread on one core and is loaded from another. ``calibrate`` measures its step
 times and what HTTP adds, ``http`` the latter alone; ``load`` offers a share of the simulated capacity and
-compares; all keep their figures in --out, from which ``table`` makes the table. Every prompt is another text,
-so that no prefix is cached. The simulation gets the very arrivals of the run, formulas get their mean rate.
-The first tenth of the requests is left out everywhere.
+compares; ``again`` computes plans and simulations anew. All keep their figures in --out, from which ``table``
+makes the table. Every prompt is another text, so that no prefix is cached. The simulation gets the very
+arrivals of the run, formulas get their mean rate. The first tenth of the requests is left out everywhere.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def table(known: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("action", choices=("calibrate", "http", "load", "table"))
+    parser.add_argument("action", choices=("calibrate", "http", "again", "load", "table"))
     parser.add_argument("share", type=float, nargs="?", default=0.7, help="of the capacity")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--precision", default="dynamic-int8")
@@ -217,9 +217,10 @@ def main() -> None:
     known = json.loads(options.out.read_text()) if options.action != "calibrate" else {}
     if options.action == "calibrate":
         known = calibrate(options, settings)
-    elif options.action == "http":
-        found = Calibration.read(known["calibration"])
-        known["frontend"] = vars(asyncio.run(measure_http(options, settings, found)))
+    elif options.action in ("http", "again"):
+        if options.action == "http":
+            found = Calibration.read(known["calibration"])
+            known["frontend"] = vars(asyncio.run(measure_http(options, settings, found)))
         for load in known["loads"].values():
             load |= computed(load, known)
     elif options.action == "load":

@@ -112,7 +112,8 @@ class SteadyState:
         seconds = lower + (rows - low) * (upper - lower)
         tokens = rows + size / load.prompt  # the first token comes with the prompt's last chunk
         frontend = self._frontend
-        return seconds * self._mean_noise + frontend.step_seconds + tokens * frontend.token_seconds
+        free = max(1 - load.rate * frontend.request_seconds, 0.05)  # requests that arrive take the rest
+        return (seconds * self._mean_noise + frontend.step_seconds + tokens * frontend.token_seconds) / free
 
     def _size(self, rows: int, chunk: int, pairs: float) -> float:
         if chunk and rows and not self._times.mixed:

@@ -125,7 +125,7 @@ class SimulatedEngine:
         )
         self._estimate = QueueEstimate(replica.slots, replica.busy_chunk)
         self._replica, self._on_token = replica, on_token
-        self._step_seconds = frontend.step_seconds
+        self._frontend, self._taken = frontend, 0.0  # seconds of the cores since the last step
         self._inbox: list[Request] = []
         self._open: dict[Request, None] = {}
         self.places = Places(replica.places, Lifecycle(), self, _NoObserver())
@@ -152,6 +152,8 @@ class SimulatedEngine:
             [_TOKEN] * prompt, SamplingParams(tokens), deadline, timeline=Timeline(arrived=arrived)
         )
         self._open[request] = None
+        if self._scheduler.has_work:
+            self._taken += self._frontend.request_seconds
         self._inbox.append(request)
         return request
 
@@ -170,7 +172,8 @@ class SimulatedEngine:
         self._inbox.clear()
         self._runner.now = now
         self._done: Step = self._worker.step(now)
-        return self._runner.now + (self._step_seconds if self._done.stats is not None else 0.0)
+        added, self._taken = self._taken, 0.0
+        return self._runner.now + added + (self._frontend.step_seconds if self._done.stats else 0.0)
 
     def deliver(self, now: float) -> None:
         """Hands the step's tokens over, and gives back the places of sequences that have ended."""

@@ -66,7 +66,8 @@ class Frontend:
     """What serving over HTTP adds to the engine's times: measured, see ``server.planning.frontend``.
 
     Args:
-        request_seconds: from a request's first byte to its sequence in the engine.
+        request_seconds: from a request's first byte to its sequence in the engine; on the cores that compute
+            passes, so that the running step ends later by as much.
         step_seconds, token_seconds: by which a step is longer, and for each of its rows.
     """
 
