@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.runner import Logits, Runner
+from server.engine.sequence import Timeline
 from tests.checkpoints import VOCABULARY, byte_tokenizer
 
 _FIRST, _LETTERS = 65, 26  # ids of "a" … "z" in the byte alphabet of tests/checkpoints.py
@@ -130,3 +131,13 @@ def fake_load(precision: str, spec: ModelSpec, progress: Progress = ignore_progr
     """Replaces ``loaders.load``."""
     progress("loading", 1, 1)
     return fake_model(precision, FakeRunner(spec.slots, spec.max_tokens))
+
+
+class Outcomes:
+    """An observer that keeps what it was told: precision, outcome and prompt tokens of each request."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, int]] = []
+
+    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
+        self.seen.append((precision, outcome, prompt_tokens))

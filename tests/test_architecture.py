@@ -20,6 +20,7 @@ LAYERS = (
     "server.app",
     "server.routes",
     "server.state",
+    "server.served_model",
     "server.evaluation",
     "server.planning",
     "server.service",
@@ -177,7 +178,8 @@ def test_the_process_of_a_chat_template_imports_little() -> None:
 
 
 def test_only_metrics_imports_prometheus() -> None:
-    assert importers("prometheus_client") == {"server/observability/metrics.py"}
+    modules = {"server/observability/exposition.py", "server/observability/metrics.py"}
+    assert importers("prometheus_client") == modules
 
 
 def test_only_tracing_imports_opentelemetry() -> None:

@@ -229,6 +229,10 @@ class Metrics:
         """Prometheus's text format."""
         return generate_latest(self._registry)
 
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._registry
+
 
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
     """Nearest-rank p50, p90, p99 and the mean, in milliseconds."""

@@ -23,9 +23,8 @@ from server.errors import (
     ServiceError,
     Unavailable,
 )
-from server.lifecycle import Lifecycle
 from server.observability.observer import Observer
-from server.service.admission import Backlog, Places
+from server.service.admission import Places
 from server.service.chat.renderer import ChatRenderer
 from server.service.continuation import (
     DEFAULT_NEW_TOKENS,
@@ -42,7 +41,7 @@ from server.settings.server import Settings
 __all__ = ["Continuation", "Conversation", "GenerationRequest", "GenerationService", "Piece"]
 
 
-class PoolLike(Backlog, Protocol):
+class PoolLike(Protocol):
     """The part of ``server.service.pool.Pool`` that opening a continuation needs."""
 
     default: str
@@ -51,7 +50,11 @@ class PoolLike(Backlog, Protocol):
 
 
 class GenerationService:
-    """Opens continuations; reserves their places before it computes anything for them."""
+    """Opens continuations; reserves their places before it computes anything for them.
+
+    Args:
+        places: shared by all models of the server.
+    """
 
     def __init__(
         self,
@@ -60,13 +63,13 @@ class GenerationService:
         codec: TextCodec,
         pool: PoolLike,
         metrics: Observer,
-        lifecycle: Lifecycle,
+        places: Places,
         chat: ChatRenderer | None,
     ) -> None:
         self.codec = codec
         self._settings, self._checkpoint = settings, checkpoint
         self._pool, self._metrics = pool, metrics
-        self.places = Places(settings.max_concurrent_requests, lifecycle, pool, metrics)
+        self.places = places
         self.on_success: Callable[[Continuation], None] = lambda done: None
         """Called with every continuation that was generated to its end."""
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)

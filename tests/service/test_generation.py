@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.engine.engine import Engine
-from server.engine.sequence import SamplingParams, Timeline
+from server.engine.sequence import SamplingParams
 from server.errors import (
     BadPrecision,
     GenerationFailed,
@@ -19,13 +19,14 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
+from server.service.admission import Places
 from server.service.generation import Continuation, GenerationRequest, GenerationService
 from server.service.precision_state import Lease, PrecisionState
 from server.service.text.codec import TextCodec
 from server.settings.server import Settings
 from tests.checkpoints import byte_tokenizer
 from tests.conftest import until
-from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+from tests.fakes import FakeRunner, Outcomes, fake_checkpoint, fake_model
 
 
 class OneEngine:
@@ -55,14 +56,6 @@ class OneEngine:
         return self.state.users
 
 
-class Outcomes:
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str, int]] = []
-
-    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        self.seen.append((precision, outcome, prompt_tokens))
-
-
 class House:
     def __init__(
         self, service: GenerationService, runner: FakeRunner, pool: OneEngine, outcomes: Outcomes
@@ -82,7 +75,8 @@ def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **optio
         pool, outcomes, lifecycle = OneEngine(engine), Outcomes(), Lifecycle()
         settings = Settings(**options)
         codec = TextCodec(byte_tokenizer())
-        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, lifecycle, None)
+        places = Places(settings.max_concurrent_requests, lifecycle, pool, outcomes)
+        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, places, None)
         house = House(service, runner, pool, outcomes)
         house.lifecycle = lifecycle
         try:
