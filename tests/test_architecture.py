@@ -22,6 +22,7 @@ LAYERS = (
     "server.state",
     "server.served_model",
     "server.evaluation",
+    "server.planning",
     "server.service",
     "server.report server.observability",
     "server.bench",
