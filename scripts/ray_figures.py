@@ -77,9 +77,9 @@ def generated(address: str) -> float:
     return sum(float(value) for value in re.findall(r"^bitdial_generated_tokens_total.* (.+)$", text, re.M))
 
 
-def tokens_per_second(address: str, count: int, seconds: float) -> float:
+def tokens_per_second(address: str, count: int, seconds: float, tokens: int) -> float:
     """Tokens generated per second for clients that send one request after another."""
-    with clients(address, count, 100) as outcomes:
+    with clients(address, count, tokens) as outcomes:
         time.sleep(seconds / 4)  # all are under way
         before, started = generated(address), time.monotonic()
         time.sleep(seconds)
@@ -88,14 +88,14 @@ def tokens_per_second(address: str, count: int, seconds: float) -> float:
     return rate
 
 
-def throughput(addresses: dict[str, str], rounds: int, seconds: float) -> dict[str, Any]:
+def throughput(addresses: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of each server, in turns, and the fleet's relative to the others' of its turn."""
     found: dict[str, Any] = {}
     for count in (4, 16):
         rates: dict[str, list[float]] = {name: [] for name in addresses}
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for name, address in addresses.items():
-                rates[name].append(tokens_per_second(address, count, seconds))
+                rates[name].append(tokens_per_second(address, count, arguments.seconds, arguments.tokens))
         found[f"{count} clients"] = {
             **{name: round(statistics.median(values), 1) for name, values in rates.items()},
             "ratios": {
@@ -166,8 +166,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "seconds to deploy two replicas": round(fleet.deploy(2), 1),
         }
         servers = {ONE: one, FLEET: fleet.address}
-        found["overhead"] = overhead(servers, arguments.rounds * 10)
-        found["throughput"] = throughput({**servers, TWO: two}, arguments.rounds, arguments.seconds)
+        if arguments.overhead:
+            found["overhead"] = overhead(servers, arguments.rounds * 10)
+        found["throughput"] = throughput({**servers, TWO: two}, arguments)
         if arguments.faults:
             found |= {"a replica killed": kill(fleet), "an update": update(fleet)}
         return found
@@ -180,7 +181,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement of throughput")
     switch = argparse.BooleanOptionalAction
+    parser.add_argument("--tokens", type=int, default=100, help="of a request of the throughput")
     parser.add_argument("--grpc", action=switch, default=True, help="between Ray's processes")
+    parser.add_argument("--overhead", action=switch, default=True, help="also time single requests")
     parser.add_argument("--faults", action=switch, default=True, help="also end and update replicas")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
