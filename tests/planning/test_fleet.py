@@ -62,13 +62,13 @@ def test_the_chain_finds_what_the_events_show() -> None:
     times, shape, replica = step_times(noise=(0.9, 1.0, 1.1)), Workload(1, 32, 24), Replica(4, places=40)
     most = capacity(times, shape, replica)
     runs = [
-        Simulation(times, shape, replica).run(poisson(load * most, 1500, seed))
+        Simulation(times, shape, replica).run(poisson(load * most, 1000, seed))
         for seed, load in enumerate((0.3, 0.6, 0.8, 0.95, 1.1))
     ]
     one = aggregate(runs, replica.slots, replica.places + 1)
     assert one.rates[-1] == pytest.approx(most, rel=0.1)
     rate = 0.7 * most * 6
-    events = Simulation(times, shape, replica, replicas=6, policy="two choices").run(poisson(rate, 5000, 1))
+    events = Simulation(times, shape, replica, replicas=6, policy="two choices").run(poisson(rate, 2500, 1))
     fleet = Fleet(one, 6, replica.places, "two choices", tick=0.2 / one.rates.max())
     fleet.run(lambda now: rate, 10, 10)
     (window,) = fleet.run(lambda now: rate, 200, 200)

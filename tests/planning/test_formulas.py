@@ -37,7 +37,7 @@ def test_a_request_with_hardly_any_load_takes_its_own_passes() -> None:
     added = Frontend(request_seconds=0.01)
     found = SteadyState(step_times(), SHAPE.at(1e-4), Replica(4), added).latencies()
     assert found.ttft_p50 == pytest.approx(0.01 + pass_seconds(0, 64), rel=0.02)
-    assert found.itl_p50 == pytest.approx(pass_seconds(1, 0))
+    assert found.itl_p50 == pytest.approx(pass_seconds(1, 0), rel=1e-4)
 
 
 def test_above_the_capacity_the_places_bound_the_queue() -> None:

@@ -65,9 +65,9 @@ def test_a_queue_with_one_slot_waits_as_theory_says() -> None:
     shape = Workload(0, 16, 10)
     service = pass_seconds(0, 16) + 9 * pass_seconds(1, 0)
     rate = 0.7 / service
-    found = simulate(step_times(), shape.at(rate), Replica(1, places=10**6), requests=12_000, seed=3)
+    found = simulate(step_times(), shape.at(rate), Replica(1, places=10**6), requests=6000, seed=3)
     wait = found.ttfts.mean() - pass_seconds(0, 16)
-    assert wait == pytest.approx(service * 0.7 / (2 * 0.3), rel=0.08)
+    assert wait == pytest.approx(service * 0.7 / (2 * 0.3), rel=0.1)
 
 
 def test_the_capacity_of_one_slot_is_one_request_per_service() -> None:
@@ -79,7 +79,7 @@ def test_the_capacity_of_one_slot_is_one_request_per_service() -> None:
 def test_a_router_that_looks_shortens_the_wait(policy: Policy) -> None:
     workload, replica = Workload(0, 16, 10), Replica(1)
     rate = 4 * 0.8 * capacity(step_times(), workload, replica)
-    arrivals = poisson(rate, 3000, 2)
+    arrivals = poisson(rate, 1500, 2)
 
     def mean(chosen: Policy) -> float:
         fleet = Simulation(step_times(), workload, replica, replicas=4, policy=chosen)
