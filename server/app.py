@@ -1,8 +1,9 @@
 """The ASGI app: routes, exception handlers, middleware in order, lifespan."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,9 +27,9 @@ from server.http.openapi import describe
 from server.http.redaction import Redaction
 from server.http.responses import error_response
 from server.http.route_facts import RouteTable
-from server.report.choice import Choice
 from server.routes import compare, favicon, generate, health, playground, precisions, report, stats, tokenize
 from server.routes.openai import routes as openai
+from server.served_model import Wanted
 from server.service.watchdog import watch
 from server.settings.server import Settings
 from server.settings.types import AUTO
@@ -43,16 +44,18 @@ ROUTES = tuple(route for router in _ROUTERS for route in router.routes)
 
 def create_app(
     settings: Settings,
-    default_choice: Choice | None = None,
     *,
+    first: Wanted | None = None,
+    others: Sequence[Wanted] = (),
     open_checkpoint: Callable[..., Checkpoint] = loaders.checkpoint.open_checkpoint,
     load: Callable[..., LoadedModel] = loaders.load,
 ) -> FastAPI:
-    """The app that serves one model. Nothing is read or loaded before its lifespan begins.
+    """The app that serves one model or several. Nothing is read or loaded before its lifespan begins.
 
     Args:
         settings: the one instance that everything in the app holds; ``precision`` is resolved, not ``AUTO``.
-        default_choice: why the report chose ``settings.precision``, if it did.
+        first: the default model; None: ``open_checkpoint`` opens that of ``settings``.
+        others: the models beside it.
         open_checkpoint: (model id, revision) → ``Checkpoint``.
         load: loads one precision; same signature as ``loaders.load``.
 
@@ -64,21 +67,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = await build_state(settings, default_choice, early_refusal, open_checkpoint, load)
+        opened = partial(open_checkpoint, settings.model_id, settings.revision)
+        state = await build_state([first or Wanted(opened, settings), *others], early_refusal, load)
         app.state = state  # type: ignore[assignment]  # typed: see state_of
-        admission.places = state.service.places
+        admission.places = state.places
         async with _running(state):
             yield
 
-    app = FastAPIOffline(  # serves the scripts of /docs itself; FastAPI's page loads them from a CDN
-        redoc_url=None,
-        static_url="/docs/static",
-        title="bitdial",
-        version=VERSION,
-        description="One causal language model in every precision, chosen per request.",
-        lifespan=lifespan,
-        redirect_slashes=False,
-    )
+    app = _make_app(lifespan)
     routes = RouteTable(ROUTES)
     admission = AdmissionControl(Auth(app, settings, routes), settings, routes)
     early_refusal = _make_early_refusal(admission, settings)
@@ -93,24 +89,36 @@ def create_app(
     return app
 
 
+def _make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    return FastAPIOffline(  # serves the scripts of /docs itself; FastAPI's page loads them from a CDN
+        redoc_url=None,
+        static_url="/docs/static",
+        title="bitdial",
+        version=VERSION,
+        description="Causal language models in every precision, chosen per request.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+
+
 @asynccontextmanager
 async def _running(state: AppState) -> AsyncIterator[None]:
     """Starts what runs in the background, and stops it and the engines on exit."""
-    state.pool.start()
-    tasks = [asyncio.create_task(watch(state.pool, state.lifecycle, state.settings.hang_timeout))]
-    if state.shadow is not None:
-        tasks.append(asyncio.create_task(state.shadow.run()))
-    if state.telemetry is not None and state.telemetry.metrics is not None:
-        tasks.append(asyncio.create_task(state.telemetry.metrics.run()))
+    models = state.models.values()
+    tasks: list[asyncio.Task[None]] = []
+    for model in models:
+        model.pool.start()
+        tasks.append(asyncio.create_task(watch(model.pool, state.lifecycle, state.settings.hang_timeout)))
+        if model.shadow is not None:
+            tasks.append(asyncio.create_task(model.shadow.run()))
+    if state.telemetry is not None:
+        tasks.append(asyncio.create_task(state.telemetry.run()))
     try:
         yield
     finally:
         await cancelled(*tasks)
-        await state.reports.stop()
-        if state.chat is not None:
-            await state.chat.stop()
-        state.service.prompts.close()
-        await state.pool.stop()
+        for model in models:
+            await model.stop()
         if state.telemetry is not None:
             await state.telemetry.close()
 

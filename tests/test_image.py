@@ -166,7 +166,8 @@ def test_the_server_reads_the_variables_in_the_document() -> None:
 
 
 def test_compose_passes_variables_that_the_server_reads() -> None:
-    for name, service in COMPOSE["services"].items():
+    for name in ("gpu", "cpu"):
+        service = COMPOSE["services"][name]
         environment = service["environment"]
         assert set(environment) <= VARIABLES | EXTERNAL, name
         for variable, value in environment.items():

@@ -38,7 +38,7 @@ def test_the_state_is_there_while_the_lifespan_runs(make_app: Callable[..., Fast
         async with entered(app):
             state = state_of(app)
             assert isinstance(state, AppState)
-            held = (state.pool._settings, state.service._settings, state.reports._settings)
+            held = (state.pool._settings, state.service._settings, state.default.reports._settings)
             assert all(settings is state.settings for settings in held)
 
     asyncio.run(work())
@@ -49,9 +49,9 @@ def test_reports_and_shadow_share_the_activity_of_pool_and_service(make_app: Cal
         app = make_app(shadow_precision="fp32")
         async with entered(app):
             state = state_of(app)
-            assert state.shadow is not None
-            activity = state.shadow._activity
-            assert activity is state.reports._activity
+            assert state.default.shadow is not None
+            activity = state.default.shadow._activity
+            assert activity is state.default.reports._activity
             with state.service.places.reserved():
                 assert activity.is_busy()
             await until(activity.is_idle)

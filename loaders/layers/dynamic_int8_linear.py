@@ -12,22 +12,22 @@ from loaders.layers.huge_pages import Arena
 from loaders.layers.layer_weights import LayerWeights
 from loaders.layers.native_linear import NativeLinear
 
-_WEIGHT_LEVELS = 127
+_LEVELS = 127  # of activations, and of the kernels' weights
 _ROWS = 4096  # outputs quantized at a time
 
 
-def activation_levels() -> int:
-    """Largest quantized magnitude of an activation.
+def weight_levels() -> int:
+    """Largest quantized magnitude of FBGEMM's weights.
 
-    Without VNNI, FBGEMM adds pairs of uint8 × int8 products in 16 bits, which saturate with 8-bit
-    activations; 7 bits never do (127 × 127 × 2 < 2¹⁵).
+    Without VNNI it adds pairs of uint8 × int8 products in 16 bits, which saturate if both have 8 bits: with
+    weights of 7 they never do (255 × 63 × 2 < 2¹⁵). Activations, with their outliers, need the bit more.
     """
     return 127 if torch.cpu._is_vnni_supported() else 63
 
 
 def quantize_weight(weight: Tensor) -> Tensor:
-    """(outputs, inputs) float32 → torch's qint8 with one scale an output: its largest magnitude / 127."""
-    scales = (weight.abs().amax(dim=1) / _WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    """(outputs, inputs) float32 → torch's qint8, one scale an output: its largest magnitude / the levels."""
+    scales = (weight.abs().amax(dim=1) / weight_levels()).clamp_min(torch.finfo(torch.float32).tiny)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def quantize_lanes(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
     for rows, into in zip(weight.split(_ROWS), codes.split(_ROWS), strict=True):
         lanes = rows.reshape(len(rows), -1, INT8_LANES, 4)
-        exact = (lanes.abs().amax(dim=(1, 3)) / _WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+        exact = (lanes.abs().amax(dim=(1, 3)) / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
         above = ((exact.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
         into.copy_((lanes / above[:, None, :, None]).round_().view(rows.shape))
         scales.append(above.bfloat16())
@@ -90,7 +90,6 @@ class DynamicInt8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.input_scale: Tensor | None = None  # factors that the weights include, as in LayerWeights
-        self._levels = activation_levels()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces torchao as the successor
             self._packed = torch.ops.quantized.linear_prepack(quantize_weight(weight), None)
@@ -99,7 +98,7 @@ class DynamicInt8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         ranges = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows / ranges, 1 / self._levels, self._levels + 1, self._packed
+            rows / ranges, 1 / _LEVELS, _LEVELS + 1, self._packed
         )
         y = y * ranges if self.bias is None else torch.addcmul(self.bias, y, ranges)
         return y.view(*x.shape[:-1], self.out_features)

@@ -23,7 +23,7 @@ from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.footprint import count_parameters, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
 from loaders.layers.conv1d import to_linear
-from loaders.layers.dynamic_int8_linear import activation_levels, int8_linear, int8_linear_bytes
+from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes, weight_levels
 from loaders.layers.huge_pages import Arena
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
@@ -73,7 +73,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     footprint = measure(model, parameters, reasons(model, "the head was left in fp32 by choice"))
     native = kernels.get() is not None
     details = {
-        "activation_bits": 8 if native or activation_levels() == 127 else 7,
+        "activation_bits": 8,
+        "weight_bits": 8 if native or weight_levels() == 127 else 7,
         "per_row_ranges": True,
         "activation_group_size": ACTIVATION_GROUP if native else "row",
         "weight_scales_per_output": INT8_LANES if native else 1,

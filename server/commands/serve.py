@@ -6,18 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from itertools import chain
 
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
-from server.commands.command_line import FAILED, USAGE, UsageError, complain, for_saved, parse, require
-from server.commands.progress import ProgressBars, show_loading
+from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
+from server.commands.models_to_serve import open_models
+from server.commands.progress import show_loading
 from server.errors import ServiceError
 from server.http.connection.open_files import most_connections, raise_limit
 from server.observability.logs import set_up_logging
-from server.report.choice import Choice
 from server.settings.server import Settings
-from server.settings.types import AUTO
 
 _INSTALL_OTLP = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
@@ -45,15 +44,9 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
         set_up_logging(options.json_output, options.log_level, options.secrets())
         if sys.stderr.isatty():  # the imports take seconds
             print(f"bitdial: starting with the model {options.model_id} …", file=sys.stderr, flush=True)
-        # late: help and usage must not wait for transformers
-        from loaders.checkpoint import load_tokenizer, open_checkpoint
-
         # opened before the server starts: a missing model is one line and an exit code
-        checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
-        load_tokenizer(checkpoint)
-        options = for_saved(options, checkpoint)
-        settings, choice = _resolve_default(options, checkpoint)
-        _require_room(settings, checkpoint)
+        wanted = open_models(options, arguments)
+        _require_room(wanted[0].settings, wanted[0].open())
     except UsageError as error:
         complain(command, error)
         return USAGE
@@ -64,16 +57,17 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
     from server.http.server import Process
     from server.state import state_of
 
-    def opened(*arguments: Any, **options: Any) -> Any:
-        return checkpoint
+    first, *others = wanted
+    settings = first.settings
 
     def listening(port: int) -> None:
-        _announce(settings, port)
+        _announce(settings, port, [one.name or one.open().model_id for one in wanted])
         if sys.stderr.isatty() and command == "serve":
-            bars.add(asyncio.create_task(show_loading(state_of(app).pool.states)))
+            states = [model.pool.states for model in state_of(app).models.values()]
+            bars.add(asyncio.create_task(show_loading(lambda: chain.from_iterable(one() for one in states))))
 
     bars: set[asyncio.Task[None]] = set()  # the event loop's references to tasks are weak
-    app = create_app(settings, choice, open_checkpoint=opened)
+    app = create_app(settings, others=others, first=first)
     process = Process(app, settings, on_listening=listening)
     code = process.serve_forever()
     sys.stdout.flush()
@@ -121,23 +115,6 @@ def _require_files(options: Settings) -> None:
         raise UsageError(f"--max-connections (or MAX_CONNECTIONS): {error}") from None
 
 
-def _resolve_default(options: Settings, checkpoint: Checkpoint) -> tuple[Settings, Choice | None]:
-    """The settings with ``auto`` replaced by a precision, and the report's choice that gave it."""
-    if options.precision != AUTO:
-        return options, None
-    from server.report.auto import resolve_default
-    from server.report.background import Reports
-
-    reports = Reports(options, checkpoint)
-    asyncio.run(reports.find_subject())
-    try:
-        settings, choice = resolve_default(options, reports)
-    except ServiceError as error:
-        raise UsageError(f"--precision (or PRECISION) auto: {error.message}") from None
-    print(f"auto: {choice.reason if choice else settings.precision}", flush=True)
-    return settings, choice
-
-
 def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
     """Raises: UsageError, if the default precision doesn't fit: the server would never be ready."""
     from server.host import memory
@@ -156,7 +133,7 @@ def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
         )
 
 
-def _announce(options: Settings, port: int) -> None:
+def _announce(options: Settings, port: int, models: Sequence[str]) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key else ""
@@ -166,7 +143,7 @@ def _announce(options: Settings, port: int) -> None:
         f"\nbitdial is listening on {address}\n"
         f"  open {address}/ in a browser\n"
         f"  every route: {address}/docs\n"
-        f"  model {options.model_id}, default precision {options.precision}; try:\n\n"
+        f"  model {', '.join(models)}, default precision {options.precision}; try:\n\n"
         f"  curl {address}/generate{key} -H 'Content-Type: application/json' -d '{body}'\n",
         flush=True,
     )

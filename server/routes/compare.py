@@ -21,12 +21,14 @@ from server.http.route_facts import RouteFacts
 from server.http.streaming import until_disconnect
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
+from server.routes.precision_choice import choose_model
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
 from server.routes.shared import body_of
+from server.served_model import ServedModel
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState, known_precision
 from server.settings.types import ALL
-from server.state import AppState, state_of
+from server.state import state_of
 
 router = APIRouter(tags=["comparing"])
 
@@ -58,30 +60,31 @@ _BODY = body_of(CompareBody, _EXAMPLE, parameters=Sampling.model_json_schema())
 @RouteFacts(takes_a_place=True, media_types=("application/json", "text/markdown"))
 async def compare(request: Request) -> Response:
     """Continues a prompt in several precisions, and measures each one's divergence from the reference."""
-    values, state = merge_parameters(await read_object(request)), state_of(request.app)
-    body = validate(CompareBody, values, state.settings)
-    results = await until_disconnect(request, _within_time(state, body))
+    values, model = merge_parameters(await read_object(request)), choose_model(request)
+    body = validate(CompareBody, values, model.settings)
+    comparing = state_of(request.app).comparing
+    results = await until_disconnect(request, _within_time(model, body, comparing))
     if "text/markdown" in request.headers.get("accept", ""):
         return Response(markdown(results.reference, results.rows), media_type="text/markdown")
     return JSONResponse(_as_json(results))
 
 
-async def _within_time(state: AppState, body: CompareBody) -> Answer:
+async def _within_time(model: ServedModel, body: CompareBody, comparing: asyncio.Lock) -> Answer:
     try:
-        async with asyncio.timeout(state.settings.request_timeout):
-            with state.service.places.reserved():
-                return await _compare(state, body)
+        async with asyncio.timeout(model.settings.request_timeout):
+            with model.service.places.reserved():
+                return await _compare(model, body, comparing)
     except TimeoutError:
         raise DeadlinePassed("the comparison's time was up") from None
 
 
-async def _compare(state: AppState, body: CompareBody) -> Answer:
+async def _compare(model: ServedModel, body: CompareBody, comparing: asyncio.Lock) -> Answer:
     reference = known_precision(body.reference)
-    names = _select(state.pool, body.precisions, reference)
-    request = await _comparison_request(state, body)
+    names = _select(model.pool, body.precisions, reference)
+    request = await _comparison_request(model, body)
     answer = Answer(reference, len(request.ids), request.params.seed, {})
-    comparison = Comparison(request, state.codec, state.pool.use, state.service.observe)
-    async with state.comparing:  # one at a time: the reference's logits are kept in memory meanwhile
+    comparison = Comparison(request, model.codec, model.pool.use, model.service.observe)
+    async with comparing:  # one at a time: the reference's logits are kept in memory meanwhile
         for name in names:
             try:
                 answer.rows[name] = await comparison.run(name)
@@ -108,14 +111,14 @@ def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> lis
     return list(dict.fromkeys([reference, *names]))
 
 
-async def _comparison_request(state: AppState, body: CompareBody) -> ComparisonRequest:
+async def _comparison_request(model: ServedModel, body: CompareBody) -> ComparisonRequest:
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
-    deadline = time.perf_counter() + state.settings.request_timeout
-    ids = await state.service.prompts.encode(request, deadline)
-    most = longest_prompt(state.checkpoint.vocabulary)
+    deadline = time.perf_counter() + model.settings.request_timeout
+    ids = await model.service.prompts.encode(request, deadline)
+    most = longest_prompt(model.checkpoint.vocabulary)
     if len(ids) > most:
         raise PromptTooLong(f"the prompt has {len(ids)} tokens; a comparison takes at most {most}")
-    params = state.service.resolve(request, len(ids))
+    params = model.service.resolve(request, len(ids))
     return ComparisonRequest(ids, params, request.stop)
 
 

@@ -17,7 +17,7 @@ from server.http.route_facts import RouteFacts
 from server.http.streaming import event
 from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
-from server.routes.precision_choice import PrecisionChoice, choose_precision, resolve_precision
+from server.routes.precision_choice import PrecisionChoice, choose_precision, model_of, resolve_precision
 from server.routes.schemas import GenerateBody, Parameters
 from server.routes.shared import (
     SEEDS,
@@ -32,7 +32,6 @@ from server.routes.shared import (
 )
 from server.service.generation import Continuation, GenerationRequest, Piece
 from server.service.text.codec import TextCodec
-from server.state import state_of
 
 router = APIRouter(tags=["generate"])
 _parameters = Parameters.model_json_schema()
@@ -94,16 +93,16 @@ async def compatible(request: Request) -> Response:
 
 async def _answer(request: Request, stream: bool = False, listed: bool = False) -> Response:
     values = merge_parameters(await read_object(request))
-    state = state_of(request.app)
     precision = choose_precision(request, values)
-    body = validate(GenerateBody, values, state.settings)
+    model = model_of(request)
+    body = validate(GenerateBody, values, model.settings)
     requested = resolve_precision(request, precision, body.auto)
     if stream or body.stream:
         body.check_stream()
         return await _stream(request, body, requested)
     done = await run_all(request, _requests(body, requested))
     done.sort(key=attrgetter("mean_logprob"), reverse=True)
-    reply = _reply(body, done, state.codec)
+    reply = _reply(body, done, model.codec)
     return whole(request, [reply] if listed else reply, headers(done[0]))
 
 
@@ -199,9 +198,9 @@ def _top(token: Token, codec: TextCodec) -> list[dict[str, Any]]:
 
 
 async def _stream(request: Request, body: GenerateBody, requested: PrecisionChoice) -> Response:
-    state = state_of(request.app)
     body.stream = True
-    return await stream_all(request, _requests(body, requested), partial(_events, body, state.codec))
+    codec = model_of(request).codec
+    return await stream_all(request, _requests(body, requested), partial(_events, body, codec))
 
 
 async def _events(body: GenerateBody, codec: TextCodec, opened: list[Continuation]) -> AsyncGenerator[bytes]:

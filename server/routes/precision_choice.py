@@ -1,4 +1,4 @@
-"""The precision of a request: from its body, header, query or model name, or chosen by the report."""
+"""A request's model and precision: from its body, header, query or path, or chosen by the report."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,11 +12,13 @@ from server.errors import BadPrecision, Invalid, UnknownModel
 from server.report.auto import bounds_of, choose_by_report
 from server.report.choice import Bounds, Choice
 from server.routes.schemas import AutoBounds
+from server.served_model import ServedModel
 from server.service.precision_state import known_precision
 from server.settings.types import AUTO
 from server.state import state_of
 
 ANY_MODEL = "tgi"
+_CHOSEN = "bitdial.model"
 _ANY_MODEL = (ANY_MODEL, "dummy", "[UNUSED]")
 """Model names of Hugging Face's clients and documentation for an endpoint whose model is unknown to them."""
 
@@ -32,44 +34,79 @@ class PrecisionChoice:
 _DEFAULT = PrecisionChoice()
 
 
-def model_names(model_id: str) -> tuple[str, ...]:
-    """Names of the served model: as configured, and without its owner."""
-    return model_id, model_id.rsplit("/", 1)[-1]
+def model_of(request: Request) -> ServedModel:
+    """The model that ``choose_precision`` or ``choose_model`` has found; else the default one."""
+    found = request.scope.get(_CHOSEN)
+    return found if isinstance(found, ServedModel) else state_of(request.app).default
 
 
-def precision_of_model(name: str | None, model_id: str) -> str | None:
-    """The precision in a model name: ``gpt2:int8`` → ``int8``, ``gpt2`` → None.
+def choose_model(request: Request) -> ServedModel:
+    """The model that the path or the query names; else the default one.
 
     Raises:
-        UnknownModel: not the served model.
+        UnknownModel
+        Invalid: they name different ones.
     """
-    if name is None or name in _ANY_MODEL or name in model_names(model_id):
-        return None
-    base, colon, precision = name.rpartition(":")
-    if not colon or base not in (*model_names(model_id), *_ANY_MODEL):
-        raise UnknownModel(f"no such model here; this server has {model_id}", param="model")
-    return precision
+    _named(request, None)
+    return model_of(request)
 
 
-def choose_precision(request: Request, body: Mapping[str, Any], model: str | None = None) -> str | None:
-    """The requested precision, possibly ``AUTO``; None if the request names none.
+def choose_precision(request: Request, body: Mapping[str, Any], model: object = None) -> str | None:
+    """The requested precision, possibly ``AUTO``; None if the request names none. Sets ``model_of``.
 
-    Read from the body, the header, the query and the model's name (in the path or in ``model``).
+    Read from the body, the header, the query and the model's name (in the path, the query or ``model``).
 
     Raises:
         BadPrecision: no such precision, or two of these places disagree.
-        UnknownModel: not the name of the served model.
+        UnknownModel: not the name of a served model.
+        Invalid: the request names different models.
     """
-    model_id = state_of(request.app).checkpoint.model_id
-    names = [name for name in (request.path_params.get("model"), model) if name is not None]
-    names = [name for name in names if not _is_address(name, request)]
     requested: list[object] = [body["precision"]] if "precision" in body else []
     requested += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
-    requested += [found for name in names if (found := precision_of_model(name, model_id)) is not None]
+    requested += _named(request, model if isinstance(model, str) else None)
     distinct = {name if name == AUTO else known_precision(name): None for name in requested}
     if len(distinct) > 1:
         raise BadPrecision(f"the request names different precisions: {', '.join(distinct)}")
     return next(iter(distinct), None)
+
+
+def _named(request: Request, model: str | None) -> list[str]:
+    """Sets ``model_of`` by all names of a model in the request; the precisions that the names end with."""
+    names = [request.path_params.get("model"), *request.query_params.getlist("model"), model]
+    served = state_of(request.app).models
+    found = [
+        split_model_name(name, served)
+        for name in names
+        if name is not None and not _is_address(name, request)
+    ]
+    models = {one.name: one for one, _ in found if one is not None}
+    if len(models) > 1:
+        raise Invalid(f"the request names different models: {', '.join(models)}", param="model")
+    request.scope[_CHOSEN] = next(iter(models.values()), None)
+    return [precision for _, precision in found if precision is not None]
+
+
+def split_model_name(name: str, served: Mapping[str, ServedModel]) -> tuple[ServedModel | None, str | None]:
+    """The model, None for the default, and the precision in a name: ``gpt2:int8`` → gpt2 and int8.
+
+    Raises:
+        UnknownModel: no served model.
+    """
+    base, colon, precision = name.rpartition(":")
+    for whole, ending in ((name, None), (base if colon else "", precision)):
+        if whole in _ANY_MODEL:
+            return None, ending
+        if (model := _served(whole, served)) is not None:
+            return model, ending
+    raise UnknownModel(f"no such model here; this server has {', '.join(served)}", param="model")
+
+
+def _served(name: str, served: Mapping[str, ServedModel]) -> ServedModel | None:
+    """The model of that name, or of that name without its owner, if it is the only such one."""
+    if name in served:
+        return served[name]
+    without_owner = [model for full, model in served.items() if full.rsplit("/", 1)[-1] == name]
+    return without_owner[0] if len(without_owner) == 1 else None
 
 
 def _is_address(name: str, request: Request) -> bool:
@@ -88,13 +125,13 @@ def resolve_precision(request: Request, name: str | None, auto: AutoBounds | Non
         Invalid: bounds together with a named precision, or no precision satisfies them.
         Unavailable: there is no report.
     """
-    state = state_of(request.app)
+    model = model_of(request)
     if name not in (None, AUTO) and auto is not None:
         raise Invalid('auto goes with precision "auto", not with a named one', param="auto")
     if name is None and auto is None:
-        return PrecisionChoice(None, state.default_choice)
+        return PrecisionChoice(None, model.default_choice)
     if name not in (None, AUTO):
         return PrecisionChoice(name)
-    bounds = bounds_of(state.settings) if auto is None else Bounds(**auto.model_dump())
-    choice = choose_by_report(state.reports, state.pool.able, bounds)
+    bounds = bounds_of(model.settings) if auto is None else Bounds(**auto.model_dump())
+    choice = choose_by_report(model.reports, model.pool.able, bounds)
     return PrecisionChoice(choice.precision, choice)

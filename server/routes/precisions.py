@@ -12,6 +12,7 @@ import loaders
 from server.errors import ServiceError
 from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
+from server.routes.precision_choice import choose_model
 from server.routes.schemas import PRECISION_NAMES
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState, known_precision
@@ -27,14 +28,14 @@ TargetName = Annotated[str, WithJsonSchema(_IN_DOCS)]
 @router.get("")
 async def list_precisions(request: Request) -> list[dict[str, Any]]:
     """Every precision and its state on this host."""
-    return [_describe(state) for state in state_of(request.app).pool.states()]
+    return [_describe(state) for state in choose_model(request).pool.states()]
 
 
 @router.post("/{name}/load")
 @RouteFacts(admin=True, media_types=("text/event-stream",))
 async def load(request: Request, name: TargetName) -> Response:
     """Loads a precision, with its progress as server-sent events."""
-    pool = state_of(request.app).pool
+    pool = choose_model(request).pool
     state_of(request.app).lifecycle.check()
     state = pool.state(known_precision(name))
     if state.state == "unavailable":
@@ -46,7 +47,7 @@ async def load(request: Request, name: TargetName) -> Response:
 @RouteFacts(admin=True)
 async def unload(request: Request, name: TargetName) -> dict[str, Any]:
     """Frees a precision's weights; its running requests end with an error."""
-    pool = state_of(request.app).pool
+    pool = choose_model(request).pool
     await pool.unload(known_precision(name))
     return _describe(pool.state(known_precision(name)))
 

@@ -19,11 +19,12 @@ from server.report import plots
 from server.report.files import as_json
 from server.report.markdown import advice_of, markdown
 from server.report.page import page
+from server.routes.precision_choice import choose_model
 from server.routes.schemas import NamesOrAll
 from server.routes.shared import body_of
+from server.served_model import ServedModel
 from server.service.precision_state import known_precision
 from server.settings.types import ALL
-from server.state import AppState, state_of
 
 router = APIRouter(tags=["comparing"])
 _JSON, _MARKDOWN, _HTML = "application/json", "text/markdown", "text/html"
@@ -47,9 +48,9 @@ class ReportBody(Strict):
 @RouteFacts(media_types=(_JSON, _MARKDOWN, _HTML))
 async def kept(request: Request) -> Response:
     """The latest finished report: JSON, Markdown or HTML, by ``Accept``."""
-    report = state_of(request.app).reports.latest()
-    if report is None:
-        raise NotFound(state_of(request.app).reports.how_to_make_one())
+    reports = choose_model(request).reports
+    if (report := reports.latest()) is None:
+        raise NotFound(reports.how_to_make_one())
     kind = preferred(request.headers.get("accept", ""), (_JSON, _MARKDOWN, _HTML))
     if kind == _HTML:
         return HTMLResponse(await asyncio.to_thread(page, report.document, report.folder))
@@ -66,29 +67,29 @@ _BODY["requestBody"]["required"] = False
 @RouteFacts(admin=True, media_types=("text/event-stream",))
 async def make(request: Request) -> Response:
     """Measures every precision in a separate process, with its progress as server-sent events."""
-    state = state_of(request.app)
+    model = choose_model(request)
     values = await read_object(request) if await request.body() else {}
-    body = validate(ReportBody, values, state.settings)
+    body = validate(ReportBody, values, model.settings)
     options = {
-        "precisions": _select(state, body.precisions),
+        "precisions": _select(model, body.precisions),
         "quality": body.quality,
         "plots": _draws_plots(body.plots),
         "fresh": body.fresh,
     }
-    events = state.reports.make(options, body.text)
+    events = model.reports.make(options, body.text)
     first = await anext(events, None)  # raises a refusal before the 200 is sent
-    return EventStream(_progress(state, first, events), state.reports.abandon, {})
+    return EventStream(_progress(model, first, events), model.reports.abandon, {})
 
 
 async def _progress(
-    state: AppState, first: dict[str, Any] | None, events: AsyncGenerator[Any]
+    model: ServedModel, first: dict[str, Any] | None, events: AsyncGenerator[Any]
 ) -> AsyncGenerator[bytes]:
     async with aclosing(events):
         if first is not None:
             yield event(first)
         async for progress in events:
             yield event(progress)
-    report = state.reports.latest()
+    report = model.reports.latest()
     advice = None if report is None else advice_of(report.document)
     yield event({
         "status": "ready",
@@ -103,17 +104,17 @@ def _draws_plots(plots_option: bool | None) -> bool:
         raise Unavailable(f'{error}; or send "plots": false') from None
 
 
-def _select(state: AppState, precisions: Any) -> list[str]:
+def _select(model: ServedModel, precisions: Any) -> list[str]:
     """Names of the precisions that can run on this host.
 
     Raises:
         Unavailable: one that was named can't.
     """
     if precisions is None or precisions == ALL:
-        return [one.name for one in state.pool.states() if one.state != "unavailable"]
+        return [one.name for one in model.pool.states() if one.state != "unavailable"]
     names = list(dict.fromkeys(known_precision(name) for name in precisions))
     for name in names:
-        if (one := state.pool.state(name)).state == "unavailable":
+        if (one := model.pool.state(name)).state == "unavailable":
             raise one.refusal()
     return names
 

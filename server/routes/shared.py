@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from server.concurrency import cancelled
 from server.http.auth import owner_of
 from server.http.streaming import EventStream, Stream, until_disconnect
-from server.routes.precision_choice import ANY_MODEL
+from server.routes.precision_choice import ANY_MODEL, model_of
 from server.routes.schemas import PRECISION_NAMES
 from server.service.generation import Continuation, GenerationRequest
 from server.settings.types import AUTO
@@ -30,7 +30,7 @@ async def run_all(
     accepted = _accepted(request, requests, response_id=response_id)
 
     async def work() -> list[Continuation]:
-        opened = await state_of(request.app).service.open_all(accepted, held)
+        opened = await model_of(request).service.open_all(accepted, held)
         runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
             # all are read as their tokens arrive, so that a stop string ends each at once
@@ -52,7 +52,7 @@ async def stream_all(
     """Opens the requests and streams what ``events`` yields of them; closes them when the stream ends."""
     accepted = _accepted(request, requests, response_id=response_id, stream=True)
     with ExitStack() as held:
-        service = state_of(request.app).service
+        service = model_of(request).service
         opened = await until_disconnect(request, service.open_all(accepted, held))
         headers, body = opening_headers(opened[0]), events(opened)
         return EventStream(body, held.pop_all().close, headers)
@@ -72,7 +72,7 @@ def whole(request: Request, content: Any, extra_headers: dict[str, str]) -> Resp
     response = JSONResponse(content, headers=extra_headers)
     if len(response.body) <= _SLICE:
         return response
-    return Stream(_slices(response.body), state_of(request.app).service.places.hold(), response.headers)
+    return Stream(_slices(response.body), state_of(request.app).places.hold(), response.headers)
 
 
 async def _slices(body: bytes | memoryview) -> AsyncGenerator[bytes]:

@@ -21,7 +21,9 @@ from server.observability.metrics import Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
+from server.routes.precision_choice import choose_model
 from server.routes.precisions import PrecisionName
+from server.served_model import ServedModel
 from server.service.kv_memory import blocks_of
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState, known_precision
@@ -42,46 +44,55 @@ async def stats(
     """
     if layers not in (None, "true", "false"):
         raise Invalid("layers is true or false", param="layers")
-    state = state_of(request.app)
-    pool, metrics, checkpoint = state.pool, state.metrics, state.checkpoint
+    state, model = state_of(request.app), choose_model(request)
+    pool, metrics = model.pool, model.metrics
     names = loaders.PRECISIONS if precision is None else [known_precision(precision)]
     full = pool.state("fp32").engine
     parameters = next((e.model.footprint.parameters for e in pool.engines), None)
     reference = full.model.footprint.weights_bytes if full else parameters and 4 * parameters
     return {
-        "model": {
-            "id": checkpoint.model_id,
-            "revision": checkpoint.revision,
-            "architecture": checkpoint.architecture,
-            "parameters": parameters,
-            "context_length": checkpoint.context_length,
-        },
-        "host": {
-            "device": pool.device,
-            "device_name": _device_name(pool.device),
-            "cpu_threads": pool.threads,
-            "memory": memory.process_memory(),
-        },
+        "model": _identity(model, parameters),
+        "models": list(state.models),
+        "host": _host(pool),
         "uptime_seconds": round(state.uptime(), 3),
         "queue": {
             "running": sum(engine.running for engine in pool.engines),
             "waiting": sum(engine.waiting for engine in pool.engines),
-            "in_flight": state.service.places.in_flight,
+            "in_flight": state.in_flight,
             "capacity": state.settings.max_concurrent_requests,
         },
         "memory": {
             "limit_bytes": state.settings.memory_budget,
-            "used_bytes": pool.used_bytes(),
-            "free_bytes": max(0, pool.free_bytes()),
+            "used_bytes": pool.host.used_bytes(),
+            "free_bytes": max(0, pool.host.free_bytes()),
         },
-        "kv_cache": pool.kv_memory.figures(),
-        "report": _report(state.reports),
-        "shadow": state.shadow and state.shadow.figures(),
+        "kv_cache": pool.host.kv_memory.figures(),
+        "report": _report(model.reports),
+        "shadow": model.shadow and model.shadow.figures(),
         "precisions": {
             name: _precision(pool, pool.state(name), metrics, reference)
-            | ({"proof": await state.quantization_reports.of(name)} if layers == "true" else {})
+            | ({"proof": await model.quantization_reports.of(name)} if layers == "true" else {})
             for name in names
         },
+    }
+
+
+def _identity(model: ServedModel, parameters: int | None) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "revision": model.checkpoint.revision,
+        "architecture": model.checkpoint.architecture,
+        "parameters": parameters,
+        "context_length": model.checkpoint.context_length,
+    }
+
+
+def _host(pool: Pool) -> dict[str, Any]:
+    return {
+        "device": pool.device,
+        "device_name": _device_name(pool.device),
+        "cpu_threads": pool.threads,
+        "memory": memory.process_memory(),
     }
 
 
@@ -120,18 +131,19 @@ def _range(interval: Interval) -> list[float] | None:
 async def prometheus(request: Request) -> Response:
     """Metrics in Prometheus's text format, or in OpenMetrics' if ``Accept`` asks for it."""
     accept = ",".join(request.headers.getlist("accept"))
-    body, content_type = expose(state_of(request.app).metrics, accept)
+    metrics = [model.metrics for model in state_of(request.app).models.values()]
+    body, content_type = expose(metrics, accept)
     return Response(body, headers={"content-type": content_type, "vary": "Accept"})
 
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
     """The fields of Text Generation Inference's ``/info``, and the precisions."""
-    state = state_of(request.app)
-    settings, service, pool = state.settings, state.service, state.pool
+    model = choose_model(request)
+    settings, service, pool = model.settings, model.service, model.pool
     return {
-        "model_id": state.checkpoint.model_id,
-        "model_sha": state.checkpoint.revision,
+        "model_id": model.name,
+        "model_sha": model.checkpoint.revision,
         "model_pipeline_tag": "text-generation",
         "max_input_tokens": service.max_input_tokens,
         "max_total_tokens": service.max_total_tokens,
@@ -143,7 +155,7 @@ async def info(request: Request) -> dict[str, Any]:
         "router": "bitdial",
         "precision": pool.default,
         "precisions": [known.name for known in pool.states() if known.state != "unavailable"],
-        "chat_template": state.chat is not None,
+        "chat_template": model.chat is not None,
     }
 
 

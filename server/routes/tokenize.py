@@ -15,10 +15,10 @@ from server.http.body import read_object
 from server.http.route_facts import RouteFacts
 from server.http.streaming import Stream, until_disconnect
 from server.http.validation import validate
+from server.routes.precision_choice import choose_model
 from server.routes.schemas import TokenizeBody
 from server.routes.shared import body_of
 from server.service.text.prompt_encoder import Tokens
-from server.state import state_of
 
 router = APIRouter(tags=["looking"])
 _CHARACTERS = 250_000  # accepted of a text, or the usual length of the longest prompt if that is more
@@ -32,13 +32,13 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 @RouteFacts(takes_a_place=True, example=[{"id": 451, "text": "The", "start": 0, "stop": 3}])
 async def tokenize(request: Request) -> Response:
     """The tokens of a text and their offsets in it."""
-    values, state = await read_object(request), state_of(request.app)
-    body = validate(TokenizeBody, values, state.settings)
-    _check_length(len(body.inputs), state.service.max_total_tokens)
-    deadline = time.perf_counter() + state.settings.request_timeout
+    values, model = await read_object(request), choose_model(request)
+    body = validate(TokenizeBody, values, model.settings)
+    _check_length(len(body.inputs), model.service.max_total_tokens)
+    deadline = time.perf_counter() + model.settings.request_timeout
     with ExitStack() as held:
-        held.enter_context(state.service.places.reserved())
-        tokens = await until_disconnect(request, state.service.prompts.tokenize(body.inputs, deadline))
+        held.enter_context(model.service.places.reserved())
+        tokens = await until_disconnect(request, model.service.prompts.tokenize(body.inputs, deadline))
         if len(tokens) <= _PIECE:
             return Response(b"[%b]" % _rendered(tokens, 0), media_type=_JSON)
         # the place is held until all is sent, which bounds the memory of unsent responses

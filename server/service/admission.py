@@ -17,7 +17,7 @@ _DRAIN_AGE = 0.25  # seconds for which the estimate behind ``Retry-After`` is re
 
 
 class Backlog(Protocol):
-    """The part of ``server.service.pool.Pool`` that estimates how long its queues are."""
+    """The part of ``HostResources`` that estimates how long its queues are."""
 
     def drain_seconds(self) -> float | None: ...
 

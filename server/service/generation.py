@@ -23,9 +23,8 @@ from server.errors import (
     ServiceError,
     Unavailable,
 )
-from server.lifecycle import Lifecycle
 from server.observability.ended import Ended, Observer
-from server.service.admission import Backlog, Places
+from server.service.admission import Places
 from server.service.chat.renderer import ChatRenderer
 from server.service.continuation import (
     DEFAULT_NEW_TOKENS,
@@ -43,7 +42,7 @@ from server.settings.server import Settings
 __all__ = ["Continuation", "Conversation", "GenerationRequest", "GenerationService", "Piece"]
 
 
-class PoolLike(Backlog, Protocol):
+class PoolLike(Protocol):
     """The part of ``server.service.pool.Pool`` that opening a continuation needs."""
 
     default: str
@@ -52,7 +51,11 @@ class PoolLike(Backlog, Protocol):
 
 
 class GenerationService:
-    """Opens continuations; reserves their places before it computes anything for them."""
+    """Opens continuations; reserves their places before it computes anything for them.
+
+    Args:
+        places: shared by all models of the server.
+    """
 
     def __init__(
         self,
@@ -61,13 +64,13 @@ class GenerationService:
         codec: TextCodec,
         pool: PoolLike,
         metrics: Observer,
-        lifecycle: Lifecycle,
+        places: Places,
         chat: ChatRenderer | None,
     ) -> None:
         self.codec = codec
         self._settings, self._checkpoint = settings, checkpoint
         self._pool, self._metrics = pool, metrics
-        self.places = Places(settings.max_concurrent_requests, lifecycle, pool, metrics)
+        self.places = places
         self.on_success: Callable[[Continuation], None] = lambda done: None
         """Called with every continuation that was generated to its end."""
         total = min(settings.max_total_tokens or checkpoint.context_length, checkpoint.context_length)
@@ -146,9 +149,8 @@ class GenerationService:
         for request in requests:
             with suppress(LoaderError):  # an unknown name is the client's text, and never a label
                 precision = loaders.canonical(request.precision or self._pool.default)
-                self.observe(
-                    Ended(precision=precision, outcome=error.error_type, operation=operation_of(request))
-                )
+                operation = operation_of(request)
+                self.observe(Ended(precision=precision, outcome=error.error_type, operation=operation))
 
     def _check_capacity(self, engine: Engine, tokens: int) -> None:
         """Raises: PromptTooLong: the whole KV cache doesn't hold them."""

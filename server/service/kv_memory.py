@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,18 @@ from server.settings.server import Settings
 _SHARE = 0.5  # of what is free beside the weights of the start-up precisions; others may follow
 _LEAST_SHARE = 0.25  # of what is free beside the default one's, where not all of them fit
 _log = logging.getLogger(__name__)
+WeightsFirst = Callable[[], Sequence[tuple[ModelSpec, Sequence[str]]]]
 
 
 class KVMemory:
-    """One per pool of precisions. Caches that are no blocks of ``PagedRunner`` are not part of it."""
+    """One per app. Caches that are no blocks of ``PagedRunner`` are not part of it.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    Args:
+        weights_first: each model's spec, and its precisions that are loaded at the start, the default first.
+    """
+
+    def __init__(self, settings: Settings, weights_first: WeightsFirst) -> None:
+        self._settings, self._weights_first = settings, weights_first
         self._budget: KVBudget | None = None
 
     async def within(self, spec: ModelSpec) -> ModelSpec:
@@ -30,7 +35,7 @@ class KVMemory:
         if spec.device != "cpu":
             return spec
         if self._budget is None:
-            limit, why = await asyncio.to_thread(_limit, self._settings, spec)
+            limit, why = await asyncio.to_thread(_limit, self._settings, self._weights_first())
             self._budget = KVBudget(limit)
             _log.info("KV caches of all precisions: at most %d bytes (%s)", limit, why)
         return replace(spec, kv_budget=self._budget)
@@ -57,20 +62,22 @@ class KVMemory:
         return self._budget.limit if paged and self._budget is not None else None
 
 
-def _limit(settings: Settings, spec: ModelSpec) -> tuple[int, str]:
+def _limit(settings: Settings, first: Sequence[tuple[ModelSpec, Sequence[str]]]) -> tuple[int, str]:
     """Bytes, and why: ``KV_CACHE_MEMORY``, or a share of the memory that is free or of ``MEMORY_BUDGET``.
 
-    Weights are estimated from the model's shapes.
+    Weights are estimated from the models' shapes.
     """
     if settings.kv_cache_memory is not None:
         return settings.kv_cache_memory, "KV_CACHE_MEMORY"
-    free = memory.free_bytes(spec.device)
+    free = memory.free_bytes(settings.resolved_device())
     if settings.memory_budget is not None:
         free = min(free, settings.memory_budget)
-    names = [name for name in settings.first_precisions() if loaders.availability(name, spec.device).ok]
-    weights = {name: memory.needed_bytes(name, spec) for name in names}
-    beside_all = free - sum(weights.values())
-    beside_default = free - weights.get(settings.precision, 0)
+    weights = [
+        [memory.needed_bytes(name, spec) for name in names if loaders.availability(name, spec.device).ok]
+        for spec, names in first
+    ]
+    beside_all = free - sum(map(sum, weights))
+    beside_default = free - sum(next(iter(of_model), 0) for of_model in weights)
     limit = int(max(_SHARE * beside_all, _LEAST_SHARE * beside_default, 0))
     return limit, f"by default a share of the {free} bytes that are free"
 

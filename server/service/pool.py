@@ -13,13 +13,12 @@ from loaders.errors import LoaderError
 from loaders.footprint import quantization_warning
 from server.concurrency import run_for_future
 from server.engine.engine import Engine
-from server.engine.fair_lock import FairLock
 from server.errors import NotReady, ServiceError
 from server.host import memory
 from server.host.threads import compute_with
 from server.lifecycle import Lifecycle
 from server.observability.metrics import Metrics
-from server.service.kv_memory import KVMemory
+from server.service.host_resources import HostResources
 from server.service.precision_state import Lease, LoadProgress, PrecisionState, first_state, forward_pass
 from server.service.upkeep import load_first, unload_idle
 from server.settings.server import Settings
@@ -31,7 +30,12 @@ _log = logging.getLogger(__name__)
 
 
 class Pool:
-    """All precisions of one checkpoint. Event loop only."""
+    """All precisions of one checkpoint. Event loop only.
+
+    Args:
+        host: shared with the pools of other checkpoints. The default precision of the first pool is never
+            unloaded. None: this is the only one.
+    """
 
     def __init__(
         self,
@@ -41,21 +45,21 @@ class Pool:
         load: Load = loaders.load,
         metrics: Metrics,
         lifecycle: Lifecycle,
+        host: HostResources | None = None,
     ) -> None:
         self.spec = settings.spec(checkpoint, settings.max_batch_size)
-        self.kv_memory = KVMemory(settings)
+        self.host = HostResources(settings) if host is None else host
+        self.host.pools.append(self)
         self.device = self.spec.device
         self.threads = settings.resolved_threads()
         """CPU threads of each load and each step."""
         self.default = settings.precision
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
-        self._turn = FairLock() if self.device == "cpu" else None
         self._states = {
             name: first_state(name, loaders.offered(name, self.spec)) for name in loaders.PRECISIONS
         }
         self._loads: dict[str, asyncio.Task[Engine]] = {}
-        self._loading = asyncio.Lock()
         self._background: list[asyncio.Task[None]] = []
 
     def state(self, precision: str) -> PrecisionState:
@@ -73,21 +77,9 @@ class Pool:
     def engines(self) -> list[Engine]:
         return [state.engine for state in self._states.values() if state.engine is not None]
 
-    @property
-    def _models(self) -> list[LoadedModel]:
-        return [engine.model for engine in self.engines]
-
     def is_busy(self) -> bool:
         """Whether a precision is being loaded."""
         return any(state.state == "loading" for state in self._states.values())
-
-    def drain_seconds(self) -> float | None:
-        """The longest of the engines' estimates until running and waiting sequences end; None without one."""
-        known = [seconds for engine in self.engines if (seconds := engine.drain_seconds()) is not None]
-        return max(known, default=None)
-
-    def used_bytes(self) -> int:
-        return self.kv_memory.used_bytes(self._models)
 
     def use(self, precision: str) -> Lease:
         """A lease of the engine, which is loaded if necessary and not unloaded as idle while it is held.
@@ -113,11 +105,9 @@ class Pool:
         state.state, state.reason = "loading", None
         state.progress = LoadProgress("waiting", 0, 0)
         try:
-            # one load at a time: a second one would count on the same free memory, and ``transformers`` sets
-            # torch's default dtype for the whole process while it loads, then restores what it found
-            async with self._loading:
-                self.spec = await self.kv_memory.within(self.spec)
-                await self._make_room(state)
+            async with self.host.loading:
+                self.spec = await self.host.kv_memory.within(self.spec)
+                await self.host.make_room(state.name, memory.needed_bytes(state.name, self.spec))
                 model = await self._in_thread(state)
                 engine = self._engine_of(model)
                 await engine.start()  # on a GPU this captures graphs, whose memory counts too
@@ -126,7 +116,7 @@ class Pool:
             expected = isinstance(error, LoaderError | ServiceError)
             state.reason = str(error) if expected else type(error).__name__  # clients see no more of a bug
             traceback = None if expected else error
-            _log.warning("%s could not be loaded: %s", state.name, state.reason, exc_info=traceback)
+            _log.warning("%s could not be loaded: %s", self._title(state), state.reason, exc_info=traceback)
             if isinstance(error, ServiceError):
                 state.state = "unloaded"  # there may be room later
                 raise
@@ -138,8 +128,12 @@ class Pool:
         if (warning := quantization_warning(model)) is not None:
             _log.warning("%s", warning)
         facts = f"{model.load_seconds:.1f} s, {memory.used_bytes(model)} bytes"
-        _log.info("%s loaded in %s; forward pass: %s", state.name, facts, forward_pass(model))
+        _log.info("%s loaded in %s; forward pass: %s", self._title(state), facts, forward_pass(model))
         return engine
+
+    def _title(self, state: PrecisionState) -> str:
+        """For the log: with the model's name if there are several."""
+        return state.name if len(self.host.pools) == 1 else f"{self.spec.checkpoint.model_id}:{state.name}"
 
     def _engine_of(self, model: LoadedModel) -> Engine:
         return Engine(
@@ -150,13 +144,13 @@ class Pool:
             threads=self.threads,
             on_step=partial(self._metrics.observe_step, model.precision),
             on_death=self._lifecycle.fail,
-            lock=self._turn,
+            lock=self.host.turn,
         )
 
     async def _in_thread(self, state: PrecisionState) -> LoadedModel:
         """Loads on a daemon thread: a load can't be interrupted and must not keep the process alive."""
         future: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
-        spec = memory.within(self._settings.memory_budget, self.used_bytes(), self.spec)
+        spec = memory.within(self._settings.memory_budget, self.host.used_bytes(), self.spec)
 
         def tell(stage: str, current: int, total: int) -> None:
             state.progress = LoadProgress(stage, current, total)
@@ -175,23 +169,10 @@ class Pool:
         ).start()
         return await future
 
-    async def _make_room(self, state: PrecisionState) -> None:
-        """Unloads idle precisions, least recently used first; raises ``NotReady`` if that is not enough."""
-        needed = memory.needed_bytes(state.name, self.spec)
-        while needed > (free := self.free_bytes()):
-            if not (idle := self.idle()):
-                raise NotReady(f"no room for {state.name}: it needs {needed} bytes, {max(free, 0)} are free")
-            await self.unload(min(idle, key=lambda s: s.engine.last_used if s.engine else 0.0).name)
-
     def idle(self) -> list[PrecisionState]:
-        """Precisions that may be unloaded; never the default, without which the server is not ready."""
-        return [s for s in self._states.values() if s.engine and not s.users and s.name != self.default]
-
-    def free_bytes(self) -> int:
-        """What another precision may take; negative if the loaded ones exceed the budget."""
-        free = memory.free_bytes(self.device) - self.kv_memory.uncommitted_bytes(self._models)
-        budget = self._settings.memory_budget
-        return free if budget is None else min(free, budget - self.used_bytes())
+        """Precisions that may be unloaded; never the server's default, without which it is not ready."""
+        kept = self.default if self.host.pools[0] is self else None
+        return [s for s in self._states.values() if s.engine and not s.users and s.name != kept]
 
     async def load(self, precision: str) -> AsyncGenerator[LoadProgress]:
         """Loads a precision and yields its progress; ends when it is ready.
@@ -224,11 +205,18 @@ class Pool:
         state.state = "unloaded"
         await engine.stop()
         self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
-        _log.info("%s unloaded", state.name)
+        _log.info("%s unloaded", self._title(state))
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The precisions loaded at the start, the default first: of a further model that one alone."""
+        first = self._settings.first_precisions()
+        return first if self.host.pools[0] is self else first[:1]
 
     def start(self) -> None:
-        """Starts loading the start-up precisions in turn, the default first, and unloading idle ones."""
-        first = load_first(self, self._settings.first_precisions(), self._lifecycle)
+        """Starts loading the start-up precisions in turn, and unloading idle ones."""
+        required = self.host.pools[0] is self
+        first = load_first(self, self.first, self._lifecycle if required else None)
         self._background.append(asyncio.create_task(first))
         if (seconds := self._settings.idle_unload_seconds) is not None:
             self._background.append(asyncio.create_task(unload_idle(self, seconds)))

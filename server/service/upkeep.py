@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-async def load_first(pool: "Pool", names: Iterable[str], lifecycle: Lifecycle) -> None:
-    """Loads the precisions in turn. ``lifecycle`` fails if the default one can't be loaded."""
+async def load_first(pool: "Pool", names: Iterable[str], lifecycle: Lifecycle | None) -> None:
+    """Loads the precisions in turn. ``lifecycle``, if given, fails if the default one can't be loaded."""
     for name in names:
         state = pool.state(name)
         if state.state == "unavailable":
@@ -26,7 +26,7 @@ async def load_first(pool: "Pool", names: Iterable[str], lifecycle: Lifecycle) -
         with suppress(ServiceError):  # it is in the state and in the log
             async with pool.use(name):
                 pass
-        if name == pool.default and state.state == "failed":
+        if lifecycle is not None and name == pool.default and state.state == "failed":
             lifecycle.fail(f"{name} could not be loaded: {state.reason}", EXIT_FAILED)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from server.settings.model import ModelSettings, PrecisionSettings
 from server.settings.types import (
@@ -18,6 +18,7 @@ from server.settings.types import (
     listed,
     option,
     parse_names,
+    several_models,
 )
 
 _FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32", "int8", "nf4")
@@ -43,6 +44,14 @@ class ChatSettings(PrecisionSettings):
 
 class Settings(ChatSettings):
     """Settings of a server."""
+
+    models: Annotated[str | None, AfterValidator(several_models)] = option(
+        None,
+        _MODEL,
+        "MODELS",
+        "several models in place of MODEL_ID, by comma, the default one first; name=folder gives one a name",
+        unset="MODEL_ID alone",
+    )
 
     precision: PrecisionOrAuto = option(
         "fp32", _MODEL, "NAME", "the precision of requests that name none; auto chooses by the report"

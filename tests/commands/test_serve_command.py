@@ -13,7 +13,7 @@ from loaders.checkpoint import open_checkpoint
 from server.__main__ import main
 from server.commands import serve
 from server.report.background import Reports
-from server.report.choice import Choice
+from server.served_model import Wanted
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.routes.test_report_route import keep_report
@@ -30,7 +30,7 @@ from tests.routes.test_report_route import keep_report
     ],
 )
 def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    serve._announce(Settings(host=host), 8099)
+    serve._announce(Settings(host=host), 8099, ["bundled"])
     printed = capsys.readouterr().out
     assert f"listening on {address}\n" in printed
     assert f"open {address}/ in a browser\n" in printed
@@ -39,7 +39,7 @@ def test_the_address_can_be_pasted(host: str, address: str, capsys: pytest.Captu
 
 
 def test_the_example_needs_the_key_and_does_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
-    serve._announce(Settings(api_key=SecretStr("opensesame")), 8099)
+    serve._announce(Settings(api_key=SecretStr("opensesame")), 8099, ["bundled"])
     printed = capsys.readouterr().out
     assert '-H "Authorization: Bearer $API_KEY"' in printed
     assert "opensesame" not in printed
@@ -58,8 +58,9 @@ def test_app_and_process_hold_one_settings_in_which_auto_is_resolved(monkeypatch
     keep_report(reports)
     held: list[Settings] = []
 
-    def create_app(settings: Settings, choice: Choice | None, **_: Any) -> FastAPI:
-        assert choice is not None
+    def create_app(settings: Settings, first: Wanted, **_: Any) -> FastAPI:
+        assert first.default_choice is not None
+        assert first.settings is settings
         held.append(settings)
         return FastAPI()
 

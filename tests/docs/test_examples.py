@@ -70,7 +70,7 @@ def test_the_tutorials_commands_run(
 def test_the_terminals_commands_run(environment: Mapping[str, str], tmp_path: Path) -> None:
     piped, continued = blocks("terminal.md", "run")
     answers = run("\n".join(["set -euo pipefail", *piped.commands]), environment, tmp_path)
-    assert answers.startswith("s are not a")
+    assert answers.startswith("s, the following code:")
     lines = run("\n".join(["set -euo pipefail", *continued.commands]), environment, tmp_path).splitlines()
     assert lines[0].startswith("Return a list of")
     assert json.loads(lines[-1])["generated_tokens"] == 3

@@ -62,5 +62,5 @@ def test_the_reference_has_every_route_and_field(site: Path, make_app: Callable[
 def test_operations_names_exactly_the_metrics() -> None:
     metrics = Metrics("m")
     described = re.findall(r"^\| `(\w+)` \| (\w+) \|", (DOCS / "operations.md").read_text(), re.M)
-    exposed = re.findall(r"^# TYPE (\w+) (\w+)$", expose(metrics, "").body.decode(), re.M)
+    exposed = re.findall(r"^# TYPE (\w+) (\w+)$", expose([metrics], "").body.decode(), re.M)
     assert sorted(described) == sorted(exposed)

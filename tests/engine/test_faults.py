@@ -60,7 +60,7 @@ FAULTS = {"out of memory in prefill": in_prefill, "out of memory in decode": in_
 def test_a_fault_fails_its_request_only(make_app: MakeApp, loads: Loads, fault: str) -> None:
     async def main() -> None:
         async with entered(app) as client:
-            FAULTS[fault](loads.runners["fp32"], app.state.codec.encode(BAD)[0])
+            FAULTS[fault](loads.runners["fp32"], app.state.default.codec.encode(BAD)[0])
             good = {"inputs": PROMPT, "max_new_tokens": 20}
             paths = ["/generate", "/v1/completions", "/generate_stream"]
             calls = [client.post("/generate", json=good) for _ in range(4)]

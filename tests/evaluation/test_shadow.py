@@ -139,7 +139,7 @@ def test_a_new_request_interrupts_a_replay_which_is_repeated(make_app: MakeApp, 
     async def work() -> None:
         app = make(make_app, prefill_chunk_busy=1)
         async with entered(app) as client:
-            state = app.state.shadow
+            state = app.state.default.shadow
             await ask(client, tokens=40)
             loads.runners["fp32"].delay = 0.05  # a token of the prompt in each step: some two seconds
             await until(lambda: state._activity.replaying)
@@ -164,7 +164,7 @@ def test_nothing_is_replayed_while_requests_run(make_app: MakeApp) -> None:
                 await ask(client)
                 await asyncio.sleep(0.2)
                 assert (await shadow_stats(client))["waiting"] == 1
-                assert not app.state.shadow._activity.replaying
+                assert not app.state.default.shadow._activity.replaying
             await compared(client, 1)
 
     asyncio.run(work())
@@ -192,7 +192,8 @@ def test_nan_logits_fail_a_replay_and_the_shadow_continues(make_app: MakeApp, lo
             await compared(client, 1)
             loads.runners["fp32"].poison = lambda logits, slots: logits * float("nan")
             await ask(client)
-            await until(lambda: app.state.shadow.figures()["precisions"]["bf16"]["requests"]["failed"] == 1)
+            shadow = app.state.default.shadow
+            await until(lambda: shadow.figures()["precisions"]["bf16"]["requests"]["failed"] == 1)
             loads.runners["fp32"].poison = lambda logits, slots: logits
             await ask(client)
             assert (await compared(client, 2))["mean_kl"] == 0.0
@@ -207,7 +208,7 @@ def test_a_replay_does_not_load_an_unloaded_precision(make_app: MakeApp, loads: 
             with app.state.service.places.reserved():
                 await ask(client)
                 await client.post("/precisions/bf16/unload")
-            await until(lambda: app.state.shadow.figures()["precisions"].get("bf16"))
+            await until(lambda: app.state.default.shadow.figures()["precisions"].get("bf16"))
             assert (await shadow_stats(client))["precisions"]["bf16"]["requests"]["dropped"] == 1
             assert loads.names.count("bf16") == 1
 

@@ -97,7 +97,7 @@ def test_an_internal_error_shows_no_details(client: TestClient, monkeypatch: pyt
         raise RuntimeError("secret detail")
 
     with monkeypatch.context() as patch:
-        patch.setattr(app.state.codec, "encode", explode)
+        patch.setattr(app.state.default.codec, "encode", explode)
         reply = client.post("/generate", json={"inputs": PROMPT})
     assert reply.status_code == 500
     assert "secret" not in reply.text

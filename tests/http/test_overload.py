@@ -77,7 +77,7 @@ def test_a_request_beyond_the_places_is_refused_before_any_computation(
             held = [asyncio.create_task(client.post("/generate", json=body)) for _ in range(3)]
             await until(lambda: app.state.service.places.in_flight == 3)
             with monkeypatch.context() as patch:
-                patch.setattr(app.state.codec, "encode", pytest.fail)
+                patch.setattr(app.state.default.codec, "encode", pytest.fail)
                 over = await client.post(path, json={"prompt": PROMPT})
             assert over.status_code == 429
             assert int(over.headers["retry-after"]) >= 1
@@ -160,7 +160,7 @@ def test_a_deadline_in_the_queue_is_a_504_without_computation(
             assert late.status_code == 504
             answer = late.json()
             assert answer["error"] if path.startswith("/v1") else answer["error_type"] == "timeout"
-            assert gate.prompts == [app.state.codec.encode("first")]
+            assert gate.prompts == [app.state.default.codec.encode("first")]
             cut = events((await running).text)
             assert [one.get("error_type") for one in cut] == [None] * (len(cut) - 1) + ["timeout"]
             assert 1 < len(cut) < 50
@@ -191,7 +191,7 @@ def test_a_request_that_would_be_late_is_not_admitted(make_app: MakeApp, loads: 
             assert "within 1.5 s" in refused.text
             assert app.state.pool.state("fp32").engine.waiting == 0
             await running
-            assert prompts == [app.state.codec.encode("first")]
+            assert prompts == [app.state.default.codec.encode("first")]
             await at_rest(app, client)
 
     app = make_app(max_batch_size=1, request_timeout=1.5)
@@ -215,7 +215,7 @@ def test_a_client_that_leaves_the_queue_is_never_computed(make_app: MakeApp, loa
         while greedy(5, "first").encode() not in said:
             said += staying.recv(65536)
         wait_until(lambda: engine.running + engine.waiting == 0)
-        assert gate.prompts == [app.state.codec.encode("first")]
+        assert gate.prompts == [app.state.default.codec.encode("first")]
         staying.close()
 
 

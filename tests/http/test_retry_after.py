@@ -43,7 +43,7 @@ def test_it_follows_the_queue(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
             app.state.service.places.in_flight = 1
 
             async def answer(drain: float | None) -> set[int]:
-                monkeypatch.setattr(app.state.pool, "drain_seconds", lambda: drain)
+                monkeypatch.setattr(app.state.pool.host, "drain_seconds", lambda: drain)
                 monkeypatch.setattr("server.service.admission._DRAIN_AGE", 0.0)
                 replies = [await client.post("/generate", json={"inputs": "x"}) for _ in range(60)]
                 return {int(reply.headers["retry-after"]) for reply in replies}

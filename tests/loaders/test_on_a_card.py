@@ -202,7 +202,7 @@ def test_the_budget_is_what_is_left_of_it_and_working_memory_counts(
         for name in ("fp32", "bf16"):
             async with pool.use(name):
                 pass
-        assert pool.used_bytes() == 2 * each
+        assert pool.host.used_bytes() == 2 * each
         with pytest.raises(NotReady, match="no room"):
             async with pool.use("fp32"), pool.use("bf16"), pool.use("fp16"):
                 pass

@@ -75,7 +75,7 @@ def test_tokens_that_the_tokenizer_fails_to_decode(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app: Any = client.app
-    codec, fault, last = app.state.codec, panic(), greedy(5)[-1]
+    codec, fault, last = app.state.default.codec, panic(), greedy(5)[-1]
     decode = codec.vocabulary._decode
 
     def fails(ids: list[int]) -> str:

@@ -121,7 +121,7 @@ def test_axe_finds_nothing_serious(
     with serving(app := make_chatty_app()) as address:
         wait_until(lambda: app.state.pool.state("bf16").state == "loaded")
         saying(loads.runners["bf16"], "abc", "\u200e?")
-        keep_report(app.state.reports)
+        keep_report(app.state.default.reports)
         page = open_page(address, color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 900})
         ask(page, "abc", max_new_tokens=5)

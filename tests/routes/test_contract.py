@@ -52,9 +52,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, serving(app) as address:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr("server.report.background.start_command", lambda *_: MADE_AT_ONCE)
-        keep_report(app.state.reports)
-        report = app.state.reports.latest()
-        patch.setattr(app.state.reports, "latest", lambda: report)  # every test has its own cache
+        keep_report(app.state.default.reports)
+        report = app.state.default.reports.latest()
+        patch.setattr(app.state.default.reports, "latest", lambda: report)  # every test has its own cache
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
@@ -139,7 +139,7 @@ def test_every_example_works_unchanged(
     client = make_chatty()
     app: Any = client.app
     monkeypatch.setattr("server.report.background.start_command", lambda *_: MADE_AT_ONCE)
-    keep_report(app.state.reports)
+    keep_report(app.state.default.reports)
     paths = client.get("/openapi.json").json()["paths"]
     operations = [(path, method, one) for path, each in paths.items() for method, one in each.items()]
     assert len(operations) > 20

@@ -145,7 +145,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 @asynccontextmanager
 async def ready(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     async with entered(app) as client:
-        app.state.codec._tokenizer.chat_template = TEMPLATE
+        app.state.default.codec._tokenizer.chat_template = TEMPLATE
         yield client
         await at_rest(app, client)
 
@@ -228,7 +228,7 @@ def test_what_comes_before_a_generation_fails_and_its_client_leaves(
         async with ready(app) as client:
             if fails:
                 with monkeypatch.context() as patch:
-                    patch.setattr(app.state.codec, "_tokenizer", None)
+                    patch.setattr(app.state.default.codec, "_tokenizer", None)
                     loads.prepare = fail
                     await leave_at_every_step()
                 loads.prepare = lambda runner: None
@@ -238,7 +238,7 @@ def test_what_comes_before_a_generation_fails_and_its_client_leaves(
             await at_rest(app, client, "bf16")
 
     async def leave_at_every_step() -> None:
-        app.state.codec.token_length = None  # long texts are encoded, in a thread
+        app.state.default.codec.token_length = None  # long texts are encoded, in a thread
         for steps in range(0, 24, 2):
             for leaving in LEAVING:
                 await app.state.pool.unload("bf16")

@@ -17,6 +17,7 @@ from server.report import plots, store
 from server.report.auto import resolve_default
 from server.report.background import Reports
 from server.report.subject import Reading
+from server.served_model import Wanted
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.conftest import Loads, entered, until, wait_until
@@ -65,7 +66,7 @@ def keep_report(reports: Reports, figures: dict[str, tuple[int, float, float, fl
 
 def reports_of(client: TestClient) -> Reports:
     app: Any = client.app
-    found: Reports = app.state.reports
+    found: Reports = app.state.default.reports
     return found
 
 
@@ -202,17 +203,13 @@ def test_bounds_that_are_none(client: TestClient, body: dict[str, Any], status: 
 
 def test_auto_as_the_servers_default(tmp_path: Path, loads: Loads) -> None:
     checkpoint = fake_checkpoint(tmp_path)
-    settings = Settings(
-        precision="auto",
-        precisions="fp32,bf16",
-        device="cpu",
-        auto_max_perplexity_increase=0.2,
-        auto_prefer="memory",
-    )
+    auto: dict[str, Any] = {"precision": "auto", "auto_max_perplexity_increase": 0.2, "auto_prefer": "memory"}
+    settings = Settings(**{**auto, "precisions": "fp32,bf16", "device": "cpu"})
     reports = Reports(settings, checkpoint)
     asyncio.run(reports.find_subject())
     keep_report(reports)
-    app = create_app(*resolve_default(settings, reports), open_checkpoint=lambda *_: checkpoint, load=loads)
+    settings, choice = resolve_default(settings, reports)
+    app = create_app(settings, first=Wanted(lambda: checkpoint, settings, choice), load=loads)
     with TestClient(app) as client:
         wait_until(lambda: client.get("/health").status_code == 200)
         assert client.get("/health").json()["precision"] == "nf4"
@@ -344,7 +341,7 @@ def test_a_report_pauses_while_requests_run_and_ends_with_its_client(
     async def watch() -> None:
         app = make_app()
         async with entered(app) as client:
-            reports, service = app.state.reports, app.state.service
+            reports, service = app.state.default.reports, app.state.service
             events = reports.make(options, None)
             assert [await anext(events), await anext(events)] == [{"status": "starting"}, {"status": 1}]
             process = psutil.Process(reports._process.pid)

@@ -17,6 +17,7 @@ from tests.routes.test_generate import ask
 PERCENTILES = {"p50", "p90", "p99", "mean"}
 SHAPE: dict[str, Any] = {
     "model": {"id", "revision", "architecture", "parameters", "context_length"},
+    "models": None,
     "host": {"device", "device_name", "cpu_threads", "memory"},
     "uptime_seconds": None,
     "queue": {"running", "waiting", "in_flight", "capacity"},
@@ -130,7 +131,7 @@ def test_a_note_is_shown_if_the_smaller_precision_is_slower(
     client: TestClient, fp32: float, bf16: float, ratio: float, slower: bool
 ) -> None:
     app: Any = client.app
-    metrics = app.state.metrics
+    metrics = app.state.default.metrics
     for seconds, name in ((fp32, "fp32"), (bf16, "bf16")):
         for _ in range(10):
             metrics.observe_step(name, StepStats(1, 0, 1, seconds, (seconds,)))
@@ -163,7 +164,7 @@ def test_there_is_no_note_while_step_times_overlap(
     app: Any = client.app
     for name, several in (("fp32", fp32), ("bf16", bf16)):
         for seconds in several * 50:
-            app.state.metrics.observe_step(name, StepStats(1, 0, 1, seconds, (seconds,)))
+            app.state.default.metrics.observe_step(name, StepStats(1, 0, 1, seconds, (seconds,)))
     found = stats(client)["precisions"]
     assert found["bf16"]["speed_ratio_to_fp32"] == ratio
     assert found["bf16"]["speed_ratio_range"] == [least, most]

@@ -46,7 +46,7 @@ def test_a_long_text_delays_no_request_and_takes_a_place(
     async def main() -> None:
         async with entered(app) as client:
             with monkeypatch.context() as patch:
-                patch.setattr(app.state.codec, "tokenize", slowly)
+                patch.setattr(app.state.default.codec, "tokenize", slowly)
                 asked = asyncio.create_task(client.post("/tokenize", json={"inputs": PROMPT}))
                 await until(begun.is_set)
                 assert (await client.get("/health")).status_code == 200
@@ -76,9 +76,9 @@ def test_a_long_response_is_sent_in_chunks_and_is_complete(client: TestClient) -
 
 def test_a_text_too_long_is_refused_untokenized(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
-    monkeypatch.setattr(app.state.codec, "tokenize", lambda text: iter(()))
+    monkeypatch.setattr(app.state.default.codec, "tokenize", lambda text: iter(()))
     assert client.post("/tokenize", json={"inputs": "x" * 250_000}).json() == []
-    monkeypatch.setattr(app.state.codec, "tokenize", pytest.fail)
+    monkeypatch.setattr(app.state.default.codec, "tokenize", pytest.fail)
     reply = client.post("/tokenize", json={"inputs": "x" * 250_001})
     assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
     assert "250001 characters; at most 250000 are accepted" in reply.json()["error"]
@@ -94,14 +94,14 @@ def test_a_client_that_leaves_while_its_text_is_tokenized(make_app: Callable[...
 
     async def main() -> None:
         async with entered(app) as client:
-            tokenize, app.state.codec.tokenize = app.state.codec.tokenize, slowly
+            tokenize, app.state.default.codec.tokenize = app.state.default.codec.tokenize, slowly
             leaving = Client(app, "/tokenize", {"inputs": PROMPT})
             await until(begun.is_set)
             assert app.state.service.places.in_flight == 1
             leaving.leave()
             await until(lambda: app.state.service.places.in_flight == 0)  # the thread is still running
             go.set()
-            app.state.codec.tokenize = tokenize
+            app.state.default.codec.tokenize = tokenize
             await at_rest(app, client)
 
     app = make_app()

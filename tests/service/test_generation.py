@@ -19,6 +19,7 @@ from server.errors import (
     Unavailable,
 )
 from server.lifecycle import Lifecycle
+from server.service.admission import Places
 from server.service.generation import Continuation, GenerationRequest, GenerationService
 from server.service.precision_state import Lease, PrecisionState
 from server.service.text.codec import TextCodec
@@ -74,7 +75,8 @@ def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **optio
         pool, outcomes, lifecycle = OneEngine(engine), Outcomes(), Lifecycle()
         settings = Settings(**options)
         codec = TextCodec(byte_tokenizer())
-        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, lifecycle, None)
+        places = Places(settings.max_concurrent_requests, lifecycle, pool, outcomes)
+        service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, places, None)
         house = House(service, runner, pool, outcomes)
         house.lifecycle = lifecycle
         try:

@@ -21,8 +21,9 @@ _TALK, _SERVER = "conversation", "a running server"
 class Options(ChatSettings):
     """Talk with the model, and change the precision in mid-conversation.
 
-    Starts a server for itself, or uses the one at --url. A model without a chat
-    template continues each line instead. /help lists what can be typed.
+    Starts a server for itself, or uses the one at --url, where --model may name one
+    of several. A model without a chat template continues each message instead.
+    /help lists what can be typed.
     """
 
     url: str | None = option(
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
             _check_url(options.url, arguments)
         else:
             require([options.precision], options.resolved_device())
-        return _chat(options)
+        return _chat(options, arguments)
     except UsageError as error:
         complain("chat", error)
         return USAGE
@@ -66,18 +67,24 @@ def main(arguments: Sequence[str]) -> int:
         return error.exit_code or FAILED
 
 
-def _chat(options: Options) -> int:
+def _chat(options: Options, arguments: Sequence[str]) -> int:
     with ExitStack() as stack:
         if options.url is None:
             own = stack.enter_context(OwnServer(options))
             client = Client(own.url, own.key)
         else:
             key = options.api_key.get_secret_value() if options.api_key else os.environ.get("API_KEY")
-            client = Client(options.url, key)
+            client = Client(options.url, key, _served_model(options, arguments))
         stack.enter_context(client)
         named = options.url is None or "precision" in options.model_fields_set
         chat = Chat(client, options.precision if named else None, options.sampling(), options.system)
         return chat.run(make_input(chat.prompt, chat.words, options.history and sys.stdin.isatty()))
+
+
+def _served_model(options: Options, arguments: Sequence[str]) -> str | None:
+    """The name in ``--model``; a MODEL_ID of the environment is of servers that are started here."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    return options.model_id if {"--model", "--model-id"} & given else None
 
 
 def _check_url(url: str, arguments: Sequence[str]) -> None:
@@ -89,9 +96,8 @@ def _check_url(url: str, arguments: Sequence[str]) -> None:
         valid = False
     if not valid:
         raise UsageError(f"--url: {url[:200]!r} is not an address such as http://127.0.0.1:8080")
-    flags = {f"--{name.replace('_', '-')}" for name in (*ChatSettings.model_fields, "model")} - {
-        "--precision"
-    }
+    names = ChatSettings.model_fields.keys() - {"precision", "model_id"}
+    flags = {f"--{name.replace('_', '-')}" for name in names}
     for given in (argument.partition("=")[0] for argument in arguments):
         if given in flags:
             raise UsageError(f"{given} is not for a running server: it has its own")

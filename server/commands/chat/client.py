@@ -51,14 +51,18 @@ class Client:
 
     Args:
         key: its Bearer token, if it needs one.
+        model: one of its models, if it has several; None: its default one.
     """
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, model: str | None = None) -> None:
         self.url = url.rstrip("/")
+        self._model = {} if model is None else {"model": model}
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(None, connect=_CONNECT)
         try:
-            self._http = httpx2.Client(base_url=self.url + "/", headers=headers, timeout=timeout)
+            self._http = httpx2.Client(
+                base_url=self.url + "/", headers=headers, timeout=timeout, params=self._model
+            )
         except (ValueError, httpx2.InvalidURL) as error:
             raise ChatError(f"{self.url}: {error}") from None
 

@@ -16,10 +16,9 @@ from server.routes.generation_request import make_request
 from server.routes.openai.format import chat_logprobs, finish, running_usage, usage
 from server.routes.openai.merge import merged
 from server.routes.openai.schemas import ChatBody
-from server.routes.precision_choice import PrecisionChoice
+from server.routes.precision_choice import PrecisionChoice, model_of
 from server.routes.shared import SEEDS, headers, run_all, served, stream_all, timings, whole
 from server.service.generation import Continuation, Conversation, GenerationRequest, Piece
-from server.state import state_of
 
 
 @dataclass
@@ -33,9 +32,9 @@ class Chat:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        state = state_of(self.request.app)
-        self.codec = state.codec
-        self.model: str = self.body.model or state.checkpoint.model_id
+        model = model_of(self.request)
+        self.codec = model.codec
+        self.model: str = self.body.model or model.name
 
     async def answer(self) -> Response:
         return await (self._stream() if self.body.stream else self._whole())

@@ -19,11 +19,10 @@ from server.routes.generation_request import make_request
 from server.routes.openai.format import CompletionLogprobs, finish, joined, running_usage, usage
 from server.routes.openai.merge import merged
 from server.routes.openai.schemas import CompletionBody
-from server.routes.precision_choice import PrecisionChoice
+from server.routes.precision_choice import PrecisionChoice, model_of
 from server.routes.shared import SEEDS, headers, run_all, served, stream_all, timings, whole
 from server.service.generation import Continuation, GenerationRequest, Piece
 from server.settings.server import Settings
-from server.state import state_of
 
 _DEFAULT_TOKENS = 16
 Prompt = str | list[int]
@@ -78,11 +77,11 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        state = state_of(self.request.app)
-        self.codec = state.codec
-        self.settings = state.settings
-        self.model: str = self.body.model or state.checkpoint.model_id
-        self.prompts = prompts_of(self.body.prompt, state.settings)
+        model = model_of(self.request)
+        self.codec = model.codec
+        self.settings = model.settings
+        self.model: str = self.body.model or model.name
+        self.prompts = prompts_of(self.body.prompt, model.settings)
         self.n = self.body.n or 1
         self.each = max(self.body.best_of or 1, self.n)
         """Continuations computed for each prompt, of which n are returned."""

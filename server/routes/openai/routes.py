@@ -17,10 +17,10 @@ from server.routes.openai.completions import Completion
 from server.routes.openai.schemas import ChatBody, CompletionBody, OpenAIBody
 from server.routes.precision_choice import (
     ANY_MODEL,
-    PrecisionChoice,
     choose_precision,
-    precision_of_model,
+    model_of,
     resolve_precision,
+    split_model_name,
 )
 from server.routes.shared import body_of, precision_parameters
 from server.service.precision_state import known_precision
@@ -63,7 +63,7 @@ _GENERATES = RouteFacts(
 @router.get("/models/{model:path}/v1/models", openapi_extra=precision_parameters({}, named=True))
 @_MODELS
 async def models(request: Request) -> Response:
-    """The served model, and one entry for each precision that this host can run."""
+    """The served models, and one entry for each of their precisions that this host can run."""
     choose_precision(request, {})
     return JSONResponse({"object": "list", "data": list(_models(request).values())})
 
@@ -74,25 +74,28 @@ async def model(
     request: Request, id: Annotated[str, Path(openapi_examples={ANY_MODEL: {"value": ANY_MODEL}})]
 ) -> Response:
     """One entry of the list of models."""
-    found = _models(request).get(_entry(id, state_of(request.app).checkpoint.model_id))
+    found = _models(request).get(_entry(id, request))
     if found is None:
         raise UnknownModel("no such model here", param="model")
     return JSONResponse(found)
 
 
-def _entry(name: str, model_id: str) -> str:
+def _entry(name: str, request: Request) -> str:
     """The id in the list of models that an accepted model name refers to; other names as they are."""
-    precision = precision_of_model(name, model_id)
+    state = state_of(request.app)
+    model, precision = split_model_name(name, state.models)
+    full = (model or state.default).name
     with suppress(BadPrecision):
-        return model_id if precision is None else f"{model_id}:{known_precision(precision)}"
+        return full if precision is None else f"{full}:{known_precision(precision)}"
     return name
 
 
 def _models(request: Request) -> dict[str, dict[str, Any]]:
     state = state_of(request.app)
-    name = state.checkpoint.model_id
-    able = [known.name for known in state.pool.states() if known.state != "unavailable"]
-    ids = {name: state.pool.default, **{f"{name}:{precision}": precision for precision in able}}
+    ids: dict[str, str] = {}
+    for name, model in state.models.items():
+        able = [known.name for known in model.pool.states() if known.state != "unavailable"]
+        ids |= {name: model.pool.default, **{f"{name}:{precision}": precision for precision in able}}
     created = int(state.started)
     return {
         id_: {"id": id_, "object": "model", "created": created, "owned_by": "bitdial", "precision": precision}
@@ -108,8 +111,9 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
 async def completions(request: Request) -> Response:
     """Continues one or several prompts."""
     values = await read_object(request)
+    precision = choose_precision(request, values, values.get("model"))
     body = _validated(request, CompletionBody, values)
-    return await Completion(request, body, _choose(request, values, body)).answer()
+    return await Completion(request, body, resolve_precision(request, precision, body.auto)).answer()
 
 
 @router.post("/v1/chat/completions", openapi_extra=precision_parameters(_CHAT))
@@ -120,10 +124,11 @@ async def completions(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """Continues a conversation, if the model has a chat template."""
     values = await read_object(request)
-    if state_of(request.app).chat is None:
+    precision = choose_precision(request, values, values.get("model"))
+    if model_of(request).chat is None:
         raise BadRequest(NO_TEMPLATE, param="messages")
     body = _validated(request, ChatBody, values)
-    return await Chat(request, body, _choose(request, values, body)).answer()
+    return await Chat(request, body, resolve_precision(request, precision, body.auto)).answer()
 
 
 @router.post("/models/{model:path}/v1/{rest:path}", include_in_schema=False)
@@ -133,10 +138,6 @@ async def unknown_route(request: Request) -> Response:
     raise NotFound("no such route here")
 
 
-def _choose(request: Request, values: dict[str, Any], body: OpenAIBody) -> PrecisionChoice:
-    return resolve_precision(request, choose_precision(request, values, body.model), body.auto)
-
-
-def _validated(request: Request, model: type[Body], values: dict[str, Any]) -> Body:
-    state = state_of(request.app)
-    return validate(model, values, state.settings, state.checkpoint.vocabulary)
+def _validated(request: Request, schema: type[Body], values: dict[str, Any]) -> Body:
+    model = model_of(request)
+    return validate(schema, values, model.settings, model.checkpoint.vocabulary)

@@ -213,7 +213,7 @@ def test_keys_are_sent_and_a_load_that_is_not_permitted_is_left_to_the_first_req
     [
         ({"url": "localhost:8080"}, "--url: 'localhost:8080' is not an address such as", 2),
         ({"url": "http://127.0.0.1:1"}, "no server at http://127.0.0.1:1: ", 1),
-        ({"url": "http://127.0.0.1:1", "model": "bundled"}, "--model is not for a running server", 2),
+        ({"url": "http://127.0.0.1:1", "threads": "1"}, "--threads is not for a running server", 2),
         ({"model": "/nowhere"}, "'/nowhere' is neither 'bundled', nor an existing folder", 1),
         ({"temperature": 0}, "--temperature: ", 2),
     ],
@@ -224,6 +224,13 @@ def test_what_can_not_begin_is_one_line(
     done = talk("hello", **options)
     assert message in done.err
     assert (done.out, done.code) == ("", code)
+
+
+def test_a_model_of_several_is_named(url: str, talk: TalkTo) -> None:
+    assert talk("hello", url=url, model="fake", max_new_tokens=6).out == f"{answer(url, 'hello')}\n"
+    unknown = talk("hello", url=url, model="other")
+    assert (unknown.out, unknown.code) == ("", 1)
+    assert "no such model here; this server has fake" in unknown.err
 
 
 def test_what_is_no_bitdial_server_is_said_so(talk: TalkTo, live: str) -> None:

@@ -147,7 +147,7 @@ def test_a_reader_that_stops_is_cut_off_and_its_batch_continues(make_app: MakeAp
             nonlocal longest
             longest = max([longest, *(len(ids) for ids in runner.held.values() if ids[0] == first)])
 
-        first = app.state.codec.encode("z")[0]
+        first = app.state.default.codec.encode("z")[0]
         runner.on_decode = watch
         body = {"inputs": "z", "max_new_tokens": 250, "top_n_tokens": 5, "ignore_eos": True}
         stopped.sendall(request_for("/generate_stream", body))

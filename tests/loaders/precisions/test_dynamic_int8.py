@@ -52,3 +52,14 @@ def test_rows_of_zeros_give_the_bias() -> None:
 
 def test_channels_of_zeros_stay_zero() -> None:
     assert torch.equal(DynamicInt8Linear(torch.zeros(8, 64), None)(rows(2)), torch.zeros(2, 8))
+
+
+def test_without_vnni_no_pair_of_products_exceeds_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the host: its own products may not saturate, so the codes are what tells."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    quantized, weight, bias = layer()
+    codes = quantized.layer_weights().weight
+    assert 2 * 255 * int(codes.abs().max()) < 2**15
+    x = rows(16)
+    error = quantized(x) - bias - x @ weight.T
+    assert float(error.norm() / (x @ weight.T).norm()) < 0.03

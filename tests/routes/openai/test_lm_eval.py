@@ -37,7 +37,7 @@ def request_of(client: TestClient, precision: str) -> dict[str, Any]:
     """Like ``LocalCompletionsAPI._create_payload``, for a batch of token ids."""
     app: Any = client.app
     return {
-        "model": f"{app.state.checkpoint.model_id}:{precision}",
+        "model": f"{app.state.default.checkpoint.model_id}:{precision}",
         "prompt": PROMPTS,
         "temperature": 0,
         "max_tokens": 1,

@@ -201,7 +201,7 @@ def test_a_conversation_is_not_rendered_before_there_is_a_place(
     app: Any = chatty.app
     body = {"messages": [{"role": "user", "content": "Hi"}], "n": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(app.state.chat, "render", pytest.fail)
+        patch.setattr(app.state.default.chat, "render", pytest.fail)
         assert chatty.post("/v1/chat/completions", json=body).status_code == 429
 
 

@@ -206,7 +206,7 @@ def test_an_empty_prompt_is_the_token_that_documents_begin_with(client: TestClie
 
 def test_an_empty_prompt_where_there_is_no_such_token(client: TestClient) -> None:
     app: Any = client.app
-    app.state.codec._tokenizer.bos_token = app.state.codec._tokenizer.eos_token = None
+    app.state.default.codec._tokenizer.bos_token = app.state.default.codec._tokenizer.eos_token = None
     error = client.post("/v1/completions", json={"prompt": ""}).json()["error"]
     assert (error["param"], error["message"]) == ("prompt", "the input has no tokens")
 

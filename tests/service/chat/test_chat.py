@@ -83,7 +83,7 @@ def test_an_endless_template_fails_its_request_only(make_app: Callable[..., Fast
             await until(mine)
             assert (await client.get("/health/live")).status_code == 200
             assert content(await client.post(CHAT, json=body("Hi"))) == greedy(4, "user: Hi;")
-            app.state.chat._seconds = 0.5
+            app.state.default.chat._seconds = 0.5
             assert not stuck.done()
             late = await client.post(CHAT, json=body("bomb"))
             assert late.status_code == 400

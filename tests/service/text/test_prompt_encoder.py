@@ -40,7 +40,7 @@ def test_a_prompt_that_cannot_fit_is_refused_unencoded(
 
     async def main() -> None:
         async with entered(app) as client:
-            codec = app.state.codec
+            codec = app.state.default.codec
             encode = codec.encode
             codec.encode = Noted(encode, encoded)
             reply = await client.post(path, json=body)
@@ -67,7 +67,7 @@ def test_of_a_far_longer_text_than_truncate_keeps_its_end_is_encoded(make_app: M
 
     async def main() -> None:
         async with entered(app) as client:
-            codec = app.state.codec
+            codec = app.state.default.codec
             encode = codec.encode
             codec.encode = Noted(encode, encoded)
             reply = (await client.post("/generate", json=body)).json()
@@ -96,9 +96,9 @@ class Gate:
     def __init__(self, app: FastAPI) -> None:
         self.opened = threading.Event()
         self.begun = 0
-        self._encode = app.state.codec.encode
-        app.state.codec.encode = self
-        app.state.codec.token_length = None  # of a tokenizer without a known bound
+        self._encode = app.state.default.codec.encode
+        app.state.default.codec.encode = self
+        app.state.default.codec.token_length = None  # of a tokenizer without a known bound
 
     def __call__(self, text: str, *rest: Any) -> list[int]:
         if len(text) < 1000:
@@ -145,7 +145,7 @@ def test_the_deadline_covers_encoding(make_app: MakeApp) -> None:
             asked = [client.post("/generate", json={"inputs": LONG}) for _ in range(2)]
             asked += [client.post("/v1/completions", json={"prompt": LONG})]
             asked += [client.post("/tokenize", json={"inputs": "abc"})]
-            app.state.codec.tokenize = lambda text: gate.opened.wait(20) or iter(())
+            app.state.default.codec.tokenize = lambda text: gate.opened.wait(20) or iter(())
             replies = await asyncio.gather(*asked)
             assert [reply.status_code for reply in replies] == [504] * 4
             assert replies[0].json()["error_type"] == "timeout"
