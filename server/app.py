@@ -111,14 +111,16 @@ async def _running(state: AppState) -> AsyncIterator[None]:
         tasks.append(asyncio.create_task(watch(model.pool, state.lifecycle, state.settings.hang_timeout)))
         if model.shadow is not None:
             tasks.append(asyncio.create_task(model.shadow.run()))
-        if model.telemetry is not None and model.telemetry.metrics is not None:
-            tasks.append(asyncio.create_task(model.telemetry.metrics.run()))
+    if state.telemetry is not None:
+        tasks.append(asyncio.create_task(state.telemetry.run()))
     try:
         yield
     finally:
         await cancelled(*tasks)
         for model in models:
             await model.stop()
+        if state.telemetry is not None:
+            await state.telemetry.close()
 
 
 def _make_early_refusal(admission: AdmissionControl, settings: Settings) -> EarlyRefusal:

@@ -45,8 +45,6 @@ class _Opened:
     chat: ChatRenderer | None
     """None if the model has no chat template."""
     metrics: Metrics
-    telemetry: "Telemetry | None"
-    """None if no collector is configured."""
     pool: Pool
     service: GenerationService
 
@@ -66,8 +64,6 @@ class ServedModel(_Opened):
             await self.chat.stop()
         self.service.prompts.close()
         await self.pool.stop()
-        if self.telemetry is not None:
-            await self.telemetry.close()
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,12 @@ async def build_models(
     wanted: Sequence[Wanted],
     lifecycle: Lifecycle,
     load: Callable[..., LoadedModel],
+    telemetry: "Telemetry | None" = None,
 ) -> list[ServedModel]:
     """Opens the checkpoints, the default one first, and builds everything around them; loads no precision.
+
+    Args:
+        telemetry: gets traces and metrics of all of them; None: no collector is configured.
 
     Raises:
         LoaderError: a checkpoint or its tokenizer can't be read.
@@ -104,9 +104,10 @@ async def build_models(
     for one in wanted:
         checkpoint = await asyncio.to_thread(one.open)
         tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, checkpoint)
-        observed = _observed(one, one.name or checkpoint.model_id)
-        places = places or Places(first.max_concurrent_requests, lifecycle, host, observed.observer)
-        opened.append(_open(one, checkpoint, tokenizer, observed, places, host, lifecycle, load))
+        metrics = Metrics(one.name or checkpoint.model_id)
+        observer = metrics if telemetry is None else telemetry.add(metrics)
+        places = places or Places(first.max_concurrent_requests, lifecycle, host, observer)
+        opened.append(_open(one, checkpoint, tokenizer, metrics, observer, places, host, lifecycle, load))
     activity = Activity(*(one.service for one in opened), *(one.pool for one in opened))
     models = [await _with_evaluation(one, activity) for one in opened]
     shadows = [model.shadow for model in models if model.shadow is not None]
@@ -120,32 +121,12 @@ def _tell(shadows: Sequence[Shadow]) -> None:
         shadow.arrival()
 
 
-@dataclass(frozen=True)
-class _Observed:
-    """What counts and traces a model's requests."""
-
-    metrics: Metrics
-    telemetry: "Telemetry | None"
-
-    @property
-    def observer(self) -> Observer:
-        return self.metrics if self.telemetry is None else self.telemetry.tracing
-
-
-def _observed(wanted: Wanted, name: str) -> _Observed:
-    metrics, endpoint = Metrics(name), wanted.settings.otlp_endpoint
-    if endpoint is None:
-        return _Observed(metrics, None)
-    from server.observability.otlp.telemetry import Telemetry  # needs an extra
-
-    return _Observed(metrics, Telemetry(metrics, endpoint, name))
-
-
 def _open(
     wanted: Wanted,
     opened: Checkpoint,
     tokenizer: Any,
-    observed: _Observed,
+    metrics: Metrics,
+    observer: Observer,
     places: Places,
     host: HostResources,
     lifecycle: Lifecycle,
@@ -154,19 +135,18 @@ def _open(
     settings = wanted.settings
     checkpoint, codec = with_end_token(opened, tokenizer), TextCodec(tokenizer)
     chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
-    metrics = observed.metrics
+    name = wanted.name or checkpoint.model_id
     pool = Pool(checkpoint, settings, load=load, metrics=metrics, lifecycle=lifecycle, host=host)
+    service = GenerationService(settings, checkpoint, codec, pool, observer, places, chat)
     metrics.refresh = partial(set_gauges, metrics, pool)
-    service = GenerationService(settings, checkpoint, codec, pool, observed.observer, places, chat)
     return _Opened(
-        name=wanted.name or checkpoint.model_id,
+        name=name,
         settings=settings,
         default_choice=wanted.default_choice,
         checkpoint=checkpoint,
         codec=codec,
         chat=chat,
         metrics=metrics,
-        telemetry=observed.telemetry,
         pool=pool,
         service=service,
     )

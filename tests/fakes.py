@@ -134,7 +134,7 @@ def fake_load(precision: str, spec: ModelSpec, progress: Progress = ignore_progr
 
 
 class Outcomes:
-    """Records what is observed: precision, outcome and prompt tokens."""
+    """An observer that keeps what it was told: precision, outcome and prompt tokens of each request."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, int]] = []

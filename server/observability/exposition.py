@@ -1,10 +1,12 @@
-"""The text of ``/metrics`` in the format that is asked for: Prometheus's, or OpenMetrics with exemplars."""
+"""The text of ``/metrics`` for all models: in Prometheus's format, or OpenMetrics', which has exemplars."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest, openmetrics
 from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from server.observability.metrics import Metrics
 
@@ -22,33 +24,33 @@ class Exposition(NamedTuple):
 
 def expose(metrics: Sequence[Metrics], accept: str) -> Exposition:
     """Every series of the models; ``accept``: the request's ``Accept``."""
-    for one in metrics:
-        one.refresh()
     registry = CollectorRegistry()
-    registry.register(_Merged([one.registry for one in metrics]))
+    registry.register(_Merged(metrics))
     if prefers_openmetrics(accept):
         text = openmetrics.exposition.generate_latest(registry)  # type: ignore[no-untyped-call]
         return Exposition(text, openmetrics.exposition.CONTENT_TYPE_LATEST)
     return Exposition(generate_latest(registry), PLAIN_TYPE)
 
 
-class _Merged:
-    """Each family once, with the series of all registries."""
-
-    def __init__(self, registries: Sequence[CollectorRegistry]) -> None:
-        self._registries = registries
+class _Merged(Collector):
+    def __init__(self, metrics: Sequence[Metrics]) -> None:
+        self._metrics = metrics
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: otherwise registering would collect."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for registry in self._registries:
-            for family in registry.collect():
-                if (known := families.setdefault(family.name, family)) is not family:
-                    known.samples.extend(family.samples)
-        return iter(families.values())
+        return merged(chain.from_iterable(one.families() for one in self._metrics))
+
+
+def merged(families: Iterable[Metric]) -> Iterator[Metric]:
+    """Each family once, with the samples of all; those of several models differ in a label."""
+    found: dict[str, Metric] = {}
+    for family in families:
+        if (known := found.setdefault(family.name, family)) is not family:
+            known.samples.extend(family.samples)
+    return iter(found.values())
 
 
 def prefers_openmetrics(accept: str) -> bool:

@@ -28,32 +28,32 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """One per app, with a registry of its own. Event loop only.
+    """One per model, with a registry of its own. Event loop only.
 
     Args:
-        model: the label of every series, beside the precision.
+        model: its name, the label of every series beside the precision.
     """
 
     def __init__(self, model: str) -> None:
-        self._model = model
-        self.registry = CollectorRegistry()
+        self.model = model
+        self._registry = CollectorRegistry()
         self.refresh: Callable[[], None] = lambda: None
         """Sets the gauges; called before every collection."""
         self._records: dict[str, Record] = defaultdict(Record)
         label = ["model", "precision"]
 
         def counter(name: str, text: str, labels: Sequence[str] = label) -> Counter:
-            return Counter(f"bitdial_{name}", text, labels, registry=self.registry)
+            return Counter(f"bitdial_{name}", text, labels, registry=self._registry)
 
         def gauge(name: str, text: str, labels: Sequence[str] = label) -> Gauge:
-            return Gauge(f"bitdial_{name}", text, labels, registry=self.registry)
+            return Gauge(f"bitdial_{name}", text, labels, registry=self._registry)
 
         self._requests = counter("requests", "Requests ended, by outcome", ["model", "precision", "outcome"])
         self._outcomes: dict[tuple[str, str], Counter] = {}  # the library's lookup takes a lock
         self._generated = counter("generated_tokens", "Tokens generated")
         self._prompt = counter("prompt_tokens", "Prompt tokens computed")
         self._latency = Latency(model)
-        self.registry.register(self._latency)
+        self._registry.register(self._latency)
         self._running = gauge("requests_running", "Sequences that hold a slot")
         self._waiting = gauge("requests_waiting", "Sequences that wait for a slot")
         self._memory = gauge(
@@ -74,17 +74,17 @@ class Metrics:
             "KL divergence from the reference at a generated token, nats",
             label,
             buckets=_NATS,
-            registry=self.registry,
+            registry=self._registry,
         )
         self._agreement = Histogram(
             "bitdial_shadow_agreement",
             "Share of a request's tokens at which the reference finds the same one the most probable",
             label,
             buckets=_SHARES,
-            registry=self.registry,
+            registry=self._registry,
         )
         self._batch = Histogram(
-            "bitdial_batch_size", "Rows decoded together", label, buckets=_BATCHES, registry=self.registry
+            "bitdial_batch_size", "Rows decoded together", label, buckets=_BATCHES, registry=self._registry
         )
 
     def observe_step(self, precision: str, step: StepStats) -> None:
@@ -94,18 +94,18 @@ class Metrics:
         record.gaps.extend(step.gaps)
         if step.batch == 1 and not step.prompt_tokens:
             record.single_row_gaps.extend(step.gaps)
-        self._generated.labels(self._model, precision).inc(step.generated_tokens)
-        self._prompt.labels(self._model, precision).inc(step.prompt_tokens)
+        self._generated.labels(self.model, precision).inc(step.generated_tokens)
+        self._prompt.labels(self.model, precision).inc(step.prompt_tokens)
         self._latency.observe_gaps(precision, step.gaps)
         if step.batch:
-            self._batch.labels(self._model, precision).observe(step.batch)
+            self._batch.labels(self.model, precision).observe(step.batch)
 
     def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None:
         precision, outcome, timeline = ended.precision, ended.outcome, ended.timeline
         counter = self._outcomes.get((precision, outcome))
         if counter is None:
             counter = self._outcomes[precision, outcome] = self._requests.labels(
-                self._model, precision, outcome
+                self.model, precision, outcome
             )
         counter.inc()
         self._latency.observe_request(ended, span)
@@ -118,33 +118,33 @@ class Metrics:
         record.total.append(timeline.total_seconds)
 
     def observe_shadow(self, precision: str, outcome: str) -> None:
-        self._shadowed.labels(self._model, precision, outcome).inc()
+        self._shadowed.labels(self.model, precision, outcome).inc()
 
     def observe_drift(self, precision: str, kl: Sequence[float], agreement: float) -> None:
         """Records a replayed request: each token's divergence, and the share of equal top tokens."""
-        histogram = self._drift.labels(self._model, precision)
+        histogram = self._drift.labels(self.model, precision)
         for value in kl:
             histogram.observe(value)
-        self._agreement.labels(self._model, precision).observe(agreement)
+        self._agreement.labels(self.model, precision).observe(agreement)
 
     def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
         """Sets bytes by kind, zeros after unloading, and the load time."""
         for kind, size in memory.items():
-            self._memory.labels(self._model, precision, kind).set(size)
-        self._load.labels(self._model, precision).set(load_seconds)
+            self._memory.labels(self.model, precision, kind).set(size)
+        self._load.labels(self.model, precision).set(load_seconds)
         self._last_totals.pop(precision, None)  # the next one counts from 0
 
     def set_load(self, precision: str, running: int, waiting: int) -> None:
-        self._running.labels(self._model, precision).set(running)
-        self._waiting.labels(self._model, precision).set(waiting)
+        self._running.labels(self.model, precision).set(running)
+        self._waiting.labels(self.model, precision).set(waiting)
 
     def set_kv_cache(self, precision: str, pool: PoolStats, preemptions: int, size: int) -> None:
         """Sets the state of a cache in blocks; ``size`` is its memory in bytes."""
-        self._usage.labels(self._model, precision).set(pool.used / pool.blocks)
-        self._memory.labels(self._model, precision, "kv_cache").set(size)
+        self._usage.labels(self.model, precision).set(pool.used / pool.blocks)
+        self._memory.labels(self.model, precision, "kv_cache").set(size)
         totals = {"queries": pool.queried_tokens, "hits": pool.hit_tokens, "preemptions": preemptions}
         for name, total in totals.items():
-            counter = self._totals[name].labels(self._model, precision)
+            counter = self._totals[name].labels(self.model, precision)
             counter.inc(total - self._last_totals[precision][name])
             self._last_totals[precision][name] = total
 
@@ -183,10 +183,13 @@ class Metrics:
         return low, middle, high
 
     def families(self) -> Iterator[Metric]:
-        """What ``/metrics`` has, and the histograms of OpenTelemetry's conventions."""
+        """What ``/metrics`` has."""
         self.refresh()
-        yield from self.registry.collect()
-        yield from self._latency.conventional()
+        return iter(self._registry.collect())
+
+    def conventional(self) -> Iterator[Metric]:
+        """The histograms of OpenTelemetry's conventions."""
+        return self._latency.conventional()
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:

@@ -130,9 +130,9 @@ def _range(interval: Interval) -> list[float] | None:
 @RouteFacts(quiet=True, media_types=(PLAIN, OPENMETRICS))
 async def prometheus(request: Request) -> Response:
     """Metrics in Prometheus's text format, or in OpenMetrics' if ``Accept`` asks for it."""
-    models = state_of(request.app).models.values()
     accept = ",".join(request.headers.getlist("accept"))
-    body, content_type = expose([model.metrics for model in models], accept)
+    metrics = [model.metrics for model in state_of(request.app).models.values()]
+    body, content_type = expose(metrics, accept)
     return Response(body, headers={"content-type": content_type, "vary": "Accept"})
 
 

@@ -149,9 +149,8 @@ class GenerationService:
         for request in requests:
             with suppress(LoaderError):  # an unknown name is the client's text, and never a label
                 precision = loaders.canonical(request.precision or self._pool.default)
-                self.observe(
-                    Ended(precision=precision, outcome=error.error_type, operation=operation_of(request))
-                )
+                operation = operation_of(request)
+                self.observe(Ended(precision=precision, outcome=error.error_type, operation=operation))
 
     def _check_capacity(self, engine: Engine, tokens: int) -> None:
         """Raises: PromptTooLong: the whole KV cache doesn't hold them."""

@@ -5,8 +5,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -14,6 +15,7 @@ from opentelemetry.sdk.metrics.export import MetricExportResult
 from opentelemetry.sdk.resources import Resource
 
 from server.concurrency import run_for_future
+from server.observability.exposition import merged
 from server.observability.metrics import Metrics
 from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
 from server.observability.otlp.families import as_metrics_data
@@ -29,12 +31,12 @@ class MetricsExport:
     """Sends cumulative figures: a failed export loses nothing, the next one has it all.
 
     Args:
-        metrics: what is sent.
+        metrics: those of each model.
         url: of the collector.
         resource: this process.
     """
 
-    def __init__(self, metrics: Metrics, url: str, resource: Resource) -> None:
+    def __init__(self, metrics: Sequence[Metrics], url: str, resource: Resource) -> None:
         self._metrics, self._resource = metrics, resource
         self._exporter = OTLPMetricExporter(url, timeout=EXPORT_SECONDS)
         self._failures = Failures("metrics", url)
@@ -59,7 +61,8 @@ class MetricsExport:
             self._failures.note(False)
 
     async def _export(self) -> None:
-        data = as_metrics_data(self._metrics.families(), self._began, time.time_ns(), self._resource)
+        own = (family for one in self._metrics for family in chain(one.families(), one.conventional()))
+        data = as_metrics_data(merged(own), self._began, time.time_ns(), self._resource)
         result = await _in_thread(partial(self._exporter.export, data))
         self._failures.note(result is MetricExportResult.SUCCESS)
 

@@ -35,7 +35,7 @@ class TraceContext:
         if scope["type"] != "http" or not facts_of(scope).takes_a_place:
             await self.app(scope, receive, send)
             return
-        tracer = scope["app"].state.default.telemetry.tracing.tracer  # made once the app runs
+        tracer = scope["app"].state.telemetry.spans.tracer  # made once the app runs
         with trace_context(scope), self._request_span(tracer, scope) as span:
 
             async def watched(message: Message) -> None:
