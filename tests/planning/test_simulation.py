@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
-from server.planning.simulation import Policy, Simulation, capacity, poisson, simulate
+from server.planning.simulation import Policy, Simulation, capacity, poisson
 from server.planning.workload import Frontend, Objectives, Replica, Workload
 from tests.fakes import FakeRunner, fake_model
 from tests.planning.measured import pass_seconds, step_times
@@ -60,14 +61,17 @@ def test_what_cannot_be_finished_in_time_is_refused_once_that_is_known() -> None
     assert max(one.times[-1] - one.arrived for one in found.finished if len(one.times) == 64) < 2.1
 
 
-def test_a_queue_with_one_slot_waits_as_theory_says() -> None:
-    """M/D/1: the mean wait is ρ / (2 (1 − ρ)) services."""
+def test_a_queue_with_one_slot_waits_by_lindleys_recursion() -> None:
+    """Each wait is what remains of the wait and the service before; their mean is near M/D/1's."""
     shape = Workload(0, 16, 10)
-    service = pass_seconds(0, 16) + 9 * pass_seconds(1, 0)
-    rate = 0.5 / service
-    found = simulate(step_times(), shape.at(rate), Replica(1, places=10**6), requests=6000, seed=3)
-    wait = found.ttfts.mean() - pass_seconds(0, 16)
-    assert wait == pytest.approx(service * 0.5 / (2 * 0.5), rel=0.1)
+    service, load = pass_seconds(0, 16) + 9 * pass_seconds(1, 0), 0.6
+    arrivals = poisson(load / service, 3000, seed=3)
+    waits = [0.0]
+    for before, arrived in pairwise(arrivals):
+        waits.append(max(waits[-1] + service - (arrived - before), 0.0))
+    found = Simulation(step_times(), shape, Replica(1, places=10**6)).run(arrivals)
+    assert found.ttfts == pytest.approx(np.array(waits[300:]) + pass_seconds(0, 16))
+    assert np.mean(waits) == pytest.approx(service * load / (2 * (1 - load)), rel=0.2)
 
 
 def test_the_capacity_of_one_slot_is_one_request_per_service() -> None:
