@@ -1,13 +1,19 @@
 """Metrics as a collector receives them, against the same figures in ``/metrics``."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from tests.conftest import wait_until
+from server.app import create_app
+from server.served_model import Wanted
+from server.settings.server import Settings
+from tests.conftest import Loads, wait_until
+from tests.fakes import fake_checkpoint
 from tests.observability.collector import Collector, attributes_of
 from tests.observability.conftest import Observed
 from tests.observability.test_metrics import Series
@@ -144,3 +150,27 @@ def test_figures_are_sent_at_every_interval_and_start_at_the_same_time(
     instance = attributes_of(collector.last_metrics().resource)["service.instance.id"]
     wait_until(lambda: bool(collector.traces()))
     assert {attributes_of(one.resource)["service.instance.id"] for one in collector.traces()} == {instance}
+
+
+def test_of_several_models_each_has_its_series_and_spans(
+    tmp_path: Path, loads: Loads, collector: Collector
+) -> None:
+    settings = Settings(precisions="fp32", device="cpu", otlp_endpoint=collector.address)
+    first, second = (
+        Wanted(partial(fake_checkpoint, tmp_path / name), settings, name=name) for name in ("a", "b")
+    )
+    app = create_app(settings, first=first, others=[second], load=loads)
+    with TestClient(app) as client:
+        wait_until(lambda: client.get("/health").status_code == 200)
+        for model in ("a", "b", "b"):
+            reply = client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2})
+            assert reply.status_code == 200, reply.text
+    counts = {
+        attributes_of(point)["gen_ai.request.model"]: point.count
+        for point in points(collector.metrics()["gen_ai.server.request.duration"])
+    }
+    assert counts == {"a": 1, "b": 2}
+    own = {attributes_of(p)["model"]: p.as_double for p in points(collector.metrics()["bitdial_requests"])}
+    assert own == {"a": 1, "b": 2}
+    assert len(collector.spans("text_completion a")) == 1
+    assert len(collector.spans("text_completion b")) == 2
