@@ -10,7 +10,7 @@ import pytest
 
 from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams
-from server.planning.simulation import Policy, Simulation, capacity, poisson, simulate
+from server.planning.simulation import Policy, Simulation, capacity, poisson
 from server.planning.workload import Frontend, Objectives, Replica, Workload
 from tests.fakes import FakeRunner, fake_model
 from tests.planning.measured import pass_seconds, step_times
