@@ -18,6 +18,7 @@ from server.engine.sequence import Sequence as Request
 from server.engine.worker import Step, Worker
 from server.errors import Overloaded
 from server.lifecycle import Lifecycle
+from server.observability.ended import Ended, SpanIds
 from server.planning.step_times import Noise, StepTimes
 from server.planning.workload import Frontend, Replica
 from server.service.admission import Places
@@ -94,9 +95,7 @@ class SimulatedSampler(Sampler):
 
 
 class _NoObserver:
-    def observe_request(
-        self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int
-    ) -> None: ...
+    def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None: ...
 
 
 class SimulatedEngine:

@@ -1,9 +1,9 @@
 """Step times measured through an engine whose passes take known times, and kept."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loaders.runner import Logits
+from server.engine.worker import Worker
 from server.errors import Invalid
 from server.planning import calibration as module
 from server.planning.calibration import Calibration, Calibrator
@@ -24,24 +25,23 @@ SUBJECT = Subject({"name": "x"}, {"cpu": "y"}, {"bitdial": "1"}, {})
 
 
 class MixedFake(FakeRunner):
-    """Computes a chunk and rows together, in known times."""
+    """Computes a chunk and rows together, in known times of its own clock."""
 
-    def _called(self) -> None:
-        """The passes below wait."""
+    now = 0.0
 
     def prefill(self, slot: int, ids: Sequence[int], logits: Logits = "last") -> Tensor | None:
-        time.sleep(_BASE + _TOKEN * len(ids))
+        self.now += _BASE + _TOKEN * len(ids)
         return super().prefill(slot, ids, logits)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
-        time.sleep(_BASE + _ROW * len(slots))
+        self.now += _BASE + _ROW * len(slots)
         return super().decode(slots, ids)
 
 
 class Together(MixedFake):
     def advance(self, slot: int, ids: Sequence[int], slots: Sequence[int], next_ids: Sequence[int]) -> Tensor:
         first = FakeRunner.prefill(self, slot, ids)
-        time.sleep(_TOKEN * len(ids))
+        self.now += _TOKEN * len(ids)
         assert first is not None
         return torch.cat([first, self.decode(slots, next_ids)])
 
@@ -58,14 +58,15 @@ def measured(runner: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> Calibration
 
 
 @pytest.mark.parametrize("kind", [MixedFake, Together])
-def test_passes_of_every_size_are_measured(kind: type[FakeRunner], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measured(kind(slots=5, context=256), monkeypatch)
+def test_passes_of_every_size_are_measured(kind: type[MixedFake], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = kind(slots=5, context=256)
+    monkeypatch.setattr("server.engine.engine.Worker", partial(Worker, clock=lambda: runner.now))
+    found = measured(runner, monkeypatch)
     assert found.mixed == (kind is Together)
     times = found.step_times()
-    slack = 0.003  # timers and threads; a loaded host
     for rows, chunk in [(1, 0), (4, 0), (0, 16), (0, 64), *([(1, 16), (4, 16)] if found.mixed else [])]:
         expected = _BASE + _ROW * rows + _TOKEN * chunk
-        assert expected <= times.seconds(rows, chunk, 0) + times.slope * 200 <= expected + slack
+        assert times.seconds(rows, chunk, 0) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
