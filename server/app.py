@@ -16,6 +16,7 @@ from starlette.responses import Response
 import loaders
 import loaders.checkpoint
 from loaders.base import Checkpoint, LoadedModel
+from server.concurrency import cancelled
 from server.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from server.http.admission.admission_control import AdmissionControl
 from server.http.auth import Auth
@@ -23,6 +24,7 @@ from server.http.connection.early_refusal import EarlyRefusal
 from server.http.methods import HeadAsGet, allowed
 from server.http.middleware import AdmissionMiddleware, BodyLimits, RequestContext
 from server.http.openapi import describe
+from server.http.redaction import Redaction
 from server.http.responses import error_response
 from server.http.route_facts import RouteTable
 from server.routes import compare, favicon, generate, health, playground, precisions, report, stats, tokenize
@@ -109,19 +111,22 @@ async def _running(state: AppState) -> AsyncIterator[None]:
         tasks.append(asyncio.create_task(watch(model.pool, state.lifecycle, state.settings.hang_timeout)))
         if model.shadow is not None:
             tasks.append(asyncio.create_task(model.shadow.run()))
+    if state.telemetry is not None:
+        tasks.append(asyncio.create_task(state.telemetry.run()))
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
+        await cancelled(*tasks)
         for model in models:
             await model.stop()
+        if state.telemetry is not None:
+            await state.telemetry.close()
 
 
 def _make_early_refusal(admission: AdmissionControl, settings: Settings) -> EarlyRefusal:
     if settings.otlp_endpoint is None:
         return EarlyRefusal(admission, settings)
-    from server.observability.tracing import trace_context  # needs an extra
+    from server.observability.otlp.trace_context import trace_context  # needs an extra
 
     return EarlyRefusal(admission, settings, trace_context)
 
@@ -133,9 +138,9 @@ def _add_middleware(
     app.add_middleware(HeadAsGet)
     app.add_middleware(AdmissionMiddleware, admission=admission)
     if settings.otlp_endpoint is not None:
-        from server.observability.tracing import TraceContext  # needs an extra
+        from server.observability.otlp.trace_context import TraceContext  # needs an extra
 
-        app.add_middleware(TraceContext)
+        app.add_middleware(TraceContext, redaction=Redaction(settings.secrets()))
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Auth, settings=settings, routes=routes)
     if settings.cors_allow_origin:

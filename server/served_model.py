@@ -13,12 +13,14 @@ from server.activity import Activity
 from server.evaluation.quantization_report import QuantizationReports
 from server.evaluation.shadow import Shadow
 from server.lifecycle import Lifecycle
+from server.observability.ended import Observer
 from server.observability.metrics import Metrics
 from server.report.background import Reports
 from server.report.choice import Choice
 from server.service.admission import Places
 from server.service.chat.renderer import ChatRenderer
 from server.service.chat.source import make_renderer
+from server.service.gauges import set_gauges
 from server.service.generation import GenerationService
 from server.service.host_resources import HostResources
 from server.service.pool import Pool
@@ -26,7 +28,7 @@ from server.service.text.codec import TextCodec
 from server.settings.server import Settings
 
 if TYPE_CHECKING:
-    from server.observability.tracing import Tracing
+    from server.observability.otlp.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,6 @@ class _Opened:
     chat: ChatRenderer | None
     """None if the model has no chat template."""
     metrics: Metrics
-    tracing: "Tracing | None"
     pool: Pool
     service: GenerationService
 
@@ -63,8 +64,6 @@ class ServedModel(_Opened):
             await self.chat.stop()
         self.service.prompts.close()
         await self.pool.stop()
-        if self.tracing is not None:
-            await self.tracing.close()
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,12 @@ async def build_models(
     wanted: Sequence[Wanted],
     lifecycle: Lifecycle,
     load: Callable[..., LoadedModel],
+    telemetry: "Telemetry | None" = None,
 ) -> list[ServedModel]:
     """Opens the checkpoints, the default one first, and builds everything around them; loads no precision.
+
+    Args:
+        telemetry: gets traces and metrics of all of them; None: no collector is configured.
 
     Raises:
         LoaderError: a checkpoint or its tokenizer can't be read.
@@ -102,8 +105,9 @@ async def build_models(
         checkpoint = await asyncio.to_thread(one.open)
         tokenizer = await asyncio.to_thread(loaders.checkpoint.load_tokenizer, checkpoint)
         metrics = Metrics(one.name or checkpoint.model_id)
-        places = places or Places(first.max_concurrent_requests, lifecycle, host, metrics)
-        opened.append(_open(one, checkpoint, tokenizer, metrics, places, host, lifecycle, load))
+        observer = metrics if telemetry is None else telemetry.add(metrics)
+        places = places or Places(first.max_concurrent_requests, lifecycle, host, observer)
+        opened.append(_open(one, checkpoint, tokenizer, metrics, observer, places, host, lifecycle, load))
     activity = Activity(*(one.service for one in opened), *(one.pool for one in opened))
     models = [await _with_evaluation(one, activity) for one in opened]
     shadows = [model.shadow for model in models if model.shadow is not None]
@@ -122,6 +126,7 @@ def _open(
     opened: Checkpoint,
     tokenizer: Any,
     metrics: Metrics,
+    observer: Observer,
     places: Places,
     host: HostResources,
     lifecycle: Lifecycle,
@@ -131,9 +136,9 @@ def _open(
     checkpoint, codec = with_end_token(opened, tokenizer), TextCodec(tokenizer)
     chat = make_renderer(tokenizer, settings.chat_template, settings.payload_limit)
     name = wanted.name or checkpoint.model_id
-    tracing = _make_tracing(settings, metrics, name)
     pool = Pool(checkpoint, settings, load=load, metrics=metrics, lifecycle=lifecycle, host=host)
-    service = GenerationService(settings, checkpoint, codec, pool, tracing or metrics, places, chat)
+    service = GenerationService(settings, checkpoint, codec, pool, observer, places, chat)
+    metrics.refresh = partial(set_gauges, metrics, pool)
     return _Opened(
         name=name,
         settings=settings,
@@ -142,7 +147,6 @@ def _open(
         codec=codec,
         chat=chat,
         metrics=metrics,
-        tracing=tracing,
         pool=pool,
         service=service,
     )
@@ -159,11 +163,3 @@ async def _with_evaluation(opened: _Opened, activity: Activity) -> ServedModel:
     return ServedModel(
         **vars(opened), reports=reports, quantization_reports=QuantizationReports(pool), shadow=shadow
     )
-
-
-def _make_tracing(settings: Settings, metrics: Metrics, model: str) -> "Tracing | None":
-    if settings.otlp_endpoint is None:
-        return None
-    from server.observability.tracing import Tracing  # needs an extra
-
-    return Tracing(metrics, settings.otlp_endpoint, model)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
@@ -16,6 +17,9 @@ from server.service.generation import GenerationService
 from server.service.pool import Pool
 from server.settings.server import Settings
 
+if TYPE_CHECKING:
+    from server.observability.otlp.telemetry import Telemetry
+
 
 @dataclass(frozen=True, kw_only=True)
 class AppState:
@@ -26,6 +30,8 @@ class AppState:
     early_refusal: EarlyRefusal
     """Read by ``ServerConfig``."""
     lifecycle: Lifecycle
+    telemetry: "Telemetry | None"
+    """None if no collector is configured."""
     models: Mapping[str, ServedModel]
     """By name, the default one first."""
     comparing: asyncio.Lock
@@ -91,14 +97,23 @@ async def build_state(
         LoaderError: a checkpoint or its tokenizer can't be read.
     """
     started, started_monotonic = time.time(), time.monotonic()
-    lifecycle = Lifecycle()
-    models = await build_models(wanted, lifecycle, load)
+    lifecycle, telemetry = Lifecycle(), _make_telemetry(wanted[0].settings)
+    models = await build_models(wanted, lifecycle, load, telemetry)
     return AppState(
         started=started,
         started_monotonic=started_monotonic,
         settings=wanted[0].settings,
         early_refusal=early_refusal,
         lifecycle=lifecycle,
+        telemetry=telemetry,
         models={model.name: model for model in models},
         comparing=asyncio.Lock(),
     )
+
+
+def _make_telemetry(settings: Settings) -> "Telemetry | None":
+    if settings.otlp_endpoint is None:
+        return None
+    from server.observability.otlp.telemetry import Telemetry  # needs an extra
+
+    return Telemetry(settings.otlp_endpoint)

@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from loaders.base import Checkpoint, Footprint, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.runner import Logits, Runner
-from server.engine.sequence import Timeline
+from server.observability.ended import Ended, SpanIds
 from tests.checkpoints import VOCABULARY, byte_tokenizer
 
 _FIRST, _LETTERS = 65, 26  # ids of "a" … "z" in the byte alphabet of tests/checkpoints.py
@@ -139,5 +139,5 @@ class Outcomes:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, int]] = []
 
-    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        self.seen.append((precision, outcome, prompt_tokens))
+    def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None:
+        self.seen.append((ended.precision, ended.outcome, ended.prompt_tokens))

@@ -22,6 +22,7 @@ LAYERS = (
     "server.state",
     "server.served_model",
     "server.evaluation",
+    "server.planning",
     "server.service",
     "server.report server.observability",
     "server.bench",
@@ -73,7 +74,7 @@ LONG = {
     "tests/routes/test_places.py": 280,
     "tests/routes/test_report_route.py": 379,
     "tests/service/chat/test_chat_renderer.py": 286,
-    "tests/service/test_generation.py": 303,
+    "tests/service/test_generation.py": 297,
 }
 """Longer files, and their lines: entries shrink or go, none is added."""
 
@@ -176,9 +177,10 @@ def test_the_process_of_a_chat_template_imports_little() -> None:
         assert {module.split(".")[0] for module in found} <= known
 
 
-def test_only_metrics_imports_prometheus() -> None:
-    modules = {"server/observability/exposition.py", "server/observability/metrics.py"}
-    assert importers("prometheus_client") == modules
+def test_only_observability_imports_prometheus() -> None:
+    found = importers("prometheus_client")
+    assert found
+    assert all(name.startswith("server/observability/") for name in found)
 
 
 def test_only_its_own_package_imports_ray() -> None:
@@ -186,8 +188,11 @@ def test_only_its_own_package_imports_ray() -> None:
     assert not [name for name in reached("server.__main__") if name.startswith("server.ray")]
 
 
-def test_only_tracing_imports_opentelemetry() -> None:
-    assert importers("opentelemetry") == {"server/observability/tracing.py"}
+def test_only_its_package_imports_opentelemetry() -> None:
+    """It is an extra: what imports the package does so where a collector is configured."""
+    found = importers("opentelemetry")
+    assert found
+    assert all(name.startswith("server/observability/otlp/") for name in found)
 
 
 @pytest.mark.parametrize(

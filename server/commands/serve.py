@@ -79,7 +79,7 @@ def _require_tracing(options: Settings) -> None:
     if options.otlp_endpoint is None:
         return
     try:
-        import_module("server.observability.tracing")
+        import_module("server.observability.otlp.telemetry")
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
 

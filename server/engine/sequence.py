@@ -127,6 +127,10 @@ class Timeline:
     def total_seconds(self) -> float:
         return (self.last_token or time.perf_counter()) - self.arrived
 
+    def elapsed(self) -> float:
+        """From arrival to now, in seconds."""
+        return time.perf_counter() - self.arrived
+
 
 class Status(Enum):
     """A sequence's stage in the scheduler, which alone changes it."""

@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from server.engine.sequence import PromptToken, Sequence, Timeline, Token
+from server.engine.sequence import PromptToken, SamplingParams, Sequence, Timeline, Token
 from server.errors import ServiceError
 
 
@@ -26,6 +26,15 @@ class TokenStream(AsyncIterator[Token]):
     @property
     def timeline(self) -> Timeline:
         return self._sequence.timeline
+
+    @property
+    def params(self) -> SamplingParams:
+        return self._sequence.params
+
+    @property
+    def preemptions(self) -> int:
+        """How often the sequence was put back to wait so far."""
+        return self._sequence.preemptions
 
     @property
     def prompt_tokens(self) -> list[PromptToken]:

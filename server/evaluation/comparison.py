@@ -19,13 +19,13 @@ from server.engine.sequence import FinishReason, SamplingParams, Timeline
 from server.errors import GenerationFailed
 from server.host import memory
 from server.host.threads import run_in_own_thread
+from server.observability.ended import Ended
 from server.service.text.codec import TextCodec
 from server.service.text_stream import TextStream
 
 Use = Callable[[str], AbstractAsyncContextManager[Engine]]
 """Precision → a context manager of its engine, which is loaded if necessary."""
-Observe = Callable[[str, str, Timeline, int], None]
-"""Called after each generation with precision, outcome, times and the number of prompt tokens."""
+Observe = Callable[[Ended], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Reference:
     generated: list[int]
 
 
-def _ignore(precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
+def _ignore(ended: Ended) -> None:
     pass
 
 
@@ -153,7 +153,7 @@ class Comparison:
             try:
                 await stream.run()
             finally:
-                self._observe(engine.precision, stream.outcome, stream.timeline, len(request.ids))
+                self._observe(stream.ended(engine.precision))
         ids = [piece.token.id for piece in stream.pieces]
         return Written(stream.text, ids, stream.finish_reason, stream.timeline)
 

@@ -5,6 +5,7 @@ import logging
 
 from starlette.types import Scope
 
+from server.http.log_context import log_ids
 from server.http.redaction import Redaction
 from server.http.route_facts import facts_of
 
@@ -16,7 +17,7 @@ def log_access(scope: Scope, status: int, milliseconds: float, redaction: Redact
     """Logs one answered request; a successful poll of a ``quiet`` route at level debug.
 
     Args:
-        scope: its ``state`` holds the request id and, from ``note_refusal``, the error.
+        scope: its ``state`` holds the ids and, from ``note_refusal``, the error.
         redaction: removes keys from what the client sent.
     """
     level = logging.DEBUG if facts_of(scope).quiet and status < 400 else logging.INFO
@@ -24,7 +25,7 @@ def log_access(scope: Scope, status: int, milliseconds: float, redaction: Redact
         return
     reason = scope["state"].get("refusal")
     fields = {
-        "request_id": scope["state"]["request_id"],
+        **log_ids(scope),
         "method": redaction(scope["method"])[:_METHOD_CHARACTERS],
         "path": redaction.address(scope["path"])[:_PATH_CHARACTERS],
         "status": status,

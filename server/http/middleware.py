@@ -13,6 +13,7 @@ from server.errors import PayloadTooLarge, RequestTimeout, ServiceError
 from server.http.access_log import log_access
 from server.http.admission.admission_control import AdmissionControl
 from server.http.admission.promised_places import hold
+from server.http.log_context import logged_as
 from server.http.redaction import Redaction
 from server.http.request_id import request_id_of
 from server.http.responses import error_response
@@ -47,20 +48,21 @@ class RequestContext:
                 MutableHeaders(scope=message)["x-request-id"] = id_
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_with_id)
-        except (ClientDisconnect, ClientGone):
-            status = status or 499
-            await _end_exchange(send)
-        except _PASSED_ON:
-            raise
-        except BaseException as error:  # a Rust library's panic is not an Exception
-            if status:
+        with logged_as(scope):
+            try:
+                await self.app(scope, receive, send_with_id)
+            except (ClientDisconnect, ClientGone):
+                status = status or 499
+                await _end_exchange(send)
+            except _PASSED_ON:
                 raise
-            _log_fault(error, id_)
-            await error_response(_as_service_error(error), scope)(scope, receive, send_with_id)
-        finally:
-            log_access(scope, status, (time.perf_counter() - started) * 1000, self._redaction)
+            except BaseException as error:  # a Rust library's panic is not an Exception
+                if status:
+                    raise
+                _log_fault(error, id_)
+                await error_response(_as_service_error(error), scope)(scope, receive, send_with_id)
+            finally:
+                log_access(scope, status, (time.perf_counter() - started) * 1000, self._redaction)
 
 
 def _as_service_error(error: BaseException) -> ServiceError:

@@ -5,11 +5,13 @@ import logging
 import time
 from collections.abc import Iterable
 
+from server.http.log_context import current_ids
 from server.http.redaction import Redaction
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; the values passed in ``extra={"fields": {...}}`` become its members."""
+    """One JSON object a line; the values passed in ``extra={"fields": {...}}`` become its members, and the
+    ids of the request that logs them."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
@@ -17,6 +19,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **current_ids(),
         }
         entry.update(getattr(record, "fields", {}))
         if record.exc_info:

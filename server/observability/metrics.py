@@ -1,11 +1,9 @@
 """Counters and histograms for Prometheus, and windows of the latest values for ``/stats``."""
 
 import statistics
-from bisect import bisect_left
 from collections import Counter as Counts
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,17 +11,15 @@ from prometheus_client import (
     Gauge,
     Histogram,
     disable_created_metrics,
-    generate_latest,
 )
-from prometheus_client.core import HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.core import Metric
 
 from loaders.kv_cache.block_pool import PoolStats
-from server.engine.sequence import StepStats, Timeline
+from server.engine.sequence import StepStats
+from server.observability.ended import Ended, SpanIds
+from server.observability.latency import Latency
 from server.observability.record import Record
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _NATS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.999, 1)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -31,39 +27,18 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class _Gaps(Collector):
-    """A histogram of the time between tokens. The library's own would take two locks per row and step."""
-
-    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
-        self._described = name, text, labels
-        self._counts: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * (len(_SECONDS) + 1))
-        self._sums: dict[tuple[str, ...], float] = defaultdict(float)
-
-    def observe(self, values: Sequence[float], *labels: str) -> None:
-        counts = self._counts[labels]
-        for value in values:
-            counts[bisect_left(_SECONDS, value)] += 1
-        self._sums[labels] += sum(values)
-
-    def collect(self) -> Iterator[Metric]:
-        name, text, labels = self._described
-        family = HistogramMetricFamily(name, text, labels=labels)
-        bounds = [*(str(float(bound)) for bound in _SECONDS), "+Inf"]
-        for which, counts in self._counts.items():
-            family.add_metric(which, list(zip(bounds, accumulate(counts), strict=True)), self._sums[which])
-        yield family
-
-
 class Metrics:
-    """One per app, with a registry of its own. Event loop only.
+    """One per model, with a registry of its own. Event loop only.
 
     Args:
-        model: the label of every series, beside the precision.
+        model: its name, the label of every series beside the precision.
     """
 
     def __init__(self, model: str) -> None:
-        self._model = model
+        self.model = model
         self._registry = CollectorRegistry()
+        self.refresh: Callable[[], None] = lambda: None
+        """Sets the gauges; called before every collection."""
         self._records: dict[str, Record] = defaultdict(Record)
         label = ["model", "precision"]
 
@@ -73,18 +48,12 @@ class Metrics:
         def gauge(name: str, text: str, labels: Sequence[str] = label) -> Gauge:
             return Gauge(f"bitdial_{name}", text, labels, registry=self._registry)
 
-        def seconds(name: str, text: str) -> Histogram:
-            return Histogram(f"bitdial_{name}", text, label, buckets=_SECONDS, registry=self._registry)
-
         self._requests = counter("requests", "Requests ended, by outcome", ["model", "precision", "outcome"])
         self._outcomes: dict[tuple[str, str], Counter] = {}  # the library's lookup takes a lock
         self._generated = counter("generated_tokens", "Tokens generated")
         self._prompt = counter("prompt_tokens", "Prompt tokens computed")
-        self._duration = seconds("request_duration_seconds", "Arrival to last token")
-        self._queue = seconds("queue_duration_seconds", "Arrival to a slot")
-        self._first = seconds("time_to_first_token_seconds", "Arrival to first token")
-        self._gaps = _Gaps("bitdial_inter_token_latency_seconds", "Between a row's tokens", label)
-        self._registry.register(self._gaps)
+        self._latency = Latency(model)
+        self._registry.register(self._latency)
         self._running = gauge("requests_running", "Sequences that hold a slot")
         self._waiting = gauge("requests_waiting", "Sequences that wait for a slot")
         self._memory = gauge(
@@ -125,59 +94,57 @@ class Metrics:
         record.gaps.extend(step.gaps)
         if step.batch == 1 and not step.prompt_tokens:
             record.single_row_gaps.extend(step.gaps)
-        self._generated.labels(self._model, precision).inc(step.generated_tokens)
-        self._prompt.labels(self._model, precision).inc(step.prompt_tokens)
-        self._gaps.observe(step.gaps, self._model, precision)
+        self._generated.labels(self.model, precision).inc(step.generated_tokens)
+        self._prompt.labels(self.model, precision).inc(step.prompt_tokens)
+        self._latency.observe_gaps(precision, step.gaps)
         if step.batch:
-            self._batch.labels(self._model, precision).observe(step.batch)
+            self._batch.labels(self.model, precision).observe(step.batch)
 
-    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        ended = self._outcomes.get((precision, outcome))
-        if ended is None:
-            ended = self._outcomes[precision, outcome] = self._requests.labels(
-                self._model, precision, outcome
+    def observe_request(self, ended: Ended, span: SpanIds | None = None) -> None:
+        precision, outcome, timeline = ended.precision, ended.outcome, ended.timeline
+        counter = self._outcomes.get((precision, outcome))
+        if counter is None:
+            counter = self._outcomes[precision, outcome] = self._requests.labels(
+                self.model, precision, outcome
             )
-        ended.inc()
+        counter.inc()
+        self._latency.observe_request(ended, span)
         if outcome != "success" or timeline.first_token is None:
             return
         record = self._records[precision]
         record.requests += 1
-        first = timeline.first_token - timeline.arrived
         record.queue.append(timeline.queue_seconds)
-        record.first_token.append(first)
+        record.first_token.append(timeline.first_token - timeline.arrived)
         record.total.append(timeline.total_seconds)
-        self._queue.labels(self._model, precision).observe(timeline.queue_seconds)
-        self._first.labels(self._model, precision).observe(first)
-        self._duration.labels(self._model, precision).observe(timeline.total_seconds)
 
     def observe_shadow(self, precision: str, outcome: str) -> None:
-        self._shadowed.labels(self._model, precision, outcome).inc()
+        self._shadowed.labels(self.model, precision, outcome).inc()
 
     def observe_drift(self, precision: str, kl: Sequence[float], agreement: float) -> None:
         """Records a replayed request: each token's divergence, and the share of equal top tokens."""
-        histogram = self._drift.labels(self._model, precision)
+        histogram = self._drift.labels(self.model, precision)
         for value in kl:
             histogram.observe(value)
-        self._agreement.labels(self._model, precision).observe(agreement)
+        self._agreement.labels(self.model, precision).observe(agreement)
 
     def set_loaded(self, precision: str, memory: Mapping[str, int], load_seconds: float) -> None:
         """Sets bytes by kind, zeros after unloading, and the load time."""
         for kind, size in memory.items():
-            self._memory.labels(self._model, precision, kind).set(size)
-        self._load.labels(self._model, precision).set(load_seconds)
+            self._memory.labels(self.model, precision, kind).set(size)
+        self._load.labels(self.model, precision).set(load_seconds)
         self._last_totals.pop(precision, None)  # the next one counts from 0
 
     def set_load(self, precision: str, running: int, waiting: int) -> None:
-        self._running.labels(self._model, precision).set(running)
-        self._waiting.labels(self._model, precision).set(waiting)
+        self._running.labels(self.model, precision).set(running)
+        self._waiting.labels(self.model, precision).set(waiting)
 
     def set_kv_cache(self, precision: str, pool: PoolStats, preemptions: int, size: int) -> None:
         """Sets the state of a cache in blocks; ``size`` is its memory in bytes."""
-        self._usage.labels(self._model, precision).set(pool.used / pool.blocks)
-        self._memory.labels(self._model, precision, "kv_cache").set(size)
+        self._usage.labels(self.model, precision).set(pool.used / pool.blocks)
+        self._memory.labels(self.model, precision, "kv_cache").set(size)
         totals = {"queries": pool.queried_tokens, "hits": pool.hit_tokens, "preemptions": preemptions}
         for name, total in totals.items():
-            counter = self._totals[name].labels(self._model, precision)
+            counter = self._totals[name].labels(self.model, precision)
             counter.inc(total - self._last_totals[precision][name])
             self._last_totals[precision][name] = total
 
@@ -215,13 +182,14 @@ class Metrics:
         low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
         return low, middle, high
 
-    def render(self) -> bytes:
-        """Prometheus's text format."""
-        return generate_latest(self._registry)
+    def families(self) -> Iterator[Metric]:
+        """What ``/metrics`` has."""
+        self.refresh()
+        return iter(self._registry.collect())
 
-    @property
-    def registry(self) -> CollectorRegistry:
-        return self._registry
+    def conventional(self) -> Iterator[Metric]:
+        """The histograms of OpenTelemetry's conventions."""
+        return self._latency.conventional()
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:

@@ -23,7 +23,7 @@ from server.http.middleware import BodyLimits, RequestContext
 from server.http.responses import error_response
 from server.http.route_facts import RouteTable, facts_of
 from server.http.streaming import until_disconnect
-from server.observability.metrics import CONTENT_TYPE
+from server.observability.exposition import PLAIN_TYPE
 from server.ray.comparing import Comparisons
 from server.ray.destination import destination
 from server.ray.exchange import Forwarded, Whole
@@ -183,7 +183,7 @@ class Ingress:
             )
         )
         pages = {replica: text for pages in found for replica, text in pages}
-        return Response(self._metrics.merged(pages), media_type=CONTENT_TYPE)
+        return Response(self._metrics.merged(pages), media_type=PLAIN_TYPE)
 
     async def _precisions(self, request: Request, forwarded: Forwarded) -> Response:
         """Each precision as its own deployment sees it, the others as the default one does."""

@@ -23,11 +23,14 @@ SEEDS = 2**64
 _SLICE = 2**16  # bytes; uvicorn's high-water mark: it buffers no more until the client reads
 
 
-async def run_all(request: Request, requests: Sequence[GenerationRequest]) -> list[Continuation]:
+async def run_all(
+    request: Request, requests: Sequence[GenerationRequest], response_id: str | None = None
+) -> list[Continuation]:
     """Runs the requests concurrently and returns the finished continuations; cancelled on disconnect."""
+    accepted = _accepted(request, requests, response_id=response_id)
 
     async def work() -> list[Continuation]:
-        opened = await model_of(request).service.open_all(_owned(request, requests), held)
+        opened = await model_of(request).service.open_all(accepted, held)
         runs = [asyncio.ensure_future(one.run()) for one in opened]
         try:
             # all are read as their tokens arrive, so that a stop string ends each at once
@@ -44,18 +47,23 @@ async def stream_all(
     request: Request,
     requests: Sequence[GenerationRequest],
     events: Callable[[list[Continuation]], AsyncGenerator[bytes]],
+    response_id: str | None = None,
 ) -> EventStream:
     """Opens the requests and streams what ``events`` yields of them; closes them when the stream ends."""
+    accepted = _accepted(request, requests, response_id=response_id, stream=True)
     with ExitStack() as held:
         service = model_of(request).service
-        opened = await until_disconnect(request, service.open_all(_owned(request, requests), held))
+        opened = await until_disconnect(request, service.open_all(accepted, held))
         headers, body = opening_headers(opened[0]), events(opened)
         return EventStream(body, held.pop_all().close, headers)
 
 
-def _owned(request: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+def _accepted(
+    request: Request, requests: Sequence[GenerationRequest], **fields: Any
+) -> list[GenerationRequest]:
+    """The requests with what the HTTP request says of all of them."""
     owner = owner_of(request.scope)
-    return [replace(one, owner=owner) for one in requests]
+    return [replace(one, owner=owner, **fields) for one in requests]
 
 
 def whole(request: Request, content: Any, extra_headers: dict[str, str]) -> Response:

@@ -12,12 +12,12 @@ from pydantic import WithJsonSchema
 import loaders
 from loaders.base import LoadedModel
 from loaders.footprint import quantization_warning
-from loaders.runner import PagedRunner, ReportingRunner
+from loaders.runner import ReportingRunner
 from server.errors import Invalid
 from server.host import memory
 from server.http.route_facts import RouteFacts
-from server.observability.exposition import render
-from server.observability.metrics import CONTENT_TYPE, Metrics
+from server.observability.exposition import OPENMETRICS, PLAIN, expose
+from server.observability.metrics import Metrics
 from server.report.background import Reports
 from server.report.certainty import Interval
 from server.report.markdown import advice_of
@@ -127,22 +127,13 @@ def _range(interval: Interval) -> list[float] | None:
 
 
 @router.get("/metrics")
-@RouteFacts(quiet=True, media_types=("text/plain",))
+@RouteFacts(quiet=True, media_types=(PLAIN, OPENMETRICS))
 async def prometheus(request: Request) -> Response:
-    """Metrics in Prometheus's text format."""
-    models = state_of(request.app).models.values()
-    for model in models:
-        _set_gauges(model)
-    return Response(render([model.metrics for model in models]), media_type=CONTENT_TYPE)
-
-
-def _set_gauges(model: ServedModel) -> None:
-    for state in model.pool.states():
-        engine = state.engine
-        model.metrics.set_load(state.name, engine.running if engine else 0, engine.waiting if engine else 0)
-        if engine and isinstance(runner := engine.model.runner, PagedRunner):
-            stats, committed = runner.pool.stats(), runner.pool.committed_bytes
-            model.metrics.set_kv_cache(state.name, stats, engine.preemptions, committed)
+    """Metrics in Prometheus's text format, or in OpenMetrics' if ``Accept`` asks for it."""
+    accept = ",".join(request.headers.getlist("accept"))
+    metrics = [model.metrics for model in state_of(request.app).models.values()]
+    body, content_type = expose(metrics, accept)
+    return Response(body, headers={"content-type": content_type, "vary": "Accept"})
 
 
 @router.get("/info")

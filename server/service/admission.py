@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
-from server.engine.sequence import Timeline
 from server.errors import Overloaded, ServiceError
 from server.http.admission.promised_places import PromisedPlaces, release_held
 from server.lifecycle import Lifecycle
-from server.observability.observer import Observer
+from server.observability.ended import Ended, Observer, Operation
 
 UNREAD = "unread"
 """The metrics' precision label of a request that is refused before its body is read."""
@@ -86,9 +85,10 @@ class Places:
         held.callback(self.release, 1)
         return held.close
 
-    def observe_unread(self, error: ServiceError) -> None:
+    def observe_unread(self, error: ServiceError, is_chat: bool) -> None:
         """Counts a generation that is refused before its request is read."""
-        self._observer.observe_request(UNREAD, error.error_type, Timeline(), 0)
+        operation: Operation = "chat" if is_chat else "text_completion"
+        self._observer.observe_request(Ended(precision=UNREAD, outcome=error.error_type, operation=operation))
 
     def retry_spread(self) -> float:
         """Seconds over which the retries of refused clients are spread: twice the time in which the queue

@@ -7,6 +7,7 @@ from typing import Any
 
 from server.engine.sequence import SamplingParams
 from server.engine.token_stream import TokenStream
+from server.observability.ended import Ended, Operation
 from server.report.choice import Choice
 from server.service.text.codec import TextCodec
 from server.service.text_stream import TextStream
@@ -46,6 +47,14 @@ class GenerationRequest:
     """Why the server chose ``precision``, where it did."""
     owner: str = ""
     """Cached prefixes are those of the same owner's requests (see ``server.http.auth.owner_of``)."""
+    response_id: str | None = None
+    """The id in the response's body, in dialects that have one."""
+    stream: bool = False
+    """The text is sent as it is generated."""
+
+
+def operation_of(request: GenerationRequest) -> Operation:
+    return "chat" if isinstance(request.prompt, Conversation) else "text_completion"
 
 
 class Continuation(TextStream):
@@ -78,8 +87,16 @@ class Continuation(TextStream):
         self.precision, self.seed = precision, seed
         self.precision_requested = request.precision if request.choice is None else AUTO
         self.choice, self.fallback_reason = request.choice, fallback_reason
+        self._request = request
         self._held = held.pop_all()
         self._held.callback(on_close, self)
+
+    def as_ended(self) -> Ended:
+        """As ``ended``, with what the request says."""
+        request, ended = self._request, self.ended(self.precision)
+        ended.operation, ended.stream = operation_of(request), request.stream
+        ended.response_id = request.response_id
+        return ended
 
     def close(self) -> None:
         """Cancels what has not been generated yet, and gives the place and the engine back.

@@ -14,7 +14,7 @@ import loaders
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
 from server.engine.engine import Engine
-from server.engine.sequence import SamplingParams, Timeline, drawn_seed
+from server.engine.sequence import SamplingParams, drawn_seed
 from server.errors import (
     DeadlinePassed,
     Invalid,
@@ -23,7 +23,7 @@ from server.errors import (
     ServiceError,
     Unavailable,
 )
-from server.observability.observer import Observer
+from server.observability.ended import Ended, Observer
 from server.service.admission import Places
 from server.service.chat.renderer import ChatRenderer
 from server.service.continuation import (
@@ -31,6 +31,7 @@ from server.service.continuation import (
     Continuation,
     Conversation,
     GenerationRequest,
+    operation_of,
 )
 from server.service.precision_state import Lease, known_precision
 from server.service.text.codec import TextCodec
@@ -136,19 +137,20 @@ class GenerationService:
 
     def _on_close(self, done: Continuation) -> None:
         self.places.release(1)
-        self.observe(done.precision, done.outcome, done.timeline, len(done.prompt_ids))
+        self.observe(done.as_ended())
         if done.outcome == "success":
             self.on_success(done)
 
-    def observe(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        """Counts a generation that has ended."""
-        self._metrics.observe_request(precision, outcome, timeline, prompt_tokens)
+    def observe(self, ended: Ended) -> None:
+        """Counts a generation."""
+        self._metrics.observe_request(ended)
 
     def _count_refused(self, requests: Sequence[GenerationRequest], error: ServiceError) -> None:
         for request in requests:
             with suppress(LoaderError):  # an unknown name is the client's text, and never a label
                 precision = loaders.canonical(request.precision or self._pool.default)
-                self.observe(precision, error.error_type, Timeline(), 0)
+                operation = operation_of(request)
+                self.observe(Ended(precision=precision, outcome=error.error_type, operation=operation))
 
     def _check_capacity(self, engine: Engine, tokens: int) -> None:
         """Raises: PromptTooLong: the whole KV cache doesn't hold them."""

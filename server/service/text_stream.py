@@ -7,6 +7,7 @@ from typing import Self
 from server.engine.sequence import FinishReason, PromptToken, Timeline, Token
 from server.engine.token_stream import TokenStream
 from server.errors import ServiceError
+from server.observability.ended import Ended
 from server.service.text.codec import TextCodec
 
 
@@ -74,6 +75,19 @@ class TextStream:
         if self._error is not None:
             return self._error.error_type
         return "success" if self.finish_reason is not None else "cancelled"
+
+    def ended(self, precision: str) -> Ended:
+        """What metrics and traces take of it; to be called once it has ended."""
+        return Ended(
+            precision=precision,
+            outcome=self.outcome,
+            timeline=self.timeline,
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=self.cached_tokens,
+            preemptions=self._tokens.preemptions,
+            finish=self.finish_reason,
+            params=self._tokens.params,
+        )
 
     async def run(self) -> Self:
         """Generates the whole text; for answers that are sent at once.

@@ -192,8 +192,8 @@ class Settings(ChatSettings):
         None,
         _OPERATION,
         "URL",
-        "OpenTelemetry collector, OTLP over HTTP, that gets traces",
-        unset="no traces",
+        "OpenTelemetry collector, OTLP over HTTP, that gets traces and metrics",
+        unset="none",
     )
     graceful_termination_timeout: float = option(
         90, _OPERATION, "SECONDS", "how long running requests may go on after SIGTERM or Ctrl-C", ge=0

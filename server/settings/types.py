@@ -38,7 +38,7 @@ def parse_names(value: Any) -> Any:
 
 
 def parse_endpoint(value: Any) -> Any:
-    """A collector's address; without a path, OTLP's path for traces is added."""
+    """A collector's address for traces; without a path, OTLP's is added, which leads to that of metrics."""
     try:
         parts = urlsplit(value)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname)

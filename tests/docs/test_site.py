@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from server.observability.exposition import expose
 from server.observability.metrics import Metrics
 from tests.docs.blocks import DOCS
 
@@ -61,5 +62,5 @@ def test_the_reference_has_every_route_and_field(site: Path, make_app: Callable[
 def test_operations_names_exactly_the_metrics() -> None:
     metrics = Metrics("m")
     described = re.findall(r"^\| `(\w+)` \| (\w+) \|", (DOCS / "operations.md").read_text(), re.M)
-    exposed = re.findall(r"^# TYPE (\w+) (\w+)$", metrics.render().decode(), re.M)
+    exposed = re.findall(r"^# TYPE (\w+) (\w+)$", expose([metrics], "").body.decode(), re.M)
     assert sorted(described) == sorted(exposed)

@@ -16,9 +16,10 @@ from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.quality.prompt import longest_prompt
 from server.engine.engine import Engine
-from server.engine.sequence import SamplingParams, Timeline
+from server.engine.sequence import SamplingParams
 from server.errors import GenerationFailed
 from server.evaluation.comparison import Comparison, ComparisonRequest, first_divergence
+from server.observability.ended import Ended
 from server.service.text.codec import TextCodec
 from tests import checkpoints
 from tests.conftest import until
@@ -173,8 +174,8 @@ def test_a_stop_string_ends_the_text() -> None:
 def test_generations_are_observed_and_scoring_is_not() -> None:
     observed: list[tuple[str, str, int, int]] = []
 
-    def observe(precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        observed.append((precision, outcome, timeline.tokens, prompt_tokens))
+    def observe(ended: Ended) -> None:
+        observed.append((ended.precision, ended.outcome, ended.timeline.tokens, ended.prompt_tokens))
 
     async def check(engines: Engines) -> None:
         comparison = Comparison(request(5), CODEC, engines.use, observe)

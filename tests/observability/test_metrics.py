@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 import loaders
 from server.engine.sequence import StepStats, Timeline
+from server.observability.ended import Ended
 from server.observability.metrics import Metrics
 from tests.conftest import Loads, entered, until
 from tests.http.test_overload import Gate
@@ -182,7 +183,7 @@ def test_percentiles_are_by_nearest_rank() -> None:
     metrics = Metrics("m")
     for milliseconds in range(1, 101):
         line = Timeline(arrived=0.0, admitted=0.0, first_token=milliseconds / 1000, last_token=0.2, tokens=2)
-        metrics.observe_request("fp32", "success", line, 3)
+        metrics.observe_request(Ended(precision="fp32", outcome="success", timeline=line))
     latency: Any = metrics.latency("fp32")
     assert latency["requests"] == 100
     assert latency["ttft_ms"] == {"p50": 50, "p90": 90, "p99": 99, "mean": 50.5}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'bitdial[ray]'")
+from server.observability.exposition import expose
 from server.observability.metrics import Metrics
 from server.observability.record import Record
 from server.ray.exchange import Whole
@@ -41,7 +42,7 @@ def test_what_a_replica_has_counted_stays_after_its_end() -> None:
 def test_the_metrics_of_one_replica_are_unchanged() -> None:
     metrics = Metrics("model")
     metrics.set_load("fp32", 1, 2)
-    text = metrics.render().decode()
+    text = expose([metrics], "").body.decode()
     assert MergedMetrics().merged({"a": text}) == text
 
 

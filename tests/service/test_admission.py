@@ -2,10 +2,10 @@
 
 import pytest
 
-from server.engine.sequence import Timeline
 from server.errors import NotReady, Overloaded
 from server.lifecycle import Lifecycle
 from server.service.admission import UNREAD, Places
+from tests.fakes import Outcomes
 
 
 class Queues:
@@ -18,14 +18,6 @@ class Queues:
     def drain_seconds(self) -> float | None:
         self.asked += 1
         return self.seconds
-
-
-class Outcomes:
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str, int]] = []
-
-    def observe_request(self, precision: str, outcome: str, timeline: Timeline, prompt_tokens: int) -> None:
-        self.seen.append((precision, outcome, prompt_tokens))
 
 
 def places(limit: int = 2, queues: Queues | None = None, outcomes: Outcomes | None = None) -> Places:
@@ -106,5 +98,5 @@ def test_retries_are_spread_over_twice_the_queue_which_is_estimated_some_times_a
 
 def test_a_refusal_of_an_unread_request_is_counted_under_its_own_label() -> None:
     outcomes = Outcomes()
-    places(1, outcomes=outcomes).observe_unread(Overloaded("full"))
+    places(1, outcomes=outcomes).observe_unread(Overloaded("full"), is_chat=False)
     assert outcomes.seen == [(UNREAD, Overloaded.error_type, 0)]

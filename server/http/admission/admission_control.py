@@ -10,7 +10,7 @@ from starlette.types import Scope
 from server.errors import ServiceError
 from server.http.admission.promised_places import Promise, PromisedPlaces
 from server.http.auth import Auth
-from server.http.route_facts import RouteTable
+from server.http.route_facts import Dialect, RouteTable
 from server.settings.server import Settings
 
 
@@ -21,7 +21,7 @@ class PlacesLike(Protocol):
 
     def refusal(self, places: int) -> ServiceError | None: ...
 
-    def observe_unread(self, error: ServiceError) -> None: ...
+    def observe_unread(self, error: ServiceError, is_chat: bool) -> None: ...
 
 
 class AdmissionControl:
@@ -66,8 +66,9 @@ class AdmissionControl:
         return self.places.promised.promise()
 
     def _counted(self, error: ServiceError, scope: Scope) -> ServiceError:
-        if self.places is not None and self.routes.of(scope).generates:
-            self.places.observe_unread(error)
+        facts = self.routes.of(scope)
+        if self.places is not None and facts.generates:
+            self.places.observe_unread(error, facts.dialect is Dialect.OPENAI_CHAT)
         return error
 
     def _service_refusal(self) -> ServiceError | None:

@@ -59,7 +59,7 @@ class Chat:
         ]
 
     async def _whole(self) -> Response:
-        done = await run_all(self.request, self._requests())
+        done = await run_all(self.request, self._requests(), self.id)
         reply = self._frame("chat.completion", [self._choice(i, one) for i, one in enumerate(done)], done[0])
         reply["usage"] = usage(done[:1], done)
         return whole(self.request, reply, headers(done[0]))
@@ -83,7 +83,7 @@ class Chat:
         }
 
     async def _stream(self) -> Response:
-        return await stream_all(self.request, self._requests(), self._events)
+        return await stream_all(self.request, self._requests(), self._events, self.id)
 
     async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         for index, one in enumerate(opened):

@@ -118,7 +118,7 @@ class Completion:
         return "" if self.codec.encode("") else self.codec.beginning
 
     async def _whole(self) -> Response:
-        done = await run_all(self.request, self._requests())
+        done = await run_all(self.request, self._requests(), self.id)
         returned = [
             best
             for at in range(0, len(done), self.each)
@@ -166,7 +166,7 @@ class Completion:
         return self._prompt_text(index, one) if self.body.echo else ""
 
     async def _stream(self) -> Response:
-        return await stream_all(self.request, self._requests(), self._events)
+        return await stream_all(self.request, self._requests(), self._events, self.id)
 
     async def _events(self, opened: list[Continuation]) -> AsyncGenerator[bytes]:
         with_logprobs = self.body.logprobs is not None

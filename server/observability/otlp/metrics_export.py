@@ -1,0 +1,83 @@
+"""Sends what ``/metrics`` has to a collector: read on the event loop, which counts it; sent by a thread."""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import TypeVar
+
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.sdk.metrics.export import MetricExportResult
+from opentelemetry.sdk.resources import Resource
+
+from server.concurrency import run_for_future
+from server.observability.exposition import merged
+from server.observability.metrics import Metrics
+from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
+from server.observability.otlp.families import as_metrics_data
+
+_INTERVAL = "OTEL_METRIC_EXPORT_INTERVAL"  # milliseconds
+_DEFAULT_SECONDS = 60.0
+_SHORTEST_SECONDS = 0.1
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class MetricsExport:
+    """Sends cumulative figures: a failed export loses nothing, the next one has it all.
+
+    Args:
+        metrics: those of each model.
+        url: of the collector.
+        resource: this process.
+    """
+
+    def __init__(self, metrics: Sequence[Metrics], url: str, resource: Resource) -> None:
+        self._metrics, self._resource = metrics, resource
+        self._exporter = OTLPMetricExporter(url, timeout=EXPORT_SECONDS)
+        self._failures = Failures("metrics", url)
+        self._began = time.time_ns()
+        self._interval = interval()
+
+    async def run(self) -> None:
+        """Exports at every interval, until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                await self._export()
+            except Exception:  # the next one may succeed
+                _log.exception("metrics could not be exported")
+
+    async def close(self) -> None:
+        """Exports the last figures, within ``CLOSE_SECONDS``; to be called after ``run`` was cancelled."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._export()
+        except TimeoutError:
+            self._failures.note(False)
+
+    async def _export(self) -> None:
+        own = (family for one in self._metrics for family in chain(one.families(), one.conventional()))
+        data = as_metrics_data(merged(own), self._began, time.time_ns(), self._resource)
+        result = await _in_thread(partial(self._exporter.export, data))
+        self._failures.note(result is MetricExportResult.SUCCESS)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """As ``asyncio.to_thread``, but a collector that keeps the thread waiting does not keep the process."""
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    threading.Thread(target=run_for_future, args=(work, future), name="export-metrics", daemon=True).start()
+    return await future
+
+
+def interval() -> float:
+    """Seconds between exports, by OpenTelemetry's variable."""
+    try:
+        seconds = float(os.environ.get(_INTERVAL, "")) / 1000
+    except ValueError:
+        return _DEFAULT_SECONDS
+    return max(seconds, _SHORTEST_SECONDS) if seconds > 0 else _DEFAULT_SECONDS
