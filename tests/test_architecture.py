@@ -15,13 +15,14 @@ import loaders
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [*sorted((ROOT / "loaders").rglob("*.py")), *sorted((ROOT / "server").rglob("*.py"))]
 LAYERS = (
-    "server.__main__",
-    "server.commands",
+    "server.__main__ server.ray_app",
+    "server.commands server.ray",
     "server.app",
     "server.routes",
     "server.state",
     "server.served_model",
     "server.evaluation",
+    "server.planning",
     "server.service",
     "server.report server.observability",
     "server.bench",
@@ -180,6 +181,11 @@ def test_only_observability_imports_prometheus() -> None:
     found = importers("prometheus_client")
     assert found
     assert all(name.startswith("server/observability/") for name in found)
+
+
+def test_only_its_own_package_imports_ray() -> None:
+    assert all(name.startswith(("server/ray/", "server/ray_app.py")) for name in importers("ray"))
+    assert not [name for name in reached("server.__main__") if name.startswith("server.ray")]
 
 
 def test_only_its_package_imports_opentelemetry() -> None:

@@ -11,6 +11,7 @@ COMMANDS = {
     "quality": "measure what each precision costs in quality",
     "explain": "show what quantization does to a layer's weights",
     "bench": "measure speed and memory of every precision on this host",
+    "plan": "how many replicas serve a workload, in which precision",
     "completion": "a script that completes commands and options in your shell",
 }
 """What each does, in the order of ``bitdial --help``."""

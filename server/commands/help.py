@@ -61,7 +61,8 @@ class Arguments:
             arguments["metavar"] = shown.get("metavar")
         if "bare" in shown:
             arguments |= {"nargs": "?", "const": shown["bare"]}
-        arguments["help"] = f"{field.description} [default: {default_of(field)}]".replace("%", "%%")
+        note = "required" if field.is_required() else f"default: {default_of(field)}"
+        arguments["help"] = f"{field.description} [{note}]".replace("%", "%%")
         action: argparse.Action = self._group(parser, shown["group"]).add_argument(*names, **arguments)
         return action
 

@@ -1,7 +1,7 @@
 """What the engine's thread does in one step: schedule, forward, sample, publish."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -43,14 +43,20 @@ class Worker:
     Args:
         scheduler: empties the runner's slots.
         lock: held while a step computes.
+        clock: seconds, as those of the sequences' deadlines; a simulation has its own.
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, lock: FairLock | None = None
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        lock: FairLock | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._executor = Executor(runner, sampler)
-        self._lock = lock or nullcontext()
+        self._lock, self._clock = lock or nullcontext(), clock
         self.busy_since: float | None = None
         """When the current step began, its wait for the lock included; None between steps."""
         self.longest_step = 0.0
@@ -84,11 +90,11 @@ class Worker:
 
     @contextmanager
     def _timed(self, step: Step) -> Iterator[None]:
-        self.busy_since = begun = time.perf_counter()
+        self.busy_since = begun = self._clock()
         with self._lock:
-            started = time.perf_counter()
+            started = self._clock()
             yield
-        ended = time.perf_counter()
+        ended = self._clock()
         self.busy_since = None
         self.longest_step = max(self.longest_step, ended - begun)
         step.stats = StepStats(
@@ -108,7 +114,7 @@ class Worker:
         """Appends the tokens to their sequences and to the step's events."""
         step.prompt_tokens += output.prompt_tokens
         step.decoded_rows += output.decoded_rows
-        now, finished = time.perf_counter(), Status.FINISHED
+        now, finished = self._clock(), Status.FINISHED
         add_event, add_gap = step.events.append, step.gaps.append
         for row, token in zip(output.rows, tokens, strict=True):
             if row.status is finished:
@@ -132,7 +138,7 @@ class Worker:
     def _end(self, step: Step, sequence: Sequence, error: Exception | None) -> None:
         """Finishes a sequence by its error, or without one where only its prompt was to be computed."""
         if error is None:
-            sequence.timeline.first_token = sequence.timeline.last_token = time.perf_counter()
+            sequence.timeline.first_token = sequence.timeline.last_token = self._clock()
         self._scheduler.finish(sequence)
         step.events.append((sequence, None if error is None else as_service_error(error)))
 

@@ -82,6 +82,19 @@ class Compared:
     first_divergence: int | None
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A finished run of the reference.
+
+    Args:
+        logits: after each token of the prompt, (tokens, vocabulary) float32.
+        generated: the ids of its continuation.
+    """
+
+    logits: Tensor
+    generated: list[int]
+
+
 def _ignore(ended: Ended) -> None:
     pass
 
@@ -94,14 +107,29 @@ class Comparison:
         codec: the checkpoint's tokenizer.
         use: provides the engines.
         observe: called after each generation.
+        reference: of a comparison in another process; every run is compared with it.
     """
 
     def __init__(
-        self, request: ComparisonRequest, codec: TextCodec, use: Use, observe: Observe = _ignore
+        self,
+        request: ComparisonRequest,
+        codec: TextCodec,
+        use: Use,
+        observe: Observe = _ignore,
+        reference: Reference | None = None,
     ) -> None:
         self._request, self._codec, self._use, self._observe = request, codec, use, observe
         self._reference = ReferenceLogits(request.ids)
         self._expected: list[int] | None = None
+        if reference is not None:
+            self._reference.add(reference.logits)
+            self._expected = reference.generated
+
+    @property
+    def reference(self) -> Reference:
+        """What the first run found, for a comparison in another process."""
+        assert self._expected is not None, "the reference has not run"
+        return Reference(self._reference.logits, self._expected)
 
     async def run(self, precision: str) -> Compared:
         """The precision's result. The first run's is the reference of all others.

@@ -28,12 +28,12 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
         ClientGone
     """
     try:
-        return await run_until(_disconnected(request.receive), work)
+        return await run_until(disconnected(request.receive), work)
     except Interrupted:
         raise ClientGone from None
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -73,7 +73,7 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(Interrupted, OSError):  # the client has disconnected
-            await run_until(_disconnected(receive), self._send_all(scope, send), self._close)
+            await run_until(disconnected(receive), self._send_all(scope, send), self._close)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

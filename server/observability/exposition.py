@@ -12,7 +12,7 @@ from server.observability.metrics import Metrics
 
 PLAIN = "text/plain"
 OPENMETRICS = "application/openmetrics-text"
-_PLAIN_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PLAIN_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Exposition(NamedTuple):
@@ -29,7 +29,7 @@ def expose(metrics: Sequence[Metrics], accept: str) -> Exposition:
     if prefers_openmetrics(accept):
         text = openmetrics.exposition.generate_latest(registry)  # type: ignore[no-untyped-call]
         return Exposition(text, openmetrics.exposition.CONTENT_TYPE_LATEST)
-    return Exposition(generate_latest(registry), _PLAIN_TYPE)
+    return Exposition(generate_latest(registry), PLAIN_TYPE)
 
 
 class _Merged(Collector):

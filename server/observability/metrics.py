@@ -2,9 +2,8 @@
 
 import statistics
 from collections import Counter as Counts
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,31 +18,13 @@ from loaders.kv_cache.block_pool import PoolStats
 from server.engine.sequence import StepStats
 from server.observability.ended import Ended, SpanIds
 from server.observability.latency import Latency
+from server.observability.record import Record
 
-_WINDOW = 1024  # latest values that percentiles are computed over
 _NATS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.999, 1)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 # a creation time for every series would double their number without use here
 disable_created_metrics()  # type: ignore[no-untyped-call]
-
-
-def _window() -> deque[float]:
-    return deque(maxlen=_WINDOW)
-
-
-@dataclass
-class _Record:
-    """One precision's latest values, in seconds."""
-
-    queue: deque[float] = field(default_factory=_window)
-    first_token: deque[float] = field(default_factory=_window)
-    gaps: deque[float] = field(default_factory=_window)
-    single_row_gaps: deque[float] = field(default_factory=_window)
-    total: deque[float] = field(default_factory=_window)
-    requests: int = 0
-    tokens: int = 0
-    busy: float = 0.0
 
 
 class Metrics:
@@ -58,7 +39,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.refresh: Callable[[], None] = lambda: None
         """Sets the gauges; called before every collection."""
-        self._records: dict[str, _Record] = defaultdict(_Record)
+        self._records: dict[str, Record] = defaultdict(Record)
         label = ["model", "precision"]
 
         def counter(name: str, text: str, labels: Sequence[str] = label) -> Counter:
@@ -166,6 +147,15 @@ class Metrics:
             counter = self._totals[name].labels(self.model, precision)
             counter.inc(total - self._last_totals[precision][name])
             self._last_totals[precision][name] = total
+
+    def records(self) -> dict[str, Record]:
+        """The latest values of each precision."""
+        return dict(self._records)
+
+    def absorb(self, records: Mapping[str, Record]) -> None:
+        """Adds another process's values to those behind ``latency`` and ``throughput``."""
+        for precision, record in records.items():
+            self._records[precision].absorb(record)
 
     def latency(self, precision: str) -> dict[str, object]:
         """Requests that succeeded, and percentiles (ms) over the latest of them."""

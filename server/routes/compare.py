@@ -64,6 +64,11 @@ async def compare(request: Request) -> Response:
     body = validate(CompareBody, values, model.settings)
     comparing = state_of(request.app).comparing
     results = await until_disconnect(request, _within_time(model, body, comparing))
+    return answered(request, results)
+
+
+def answered(request: Request, results: Answer) -> Response:
+    """The results as JSON, or as a table in Markdown if the client accepts that."""
     if "text/markdown" in request.headers.get("accept", ""):
         return Response(markdown(results.reference, results.rows), media_type="text/markdown")
     return JSONResponse(_as_json(results))
@@ -80,8 +85,8 @@ async def _within_time(model: ServedModel, body: CompareBody, comparing: asyncio
 
 async def _compare(model: ServedModel, body: CompareBody, comparing: asyncio.Lock) -> Answer:
     reference = known_precision(body.reference)
-    names = _select(model.pool, body.precisions, reference)
-    request = await _comparison_request(model, body)
+    names = select(model.pool, body.precisions, reference)
+    request = await comparison_request(model, body)
     answer = Answer(reference, len(request.ids), request.params.seed, {})
     comparison = Comparison(request, model.codec, model.pool.use, model.service.observe)
     async with comparing:  # one at a time: the reference's logits are kept in memory meanwhile
@@ -100,7 +105,7 @@ def _is_direct(state: PrecisionState) -> bool:
     return state.state != "unavailable" and not loaders.is_prepared(state.name)
 
 
-def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
+def select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> list[str]:
     """Canonical names without duplicates, the reference first."""
     if precisions == ALL:
         names = [state.name for state in pool.states() if state.state == "loaded" or _is_direct(state)]
@@ -111,7 +116,12 @@ def _select(pool: Pool, precisions: Sequence[str] | None, reference: str) -> lis
     return list(dict.fromkeys([reference, *names]))
 
 
-async def _comparison_request(model: ServedModel, body: CompareBody) -> ComparisonRequest:
+async def comparison_request(model: ServedModel, body: CompareBody) -> ComparisonRequest:
+    """What every precision computes; the prompt is encoded here.
+
+    Raises:
+        ServiceError
+    """
     request = make_request(body.inputs, body, fallback=None, seed=body.seed)
     deadline = time.perf_counter() + model.settings.request_timeout
     ids = await model.service.prompts.encode(request, deadline)

@@ -1,6 +1,6 @@
 """A request's model and precision: from its body, header, query or path, or chosen by the report."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +61,25 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: object = 
         UnknownModel: not the name of a served model.
         Invalid: the request names different models.
     """
+    return _one_precision(request, body, _named(request, model if isinstance(model, str) else None))
+
+
+def named_precision(
+    request: Request, body: Mapping[str, Any], model: object, served: Collection[str]
+) -> str | None:
+    """As ``choose_precision``, for an app that has no models itself.
+
+    Args:
+        served: the models' names.
+    """
+    _, precisions = _names_in(request, model if isinstance(model, str) else None, served)
+    return _one_precision(request, body, precisions)
+
+
+def _one_precision(request: Request, body: Mapping[str, Any], of_models: list[str]) -> str | None:
     requested: list[object] = [body["precision"]] if "precision" in body else []
     requested += request.headers.getlist("x-precision") + request.query_params.getlist("precision")
-    requested += _named(request, model if isinstance(model, str) else None)
+    requested += of_models
     distinct = {name if name == AUTO else known_precision(name): None for name in requested}
     if len(distinct) > 1:
         raise BadPrecision(f"the request names different precisions: {', '.join(distinct)}")
@@ -72,21 +88,27 @@ def choose_precision(request: Request, body: Mapping[str, Any], model: object = 
 
 def _named(request: Request, model: str | None) -> list[str]:
     """Sets ``model_of`` by all names of a model in the request; the precisions that the names end with."""
-    names = [request.path_params.get("model"), *request.query_params.getlist("model"), model]
     served = state_of(request.app).models
+    name, precisions = _names_in(request, model, served)
+    request.scope[_CHOSEN] = None if name is None else served[name]
+    return precisions
+
+
+def _names_in(request: Request, model: str | None, served: Collection[str]) -> tuple[str | None, list[str]]:
+    """The served model that the request names, None for the default, and all precisions in its names."""
+    names = [request.path_params.get("model"), *request.query_params.getlist("model"), model]
     found = [
         split_model_name(name, served)
         for name in names
         if name is not None and not _is_address(name, request)
     ]
-    models = {one.name: one for one, _ in found if one is not None}
+    models = list(dict.fromkeys(one for one, _ in found if one is not None))
     if len(models) > 1:
         raise Invalid(f"the request names different models: {', '.join(models)}", param="model")
-    request.scope[_CHOSEN] = next(iter(models.values()), None)
-    return [precision for _, precision in found if precision is not None]
+    return next(iter(models), None), [precision for _, precision in found if precision is not None]
 
 
-def split_model_name(name: str, served: Mapping[str, ServedModel]) -> tuple[ServedModel | None, str | None]:
+def split_model_name(name: str, served: Collection[str]) -> tuple[str | None, str | None]:
     """The model, None for the default, and the precision in a name: ``gpt2:int8`` → gpt2 and int8.
 
     Raises:
@@ -101,11 +123,11 @@ def split_model_name(name: str, served: Mapping[str, ServedModel]) -> tuple[Serv
     raise UnknownModel(f"no such model here; this server has {', '.join(served)}", param="model")
 
 
-def _served(name: str, served: Mapping[str, ServedModel]) -> ServedModel | None:
+def _served(name: str, served: Collection[str]) -> str | None:
     """The model of that name, or of that name without its owner, if it is the only such one."""
     if name in served:
-        return served[name]
-    without_owner = [model for full, model in served.items() if full.rsplit("/", 1)[-1] == name]
+        return name
+    without_owner = [full for full in served if full.rsplit("/", 1)[-1] == name]
     return without_owner[0] if len(without_owner) == 1 else None
 
 

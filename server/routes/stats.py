@@ -161,7 +161,7 @@ async def info(request: Request) -> dict[str, Any]:
 
 def _precision(pool: Pool, state: PrecisionState, metrics: Metrics, reference: int | None) -> dict[str, Any]:
     """The same keys in every state; those of a loaded model are null in the others."""
-    ratio, interval, note = _speed(metrics, state.name)
+    ratio, interval, note = speed_of(metrics, state.name)
     model = state.engine.model if state.engine else None
     return {
         "state": state.state,
@@ -212,7 +212,7 @@ def _layers(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _speed(metrics: Metrics, precision: str) -> tuple[float | None, list[float] | None, str | None]:
+def speed_of(metrics: Metrics, precision: str) -> tuple[float | None, list[float] | None, str | None]:
     """Speed relative to fp32, from steps that decoded a single row, which are comparable.
 
     The two ran at different times, so the ratio of their medians is not significant while the middle halves

@@ -22,6 +22,7 @@ from server.commands import (
     compare,
     explain,
     generate,
+    plan,
     precisions,
     quality,
     quantize,
@@ -40,6 +41,7 @@ OPTIONS: dict[str, type[BaseSettings]] = {
     "quality": quality.Options,
     "explain": explain.Options,
     "bench": bench.Options,
+    "plan": plan.Options,
 }
 
 

@@ -69,12 +69,10 @@ class House:
 
 def with_service(folder: Path, test: Callable[[House], Awaitable[None]], **options: Any) -> None:
     async def main() -> None:
-        runner = FakeRunner()
+        runner, settings, codec = FakeRunner(), Settings(**options), TextCodec(byte_tokenizer())
         engine = Engine(fake_model(runner=runner), eos_ids=frozenset({0}))
         await engine.start()
         pool, outcomes, lifecycle = OneEngine(engine), Outcomes(), Lifecycle()
-        settings = Settings(**options)
-        codec = TextCodec(byte_tokenizer())
         places = Places(settings.max_concurrent_requests, lifecycle, pool, outcomes)
         service = GenerationService(settings, fake_checkpoint(folder), codec, pool, outcomes, places, None)
         house = House(service, runner, pool, outcomes)

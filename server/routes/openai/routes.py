@@ -84,7 +84,7 @@ def _entry(name: str, request: Request) -> str:
     """The id in the list of models that an accepted model name refers to; other names as they are."""
     state = state_of(request.app)
     model, precision = split_model_name(name, state.models)
-    full = (model or state.default).name
+    full = model or state.default.name
     with suppress(BadPrecision):
         return full if precision is None else f"{full}:{known_precision(precision)}"
     return name

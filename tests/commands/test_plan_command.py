@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import loaders
+from server.__main__ import main
+from server.planning import calibration, job, planner
+from server.planning.calibration import Calibrator
+from server.planning.workload import Frontend, Replica
+from tests.planning import measured
+
+ARGUMENTS = ["plan", "--device", "cpu", "--precisions", "fp32,dynamic-int8", "--no-http"]
+SHAPE = ["--prompt", "32", "--tokens", "16", "--requests-per-second", "20"]
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces measuring by known step times; loading is real. Records what is measured."""
+    names: list[str] = []
+    monkeypatch.setattr(planner, "_MOST", 300)
+
+    async def measure(self: Calibrator, progress: object) -> calibration.Calibration:
+        model = self._model
+        names.append(model.precision)
+        model.close()
+        return measured.calibration(model.precision)
+
+    monkeypatch.setattr(Calibrator, "measure", measure)
+    return names
+
+
+def test_a_plan_is_a_table_a_sentence_and_json(
+    counted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    goals = ["--ttft-slo", "500", "--itl-slo", "50", "--price-per-hour", "0.2", "--json", str(file)]
+    assert main([*ARGUMENTS, *SHAPE, *goals]) == 0
+    assert counted == ["fp32", "dynamic-int8"]
+    text = capsys.readouterr().out
+    assert "▸ Fewest replicas:" in text
+    assert "per M tokens" in text
+    plan = json.loads(file.read_text())
+    assert plan == json.loads(text.splitlines()[-1])
+    best = plan["choices"][0]
+    assert best["simulated"]["ttft_p99_ms"] <= 500
+    assert best["simulated"]["itl_p99_ms"] <= 50
+    assert best["cost_per_million_tokens"] == pytest.approx(best["replicas"] * 0.2 / (20 * 16 * 3600) * 1e6)
+
+
+def test_step_times_are_measured_once_and_again_on_request(counted: list[str]) -> None:
+    assert main([*ARGUMENTS, *SHAPE]) == 0
+    assert main([*ARGUMENTS, *SHAPE]) == 0
+    assert counted == ["fp32", "dynamic-int8"]
+    assert main([*ARGUMENTS, *SHAPE, "--fresh"]) == 0
+    assert len(counted) == 4
+
+
+def test_what_cannot_be_met_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, *SHAPE, "--itl-slo", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "can't meet the objectives" in text
+    assert "No precision meets the objectives on this host." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "REQUESTS_PER_SECOND"),
+        (["--requests-per-second", "0"], "--requests-per-second"),
+        (["--requests-per-second", "1", "--prompt", "9999"], "exceed the context"),
+        (["--requests-per-second", "1", "--ttft-slo", "-1"], "--ttft-slo"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["plan", "--device", "cpu", *arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message.lower().replace("_", "-") in error.lower().replace("_", "-")
+
+
+def test_one_precision_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = loaders.load
+
+    def load(name: str, *rest: object) -> object:
+        if name == "fp32":
+            raise loaders.errors.CheckpointError("broken")
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loaders, "load", load)
+    assert main([*ARGUMENTS, *SHAPE]) == 0
+    text = capsys.readouterr().out
+    assert "fp32 could not be measured: broken." in text
+    assert "Fewest replicas: dynamic-int8" in text
+
+
+def test_http_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def measure(settings: object, precision: str, times: object, replica: Replica) -> Frontend:
+        asked.append(precision)
+        return Frontend(0.001, 0.0, 0.0)
+
+    monkeypatch.setattr(job, "measure_frontend", measure)
+    with_http = [one for one in ARGUMENTS if one != "--no-http"]
+    assert main([*with_http, *SHAPE]) == 0
+    assert main([*with_http, *SHAPE]) == 0
+    assert asked == ["fp32"]

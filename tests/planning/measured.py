@@ -1,0 +1,30 @@
+"""Step times of a made-up replica: 4 ms and 1 ms a row, 0.5 ms a prompt token; no noise unless given."""
+
+from collections.abc import Sequence
+
+from server.planning.calibration import Calibration
+from server.planning.step_times import Cell, StepTimes
+
+ROWS, CHUNKS, BUSY = (1, 2, 4, 8, 16), (16, 32, 64, 128), 16
+
+
+def pass_seconds(rows: int, chunk: int) -> float:
+    return 0.004 + 0.001 * rows + 0.0005 * chunk
+
+
+def cells(noise: Sequence[float] = (1.0,), mixed: bool = True) -> list[Cell]:
+    sizes = [(0, chunk) for chunk in CHUNKS] + [(rows, 0) for rows in ROWS]
+    if mixed:
+        sizes += [(rows, BUSY) for rows in ROWS]
+    return [
+        Cell(rows, chunk, [0.0] * len(noise), [pass_seconds(rows, chunk) * one for one in noise])
+        for rows, chunk in sizes
+    ]
+
+
+def step_times(noise: Sequence[float] = (1.0,), mixed: bool = True) -> StepTimes:
+    return StepTimes(cells(noise, mixed), mixed)
+
+
+def calibration(precision: str = "fp32", noise: Sequence[float] = (1.0,)) -> Calibration:
+    return Calibration(precision, 10_000_000, 1000.0, 0.5, True, BUSY, cells(noise))

@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import pytest
+
+from server.planning import planner
+from server.planning.planner import Choice, Impossible, Planner
+from server.planning.simulation import simulate
+from server.planning.workload import Frontend, Objectives, Replica, Workload
+from tests.planning.measured import calibration
+
+SHAPE = Workload(40, 64, 32)
+
+
+@pytest.fixture(autouse=True)
+def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_MOST", 800)
+
+
+def plan(rate: float, objectives: Objectives) -> Choice | Impossible:
+    return Planner(calibration(), SHAPE.at(rate), objectives, Replica(1), Frontend()).plan()
+
+
+def test_a_plan_meets_its_objectives_and_one_step_less_does_not() -> None:
+    objectives = Objectives(ttft_ms=300, itl_ms=30)
+    found = plan(40, objectives)
+    assert isinstance(found, Choice)
+    assert found.simulated.meets(objectives)
+    assert 0 < found.load < 1
+    times, replica = calibration().step_times(), Replica(found.slots)
+    fewer = SHAPE.at(40 / (found.replicas - 1))
+    assert not simulate(times, fewer, replica, requests=800).latencies().meets(objectives)
+
+
+def test_more_requests_need_more_replicas_and_tighter_objectives_too() -> None:
+    loose, tight = Objectives(2000, 40), Objectives(120, 40)
+    small, large, strict = plan(20, loose), plan(80, loose), plan(80, tight)
+    assert isinstance(small, Choice)
+    assert isinstance(large, Choice)
+    assert isinstance(strict, Choice)
+    assert small.replicas < large.replicas < strict.replicas
+
+
+def test_a_short_time_between_tokens_makes_batches_small() -> None:
+    wide, narrow = plan(40, Objectives(2000, 60)), plan(40, Objectives(2000, 16))
+    assert isinstance(wide, Choice)
+    assert isinstance(narrow, Choice)
+    assert narrow.slots < wide.slots
+
+
+def test_what_is_too_slow_alone_is_impossible_and_says_why() -> None:
+    found = plan(40, Objectives(2000, 4))
+    assert isinstance(found, Impossible)
+    assert "between tokens" in found.reason
+    assert found.idle.itl_p99 == pytest.approx(0.005)
+    first = plan(40, Objectives(10, 100))
+    assert isinstance(first, Impossible)
+    assert "first token" in first.reason
+
+
+def test_memory_is_weights_and_whole_blocks_of_full_slots() -> None:
+    found = plan(40, Objectives(2000, 60))
+    assert isinstance(found, Choice)
+    assert found.memory_bytes == 10_000_000 + found.slots * 96 * 1000
+
+
+def test_costs_are_those_of_the_generated_tokens() -> None:
+    found = plan(40, Objectives(2000, 60))
+    assert isinstance(found, Choice)
+    one = replace(found, replicas=3)
+    assert one.cost_per_million_tokens(2.0, 32) == pytest.approx(3 * 2.0 / (40 * 32 * 3600 / 1e6))
