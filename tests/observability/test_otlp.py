@@ -78,7 +78,7 @@ def answering(status: int, seconds: float) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "collector",
-    [unreachable(False), unreachable(True), answering(500, 0), answering(503, 0), answering(200, 1)],
+    [unreachable(False), unreachable(True), answering(500, 0), answering(503, 0), answering(200, 4)],
     ids=["down", "mute", "500", "503", "slow"],
 )
 def test_a_failing_collector_affects_no_request(
@@ -94,7 +94,7 @@ def test_a_failing_collector_affects_no_request(
                 began = time.monotonic()
                 assert client.post("/generate", json=BODY).status_code == 200
                 slowest = max(slowest, time.monotonic() - began)
-            assert slowest < 0.5  # an export waits for up to 5 s
+            assert slowest < 2  # an export waits for 4 s or more
             began = time.monotonic()
         assert time.monotonic() - began < 4  # 2 s for the last exports
 
