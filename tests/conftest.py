@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
@@ -32,6 +33,9 @@ from server.settings.server import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
+# a busy host takes any time for an example
+hypothesis.settings.register_profile("any host", deadline=None)
+hypothesis.settings.load_profile("any host")
 CONVERTER = environment.default_folder()
 """The user's, for slow tests. For others LiteRT's precisions are unavailable: they may not install it."""
 os.environ[environment.FOLDER] = str(CONVERTER.with_name("no-converter"))
