@@ -13,7 +13,7 @@ _current: ContextVar[Mapping[str, str]] = ContextVar(_KEY, default=_NONE)
 
 
 def log_ids(scope: Scope) -> dict[str, str]:
-    """A request's ids by their names in the log: ``request_id``; whoever traces the request adds its own."""
+    """A request's ids by their names in the log: ``request_id``; a tracer adds its own."""
     state = scope.setdefault("state", {})
     ids: dict[str, str] = state.setdefault(_KEY, {"request_id": str(state.get("request_id", ""))})
     return ids
