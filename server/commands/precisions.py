@@ -83,7 +83,7 @@ def _served(name: str, spec: ModelSpec) -> str:
 def _report_layers(name: str, spec: ModelSpec) -> None:
     from loaders.layer_errors import layer_errors
 
-    bars = ProgressBars(name)
+    bars = ProgressBars(name, quiet=True)
     try:
         model = loaders.load(name, spec, bars)
         report = layer_errors(model, spec, bars)

@@ -125,7 +125,7 @@ def _explain(options: Options, checkpoint: Checkpoint) -> None:
 
     with (
         Layers(options.spec(checkpoint, slots=1)) as layers,
-        ProgressBars(checkpoint.model_id) as bars,
+        ProgressBars(checkpoint.model_id, quiet=True) as bars,
     ):
         quantizers = options.quantizers()
         ranking = layers.ranking(quantizers[0], bars) if options.layer is None else []
