@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loaders.layers.gptq import quantize
+from loaders.layers.int4_rounding import quantize
 from loaders.layers.int4_codes import dequantize_int4, groups_of_inputs, in_groups, pack_codes, unpack_codes
 
 
