@@ -84,6 +84,8 @@ class ModelSpec:
     """qat-int8, qat-int4: updates of the weights in quantization-aware training."""
     artifacts: Path | None = None
     """Folder of the files that precisions make once; None: the user's cache."""
+    artifacts_limit: int | None = None
+    """Most bytes of that folder: beyond it the least recently used files are removed; None: no bound."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
     """Type of the KV cache of the compiled forward pass; ``auto``: fp32 for fp32, else fp16.
     Other runners use the type of the model."""

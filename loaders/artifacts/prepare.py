@@ -12,6 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 import loaders
+from loaders.artifacts.cache import evict
+from loaders.artifacts.in_use import hold, release
 from loaders.artifacts.recipe import KEY, describe, describe_model, key_of
 from loaders.base import ModelSpec, Progress, Recipe
 from loaders.errors import CheckpointError, LoaderError
@@ -37,6 +39,7 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
     """The folder with a precision's files: a saved checkpoint's own, the cached ones, or new ones.
 
     Cached files that are damaged are made again. While another process makes the same files, this one waits.
+    They stay until this process ends, even if the cache then exceeds ``spec.artifacts_limit``.
 
     Args:
         make: writes the files; None if that takes so long that a person must start it. Files of the same
@@ -53,13 +56,27 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
     folder = place_of(spec, recipe)
     if make is None:
         for made in (folder, *_made_otherwise(folder, spec, recipe)):
-            if is_whole(made):
+            if _held(made):
                 return made
         raise NotPrepared(_not_prepared(spec, recipe.method))
     with _locked(folder, progress):
-        if not is_whole(folder):
+        if not _held(folder):
             _build(folder, spec, recipe, make, progress)
+            hold(folder)
+    if spec.artifacts_limit is not None:
+        evict(folder.parent, spec.artifacts_limit)
     return folder
+
+
+def _held(folder: Path) -> bool:
+    """Whether all files are as they were written; if so, this process keeps others from removing them."""
+    if not folder.is_dir():
+        return False
+    hold(folder)
+    if is_whole(folder):
+        return True
+    release(folder)
+    return False
 
 
 def is_made(precision: str, spec: ModelSpec) -> bool:
