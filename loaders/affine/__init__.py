@@ -1,4 +1,4 @@
-"""Matrices as integer codes: affine ones, x ≈ S (q − Z), with a scale S and a zero point Z; and those of tables."""
+"""Matrices as integer codes: affine ones, x ≈ S (q − Z), and places in tables, x ≈ S T[q]."""
 
 from loaders.affine.arithmetic import (
     Per,

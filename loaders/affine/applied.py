@@ -90,19 +90,19 @@ class Matrix:
 
     def apply(self, quantizer: Method) -> Applied:
         """Raises: ValueError, if the rows can't be divided into groups."""
-        scale, zero_point = quantizer.parameters(self)
+        scale, offset = quantizer.parameters(self)
         used = torch.zeros(quantizer.codes, dtype=torch.int64)
         reach = _ROUNDED * quantizer.reach
         counts, clipped = torch.zeros(self.bins, dtype=torch.int64), 0
         sums, errors = ErrorSums(), Histogram()
-        for rows, codes, scales, found in self._blocks(quantizer, scale, zero_point):
+        for rows, codes, scales, found in self._blocks(quantizer, scale, offset):
             used += torch.bincount((codes - quantizer.lowest).reshape(-1), minlength=len(used))
             counts += self._counts(found)
             clipped += int(((found - rows).abs() > reach * scales).sum())
             sums.add(rows, found)
             errors.update(found - rows)
-        zero_points = (int(zero_point.min()), int(zero_point.max())) if quantizer.has_zero_point else None
-        low, high = quantizer.limits(scale, zero_point)
+        zero_points = (int(offset.min()), int(offset.max())) if quantizer.has_zero_point else None
+        low, high = quantizer.limits(scale, offset)
         return Applied(
             quantizer,
             scale.numel(),
@@ -132,26 +132,30 @@ class Matrix:
 
     def code(self, quantizer: Method, row: int, column: int) -> Code:
         """The code of one weight."""
-        scale, zero_point = quantizer.parameters(self)
+        scale, offset = quantizer.parameters(self)
         if quantizer.per != "tensor":
             group = column // (self.weight.shape[1] if quantizer.per == "channel" else quantizer.per)
-            scale, zero_point = scale[row].reshape(-1)[group], zero_point[row].reshape(-1)[group]
-        code = quantizer.encode(self.weight[row, column], scale, zero_point)
-        level = quantizer.decode(code, torch.ones(()), zero_point)
-        value = quantizer.decode(code, scale, zero_point)
-        zero = int(zero_point) if quantizer.has_zero_point else None
+            scale, offset = scale[row].reshape(-1)[group], offset[row].reshape(-1)[group]
+        code = quantizer.encode(self.weight[row, column], scale, offset)
+        level = quantizer.decode(code, torch.ones(()), offset)
+        value = quantizer.decode(code, scale, offset)
+        zero = int(offset) if quantizer.has_zero_point else None
         return Code(int(code), float(scale), zero, float(level), float(value))
 
     def _blocks(
-        self, quantizer: Method, scale: Tensor, zero_point: Tensor
+        self, quantizer: Method, scale: Tensor, offset: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Some rows at a time, shaped as by ``grouped``: weights, codes, scales, and the codes' values."""
+        """Some rows at a time, shaped as by ``grouped``: weights, codes, scales, and the codes' values.
+
+        Args:
+            scale, offset: from ``parameters`` of the quantizer.
+        """
         size = max(1, _WEIGHTS // self.weight.shape[1])
         for start in range(0, len(self.weight), size):
             part = slice(start, start + size) if quantizer.per != "tensor" else ...
             rows = grouped(self.weight[start : start + size], quantizer.per)
-            codes = quantizer.encode(rows, scale[part], zero_point[part])
-            yield rows, codes, scale[part], quantizer.decode(codes, scale[part], zero_point[part])
+            codes = quantizer.encode(rows, scale[part], offset[part])
+            yield rows, codes, scale[part], quantizer.decode(codes, scale[part], offset[part])
 
     def _counts(self, values: Tensor) -> Tensor:
         low, high = self.histogram.low, self.histogram.high

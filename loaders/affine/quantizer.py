@@ -1,4 +1,4 @@
-"""A way of quantizing a matrix, by its name: ``int8-channel``, ``uint4-32``, ``int8-tensor-mse``, ``nf4`` …"""
+"""A way of quantizing a matrix, by its name: ``int8-channel``, ``uint4-32``, ``int8-tensor-mse``, ``nf4``."""
 
 import re
 from dataclasses import dataclass

@@ -24,6 +24,7 @@ from loaders.affine.arithmetic import grouped
 _NAME = re.compile(r"(nf4|fp4)(?:-([1-9]\d{0,6}))?(-nested)?")
 _BLOCK, _SCALES = 64, 256  # weights that share a scale; scales that share one in turn
 _OUTERMOST = 0.9677083  # mean of 1 − 1/30 and 1 − 1/32, so that no quantile is infinite
+_OFF = 1.1  # scales in eight bits may be off by a few hundredths
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # by the three bits behind the sign; divided by 12
 
 
@@ -61,10 +62,12 @@ class TableQuantizer:
     def reach(self) -> float:
         """The largest error of rounding, in scales."""
         ordered = self.values.sort().values
-        return float((ordered[1:] - ordered[:-1]).max()) / 2
+        return _OFF * float((ordered[1:] - ordered[:-1]).max()) / 2
 
     def parameters(self, matrix: HasWeight) -> tuple[Tensor, Tensor]:
-        """Scale and zero point (0) of each block, which broadcast against ``grouped(weight, per)``.
+        """Scale of each block, and the one by which its codes are chosen: the largest magnitude.
+
+        Both broadcast against ``grouped(weight, per)``.
 
         Raises:
             ValueError: the rows can't be divided into blocks, or a weight is not finite.
@@ -73,23 +76,23 @@ class TableQuantizer:
         if not bool(largest.isfinite().all()):
             raise ValueError("a range must be finite")
         scale = nested(largest) if self.nested else largest
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
+        return scale, largest
 
     def bits_per_weight(self, inputs: int, weights: int) -> float:
         """Of a code and its share of a scale: float32, or eight bits and their share of a float32."""
         scale = 8 + 32 / min(_SCALES, max(1, weights // self.per)) if self.nested else 32
         return self.bits + scale / self.per
 
-    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def encode(self, x: Tensor, scale: Tensor, exact: Tensor) -> Tensor:
         """Codes of the nearest values."""
-        unit = x / torch.where(scale == 0, 1.0, scale)
+        unit = x / torch.where(exact == 0, 1.0, exact)
         ordered, code = self.values.sort(stable=True)
         return code[torch.bucketize(unit, (ordered[1:] + ordered[:-1]) / 2)].int()
 
-    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor, exact: Tensor) -> Tensor:
         return self.values[codes.long()] * scale
 
-    def limits(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    def limits(self, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of each block's codes."""
         return self.values.min() * scale, self.values.max() * scale
 

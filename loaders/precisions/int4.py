@@ -24,8 +24,8 @@ from loaders.footprint import count_parameters, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP, INT4_GROUP
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
-from loaders.layers.int4_rounding import quantize
 from loaders.layers.huge_pages import Arena
+from loaders.layers.int4_rounding import quantize
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_into_weights
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside

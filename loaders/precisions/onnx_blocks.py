@@ -1,4 +1,4 @@
-"""The weights of onnx-int4: four bits by GPTQ, block by block of the model; eight for those that lose most."""
+"""The weights of onnx-int4: four bits by GPTQ, block by block; eight for the layers that lose most."""
 
 from typing import Any
 

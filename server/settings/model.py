@@ -83,6 +83,7 @@ class Declared(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, _Environment(settings_cls)
 
+
 class CacheSettings(Declared):
     """Where files are kept that precisions make, and how many."""
 

@@ -49,7 +49,7 @@ def test_the_list(spec: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture
     assert 2_000_000 < one["bytes"] < 2_010_000
     printed = capsys.readouterr().out
     (line,) = (line for line in printed.splitlines() if line.startswith(folder.name))
-    assert line.split("  ")[1:2] == ["tiny"]
+    assert line.split()[1:3] == ["tiny", "2.0"]
     assert "2 in all, 4.0 MB" in printed
     assert str(spec.artifacts) in printed
 

@@ -76,7 +76,8 @@ class Options(ModelSettings):
         _WHAT,
         "NAMES",
         "by comma; int8 or int4 (symmetric), int8-full, uint8 (asymmetric) …, then -tensor, -channel or the "
-        "size of a group, then -mse, or per tensor -percentile or -kl; nf4 or fp4, with -nested for scales in eight bits",
+        "size of a group, then -mse, or per tensor -percentile or -kl; nf4 or fp4, "
+        "with -nested for scales in eight bits",
         unset="fourteen common ones",
     )
     weight: Annotated[str, AfterValidator(_place)] | None = option(

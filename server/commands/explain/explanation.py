@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loaders.affine.applied import Applied, Code, Matrix
 from loaders.affine.quantizer import Method
-from loaders.base import Progress
 from loaders.affine.tables import TableQuantizer
+from loaders.base import Progress
 from server.commands.command_line import UsageError
 from server.commands.explain.layers import Layers, Ranked
 

