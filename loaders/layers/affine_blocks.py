@@ -75,7 +75,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     """(…, n) codes → (…, ⌈n · bits / 8⌉) bytes, low bits first."""
     if bits == 8:
         return values
-    pairs = functional.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
+    pairs: Tensor = functional.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
@@ -88,7 +88,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def _in_blocks(matrix: Tensor) -> Tensor:
     """(rows, inputs) → (rows, blocks, BLOCK), zeros behind the last input."""
-    return functional.pad(matrix, (0, -matrix.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks: Tensor = functional.pad(matrix, (0, -matrix.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    return blocks
 
 
 def _codes(blocks: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
