@@ -46,8 +46,8 @@ def draw(found: Explanation, model: str, file: Path) -> None:
                 middle.vlines(code_values(one.quantizer, code).tolist(), 0.7, 1.5, color=_LIMIT, linewidth=1)
             _errors(right, one, widest or 1.0)
         axes[-1][1].set_xlabel(
-            "weights, logarithmic counts; grey: float32; dashed: the outermost codes; "
-            "below: the codes beside the weight shown"
+            "weights, logarithmic counts; grey: float32; dashed: the outermost codes\n"
+            "below: all codes in the range of the weight shown"
         )
         axes[-1][2].set_xlabel("W′ − W")
         _bits(lower.subplots(), found)
