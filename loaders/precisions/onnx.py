@@ -1,7 +1,7 @@
 """onnx-fp32, onnx-int8, onnx-static-int8, onnx-int4: the model as one graph on ONNX Runtime.
 
-The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a
-file.
+The graph is exported by ``transformers.exporters``, quantized, and kept as a file: in int8 by ONNX Runtime's
+own tools, after outlier channels of norms were folded into the weights; in four bits by GPTQ.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """What is particular to models on ONNX Runtime: moved rows, refused architectures, a missing extra."""
 
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
 from loaders.onnx import session
+from loaders.texts.corpus import is_held_out
 from tests import checkpoints
 from tests.loaders.contract import report_of
 from tests.loaders.layer_products import weights_in
@@ -89,6 +91,22 @@ def test_an_embedding_in_a_folded_head_is_looked_up_as_it_was(tmp_path: Path) ->
     assert float((found.runner.score(ids) - expected).norm() / expected.norm()) < 0.1
     errors = {one.name: one.sqnr_db or 99.0 for one in report_of(found, spec).layers}
     assert min(errors["lm_head"], errors["transformer.wte"]) > 32
+
+
+@pytest.mark.slow
+def test_four_bits_are_calibrated(tmp_path: Path) -> None:
+    """The bundled model is much nearer to fp32 than in blocks that are rounded plainly, as nf4's are."""
+    text = tmp_path / "text.txt"
+    sides = ["", ""]
+    for name, topic in topics.items():
+        sides[is_held_out(f"topic:{name}")] += f"{topic}\n\n"
+    text.write_text(sides[0][:60000])
+    spec = ModelSpec(open_checkpoint("bundled"), slots=1, calibration=text, artifacts=tmp_path / "made")
+    ids = load_tokenizer(spec.checkpoint)(sides[1])["input_ids"][:400]
+    exact = loaders.load("fp32", spec).runner.score(ids).log_softmax(-1)
+    nf4, found = (loaders.load(name, spec).runner.score(ids).log_softmax(-1) for name in ("nf4", "onnx-int4"))
+    errors = [float((exact.exp() * (exact - one)).sum(-1).mean()) for one in (nf4, found)]
+    assert errors[1] < 0.4 * errors[0]
 
 
 @pytest.mark.parametrize("width", [64, 48])
