@@ -14,6 +14,7 @@ from server.http.route_facts import RouteFacts
 from server.http.streaming import EventStream, event
 from server.routes.precision_choice import choose_model
 from server.routes.schemas import PRECISION_NAMES
+from server.routes.shared import model_parameter
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState, known_precision
 from server.state import state_of
@@ -25,13 +26,13 @@ _IN_DOCS = {"type": "string", "enum": PRECISION_NAMES, "default": "bf16"}
 TargetName = Annotated[str, WithJsonSchema(_IN_DOCS)]
 
 
-@router.get("")
+@router.get("", openapi_extra=model_parameter({}))
 async def list_precisions(request: Request) -> list[dict[str, Any]]:
     """Every precision and its state on this host."""
     return [_describe(state) for state in choose_model(request).pool.states()]
 
 
-@router.post("/{name}/load")
+@router.post("/{name}/load", openapi_extra=model_parameter({}))
 @RouteFacts(admin=True, media_types=("text/event-stream",))
 async def load(request: Request, name: TargetName) -> Response:
     """Loads a precision, with its progress as server-sent events."""
@@ -43,7 +44,7 @@ async def load(request: Request, name: TargetName) -> Response:
     return EventStream(_progress(pool, state.name), lambda: None, {})
 
 
-@router.post("/{name}/unload")
+@router.post("/{name}/unload", openapi_extra=model_parameter({}))
 @RouteFacts(admin=True)
 async def unload(request: Request, name: TargetName) -> dict[str, Any]:
     """Frees a precision's weights; its running requests end with an error."""
