@@ -1,5 +1,7 @@
 """Several checkpoints in one server: names, places, memory, metrics."""
 
+import asyncio
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,54 +9,40 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
-from server.app import create_app
-from server.served_model import Wanted
-from server.settings.server import Settings
-from tests.conftest import wait_until
-from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+from loaders.errors import CheckpointError
+from server.host import memory
+from tests.conftest import entered, wait_until
+from tests.fakes import FakeRunner, fake_model
+from tests.two_models import LARGE, NEEDED, SMALL, Runners, two_models
 
-Runners = dict[tuple[str, str], FakeRunner]
-SMALL, LARGE = 128, 256
+Make = Callable[..., TestClient]
 
 
 @pytest.fixture
 def runners() -> Runners:
-    """By the context's length, which tells the models apart, and the precision."""
     return {}
 
 
 @pytest.fixture
-def make(tmp_path: Path, runners: Runners) -> Iterator[Callable[..., TestClient]]:
-    """A client of two models: ``large``, the default one, and ``owner/small``."""
-    entered: list[TestClient] = []
-
-    def load(name: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
-        model = "large" if spec.max_tokens == LARGE else "small"
-        runner = runners[model, name] = FakeRunner(spec.slots, spec.max_tokens)
-        runner.next_id = (lambda ids: 65) if model == "large" else (lambda ids: 66)  # type: ignore[method-assign]
-        return fake_model(name, runner)
+def make(tmp_path: Path, runners: Runners) -> Iterator[Make]:
+    """Creates clients of ready apps with two models."""
+    clients: list[TestClient] = []
 
     def make(**values: Any) -> TestClient:
-        settings = Settings(**{"precisions": "fp32,bf16", "device": "cpu", **values})
-        wanted = [
-            Wanted(lambda: fake_checkpoint(tmp_path / "a", LARGE), settings, name="large"),
-            Wanted(lambda: fake_checkpoint(tmp_path / "b", SMALL), settings, name="owner/small"),
-        ]
-        client = TestClient(create_app(settings, first=wanted[0], others=wanted[1:], load=load))
+        client = TestClient(two_models(tmp_path, runners, **values))
         client.__enter__()
-        entered.append(client)
-        wait_until(lambda: {("large", "fp32"), ("large", "bf16"), ("small", "fp32")} <= runners.keys())
+        clients.append(client)
+        wait_until(lambda: NEEDED <= runners.keys())
         wait_until(lambda: client.get("/health").status_code == 200)
         return client
 
     yield make
-    for client in entered:
+    for client in clients:
         client.__exit__(None, None, None)
 
 
 @pytest.fixture
-def client(make: Callable[..., TestClient]) -> TestClient:
+def client(make: Make) -> TestClient:
     return make()
 
 
@@ -156,6 +144,17 @@ def test_a_further_model_loads_its_other_precisions_when_they_are_asked_for(
     assert not runners["large", "bf16"].closed
 
 
+def test_a_whole_model_is_unloaded_and_loads_again_when_it_is_asked_for(
+    client: TestClient, runners: Runners
+) -> None:
+    client.post("/precisions/bf16/load?model=small")
+    states = client.post("/precisions/all/unload?model=small").json()
+    assert {one["state"] for one in states} <= {"unloaded", "unavailable"}
+    assert {key for key, runner in runners.items() if runner.closed} == {("small", "fp32"), ("small", "bf16")}
+    assert client.get("/health/ready").status_code == 200
+    assert client.post("/generate?model=small", json=BODY).json()["generated_text"] == "bbb"
+
+
 def test_metrics_have_each_family_once_with_the_series_of_all_models(client: TestClient) -> None:
     client.post("/generate?model=small", json=BODY)
     client.post("/generate", json=BODY)
@@ -165,7 +164,7 @@ def test_metrics_have_each_family_once_with_the_series_of_all_models(client: Tes
     assert {line.split('model="')[1].split('"')[0] for line in counts} == {"large", "owner/small"}
 
 
-def test_places_are_shared(make: Callable[..., TestClient]) -> None:
+def test_places_are_shared(make: Make) -> None:
     client = make(max_concurrent_requests=2)
     body = {**PROMPT, "prompt": ["x", "y", "z"], "model": "small"}
     assert client.post("/v1/completions", json=body).status_code == 400  # more than all places together
@@ -174,26 +173,107 @@ def test_places_are_shared(make: Callable[..., TestClient]) -> None:
     assert refused.status_code == 429
 
 
+SLOTS = 4
+
+
+def size(context: int) -> int:
+    """Bytes of one loaded precision of a model with that context."""
+    return memory.used_bytes(fake_model("fp32", FakeRunner(SLOTS, context)))
+
+
 def test_memory_is_shared_and_idle_precisions_of_any_model_make_room(
-    make: Callable[..., TestClient], runners: Runners, monkeypatch: pytest.MonkeyPatch
+    make: Make, runners: Runners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = make()
-    host = client.app.state.pool.host  # type: ignore[attr-defined]
-    free = {"bytes": 10**9}
-
-    def freed() -> int:
-        return free["bytes"] + 10**9 * sum(runner.closed for runner in runners.values())
-
-    monkeypatch.setattr(host, "free_bytes", freed)
-    monkeypatch.setattr("server.service.pool.memory.needed_bytes", lambda name, spec: 15 * 10**8)
+    needed = {"bytes": 1}
+    monkeypatch.setattr("server.service.pool.memory.needed_bytes", lambda name, spec: needed["bytes"])
+    client = make(max_batch_size=SLOTS, memory_budget=2 * size(LARGE) + size(SMALL))
+    needed["bytes"] = size(SMALL)
     assert client.post("/generate?model=small&precision=fp16", json=BODY).status_code == 200
     assert runners["large", "bf16"].closed or runners["small", "fp32"].closed
     assert not runners["large", "fp32"].closed  # the server's default precision stays
-    free["bytes"] = -(10**10)
-    assert client.post("/generate?precision=fp16", json=BODY).status_code == 503
+    loaded = {key for key, runner in runners.items() if not runner.closed}
+    needed["bytes"] = size(LARGE) + 2 * size(SMALL) + 1  # more than everything beside it takes
+    refused = client.post("/generate?model=small&precision=nf4", json=BODY)
+    assert refused.status_code == 503
+    assert refused.json()["error"].startswith(f"no room for owner/small:nf4: it needs {needed['bytes']} bytes")
+    assert {key for key, runner in runners.items() if not runner.closed} == loaded
 
 
 def test_tokens_and_comparisons_are_of_the_named_model(client: TestClient) -> None:
     assert client.post("/tokenize?model=small", json={"inputs": "ab"}).status_code == 200
     answer = client.post("/compare?model=small", json={**BODY, "precisions": ["fp32"]}).json()
     assert answer["precisions"]["fp32"]["generated_text"] == "bbb"
+
+
+def test_nothing_is_unloaded_for_what_is_loaded_at_the_start(
+    make: Make, runners: Runners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.service.pool.memory.needed_bytes", lambda name, spec: size(spec.max_tokens))
+    room = 2 * size(LARGE) + size(SMALL)
+    client = make(max_batch_size=SLOTS, memory_budget=room, precisions="fp32,bf16,fp16,nf4")
+    wait_until(lambda: not client.app.state.default.pool.is_busy())  # type: ignore[attr-defined]
+    assert not any(runner.closed for runner in runners.values())
+    assert runners.keys() == NEEDED
+    assert client.post("/generate?precision=nf4", json=BODY).status_code == 200  # a request does make room
+    assert runners["large", "bf16"].closed or runners["small", "fp32"].closed
+
+
+def test_health_is_of_the_default_model_or_the_one_that_is_named(client: TestClient) -> None:
+    for path in ("/health", "/health/ready"):
+        assert client.get(path, params={"model": "small"}).json() == {"status": "ready", "precision": "fp32"}
+    client.post("/precisions/fp32/unload?model=small")
+    assert client.get("/health/ready").status_code == 200
+    refused = client.get("/health/ready?model=small")
+    assert (refused.status_code, refused.json()["error"]) == (503, "owner/small:fp32 is unloaded")
+    unknown = client.get("/health/ready?model=medium")
+    assert (unknown.status_code, unknown.json()["error"]) == (404, "no such model here")
+
+
+def test_a_model_that_can_not_be_loaded_leaves_the_other_ready(make: Make, runners: Runners) -> None:
+    client = make()
+    pool = client.app.state.models["owner/small"].pool  # type: ignore[attr-defined]
+
+    def fail(*_: Any) -> Any:
+        raise CheckpointError("the file is cut short")
+
+    pool._load_model = fail
+    refused = client.post("/generate?model=small&precision=fp16", json=BODY)
+    assert refused.status_code == 503
+    assert refused.json()["error"] == "owner/small:fp16 could not be loaded: the file is cut short"
+    assert client.get("/health/ready").status_code == 200
+    assert client.post("/generate", json=BODY).json()["generated_text"] == "aaa"
+    assert client.post("/generate?model=small", json=BODY).json()["generated_text"] == "bbb"
+
+
+def test_one_report_is_made_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr("server.report.background.start_command", lambda *_: measuring)
+    options = {"precisions": ["fp32"], "quality": False, "plots": False, "fresh": False}
+
+    async def check() -> None:
+        app = two_models(tmp_path, {})
+        async with entered(app) as client:
+            of_large = app.state.default.reports.make(options, None)
+            assert await anext(of_large) == {"status": "starting"}
+            refused = await client.post("/report?model=small", json={"precisions": ["fp32"], "plots": False})
+            assert (refused.status_code, refused.json()["error"]) == (429, "a report is being made already")
+            await of_large.aclose()
+            of_small = app.state.models["owner/small"].reports.make(options, None)
+            assert await anext(of_small) == {"status": "starting"}
+            await of_small.aclose()
+
+    asyncio.run(check())
+
+
+def test_a_missing_report_is_asked_for_by_the_models_name(client: TestClient) -> None:
+    assert client.get("/report").json()["error"].endswith(" or POST /report")
+    assert client.get("/report?model=small").json()["error"].endswith(" or POST /report?model=owner/small")
+
+
+def test_every_route_about_a_model_says_in_the_api_document_that_it_can_be_named(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    about = ("/stats", "/info", "/precisions", "/precisions/{name}/load", "/precisions/{name}/unload", "/report")
+    for path in (*about, "/tokenize", "/compare", "/health", "/health/ready", "/generate", "/v1/completions"):
+        for method, operation in paths[path].items():
+            named = [one["in"] for one in operation["parameters"] if one["name"] == "model"]
+            assert named == ["query"], (method, path)
