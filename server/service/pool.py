@@ -221,9 +221,10 @@ class Pool:
 
     @property
     def first(self) -> tuple[str, ...]:
-        """The precisions loaded at the start, the default first: of a further model that one alone."""
-        first = self._settings.first_precisions()
-        return first if self.host.pools[0] is self else first[:1]
+        """The precisions loaded at the start, the default first: of a further model that one and the shadow's."""
+        first, shadow = self._settings.first_precisions(), self._settings.shadow_precision
+        is_default = self.host.pools[0] is self
+        return first if is_default else tuple(name for name in first if name in (self.default, shadow))
 
     def start(self) -> None:
         """Starts loading the start-up precisions in turn, and unloading idle ones."""

@@ -1,52 +1,11 @@
-"""Several checkpoints in one server: names, places, memory, metrics."""
-
-import asyncio
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+"""Requests to several checkpoints in one server: each names its model, and is answered by that one."""
 
 import pytest
 from fastapi.testclient import TestClient
 
-from loaders.errors import CheckpointError
-from server.host import memory
-from tests.conftest import entered, wait_until
-from tests.fakes import FakeRunner, fake_model
-from tests.two_models import LARGE, NEEDED, SMALL, Runners, two_models
+from tests.routes.several_models.conftest import BODY
+from tests.two_models import SMALL, Runners
 
-Make = Callable[..., TestClient]
-
-
-@pytest.fixture
-def runners() -> Runners:
-    return {}
-
-
-@pytest.fixture
-def make(tmp_path: Path, runners: Runners) -> Iterator[Make]:
-    """Creates clients of ready apps with two models."""
-    clients: list[TestClient] = []
-
-    def make(**values: Any) -> TestClient:
-        client = TestClient(two_models(tmp_path, runners, **values))
-        client.__enter__()
-        clients.append(client)
-        wait_until(lambda: NEEDED <= runners.keys())
-        wait_until(lambda: client.get("/health").status_code == 200)
-        return client
-
-    yield make
-    for client in clients:
-        client.__exit__(None, None, None)
-
-
-@pytest.fixture
-def client(make: Make) -> TestClient:
-    return make()
-
-
-BODY = {"inputs": "x", "max_new_tokens": 3}
 PROMPT = {"prompt": "x", "max_tokens": 3, "temperature": 0}
 
 
@@ -164,105 +123,10 @@ def test_metrics_have_each_family_once_with_the_series_of_all_models(client: Tes
     assert {line.split('model="')[1].split('"')[0] for line in counts} == {"large", "owner/small"}
 
 
-def test_places_are_shared(make: Make) -> None:
-    client = make(max_concurrent_requests=2)
-    body = {**PROMPT, "prompt": ["x", "y", "z"], "model": "small"}
-    assert client.post("/v1/completions", json=body).status_code == 400  # more than all places together
-    with client.app.state.places.reserved():  # type: ignore[attr-defined]
-        refused = client.post("/v1/completions", json={**PROMPT, "prompt": ["x", "y"], "model": "small"})
-    assert refused.status_code == 429
-
-
-SLOTS = 4
-
-
-def size(context: int) -> int:
-    """Bytes of one loaded precision of a model with that context."""
-    return memory.used_bytes(fake_model("fp32", FakeRunner(SLOTS, context)))
-
-
-def test_memory_is_shared_and_idle_precisions_of_any_model_make_room(
-    make: Make, runners: Runners, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = {"bytes": 1}
-    monkeypatch.setattr("server.service.pool.memory.needed_bytes", lambda name, spec: needed["bytes"])
-    client = make(max_batch_size=SLOTS, memory_budget=2 * size(LARGE) + size(SMALL))
-    needed["bytes"] = size(SMALL)
-    assert client.post("/generate?model=small&precision=fp16", json=BODY).status_code == 200
-    assert runners["large", "bf16"].closed or runners["small", "fp32"].closed
-    assert not runners["large", "fp32"].closed  # the server's default precision stays
-    loaded = {key for key, runner in runners.items() if not runner.closed}
-    needed["bytes"] = size(LARGE) + 2 * size(SMALL) + 1  # more than everything beside it takes
-    refused = client.post("/generate?model=small&precision=nf4", json=BODY)
-    assert refused.status_code == 503
-    assert refused.json()["error"].startswith(f"no room for owner/small:nf4: it needs {needed['bytes']} bytes")
-    assert {key for key, runner in runners.items() if not runner.closed} == loaded
-
-
 def test_tokens_and_comparisons_are_of_the_named_model(client: TestClient) -> None:
     assert client.post("/tokenize?model=small", json={"inputs": "ab"}).status_code == 200
     answer = client.post("/compare?model=small", json={**BODY, "precisions": ["fp32"]}).json()
     assert answer["precisions"]["fp32"]["generated_text"] == "bbb"
-
-
-def test_nothing_is_unloaded_for_what_is_loaded_at_the_start(
-    make: Make, runners: Runners, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.service.pool.memory.needed_bytes", lambda name, spec: size(spec.max_tokens))
-    room = 2 * size(LARGE) + size(SMALL)
-    client = make(max_batch_size=SLOTS, memory_budget=room, precisions="fp32,bf16,fp16,nf4")
-    wait_until(lambda: not client.app.state.default.pool.is_busy())  # type: ignore[attr-defined]
-    assert not any(runner.closed for runner in runners.values())
-    assert runners.keys() == NEEDED
-    assert client.post("/generate?precision=nf4", json=BODY).status_code == 200  # a request does make room
-    assert runners["large", "bf16"].closed or runners["small", "fp32"].closed
-
-
-def test_health_is_of_the_default_model_or_the_one_that_is_named(client: TestClient) -> None:
-    for path in ("/health", "/health/ready"):
-        assert client.get(path, params={"model": "small"}).json() == {"status": "ready", "precision": "fp32"}
-    client.post("/precisions/fp32/unload?model=small")
-    assert client.get("/health/ready").status_code == 200
-    refused = client.get("/health/ready?model=small")
-    assert (refused.status_code, refused.json()["error"]) == (503, "owner/small:fp32 is unloaded")
-    unknown = client.get("/health/ready?model=medium")
-    assert (unknown.status_code, unknown.json()["error"]) == (404, "no such model here")
-
-
-def test_a_model_that_can_not_be_loaded_leaves_the_other_ready(make: Make, runners: Runners) -> None:
-    client = make()
-    pool = client.app.state.models["owner/small"].pool  # type: ignore[attr-defined]
-
-    def fail(*_: Any) -> Any:
-        raise CheckpointError("the file is cut short")
-
-    pool._load_model = fail
-    refused = client.post("/generate?model=small&precision=fp16", json=BODY)
-    assert refused.status_code == 503
-    assert refused.json()["error"] == "owner/small:fp16 could not be loaded: the file is cut short"
-    assert client.get("/health/ready").status_code == 200
-    assert client.post("/generate", json=BODY).json()["generated_text"] == "aaa"
-    assert client.post("/generate?model=small", json=BODY).json()["generated_text"] == "bbb"
-
-
-def test_one_report_is_made_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measuring = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr("server.report.background.start_command", lambda *_: measuring)
-    options = {"precisions": ["fp32"], "quality": False, "plots": False, "fresh": False}
-
-    async def check() -> None:
-        app = two_models(tmp_path, {})
-        async with entered(app) as client:
-            of_large = app.state.default.reports.make(options, None)
-            assert await anext(of_large) == {"status": "starting"}
-            refused = await client.post("/report?model=small", json={"precisions": ["fp32"], "plots": False})
-            assert (refused.status_code, refused.json()["error"]) == (429, "a report is being made already")
-            await of_large.aclose()
-            of_small = app.state.models["owner/small"].reports.make(options, None)
-            assert await anext(of_small) == {"status": "starting"}
-            await of_small.aclose()
-
-    asyncio.run(check())
 
 
 def test_a_missing_report_is_asked_for_by_the_models_name(client: TestClient) -> None:
@@ -277,3 +141,5 @@ def test_every_route_about_a_model_says_in_the_api_document_that_it_can_be_named
         for method, operation in paths[path].items():
             named = [one["in"] for one in operation["parameters"] if one["name"] == "model"]
             assert named == ["query"], (method, path)
+
+
