@@ -15,7 +15,7 @@ Runners = dict[tuple[str, str], FakeRunner]
 """By the model's name without its owner, and the precision."""
 LARGE, SMALL = 256, 128
 """The models' contexts."""
-NEEDED = {("large", "fp32"), ("large", "bf16"), ("small", "fp32")}
+FIRST = {("large", "fp32"), ("large", "bf16"), ("small", "fp32")}
 """What is loaded at the start."""
 _SAYS = {LARGE: ("large", 65), SMALL: ("small", 66)}
 
@@ -40,3 +40,9 @@ def two_models(folder: Path, runners: Runners, small: dict[str, Any] | None = No
     first = Wanted(lambda: fake_checkpoint(folder / "a", LARGE), settings, name="large")
     other = Wanted(lambda: fake_checkpoint(folder / "b", SMALL), of_small, name="owner/small")
     return create_app(settings, first=first, others=[other], load=load)
+
+def is_ready(app: FastAPI) -> bool:
+    """Whether all that is loaded at the start is loaded."""
+    pools = {name.rpartition("/")[2]: model.pool for name, model in app.state.models.items()}
+    return all(pools[model].state(precision).state == "loaded" for model, precision in FIRST)
+

@@ -17,7 +17,7 @@ from tests.playground.test_panels import FOREVER
 from tests.playground.test_snippets import CLIENTS, code_of, outputs
 from tests.routes.openai.test_openai import TEMPLATE
 from tests.routes.test_report_route import keep_report
-from tests.two_models import NEEDED, Runners, two_models
+from tests.two_models import Runners, is_ready, two_models
 
 pytestmark = pytest.mark.browser
 
@@ -36,10 +36,9 @@ def app(tmp_path: Path, runners: Runners) -> FastAPI:
 
 
 @pytest.fixture
-def address(app: FastAPI, runners: Runners) -> Iterator[str]:
+def address(app: FastAPI) -> Iterator[str]:
     with serving(app) as found:
-        wait_until(lambda: NEEDED <= runners.keys())
-        wait_until(lambda: app.state.models["owner/small"].pool.state("fp32").state == "loaded")
+        wait_until(lambda: is_ready(app))
         yield found
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands.chat.conftest import Talk
 from tests.conftest import serving, wait_until
-from tests.two_models import NEEDED, Runners, two_models
+from tests.two_models import Runners, is_ready, two_models
 
 TalkTo = Callable[..., Talk]
 
@@ -20,8 +20,8 @@ def runners() -> Runners:
 @pytest.fixture
 def url(tmp_path: Path, template: Path, runners: Runners) -> Iterator[str]:
     """Of two models, which only the small one of can chat."""
-    with serving(two_models(tmp_path, runners, {"chat_template": template})) as address:
-        wait_until(lambda: NEEDED <= runners.keys())
+    with serving(app := two_models(tmp_path, runners, {"chat_template": template})) as address:
+        wait_until(lambda: is_ready(app))
         yield address
 
 

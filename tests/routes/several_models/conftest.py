@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.conftest import wait_until
-from tests.two_models import NEEDED, Runners, two_models
+from tests.two_models import Runners, is_ready, two_models
 
 Make = Callable[..., TestClient]
 BODY = {"inputs": "x", "max_new_tokens": 3}
@@ -25,11 +25,10 @@ def make(tmp_path: Path, runners: Runners) -> Iterator[Make]:
     clients: list[TestClient] = []
 
     def make(**values: Any) -> TestClient:
-        client = TestClient(two_models(tmp_path, runners, **values))
+        client = TestClient(app := two_models(tmp_path, runners, **values))
         client.__enter__()
         clients.append(client)
-        wait_until(lambda: NEEDED <= runners.keys())
-        wait_until(lambda: client.get("/health").status_code == 200)
+        wait_until(lambda: is_ready(app))
         return client
 
     yield make

@@ -13,7 +13,7 @@ from server.host import memory
 from tests.conftest import entered, until, wait_until
 from tests.fakes import FakeRunner, fake_model
 from tests.routes.several_models.conftest import BODY, Make
-from tests.two_models import LARGE, NEEDED, SMALL, Runners, two_models
+from tests.two_models import FIRST, LARGE, SMALL, Runners, is_ready, two_models
 
 SLOTS = 4
 
@@ -58,7 +58,7 @@ def test_nothing_is_unloaded_for_what_is_loaded_at_the_start(
     client = make(max_batch_size=SLOTS, memory_budget=room, precisions="fp32,bf16,fp16,nf4")
     wait_until(lambda: not client.app.state.default.pool.is_busy())  # type: ignore[attr-defined]
     assert not any(runner.closed for runner in runners.values())
-    assert runners.keys() == NEEDED
+    assert runners.keys() == FIRST
     assert client.post("/generate?precision=nf4", json=BODY).status_code == 200  # a request does make room
     assert runners["large", "bf16"].closed or runners["small", "fp32"].closed
 
@@ -129,7 +129,7 @@ def test_a_server_that_drains_refuses_both_and_finishes_what_runs(tmp_path: Path
     async def check() -> None:
         app = two_models(tmp_path, runners)
         async with entered(app) as client:
-            await until(lambda: NEEDED <= runners.keys())
+            await until(lambda: is_ready(app))
             for runner in runners.values():
                 runner.delay = 0.02
             long = {"inputs": "x", "max_new_tokens": 40}
