@@ -41,8 +41,8 @@ def two_models(folder: Path, runners: Runners, small: dict[str, Any] | None = No
     other = Wanted(lambda: fake_checkpoint(folder / "b", SMALL), of_small, name="owner/small")
     return create_app(settings, first=first, others=[other], load=load)
 
+
 def is_ready(app: FastAPI) -> bool:
     """Whether all that is loaded at the start is loaded."""
     pools = {name.rpartition("/")[2]: model.pool for name, model in app.state.models.items()}
     return all(pools[model].state(precision).state == "loaded" for model, precision in FIRST)
-

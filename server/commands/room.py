@@ -34,8 +34,8 @@ def require_room(wanted: Sequence[Wanted]) -> None:
     for other in others:
         if (needed := kept + _needed(other)) > free:
             raise UsageError(
-                f"no room for {_title(other, wanted)} beside {_title(first, wanted)}: they need {needed} bytes, "
-                f"{free} are free; {_REMEDY}, or fewer --models"
+                f"no room for {_title(other, wanted)} beside {_title(first, wanted)}: they need {needed} "
+                f"bytes, {free} are free; {_REMEDY}, or fewer --models"
             )
 
 

@@ -8,24 +8,25 @@ from server.routes.precision_choice import choose_model
 from server.routes.shared import model_parameter
 from server.state import state_of
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(tags=["health"])
 _POLLED = RouteFacts(public=True, quiet=True)
 
 
-@router.get("/live")
+@router.get("/health/live")
 @_POLLED
 async def live() -> dict[str, str]:
     """200 while the process serves requests."""
     return {"status": "live"}
 
 
-@router.get("", openapi_extra=model_parameter({}))
-@router.get("/ready", openapi_extra=model_parameter({}))
+@router.get("/health", openapi_extra=model_parameter({}))
+@router.get("/health/ready", openapi_extra=model_parameter({}))
+@router.get("/models/{model:path}/health", openapi_extra=model_parameter({}, named=True))
 @_POLLED
 async def ready(request: Request) -> dict[str, str]:
     """200 if the default precision is loaded, warm and making progress; 503 with the reason otherwise.
 
-    Of the default model, or of the one in ``?model=``.
+    Of the default model, or of the one that is named.
     """
     state_of(request.app).lifecycle.check()
     try:

@@ -148,9 +148,9 @@ def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[
     return {**extra, "parameters": [*parameters, _model("path" if named else "query")]}
 
 
-def model_parameter(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """``extra`` with the query parameter that names one of several models."""
-    return {**extra, "parameters": [_model("query")]}
+def model_parameter(extra: Mapping[str, Any], *, named: bool = False) -> dict[str, Any]:
+    """``extra`` with the query parameter that names one of several models; ``named``: the path's."""
+    return {**extra, "parameters": [_model("path" if named else "query")]}
 
 
 def _model(place: str) -> dict[str, Any]:

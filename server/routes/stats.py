@@ -138,6 +138,7 @@ async def prometheus(request: Request) -> Response:
 
 
 @router.get("/info", openapi_extra=model_parameter({}))
+@router.get("/models/{model:path}/info", openapi_extra=model_parameter({}, named=True))
 async def info(request: Request) -> dict[str, Any]:
     """The fields of Text Generation Inference's ``/info``, and the precisions."""
     model = choose_model(request)

@@ -30,6 +30,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @router.post("/tokenize", openapi_extra=model_parameter(_BODY))
+@router.post("/models/{model:path}/tokenize", openapi_extra=model_parameter(_BODY, named=True))
 @RouteFacts(takes_a_place=True, example=[{"id": 451, "text": "The", "start": 0, "stop": 3}])
 async def tokenize(request: Request) -> Response:
     """The tokens of a text and their offsets in it."""

@@ -221,7 +221,7 @@ class Pool:
 
     @property
     def first(self) -> tuple[str, ...]:
-        """The precisions loaded at the start, the default first: of a further model that one and the shadow's."""
+        """The precisions loaded at the start, the default first: of further models that and the shadow's."""
         first, shadow = self._settings.first_precisions(), self._settings.shadow_precision
         is_default = self.host.pools[0] is self
         return first if is_default else tuple(name for name in first if name in (self.default, shadow))

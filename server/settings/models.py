@@ -118,7 +118,7 @@ def _chat_templates(text: str, names: Sequence[str]) -> dict[str, Path]:
         name, equals, file = (part.strip() for part in entry.partition("="))
         if not equals or not file:
             raise ValueError(
-                "--chat-template (or CHAT_TEMPLATE): beside --models (or MODELS) it must be name=FILE, by comma"
+                "--chat-template (or CHAT_TEMPLATE): with --models (or MODELS) it must be name=FILE, by comma"
             )
         if name not in names or name in found:
             fault = f"two files for {name}" if name in found else f"no model is named {name[:100]!r}"

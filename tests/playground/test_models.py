@@ -171,7 +171,8 @@ def test_late_answers_about_another_model_are_not_shown(address: str, open_page:
     held: list[Route] = []
     page.route("**/stats", held.append)  # the default model's alone: others have a query
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    wait_until(lambda: page.wait_for_timeout(20) or held)
+    while not held:
+        page.wait_for_timeout(20)
     chooser(page).select_option("owner/small")
     about(page, "owner/small")
     with page.expect_response("**/stats"):

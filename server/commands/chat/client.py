@@ -193,9 +193,10 @@ class Client:
 
     def _events(self, path: str, body: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
         """The JSON objects of a stream of server-sent events."""
-        with self._said_plainly(), self._http.stream(
-            "POST", path, json=body, params=_query(self.model)
-        ) as response:
+        with (
+            self._said_plainly(),
+            self._http.stream("POST", path, json=body, params=_query(self.model)) as response,
+        ):
             if not response.is_success:
                 response.read()
                 raise _refusal(response)

@@ -39,4 +39,3 @@ def make(tmp_path: Path, runners: Runners) -> Iterator[Make]:
 @pytest.fixture
 def client(make: Make) -> TestClient:
     return make()
-

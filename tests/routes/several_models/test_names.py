@@ -1,6 +1,7 @@
 """Names of models that are unusual in an address, or mean something else there: each names its model."""
 
 from collections.abc import Iterator
+from functools import partial
 from urllib.parse import quote
 
 import httpx
@@ -36,7 +37,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     folder, settings = tmp_path_factory.mktemp("models"), Settings(precisions="fp32", device="cpu")
     first, *others = [
-        Wanted(lambda at=at: fake_checkpoint(folder / str(at), _FIRST + at), settings, name=name)
+        Wanted(partial(fake_checkpoint, folder / str(at), _FIRST + at), settings, name=name)
         for at, name in enumerate(NAMES)
     ]
     with serving(create_app(settings, first=first, others=others, load=load)) as found:
@@ -70,7 +71,10 @@ def test_the_official_clients_name_it(address: str, name: str) -> None:
     hub = InferenceClient(f"{address}/models/{quote(name)}")
     if not name.endswith("/generate"):  # there that is the route of a model named like the owner
         assert hub.text_generation("x", max_new_tokens=3) == says(name)
-    assert hub.get_endpoint_info(model=address)["models"] == NAMES
+    endpoint = InferenceClient(provider="hf-inference")
+    info = endpoint.get_endpoint_info(model=f"{address}/models/{quote(name)}")
+    assert (info["model_id"], info["models"]) == (name, NAMES)
+    assert endpoint.health_check(model=f"{address}/models/{quote(name)}")
 
 
 def test_the_list_has_each_of_them(address: str) -> None:

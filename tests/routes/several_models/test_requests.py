@@ -136,10 +136,15 @@ def test_a_missing_report_is_asked_for_by_the_models_name(client: TestClient) ->
 
 def test_every_route_about_a_model_says_in_the_api_document_that_it_can_be_named(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    about = ("/stats", "/info", "/precisions", "/precisions/{name}/load", "/precisions/{name}/unload", "/report")
+    about = (
+        "/stats",
+        "/info",
+        "/precisions",
+        "/precisions/{name}/load",
+        "/precisions/{name}/unload",
+        "/report",
+    )
     for path in (*about, "/tokenize", "/compare", "/health", "/health/ready", "/generate", "/v1/completions"):
         for method, operation in paths[path].items():
             named = [one["in"] for one in operation["parameters"] if one["name"] == "model"]
             assert named == ["query"], (method, path)
-
-

@@ -23,7 +23,9 @@ def test_places_are_shared(make: Make) -> None:
     body = {"prompt": ["x", "y", "z"], "max_tokens": 3, "model": "small"}
     assert client.post("/v1/completions", json=body).status_code == 400  # more than all places together
     with client.app.state.places.reserved():  # type: ignore[attr-defined]
-        refused = client.post("/v1/completions", json={"prompt": ["x", "y"], "max_tokens": 3, "model": "small"})
+        refused = client.post(
+            "/v1/completions", json={"prompt": ["x", "y"], "max_tokens": 3, "model": "small"}
+        )
     assert refused.status_code == 429
 
 
@@ -46,7 +48,9 @@ def test_memory_is_shared_and_idle_precisions_of_any_model_make_room(
     needed["bytes"] = size(LARGE) + 2 * size(SMALL) + 1  # more than everything beside it takes
     refused = client.post("/generate?model=small&precision=nf4", json=BODY)
     assert refused.status_code == 503
-    assert refused.json()["error"].startswith(f"no room for owner/small:nf4: it needs {needed['bytes']} bytes")
+    assert refused.json()["error"].startswith(
+        f"no room for owner/small:nf4: it needs {needed['bytes']} bytes"
+    )
     assert {key for key, runner in runners.items() if not runner.closed} == loaded
 
 
