@@ -169,7 +169,7 @@ def test_late_answers_about_another_model_are_not_shown(address: str, open_page:
     page = open_page(address)
     about(page, "large")
     held: list[Route] = []
-    page.route("**/stats", held.append)  # the default model's alone: others have a query
+    page.route("**/stats", lambda route: held.append(route))  # the default model's alone: others have a query
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     while not held:
         page.wait_for_timeout(20)
