@@ -72,10 +72,8 @@ class HostResources:
             idle = [(pool, state) for pool in self.pools for state in pool.idle()] if unload else []
             freed = self._freed_bytes([state for _, state in idle])
             if not idle or needed > free + freed:
-                raise NotReady(
-                    f"no room for {title}: it needs {needed} bytes, {max(free, 0)} are free, "
-                    f"{freed} more with idle precisions unloaded"
-                )
+                more = f", {freed} more with idle precisions unloaded" if unload else ""
+                raise NotReady(f"no room for {title}: it needs {needed} bytes, {max(free, 0)} are free{more}")
             pool, state = min(idle, key=lambda found: _last_used(found[1]))
             await pool.unload(state.name)
 
