@@ -10,8 +10,10 @@ from fastapi.testclient import TestClient
 
 from loaders.errors import CheckpointError
 from server.host import memory
+from server.service.kv_memory import KVMemory
+from server.settings.server import Settings
 from tests.conftest import entered, until, wait_until
-from tests.fakes import FakeRunner, fake_model
+from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 from tests.routes.several_models.conftest import BODY, Make
 from tests.two_models import FIRST, LARGE, SMALL, Runners, is_ready, two_models
 
@@ -151,3 +153,19 @@ def test_a_server_that_drains_refuses_both_and_finishes_what_runs(tmp_path: Path
             assert app.state.in_flight == 0
 
     asyncio.run(check())
+
+
+def test_caches_have_memory_where_the_default_precisions_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "needed_bytes", lambda name, spec: 40_000)
+    settings = Settings(device="cpu", precisions="fp32", memory_budget=100_000)
+    spec = settings.spec(fake_checkpoint(tmp_path), slots=1)
+
+    def limit(models: int) -> int | None:
+        cache = KVMemory(settings, lambda: [(spec, ("fp32",))] * models)
+        budget = asyncio.run(cache.within(spec)).kv_budget
+        return budget and budget.limit
+
+    assert limit(2) == 10_000  # half of what is free beside both
+    assert limit(3) == 5_000  # a quarter of what is free beside the server's default one and another
