@@ -165,7 +165,8 @@ def test_caches_have_memory_where_the_default_precisions_take_turns(
     def limit(models: int) -> int | None:
         cache = KVMemory(settings, lambda: [(spec, ("fp32",))] * models)
         budget = asyncio.run(cache.within(spec)).kv_budget
-        return budget and budget.limit
+        assert budget is not None
+        return budget.limit
 
     assert limit(2) == 10_000  # half of what is free beside both
     assert limit(3) == 5_000  # a quarter of what is free beside the server's default one and another
