@@ -46,7 +46,8 @@ LAYERS = (
     "loaders.config_values",
     "loaders.errors",
     "loaders.base",
-    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
+    "loaders.runner loaders.import_noise loaders.malloc loaders.model_id "
+    "loaders.tokenizer_faults loaders.bundled",
     "loaders.affine loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""

@@ -74,10 +74,12 @@ def _chat(options: Options, arguments: Sequence[str]) -> int:
             client = Client(own.url, own.key)
         else:
             key = options.api_key.get_secret_value() if options.api_key else os.environ.get("API_KEY")
-            client = Client(options.url, key, _served_model(options, arguments))
+            client = Client(options.url, key)
         stack.enter_context(client)
+        model = None if options.url is None else _served_model(options, arguments)
         named = options.url is None or "precision" in options.model_fields_set
-        chat = Chat(client, options.precision if named else None, options.sampling(), options.system)
+        precision = options.precision if named else None
+        chat = Chat(client, model, precision, options.sampling(), options.system)
         return chat.run(make_input(chat.prompt, chat.words, options.history and sys.stdin.isatty()))
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx2
 
@@ -35,15 +36,17 @@ class ChatError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself."""
+    """What a server says of itself and of one of its models."""
 
     model: str
     precision: str
-    """The default one."""
+    """The one in the name that was asked for, else the model's default one."""
     context: int
     """Most tokens of prompt and answer."""
     templated: bool
     """Whether the model has a chat template."""
+    models: tuple[str, ...]
+    """All models of the server, its default one first."""
 
 
 class Client:
@@ -51,18 +54,16 @@ class Client:
 
     Args:
         key: its Bearer token, if it needs one.
-        model: one of its models, if it has several; None: its default one.
     """
 
-    def __init__(self, url: str, key: str | None, model: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None) -> None:
         self.url = url.rstrip("/")
-        self._model = {} if model is None else {"model": model}
+        self.model: str | None = None
+        """Of every request; None: the server's default one."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(None, connect=_CONNECT)
         try:
-            self._http = httpx2.Client(
-                base_url=self.url + "/", headers=headers, timeout=timeout, params=self._model
-            )
+            self._http = httpx2.Client(base_url=self.url + "/", headers=headers, timeout=timeout)
         except (ValueError, httpx2.InvalidURL) as error:
             raise ChatError(f"{self.url}: {error}") from None
 
@@ -75,24 +76,36 @@ class Client:
         self._http.close()
 
     def get(self, path: str) -> Any:
-        """A route's JSON."""
+        """A route's JSON, about the chosen model."""
+        return self._get(path, self.model)
+
+    def _get(self, path: str, model: str | None) -> Any:
         with self._said_plainly():
-            response = self._http.get(path)
+            response = self._http.get(path, params=_query(model))
             if not response.is_success:
                 raise _refusal(response)
             return response.json()
 
-    def served(self) -> Served:
-        info = self.get("info")
+    def choose(self, model: str | None) -> Served:
+        """Uses a model from here on; after an error, the one before.
+
+        Args:
+            model: its name, which may end with a precision: ``gpt2:nf4``; None: the server's default one.
+        """
+        info = self._get("info", model)
+        named = info if model is None else self._get(f"v1/models/{quote(model)}", None)
         try:
-            return Served(
+            served = Served(
                 str(info["model_id"]),
-                str(info["precision"]),
+                str(named["precision"]),
                 int(info["max_total_tokens"]),
                 bool(info["chat_template"]),
+                tuple(map(str, info.get("models", [info["model_id"]]))),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise self._no_bitdial() from None
+        self.model = None if model is None else served.model
+        return served
 
     def load(self, precision: str) -> None:
         """Loads a precision and shows the progress; returns when it is ready.
@@ -180,7 +193,10 @@ class Client:
 
     def _events(self, path: str, body: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
         """The JSON objects of a stream of server-sent events."""
-        with self._said_plainly(), self._http.stream("POST", path, json=body) as response:
+        with (
+            self._said_plainly(),
+            self._http.stream("POST", path, json=body, params=_query(self.model)) as response,
+        ):
             if not response.is_success:
                 response.read()
                 raise _refusal(response)
@@ -206,6 +222,10 @@ class Client:
 
     def _no_bitdial(self) -> ChatError:
         return ChatError(f"{self.url} does not answer as a bitdial server")
+
+
+def _query(model: str | None) -> dict[str, str]:
+    return {} if model is None else {"model": model}
 
 
 def _refusal(response: httpx2.Response) -> ChatError:
