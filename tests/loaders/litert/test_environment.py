@@ -8,7 +8,7 @@ import loaders
 from loaders.base import ignore_progress
 from loaders.errors import CheckpointError
 from loaders.litert import environment
-from loaders.litert.environment import ConverterUnavailable
+from loaders.litert.processes import ConverterUnavailable
 
 SEEN: list[tuple[str, int, int]] = []
 
