@@ -14,13 +14,17 @@ import numpy as np
 from loaders.litert.lengths import STAND_IN, at_lengths, read, write
 from loaders.litert.messages import reported, tell
 from loaders.litert.steps import CHUNK, Description, step_name
+from loaders.litert.trained import KEPT, keep_trained
 
 _WEIGHTS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")
 _LOWEST = np.finfo(np.float32).min
 
 
 def main(job_file: str) -> None:
-    """Writes ``model.tflite`` in ``job["precision"]`` for the lengths of ``job["lengths"]``."""
+    """Writes ``model.tflite`` in ``job["precision"]`` for the lengths of ``job["lengths"]``.
+
+    With a file of trained layers (``job["trained"]``) their names are written to ``KEPT``.
+    """
     job = json.loads(Path(job_file).read_text())
     graph, out = Path(job["graph"]), Path(job["out"])
     quantized = out / "quantized.tflite"
@@ -30,6 +34,10 @@ def main(job_file: str) -> None:
         _quantize(job, graph, quantized)
     tell("writing", 0, 0)
     model = read(quantized)
+    if "trained" in job:
+        description = Description.from_json((graph / "graph.json").read_text())
+        kept = keep_trained(model, description.names, Path(job["trained"]))
+        (out / KEPT).write_text(json.dumps(kept))
     at_lengths(model, job["lengths"])
     write(model, out / "model.tflite")
     quantized.unlink()

@@ -31,6 +31,7 @@ class Description:
         vocabulary: logits of a token.
         windows: the attention window of each kind of layer; None: it attends to everything before it.
         names: the model's layers by the name of the tensor that holds their matrix.
+        trained: of a checkpoint that was trained quantized, the layers whose codes and scales are kept.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class Description:
     vocabulary: int
     windows: Mapping[str, int | None]
     names: Mapping[str, Sequence[str]]
+    trained: Sequence[str] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
