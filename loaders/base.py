@@ -83,8 +83,8 @@ class ModelSpec:
     training_steps: int = 200
     """qat-int8, qat-int4: updates of the weights in quantization-aware training."""
     granularity: Literal["group", "channel"] = "group"
-    """qat-int8: what shares a scale in training: groups of weights and of activations, as the compiled kernels
-    compute; or all weights of an output and all activations of a row, as LiteRT does."""
+    """qat-int8: what shares a scale in training: groups of weights and of activations, as on the compiled
+    kernels; or all weights of an output and all activations of a row, as in LiteRT."""
     artifacts: Path | None = None
     """Folder of the files that precisions make once; None: the user's cache."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"

@@ -1,4 +1,4 @@
-"""A saved checkpoint on the compiled kernels as a model in float32, for programs that know no other weights."""
+"""A saved checkpoint on the compiled kernels as a model in float32, for programs that know no other."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -48,9 +48,12 @@ def dequantized(spec: ModelSpec, progress: Progress) -> Dequantized:
     config = deepcopy(spec.checkpoint.config)
     if config.tie_word_embeddings:  # a head that includes the factors of folded norms is not its embedding
         names = {one: at for at, one in native.named_modules()}
-        ends = [matrices[names[end]] for end in (native.get_output_embeddings(), native.get_input_embeddings())]
+        ends = [
+            matrices[names[end]] for end in (native.get_output_embeddings(), native.get_input_embeddings())
+        ]
         config.tie_word_embeddings = torch.equal(*ends)
     model = empty_model(config)
+    model.tie_weights()
     for at, module in model.named_modules():
         _fill(module, native.get_submodule(at), matrices.get(at))
     layers = {at: one for at, one in native.named_modules() if _is_by_channel(one)}

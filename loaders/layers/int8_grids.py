@@ -21,8 +21,8 @@ class Int8Grid(NamedTuple):
     """How a layer is rounded.
 
     Args:
-        quantize: (outputs, inputs) float32 weights → codes of that shape and (outputs, 16) bfloat16 scales, as
-            in ``kernels.PackedMatrix``.
+        quantize: (outputs, inputs) float32 weights → codes of that shape and (outputs, 16) bfloat16 scales,
+            as in ``kernels.PackedMatrix``.
         round: activations of any shape → the values of their codes.
     """
 

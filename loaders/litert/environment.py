@@ -28,7 +28,7 @@ def default_folder() -> Path:
 
 
 def interpreter() -> Path | None:
-    """The environment's interpreter; None if it has to be installed, or the one that the user names is missing."""
+    """The environment's interpreter; None if it has to be installed, or the user's own is missing."""
     folder = default_folder()
     usable = python_of(folder).exists() if os.environ.get(FOLDER) else is_complete(folder)
     return python_of(folder) if usable else None
@@ -61,7 +61,8 @@ def ensure(progress: Progress) -> Path:
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise ConverterUnavailable(
-            f"LiteRT's converter can't be installed in the user's cache ({why}); XDG_CACHE_HOME names another place"
+            f"LiteRT's converter can't be installed in the user's cache ({why}); "
+            "XDG_CACHE_HOME names another place"
         ) from error
     return python_of(folder)
 

@@ -6,6 +6,7 @@ litert-torch needs an older typing-extensions than this package does, so that th
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
@@ -26,7 +27,9 @@ COMPLETE = "complete"
 _ROOM = 2.6e9  # bytes: the environment, and the files of one package while it is unpacked
 _TRIAL = "import ai_edge_quantizer, litert_torch, transformers"
 _STAGE = "installing LiteRT's converter"
-_PACKAGE = re.compile(r"(?:Collecting|Downloading|Using cached) (?:.*/)?([A-Za-z0-9_.]+?)(?:-\d|[=<>!~;\[ (]|$)")
+_PACKAGE = re.compile(r"Collecting ([A-Za-z0-9_.-]+)")
+_DOWNLOAD = re.compile(r"Downloading (?:.*/)?([A-Za-z0-9_.]+)-\S+ \((.* [kM]B)\)")
+_UNPACKING = "Installing collected packages: "
 
 
 def is_complete(folder: Path) -> bool:
@@ -53,7 +56,7 @@ def install(folder: Path, progress: Progress) -> None:
         _run([sys.executable, "-m", "venv", "--clear", str(folder)], progress)
         python = str(python_of(folder))
         options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-        _run([python, "-m", "pip", "install", *options, *REQUIREMENTS], progress)
+        _report(output_lines([python, "-m", "pip", "install", *options, *REQUIREMENTS]), folder, progress)
         _run([python, "-c", _TRIAL], progress)
         (folder / COMPLETE).write_text(_written())
     except BaseException:
@@ -62,22 +65,30 @@ def install(folder: Path, progress: Progress) -> None:
 
 
 def _run(command: list[str], progress: Progress) -> None:
-    progress(_STAGE, 0, 0)
-    shown = _STAGE
-    for line in output_lines(command):
-        if found := _PACKAGE.match(line):
+    for _ in output_lines(command):
+        progress(_STAGE, 0, 0)
+
+
+def _report(lines: Iterable[str], folder: Path, progress: Progress) -> None:
+    """Reports what pip writes: the package that it downloads, then how many it has unpacked."""
+    shown, total = _STAGE, 0
+    for line in lines:
+        if found := _DOWNLOAD.match(line):
+            shown = f"{_STAGE}: {found[1]}, {found[2]}"
+        elif found := _PACKAGE.match(line):
             shown = f"{_STAGE}: {found[1]}"
-        elif line.startswith("Installing collected packages"):
-            shown = f"{_STAGE}: unpacking {line.count(',') + 1} packages"
-        progress(shown, 0, 0)
+        elif line.startswith(_UNPACKING):
+            shown, total = f"{_STAGE}: unpacking", line.count(",") + 1
+        done = sum(1 for _ in folder.glob("lib/python*/site-packages/*.dist-info")) if total else 0
+        progress(shown, min(done, total), total)
 
 
 def _require_room(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < _ROOM:
         raise ConverterUnavailable(
-            f"LiteRT's converter takes {_ROOM / 1e9:.1f} GB in the user's cache, where {free / 1e9:.1f} are free; "
-            "XDG_CACHE_HOME names another place"
+            f"LiteRT's converter takes {_ROOM / 1e9:.1f} GB in the user's cache, where {free / 1e9:.1f} are "
+            "free; XDG_CACHE_HOME names another place"
         )
 
 

@@ -29,9 +29,7 @@ def output_lines(command: Sequence[str], environment: Mapping[str, str] | None =
     """
     last: deque[str] = deque(maxlen=_TAIL)
     try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     except OSError as error:
         raise ConverterUnavailable(_message([f"{error.strerror or type(error).__name__}"])) from error
     with process:

@@ -145,8 +145,8 @@ def remark(precision: str, spec: ModelSpec) -> str | None:
     if precision not in _QUANTIZING or granularity_of(options) == "channel":
         return None
     return (
-        f"its weights were rounded again: {spec.checkpoint.saved} was trained with a scale for a group of them, "
-        "LiteRT has one for an output; trained with --granularity channel they are kept"
+        f"its weights were rounded again: {spec.checkpoint.saved} was trained with a scale for a group of "
+        "them, LiteRT has one for an output; trained with --granularity channel they are kept"
     )
 
 
@@ -165,7 +165,10 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     steps = LiteRTModel(folder / "model.tflite", description, threads, share=not quantizes)
     runner = LiteRTRunner(steps, layers, spec.slots, spec.max_tokens)
     check_numbers(runner, spec.checkpoint.architecture, torch.float32)
-    details: dict[str, Any] = {"kernels": "LiteRT, XNNPACK", "file_bytes": (folder / "model.tflite").stat().st_size}
+    details: dict[str, Any] = {
+        "kernels": "LiteRT, XNNPACK",
+        "file_bytes": (folder / "model.tflite").stat().st_size,
+    }
     if description.trained is not None:
         details["trained_layers"] = len(description.trained)
     return LoadedModel(precision, runner, footprint, details=details)

@@ -148,7 +148,9 @@ def insert(precision: str, model: PreTrainedModel, spec: ModelSpec) -> None:
         linear = to_linear(module)
         layer: FakeQuantizedLinear
         if precision == "qat-int8" or module is head:
-            layer = FakeInt8Linear(linear.weight, linear.bias, folded.get(name), CHANNELS if channels else GROUPS)
+            layer = FakeInt8Linear(
+                linear.weight, linear.bias, folded.get(name), CHANNELS if channels else GROUPS
+            )
         else:
             layer = FakeFourBitLinear(linear.weight, linear.bias)
         layer.weight.requires_grad_(module is not head)

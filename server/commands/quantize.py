@@ -126,7 +126,9 @@ def _remark(options: Options, method: str, spec: ModelSpec) -> str | None:
     if conversion is None:
         raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
     if options.out is None:
-        raise UsageError(f"--out is missing: what is made of a saved checkpoint ({checkpoint.saved}) isn't cached")
+        raise UsageError(
+            f"--out is missing: what is made of a saved checkpoint ({checkpoint.saved}) isn't cached"
+        )
     return conversion.remark(method, spec)
 
 

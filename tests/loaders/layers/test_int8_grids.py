@@ -10,7 +10,9 @@ from loaders.layers.int8_grids import CHANNELS, GROUPS, Int8Grid
 
 @pytest.fixture
 def matrix() -> Tensor:
-    return torch.randn(24, 192, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 24)[:, None]
+    return (
+        torch.randn(24, 192, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 24)[:, None]
+    )
 
 
 def test_an_output_has_one_scale_and_no_weight_is_clipped(matrix: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The converter's environment: made once, by one process, whole or not at all. A script stands in for Python."""
+"""The converter's environment: made once, by one process, whole or not at all. With a script as Python."""
 
 import shutil
 import threading
@@ -52,7 +52,7 @@ def test_it_is_made_once_and_reports_the_packages(python: Python) -> None:
     found = environment.ensure(lambda stage, *_: stages.append(stage))
     assert found == environment.interpreter() == python.made / "bin" / "python"
     stage = "installing LiteRT's converter"
-    assert {stage, f"{stage}: torch", f"{stage}: unpacking 2 packages"} <= set(stages)
+    assert {stage, f"{stage}: torch", f"{stage}: torch, 190.2 MB", f"{stage}: unpacking"} <= set(stages)
     assert environment.ensure(ignore_progress) == found
     assert python.installed == 1
     assert "transformers==" in python.log.read_text()
@@ -72,10 +72,11 @@ def test_one_of_other_versions_is_made_again(python: Python) -> None:
         (
             "echo WARNING: Retrying after connection broken\n"
             "echo ERROR: No matching distribution found for torch==2.13.0",
-            "(ERROR: No matching distribution found for torch==2.13.0); it is installed once, which needs a network",
+            "(ERROR: No matching distribution found for torch==2.13.0); "
+            "it is installed once, which needs a network",
         ),
         (
-            "echo 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device'; echo",
+            "echo 'ERROR: Could not install packages: [Errno 28] No space left on device'; echo",
             "(the disk is full)",
         ),
         ("echo The reason", "(The reason)"),
@@ -127,19 +128,25 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=10**9)
     monkeypatch.setattr("loaders.litert.installation.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ConverterUnavailable, match=r"takes 2\.\d GB in the user's cache, where 1\.0 are free"):
+    with pytest.raises(
+        ConverterUnavailable, match=r"takes 2\.\d GB in the user's cache, where 1\.0 are free"
+    ):
         environment.ensure(ignore_progress)
     assert not python.made.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(python: Python, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ConverterUnavailable, match=r"can't be installed in the user's cache \(.+\); XDG_CACHE"):
+    with pytest.raises(
+        ConverterUnavailable, match=r"can't be installed in the user's cache \(.+\); XDG_CACHE"
+    ):
         environment.ensure(ignore_progress)
 
 
 def test_without_the_module_venv_its_advice_is_shown(python: Python, tmp_path: Path) -> None:
-    script = "echo you need to run:; echo '    apt install python3.11-venv'; echo; echo Failing command: x; exit 1"
+    script = (
+        "echo you need to run:; echo '    apt install python3.11-venv'; echo; echo Failing command: x; exit 1"
+    )
     (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
     with pytest.raises(ConverterUnavailable, match=r"\(apt install python3\.11-venv\)$"):
         environment.ensure(ignore_progress)

@@ -11,7 +11,9 @@ from safetensors.numpy import save_file
 from loaders.litert.trained import CODES, SCALES, keep_trained
 
 NAMES = {"w": ["layer"], "t": ["layer"], "e": ["embedding", "head"]}
-CODES_OF_LAYER = np.array([[5, -126, 3], [100, 7, -90]], np.int8)  # their largest are not 127: other scales fit
+CODES_OF_LAYER = np.array(
+    [[5, -126, 3], [100, 7, -90]], np.int8
+)  # their largest are not 127: other scales fit
 SCALES_OF_LAYER = np.array([0.5, 0.25], np.float32)
 BIAS = np.array([3.0, -2.0])
 INPUT_SCALE = 0.01
@@ -27,7 +29,11 @@ def quantization(scales: Any) -> Any:
 
 def tensor(name: str, kind: int, values: Any, buffer: int, scales: Any) -> Any:
     return SimpleNamespace(
-        name=name.encode(), type=kind, shape=np.array(values.shape), buffer=buffer, quantization=quantization(scales)
+        name=name.encode(),
+        type=kind,
+        shape=np.array(values.shape),
+        buffer=buffer,
+        quantization=quantization(scales),
     )
 
 
