@@ -42,8 +42,8 @@ _QUANTIZING = ("litert-int8", "litert-full-int8")
 _ROW_STATE = 4 + 8  # bytes of a row's scale and zero point
 SOURCES = ("qat-int8",)
 """Saved precisions that files can be made from."""
-_STATIC_LAYERS = ".*"
-"""The layers, by a pattern of their tensors' names, whose activations are quantized with constant ranges."""
+_LEAST_SQNR_DB = 30.0
+"""Of a layer's outputs with constant ranges of activations; layers below it take them while computing."""
 
 
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
@@ -74,7 +74,7 @@ def _matrix_bytes(precision: str, outputs: int, inputs: int) -> int:
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
     options: dict[str, Any] = {"format": _FORMAT, "converter": environment.VERSIONS}
     if precision in _CALIBRATED:
-        options |= {"samples": _SAMPLES, "length": _SAMPLE_CHUNKS * CHUNK, "layers": _STATIC_LAYERS}
+        options |= {"samples": _SAMPLES, "length": _SAMPLE_CHUNKS * CHUNK, "least_sqnr_db": _LEAST_SQNR_DB}
     return Recipe(precision, options, calibrated=precision in _CALIBRATED)
 
 
@@ -96,7 +96,7 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
             "graph": str(graph),
             "out": str(scratch),
             "lengths": cache_lengths(spec.checkpoint.context_length),
-            "layers": _STATIC_LAYERS,
+            "least_sqnr_db": _LEAST_SQNR_DB,
         }
         if samples is not None:
             job["samples"] = str(scratch / "samples.npy")
