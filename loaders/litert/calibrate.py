@@ -16,8 +16,6 @@ from loaders.litert.messages import tell
 from loaders.litert.ranges import Layer, Read, choose_ranges
 from loaders.litert.steps import CHUNK, Description, step_name
 
-DYNAMIC = "dynamic.json"
-"""The names of the layers whose activations keep ranges that are taken while computing."""
 _JUDGED = 4  # one sample of so many judges the ranges that are found on the others
 _LOWEST = np.finfo(np.float32).min
 _STEP = step_name(1, CHUNK, STAND_IN)
@@ -55,6 +53,7 @@ def calibrate(graph: Path, samples: Any, least_sqnr_db: float) -> Calibration:
         graph: folder of the converted model.
         samples: (samples, length) token ids.
     """
+    torch.set_num_threads(1)  # a chunk's tensors are small: threads would wait for each other
     description = Description.from_json((graph / "graph.json").read_text())
     model = read(graph / "graph.tflite")
     place = next(s.subgraphIndex for s in model.signatureDefs if s.signatureKey.decode() == _STEP)

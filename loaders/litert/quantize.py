@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from loaders.litert.calibrate import DYNAMIC, calibrate
+from loaders.litert.calibrate import calibrate
 from loaders.litert.lengths import at_lengths, read, write
 from loaders.litert.messages import reported, tell
-from loaders.litert.steps import Description
-from loaders.litert.trained import KEPT, keep_trained
+from loaders.litert.steps import DYNAMIC, TRAINED, Description
+from loaders.litert.trained import keep_trained
 
 _WEIGHTS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")
 
@@ -22,7 +22,7 @@ _WEIGHTS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")
 def main(job_file: str) -> None:
     """Writes ``model.tflite`` in ``job["precision"]`` for the lengths of ``job["lengths"]``.
 
-    With a file of trained layers (``job["trained"]``) their names are written to ``KEPT``.
+    With a file of trained layers (``job["trained"]``) their names are written to ``TRAINED``.
     """
     job = json.loads(Path(job_file).read_text())
     graph, out = Path(job["graph"]), Path(job["out"])
@@ -36,7 +36,7 @@ def main(job_file: str) -> None:
     if "trained" in job:
         description = Description.from_json((graph / "graph.json").read_text())
         kept = keep_trained(model, description.names, Path(job["trained"]))
-        (out / KEPT).write_text(json.dumps(kept))
+        (out / TRAINED).write_text(json.dumps(kept))
     at_lengths(model, job["lengths"])
     write(model, out / "model.tflite")
     quantized.unlink()
@@ -57,7 +57,9 @@ def _quantize(job: dict[str, Any], graph: Path, out: Path) -> None:
         found = calibrate(graph, np.load(job["samples"]), job["least_sqnr_db"])
         ranges = found.ranges
         if found.operators:
-            manager.add_static_config(found.operators, "FULLY_CONNECTED", activation_num_bits=8, weight_num_bits=8)
+            manager.add_static_config(
+                found.operators, "FULLY_CONNECTED", activation_num_bits=8, weight_num_bits=8
+            )
         (out.parent / DYNAMIC).write_text(json.dumps(found.dynamic))
     tell("quantizing", 0, 0)
     one = quantizer.Quantizer(str(graph / "graph.tflite"))

@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 CODES, SCALES = ".codes", ".scales"
 """What follows a layer's name in the file of trained layers."""
-KEPT = "kept.json"
-"""The names of the layers whose trained codes are in the graph."""
 _INT8, _INT32 = 9, 2  # TensorType
 _NEAR = 1.01  # scales: the most that two roundings of one weight differ
 _Scales = NDArray[np.float32]

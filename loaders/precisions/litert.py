@@ -25,8 +25,8 @@ from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters
 from loaders.litert import environment
 from loaders.litert.model import LiteRTModel
-from loaders.litert.steps import CHUNK, SIZES, Description, cache_lengths
-from loaders.litert.trained import CODES, KEPT, SCALES
+from loaders.litert.steps import CHUNK, DYNAMIC, SIZES, TRAINED, Description, cache_lengths
+from loaders.litert.trained import CODES, SCALES
 from loaders.litert.weights import Weights
 from loaders.manifest import read_manifest
 from loaders.precisions.qat import granularity_of
@@ -105,12 +105,17 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
             job["trained"] = str(trained)
         environment.run("loaders.litert.quantize", job, scratch, progress)
         (scratch / "model.tflite").rename(folder / "model.tflite")
-        (folder / "model.json").write_text(_describe(graph, scratch / KEPT).to_json())
+        (folder / "model.json").write_text(_describe(graph, scratch).to_json())
 
 
-def _describe(graph: Path, kept: Path) -> Description:
+def _describe(graph: Path, scratch: Path) -> Description:
+    """The graph's description, with the layers that the quantizer listed."""
+    trained, dynamic = (
+        json.loads((scratch / name).read_text()) if (scratch / name).exists() else None
+        for name in (TRAINED, DYNAMIC)
+    )
     description = Description.from_json((graph / "graph.json").read_text())
-    return replace(description, trained=json.loads(kept.read_text())) if kept.exists() else description
+    return replace(description, trained=trained, dynamic=dynamic)
 
 
 def _graph(spec: ModelSpec, scratch: Path, progress: Progress) -> tuple[Path, Path | None]:
@@ -121,7 +126,7 @@ def _graph(spec: ModelSpec, scratch: Path, progress: Progress) -> tuple[Path, Pa
     if spec.checkpoint.saved is None:
         base = Recipe("litert-graph", {"format": _FORMAT, "converter": environment.VERSIONS})
         return prepare(spec, base, partial(_convert, spec, spec.checkpoint.folder), progress), None
-    found, trained = dequantized(spec, progress), scratch / "trained.safetensors"
+    found, trained = dequantized(spec, progress), scratch / "codes.safetensors"
     save_pretrained(found.model, scratch / "model", progress)
     codes = {name + CODES: one.contiguous() for name, one in found.codes.items()}
     save_file({**codes, **{name + SCALES: one for name, one in found.scales.items()}}, trained)
@@ -171,4 +176,6 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     }
     if description.trained is not None:
         details["trained_layers"] = len(description.trained)
+    if description.dynamic is not None:
+        details["dynamic_layers"] = list(description.dynamic)
     return LoadedModel(precision, runner, footprint, details=details)
