@@ -12,6 +12,7 @@ import pytest
 from server.http.admission.promised_places import Promise, PromisedPlaces
 from server.http.connection.early_refusal import EarlyRefusal
 from server.http.connection.listening import Acceptor
+from server.http.connection.new_connection import NewConnection
 from server.http.connection.open_connections import OpenConnections
 from server.settings.server import Settings
 from tests.http.connection.test_early_refusal import BODY, Closed
@@ -21,15 +22,15 @@ from tests.http.connection.test_slow_clients import request_for, status_of
 class Seen(asyncio.Protocol):
     """Records the promise and the received bytes of an accepted connection."""
 
-    def __init__(self, promise: Promise | None) -> None:
-        self.promise, self.data = promise, b""
+    def __init__(self, accepted: NewConnection) -> None:
+        self.promise, self.data = accepted.promise, accepted.begun
 
     def data_received(self, data: bytes) -> None:
         self.data += data
 
 
 async def accepting(
-    admission: Any, begun: bytes, count: int, make: Callable[[Promise | None], asyncio.Protocol]
+    admission: Any, begun: bytes, count: int, make: Callable[[NewConnection], asyncio.Protocol]
 ) -> tuple[list[bytes], list[int]]:
     """The responses to clients that send this, and the open files per event loop iteration."""
     with socket.socket() as listener:
@@ -60,8 +61,8 @@ async def accepting(
 def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
     made: list[Seen] = []
 
-    def make(promise: Promise | None) -> Seen:
-        made.append(Seen(promise))
+    def make(accepted: NewConnection) -> Seen:
+        made.append(Seen(accepted))
         return made[-1]
 
     whole = request_for("/generate", BODY, "Connection: keep-alive")
@@ -75,8 +76,8 @@ def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
 def test_a_connection_with_a_partial_request_is_accepted_with_its_bytes(missing: int) -> None:
     made: list[Seen] = []
 
-    def make(promise: Promise | None) -> Seen:
-        made.append(Seen(promise))
+    def make(accepted: NewConnection) -> Seen:
+        made.append(Seen(accepted))
         return made[-1]
 
     begun = request_for("/generate", BODY)[:-missing]
@@ -99,8 +100,8 @@ def test_a_connection_that_fails_to_open_releases_its_promise() -> None:
         def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Promise:
             return places.promise()
 
-    def fails(promise: Promise | None) -> asyncio.Protocol:
-        promised.append(promise)
+    def fails(accepted: NewConnection) -> asyncio.Protocol:
+        promised.append(accepted.promise)
         raise RuntimeError("no protocol")
 
     asyncio.run(accepting(Open(), request_for("/generate", BODY), 2, fails))
