@@ -60,6 +60,8 @@ class EarlyRefusal:
         self._responses = RefusalResponses()
         self._redaction = Redaction(settings.secrets())
         self.log = RefusalLog(self._redaction)
+        self.refused = 0
+        """Requests refused so far."""
 
     def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
         """The refusal of the request that ``data`` begins with, or the place promised to it.
@@ -81,6 +83,7 @@ class EarlyRefusal:
             found = self._admission.judge(scope, head.body_bytes, missing <= 0)
         if not isinstance(found, ServiceError):
             return found
+        self.refused += 1
         status, answer = self._responses.encoded(found, self.routes.of(scope).dialect, id_, close)
         self.log.add(scope, found, status, time.perf_counter() - began)
         return Refusal(answer, head.size, head.body_bytes, close)
