@@ -21,6 +21,7 @@ from server.http.connection.new_connection import Listener, NewConnection, defer
 from server.http.connection.open_connections import OpenConnections, RateLimited
 
 _AT_ONCE = 16
+_EVICTING_AT_ONCE = 4  # an evicted connection keeps its file for some iterations of the event loop
 _REFUSED_AT_ONCE = 64  # a refusal costs a fraction of a served connection
 _BACKLOG = 2048
 _PAUSE_SECONDS = 0.1  # if no connection could be closed to free a descriptor
@@ -57,7 +58,7 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._accept_batch)
 
     def _accept_batch(self) -> None:
-        left = _AT_ONCE
+        left = _AT_ONCE if self._connections.room > len(self._opening) + _AT_ONCE else _EVICTING_AT_ONCE
         for _ in range(_REFUSED_AT_ONCE):
             try:
                 accepted = self._refusing.accept()
