@@ -1,6 +1,7 @@
 """Accepting connections: what is refused on accept, and how many are accepted at a time."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fastapi import FastAPI
 
 from server.http.admission.promised_places import Promise, PromisedPlaces
 from server.http.connection.early_refusal import EarlyRefusal
@@ -15,8 +17,10 @@ from server.http.connection.listening import Acceptor
 from server.http.connection.new_connection import NewConnection
 from server.http.connection.open_connections import OpenConnections
 from server.settings.server import Settings
-from tests.http.connection.test_early_refusal import BODY, Closed
-from tests.http.connection.test_slow_clients import request_for, status_of
+from tests.conftest import serving
+from tests.http.connection.test_early_refusal import BODY, Closed, answer
+from tests.http.connection.test_slow_clients import HEAD, connected, request_for, status_of
+from tests.routes.test_generate import greedy
 
 
 class Seen(asyncio.Protocol):
@@ -107,3 +111,17 @@ def test_a_connection_that_fails_to_open_releases_its_promise() -> None:
     asyncio.run(accepting(Open(), request_for("/generate", BODY), 2, fails))
     assert [isinstance(one, Promise) for one in promised] == [True, True]
     assert places.count == 0
+
+
+@pytest.mark.parametrize("size", [16 * 1024, 16 * 1024 + 1, 300_000])
+def test_a_first_request_of_any_size_arrives_whole(make_app: Callable[..., FastAPI], size: int) -> None:
+    """Its first bytes are read as the connection is accepted, the others by the event loop."""
+    body = json.dumps(BODY).encode()
+    head = HEAD + b"Content-Length: %d\r\n\r\n"
+    padded = body.ljust(size - len(head % size))
+    with serving(make_app()) as address, connected(address) as connection:
+        connection.sendall(head % len(padded) + padded)
+        status, said = answer(connection)
+        assert (status_of(status), said["generated_text"]) == (200, greedy(5))
+        connection.sendall(request_for("/generate", BODY))
+        assert status_of(answer(connection)[0]) == 200
