@@ -68,16 +68,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _chat(options: Options, arguments: Sequence[str]) -> int:
+    own = None
     with ExitStack() as stack:
         if options.url is None:
             own = stack.enter_context(OwnServer(options))
-            client = Client(own.url, own.key)
+            client = Client(own.url, own.key, proxies=False)
         else:
             key = options.api_key.get_secret_value() if options.api_key else os.environ.get("API_KEY")
             client = Client(options.url, key, _served_model(options, arguments))
         stack.enter_context(client)
         named = options.url is None or "precision" in options.model_fields_set
-        chat = Chat(client, options.precision if named else None, options.sampling(), options.system)
+        precision = options.precision if named else None
+        ended = None if own is None else own.ended
+        chat = Chat(client, precision, options.sampling(), options.system, ended)
         return chat.run(make_input(chat.prompt, chat.words, options.history and sys.stdin.isatty()))
 
 

@@ -22,15 +22,21 @@ class Chat:
 
     Args:
         precision: the first one; None: the server's default.
+        ended: the exit code of the server if it has ended; None: it is not known.
 
     Raises:
         ChatError: the server can't be reached, or can't load the precision.
     """
 
     def __init__(
-        self, client: Client, precision: str | None, sampling: Sampling, system: str | None = None
+        self,
+        client: Client,
+        precision: str | None,
+        sampling: Sampling,
+        system: str | None = None,
+        ended: Callable[[], int | None] | None = None,
     ) -> None:
-        self.client, self.sampling = client, sampling
+        self.client, self.sampling, self._ended = client, sampling, ended or (lambda: None)
         self.known: list[str] | None = None
         """Names of the server's precisions, once they were asked for."""
         served = client.served()
@@ -49,7 +55,11 @@ class Chat:
         return slash.words(self)
 
     def run(self, read: Input) -> int:
-        """Until the input ends. Returns the exit code: 1 if it was no terminal and a request failed."""
+        """Until the input ends. Returns the exit code: 1 if it was no terminal and a request failed.
+
+        Raises:
+            ChatError: the server has ended.
+        """
         self._greet()
         failed = False
         with _interruptible():
@@ -65,6 +75,8 @@ class Chat:
                 except ChatError as error:
                     failed = failed or not sys.stdin.isatty()
                     print(f"bitdial chat: {error}", file=sys.stderr)
+                    if error.lost and (code := self._ended()) is not None:
+                        raise ChatError("its server has ended", exit_code=code) from None
 
     def ask(self, question: str) -> None:
         """Shows the answer as it comes, and takes it into the conversation; Ctrl-C stops it."""

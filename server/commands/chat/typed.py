@@ -1,5 +1,6 @@
 """What is typed: lines with history and completion on a terminal, plain lines otherwise."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ Words = Callable[[], Mapping[str, Sequence[str]]]
 def make_input(prompt: Callable[[], str], words: Words, keep_history: bool) -> Input:
     """Reads from the terminal, or lines of standard input if that or the output is none."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # a line that is not UTF-8 is an error of its own, and not of those read with it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         return _Lines(sys.stdin).read
     history: History = InMemoryHistory()
     if keep_history and (file := _history_file()) is not None:
@@ -35,6 +39,7 @@ def make_input(prompt: Callable[[], str], words: Words, keep_history: bool) -> I
         multiline=True,  # Enter is bound to what ends a message
         prompt_continuation=lambda width, line, wrapped: " " * width,
         enable_open_in_editor=True,
+        enable_suspend=True,
     )
     return lambda: unquoted(session.prompt(prompt()))
 
@@ -50,6 +55,11 @@ def unquoted(text: str) -> str:
     if text.startswith(QUOTES):
         text = text.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
     return text
+
+
+def _as_utf_8(text: str) -> str:
+    """With the replacement character for bytes that were not UTF-8, which Python reads as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class _Lines:
@@ -91,6 +101,7 @@ def _keys() -> KeyBindings:
         if is_open(buffer.text):
             buffer.insert_text("\n")
         else:
+            buffer.text = _as_utf_8(buffer.text)  # the history's file takes nothing else
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
