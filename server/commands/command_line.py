@@ -1,7 +1,7 @@
 """Shared by the subcommands: settings from a command line, errors as one line."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import cleandoc
 from typing import Any, Literal, TypeVar
 
@@ -36,8 +36,19 @@ def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _O
             options, cli_args=list(arguments), cli_settings_source=command_line(options, command)
         )
     except ValidationError as error:
-        first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
-        raise UsageError("; ".join(_readable(options, one) for one in reversed(first.values()))) from None
+        raise _usage_error(options, error) from None
+
+
+def of_environment(settings: type[_Options], given: Mapping[str, Any]) -> _Options:
+    """Settings that are no options of the command: ``given``, then the environment, then defaults.
+
+    Raises:
+        UsageError: a variable is invalid.
+    """
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        raise _usage_error(settings, error) from None
 
 
 def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource[Any]:
@@ -53,6 +64,11 @@ def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource
     parser.usage = " ".join([f"bitdial {command} [OPTIONS]", *shown.positional])
     parser.description = cleandoc(options.__doc__ or "")
     return source
+
+
+def _usage_error(options: type[BaseSettings], error: ValidationError) -> UsageError:
+    first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
+    return UsageError("; ".join(_readable(options, one) for one in reversed(first.values())))
 
 
 def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import asyncio
 from itertools import pairwise
 from statistics import median
 
+from server.bench.errors import BenchError
 from server.bench.http.client import Answer, Client
 from server.bench.http.own_server import own_server
 from server.bench.http.texts import Texts
@@ -32,13 +33,23 @@ async def measure_frontend(
 
 
 async def measure_on(client: Client, precision: str | None, times: StepTimes, replica: Replica) -> Frontend:
-    """As ``measure_frontend``, on a running server of ``STREAMS`` slots or more."""
-    texts = await Texts(client).get(ROUNDS * (2 + STREAMS), PROMPT, distinct=ROUNDS * (2 + STREAMS))
-    waiting = iter(texts)
+    """As ``measure_frontend``, on a running server of ``STREAMS`` slots or more.
+
+    Raises:
+        BenchError
+    """
+    half = (await client.ask("GET", "/info"))["max_total_tokens"] // 2
+    prompt, tokens = min(PROMPT, half), min(TOKENS, half)
+    count = ROUNDS * (2 + STREAMS)
+    waiting = iter(await Texts(client).get(count, prompt, distinct=count))
 
     async def together(count: int) -> list[Answer]:
-        found = [client.stream(next(waiting), TOKENS, precision) for _ in range(count)]
-        return [answer for answer in await asyncio.gather(*found) if not answer.error]
+        running = [client.stream(next(waiting), tokens, precision) for _ in range(count)]
+        found = await asyncio.gather(*running)
+        answers = [answer for answer in found if not answer.error]
+        if not answers:
+            raise BenchError(f"the server answered no request: {found[0].error}")
+        return answers
 
     await together(2)  # warms up
     ttfts, single, several = list[float](), list[float](), list[float]()
@@ -49,11 +60,11 @@ async def measure_on(client: Client, precision: str | None, times: StepTimes, re
         several += _gaps(await together(STREAMS))
 
     def beyond(gaps: list[float], rows: int) -> float:
-        return median(gaps) - times.seconds(rows, 0, rows * (PROMPT + TOKENS / 2))
+        return median(gaps) - times.seconds(rows, 0, rows * (prompt + tokens / 2))
 
     one, all_ = max(beyond(single, 1), 0.0), max(beyond(several, STREAMS), 0.0)
     per_token = max(all_ - one, 0.0) / (STREAMS - 1)
-    first = median(ttfts) - prefill_alone(times, replica, PROMPT)
+    first = median(ttfts) - prefill_alone(times, replica, prompt)
     return Frontend(max(first, 0.0), max(one - per_token, 0.0), per_token)
 
 

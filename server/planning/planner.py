@@ -83,9 +83,14 @@ class Planner:
         """The choice of the fewest replicas, of these that of the smallest batch."""
         tried = [(self._most(slots), slots) for slots in self._sizes()]
         counted = [(math.ceil(self._workload.rate / most), slots) for most, slots in tried if most > 0]
-        for _, slots in sorted(counted):
-            if (choice := self._checked(slots, min(counted)[0])) is not None:
-                return choice
+        best: Choice | None = None
+        for count, slots in sorted(counted):
+            if best is not None and count >= best.replicas:
+                break  # a simulation hardly finds fewer than the formulas
+            if (choice := self._checked(slots, count)) is not None:
+                best = choice if best is None or choice.replicas < best.replicas else best
+        if best is not None:
+            return best
         idle = self._formulas(self._workload.at(_IDLE), 1)
         return Impossible(self._calibration.precision, idle, self._reason(idle))
 

@@ -48,6 +48,7 @@ class ModelSettings(BaseSettings):
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_implicit_flags=True,
+        allow_inf_nan=False,
     )
 
     model_id: str = option(
