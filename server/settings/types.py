@@ -125,7 +125,7 @@ Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
 
 
 def listed(precisions: tuple[str, ...] | str | None, device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
-    """The names in a ``Precisions`` value, each once; for ``ALL`` and for None, those of ``loaders.direct``."""
+    """The names in a ``Precisions`` value, each once; for ``ALL`` and None, those of ``loaders.direct``."""
     if precisions in (ALL, None, ()):
         return loaders.direct(device)
     return tuple(dict.fromkeys(precisions or ()))

@@ -20,9 +20,7 @@ class Collector:
         headers: of every answer.
     """
 
-    def __init__(
-        self, status: int = 200, seconds: float = 0.0, answer: bytes = b"", **headers: str
-    ) -> None:
+    def __init__(self, status: int = 200, seconds: float = 0.0, answer: bytes = b"", **headers: str) -> None:
         bodies: list[tuple[str, bytes]] = []
 
         class Handler(BaseHTTPRequestHandler):

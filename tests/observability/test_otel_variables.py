@@ -68,7 +68,8 @@ def test_a_ratio_counts_with_its_sampler(caplog: pytest.LogCaptureFixture) -> No
         ({}, Batching(2048, 128, 5000)),
         ({"MAX_QUEUE_SIZE": "64"}, Batching(64, 64, 5000)),
         ({"MAX_EXPORT_BATCH_SIZE": "512", "SCHEDULE_DELAY": "50"}, Batching(2048, 512, 50)),
-        ({"MAX_QUEUE_SIZE": "0", "MAX_EXPORT_BATCH_SIZE": "-3", "SCHEDULE_DELAY": "1.5"}, Batching(2048, 128, 5000)),
+        ({"MAX_QUEUE_SIZE": "0", "MAX_EXPORT_BATCH_SIZE": "-3"}, Batching(2048, 128, 5000)),
+        ({"SCHEDULE_DELAY": "1.5"}, Batching(2048, 128, 5000)),
         ({"MAX_QUEUE_SIZE": "many"}, Batching(2048, 128, 5000)),
     ],
 )  # fmt: skip

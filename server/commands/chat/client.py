@@ -63,9 +63,7 @@ class Client:
         proxies: whether those of the environment are used; never for a server of one's own.
     """
 
-    def __init__(
-        self, url: str, key: str | None, model: str | None = None, proxies: bool = True
-    ) -> None:
+    def __init__(self, url: str, key: str | None, model: str | None = None, proxies: bool = True) -> None:
         self.url = url.rstrip("/")
         self._model = {} if model is None else {"model": model}
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Batching(NamedTuple):
-    """Spans on their way: at most ``queue`` wait, ``batch`` are sent together, after ``delay`` milliseconds."""
+    """At most ``queue`` spans wait, ``batch`` are sent together, after ``delay`` milliseconds."""
 
     queue: int
     batch: int

@@ -20,7 +20,7 @@ from server.observability.metrics import Metrics
 from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
 from server.observability.otlp.environment import metrics_interval
 from server.observability.otlp.families import as_metrics_data
-from server.observability.otlp.session import collector_session, why_failed
+from server.observability.otlp.session import collector_session, unfinished, why_failed
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class MetricsExport:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._export()
         except TimeoutError:
-            self._failures.note("no answer before the end")
+            self._failures.note(unfinished(self._session))
         except Exception:
             _log.exception("metrics could not be exported")
 
@@ -69,9 +69,7 @@ class MetricsExport:
 
     def _send(self, data: MetricsData) -> str | None:
         """Why the data did not arrive; None if it did."""
-        return why_failed(
-            self._session, lambda: self._exporter.export(data) is MetricExportResult.SUCCESS
-        )
+        return why_failed(self._session, lambda: self._exporter.export(data) is MetricExportResult.SUCCESS)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

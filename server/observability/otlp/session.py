@@ -1,4 +1,4 @@
-"""An HTTP session with a collector: why the last request failed, and what is no success although it looks so."""
+"""An HTTP session with a collector: why a request failed, also where exporters take it for a success."""
 
 import os
 import time
@@ -46,7 +46,7 @@ class CollectorSession(requests.Session):
 
 
 def collector_session(signal: str) -> CollectorSession | None:
-    """A session for ``TRACES`` or ``METRICS``; None where the variables name a provider of authorized ones."""
+    """A session for ``TRACES`` or ``METRICS``; None where variables name a provider of authorized ones."""
     own = (_PROVIDER.format(""), _PROVIDER.format(f"{signal}_"))
     return None if any(os.environ.get(name) for name in own) else CollectorSession()
 
@@ -65,6 +65,11 @@ def why_failed(session: CollectorSession | None, export: Callable[[], bool]) -> 
     except Exception as error:
         return reason_of(error)
     return (session and session.failure) or "the exporter gives no reason"
+
+
+def unfinished(session: CollectorSession | None) -> str:
+    """Why an export that still goes on has not succeeded: it may be waiting to try again."""
+    return (session and session.failure) or "no answer before the end"
 
 
 def refusal_of(response: requests.Response) -> str | None:

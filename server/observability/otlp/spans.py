@@ -17,7 +17,7 @@ from opentelemetry.trace import SpanContext, Status, StatusCode
 from server.observability.otlp.conventions import Phase
 from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
 from server.observability.otlp.environment import batching, sends
-from server.observability.otlp.session import CollectorSession, collector_session, why_failed
+from server.observability.otlp.session import CollectorSession, collector_session, unfinished, why_failed
 from server.version import VERSION
 
 OK, FAILED = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
@@ -40,9 +40,8 @@ class Spans:
             logging.getLogger(name).setLevel(level)
         session, (queue, batch, delay) = collector_session("TRACES"), batching(os.environ)
         exporter = OTLPSpanExporter(url, timeout=EXPORT_SECONDS, session=session)
-        self._processor = BatchSpanProcessor(
-            _Watched(exporter, session, Failures("traces", url)), queue, delay, batch
-        )
+        self._watched = _Watched(exporter, session, Failures("traces", url))
+        self._processor = BatchSpanProcessor(self._watched, queue, delay, batch)
         sampler = None if sends("TRACES", os.environ) else ALWAYS_OFF  # None: the variables' own
         self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         self._provider.add_span_processor(self._processor)
@@ -81,20 +80,24 @@ class Spans:
         closing = threading.Thread(target=self._provider.shutdown, name="close-tracing", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, CLOSE_SECONDS)
+        if closing.is_alive():
+            self._watched.give_up()
 
 
 class _Watched(SpanExporter):
     """Exports with another exporter, and notes how that went."""
 
-    def __init__(
-        self, exporter: SpanExporter, session: CollectorSession | None, failures: Failures
-    ) -> None:
+    def __init__(self, exporter: SpanExporter, session: CollectorSession | None, failures: Failures) -> None:
         self._exporter, self._session, self._failures = exporter, session, failures
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         reason = why_failed(self._session, lambda: self._exporter.export(spans) is SpanExportResult.SUCCESS)
         self._failures.note(reason)
         return SpanExportResult.SUCCESS if reason is None else SpanExportResult.FAILURE
+
+    def give_up(self) -> None:
+        """Notes that an export goes on which is not waited for any more."""
+        self._failures.note(unfinished(self._session))
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

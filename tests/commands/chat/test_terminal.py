@@ -135,8 +135,9 @@ def children(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 
 def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
-    nowhere = {"HTTP_PROXY": "http://127.0.0.1:1", "ALL_PROXY": "http://127.0.0.1:1"}  # not for its own server
-    with chatting(tmp_path, "--model", str(folder), "--max-new-tokens", "4", "--no-history", **nowhere) as screen:
+    proxies = dict.fromkeys(("HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:1")  # not for its own server
+    options = ("--model", str(folder), "--max-new-tokens", "4", "--no-history")
+    with chatting(tmp_path, *options, **proxies) as screen:
         screen.wait_for("no chat template")
         screen.wait_for("fp32>")
         servers = children(screen.process)
@@ -159,15 +160,13 @@ def test_it_ends_with_its_own_server(folder: Path, tmp_path: Path) -> None:
         assert screen.ended() == 128 + signal.SIGKILL
 
 
-def test_a_dumb_terminal_gets_lines_alone(
-    serve: Callable[..., str], template: Path, tmp_path: Path
-) -> None:
+def test_a_dumb_terminal_gets_lines_alone(serve: Callable[..., str], template: Path, tmp_path: Path) -> None:
     url = serve(chat_template=template)
     with chatting(tmp_path, "--url", url, "--max-new-tokens", "4", TERM="dumb") as screen:
         screen.wait_for("fp32> ")
         screen.type("hello\r")
         screen.wait_for(r"\[fp32: 4 tokens")
         screen.wait_for("fp32> ")
-        screen.type(END)
+        screen.type("/bye\r")
         assert screen.ended() == 0
         assert "\x1b" not in screen.raw
