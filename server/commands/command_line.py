@@ -77,7 +77,8 @@ def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:
     if error["loc"] and has_variable(options, name):
         flag += f" (or {name.upper()})"
     if error["type"] == "missing":
-        return f"{name.upper()} is missing or empty"
+        positional = options.model_fields[name].json_schema_extra is None
+        return f"{name.upper() if positional else flag} is missing or empty"
     return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
 
 

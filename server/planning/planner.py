@@ -179,4 +179,4 @@ class Planner:
             return "its time to the first token is too long even alone"
         if idle.itl_p99 * 1000 > self._objectives.itl_ms:
             return "its time between tokens is too long even alone"
-        return "too few requests may run beside each other"
+        return "too many requests would be refused, or not be finished within REQUEST_TIMEOUT"
