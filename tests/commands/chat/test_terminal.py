@@ -167,6 +167,6 @@ def test_a_dumb_terminal_gets_lines_alone(serve: Callable[..., str], template: P
         screen.type("hello\r")
         screen.wait_for(r"\[fp32: 4 tokens")
         screen.wait_for("fp32> ")
-        screen.type("/bye\r")
+        screen.type(END)
         assert screen.ended() == 0
         assert "\x1b" not in screen.raw
