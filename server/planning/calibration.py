@@ -27,6 +27,7 @@ PASSES = 96
 """Passes of each cell, at least; so many that a 99th percentile has a meaning over all cells."""
 _ROUNDS = 3  # of all cells: what disturbs the host for some seconds is then in a minority of a cell's passes
 _PROMPT, _LONG_ROWS, _LONG = 16, 4, 320
+_BESIDE = 64  # steps of rows beside which prompts are computed, at least: these are queued while they run
 _FEWEST = 16  # steps in which all rows of a cell decode, before the first sequence ends
 _SHORTEST = 64  # tokens of the context
 Progress = Callable[[str, int, int], None]
@@ -82,7 +83,7 @@ class Calibrator:
         self._engine = Engine(
             model,
             eos_ids=frozenset(),
-            prefill_chunk=max(self._chunks),
+            prefill_chunk=max(*self._chunks, self._busy),
             prefill_chunk_busy=self._busy,
             threads=threads,
             on_step=self._steps.append,
@@ -162,7 +163,7 @@ class Calibrator:
         beside = max(min(4 * busy, self._context - 1) // busy, 1)
         while len(seconds) < self._passes // 2:
             started = self._steps_to_start(count, _PROMPT)
-            tokens = min(2 * self._passes + started, self._context - _PROMPT)
+            tokens = min(max(2 * self._passes, _BESIDE) + started, self._context - _PROMPT)
             held, number, ready = 0.0, 0, False
             for step in await self._run([_PROMPT] * count, tokens, beside=busy * beside):
                 decodes_all = step.batch == count
