@@ -1,6 +1,7 @@
 """The objects of the running app: built by the lifespan, read by routes through ``state_of``."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from starlette.applications import Starlette
 from loaders.base import LoadedModel
 from server.http.connection.early_refusal import EarlyRefusal
 from server.lifecycle import Lifecycle
+from server.observability.otlp.environment import log_ignored
 from server.served_model import ServedModel, Wanted, build_models
 from server.service.admission import Places
 from server.service.generation import GenerationService
@@ -112,6 +114,7 @@ async def build_state(
 
 
 def _make_telemetry(settings: Settings) -> "Telemetry | None":
+    log_ignored(os.environ, settings.otlp_endpoint is not None)
     if settings.otlp_endpoint is None:
         return None
     from server.observability.otlp.telemetry import Telemetry  # needs an extra

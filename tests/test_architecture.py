@@ -44,7 +44,7 @@ LAYERS = (
     "loaders.hub loaders.config_check loaders.kernels loaders.manifest",
     "loaders",
     "loaders.config_values",
-    "loaders.errors",
+    "loaders.errors loaders.locking",
     "loaders.base",
     "loaders.runner loaders.import_noise loaders.malloc loaders.model_id "
     "loaders.tokenizer_faults loaders.bundled",

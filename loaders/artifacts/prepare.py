@@ -6,10 +6,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 import loaders
 from loaders.artifacts.cache import evict
@@ -17,12 +15,12 @@ from loaders.artifacts.in_use import hold, release
 from loaders.artifacts.recipe import KEY, describe, describe_model, key_of
 from loaders.base import ModelSpec, Progress, Recipe
 from loaders.errors import CheckpointError, LoaderError
+from loaders.locking import locked
 from loaders.manifest import ManifestError, read_manifest, verify, write_manifest
 
 Make = Callable[[Path, Progress], None]
 """Writes a precision's files into an empty folder."""
 
-_POLL = 0.5  # seconds between two tries for the lock
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _log = logging.getLogger(__name__)
 
@@ -188,22 +186,17 @@ def is_whole(folder: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Holds the lock of a folder; reports while another process has it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
-        while True:
-            try:
-                lock.acquire(timeout=_POLL)
-                break
-            except Timeout:
-                progress("waiting for another process", 0, 0)
-    except OSError as error:
-        raise _not_kept(folder, error) from error
-    try:
+    """As ``locked``.
+
+    Raises:
+        NotKept
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, progress))
+        except OSError as error:
+            raise _not_kept(folder, error) from error
         yield
-    finally:
-        lock.release()
 
 
 def _remove(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Shared by the subcommands: settings from a command line, errors as one line."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import cleandoc
 from typing import Any, Literal, TypeVar
 
@@ -36,8 +36,19 @@ def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _O
             options, cli_args=list(arguments), cli_settings_source=command_line(options, command)
         )
     except ValidationError as error:
-        first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
-        raise UsageError("; ".join(_readable(options, one) for one in reversed(first.values()))) from None
+        raise _usage_error(options, error) from None
+
+
+def of_environment(settings: type[_Options], given: Mapping[str, Any]) -> _Options:
+    """Settings that are no options of the command: ``given``, then the environment, then defaults.
+
+    Raises:
+        UsageError: a variable is invalid.
+    """
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        raise _usage_error(settings, error) from None
 
 
 def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource[Any]:
@@ -55,13 +66,19 @@ def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource
     return source
 
 
+def _usage_error(options: type[BaseSettings], error: ValidationError) -> UsageError:
+    first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
+    return UsageError("; ".join(_readable(options, one) for one in reversed(first.values())))
+
+
 def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:
     name = str(error["loc"][0]) if error["loc"] else "the command line"
     flag = f"--{name.replace('_', '-')}" if error["loc"] else name
     if error["loc"] and has_variable(options, name):
         flag += f" (or {name.upper()})"
     if error["type"] == "missing":
-        return f"{name.upper()} is missing or empty"
+        positional = options.model_fields[name].json_schema_extra is None
+        return f"{name.upper() if positional else flag} is missing or empty"
     return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
 
 

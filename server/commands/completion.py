@@ -3,8 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, Literal, get_args, get_origin
 
 import shtab
+from pydantic.fields import FieldInfo
 
 import loaders
 from server.commands import COMMANDS
@@ -50,20 +52,29 @@ def _parser() -> argparse.ArgumentParser:
         options = import_module(f"server.commands.{name}").Options
         own = command_line(options, name).root_parser
         for action in own._actions:
-            _complete(action, name)
+            _complete(action, name, options.model_fields.get(action.dest))
         commands.add_parser(name, help=what, parents=[own], add_help=False)
     return parser
 
 
-def _complete(action: argparse.Action, command: str) -> None:
+def _complete(action: argparse.Action, command: str, field: FieldInfo | None) -> None:
     """Adds what may follow an option."""
     if action.dest in _ONE_PRECISION:
         action.choices = [*loaders.PRECISIONS, *([AUTO] if command == "serve" else [])]
     elif action.dest in _PRECISIONS:
         action.choices = [*loaders.PRECISIONS, ALL]
-    elif "|" in str(action.metavar):
-        action.choices = str(action.metavar).split("|")
+    elif action.dest == "method":
+        action.choices = [name for name in loaders.PRECISIONS if loaders.maker(name) is not None]
+    elif choices := _literals(None if field is None else field.annotation):
+        action.choices = choices
     elif action.metavar in _FILES:
         action.complete = shtab.FILE  # type: ignore[attr-defined]  # as shtab documents it
     elif action.metavar == "FOLDER":
         action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The values of a ``Literal``, optional or not."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for one in get_args(annotation) for value in _literals(one)]

@@ -89,9 +89,11 @@ def _require_tracing(options: Settings) -> None:
     if options.otlp_endpoint is None:
         return
     try:
-        import_module("server.observability.otlp.telemetry")
+        import_module("server.observability.otlp.telemetry").check()
     except ImportError:
         raise UsageError(f"--otlp-endpoint (or OTLP_ENDPOINT) needs OpenTelemetry: {_INSTALL_OTLP}") from None
+    except ValueError as error:  # of one of its own variables
+        raise UsageError(str(error)) from None
 
 
 def _loading(pools: Iterable[Pool]) -> dict[str, LoadProgress]:

@@ -9,6 +9,8 @@ from server.evaluation.comparison import first_divergence
 MARK = "▶"
 _BETWEEN = " │ "
 _NARROWEST = 16
+_JOINERS = "\u200c\u200d"  # of Persian and Indic letters, and of emoji
+_KEPT = "\n" + _JOINERS
 
 
 def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) -> list[str]:
@@ -23,9 +25,9 @@ def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) ->
 
 
 def shown(text: str) -> str:
-    """``text`` without control characters, which could move the cursor."""
+    """``text`` without control characters, which could move the cursor; those that join letters stay."""
     text = text.expandtabs(4)
-    return "".join(c if c == "\n" or c.isprintable() else "�" for c in text)
+    return "".join(c if c in _KEPT or c.isprintable() else "�" for c in text)
 
 
 def wrapped(text: str, width: int) -> Iterator[str]:
@@ -46,7 +48,7 @@ def columns(text: str) -> int:
 
 
 def _columns_of(character: str) -> int:
-    if unicodedata.combining(character):
+    if character in _JOINERS or unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 

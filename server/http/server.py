@@ -88,6 +88,8 @@ class Process(Server):
         self._signals += 1
         if self._signals > 1 or not self.started:
             self.should_exit = self.force_exit = True
+            # the cancelled lifespan is no error
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             return
         _log.info("%s: draining", signal.Signals(sig).name)
         self._lifecycle.drain()

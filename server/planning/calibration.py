@@ -72,16 +72,18 @@ class Calibrator:
     def __init__(
         self, model: LoadedModel, threads: int, chunk: int, busy_chunk: int, passes: int = PASSES
     ) -> None:
-        self._model, self._busy = model, busy_chunk
+        self._model = model
         self._passes = -(-passes // _ROUNDS)  # of each cell in a round
         self._context = model.runner.context
+        longest = self._context - 1  # of a prompt, since a token follows
+        self._busy, chunk = min(busy_chunk, longest), min(chunk, longest)
         self._chunks = [size for size in CHUNKS if size <= chunk] or [chunk]
         self._steps: list[StepStats] = []
         self._engine = Engine(
             model,
             eos_ids=frozenset(),
             prefill_chunk=max(self._chunks),
-            prefill_chunk_busy=busy_chunk,
+            prefill_chunk_busy=self._busy,
             threads=threads,
             on_step=self._steps.append,
         )

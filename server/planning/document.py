@@ -68,9 +68,10 @@ class Document:
         """What to run, and why others can't."""
         found = [f"{name} could not be measured: {reason}." for name, reason in self.failed.items()]
         if noisy := [name for name, ratio in self.noise.items() if ratio > _NOISY]:
+            were = "was" if len(noisy) == 1 else "were"
             worst = max(self.noise[name] for name in noisy)
             found.append(
-                f"While {', '.join(noisy)} was measured, other work disturbed this host: one pass in a "
+                f"While {', '.join(noisy)} {were} measured, other work disturbed this host: one pass in a "
                 f"hundred took {worst:.1f} × the median or longer. Measure again, with --fresh, while "
                 "nothing else runs."
             )

@@ -39,11 +39,13 @@ async def measure_on(client: Client, precision: str | None, times: StepTimes, re
     Raises:
         BenchError: a request failed.
     """
+    half = (await client.ask("GET", "/info"))["max_total_tokens"] // 2
+    prompt, tokens = min(PROMPT, half), min(TOKENS, half)
     count = 2 + ROUNDS * (ALONE + STREAMS)
-    waiting = iter(await Texts(client).get(count, PROMPT, distinct=count))
+    waiting = iter(await Texts(client).get(count, prompt, distinct=count))
 
     async def together(count: int) -> list[Answer]:
-        found = [client.stream(next(waiting), TOKENS, precision) for _ in range(count)]
+        found = [client.stream(next(waiting), tokens, precision) for _ in range(count)]
         answers = await asyncio.gather(*found)
         for answer in answers:
             if answer.error:
@@ -61,10 +63,10 @@ async def measure_on(client: Client, precision: str | None, times: StepTimes, re
         several += _gaps(await together(STREAMS))
 
     # the host may be slower or faster than it was while the passes were calibrated
-    drift = median(prefills) / times.prefill_seconds(PROMPT, replica.chunk)
+    drift = median(prefills) / times.prefill_seconds(prompt, replica.chunk)
 
     def beyond(gaps: list[float], rows: int) -> float:
-        return median(gaps) / drift - times.seconds(rows, 0, rows * (PROMPT + TOKENS / 2))
+        return median(gaps) / drift - times.seconds(rows, 0, rows * (prompt + tokens / 2))
 
     one, all_ = max(beyond(single, 1), 0.0), max(beyond(several, STREAMS), 0.0)
     per_token = max(all_ - one, 0.0) / (STREAMS - 1)

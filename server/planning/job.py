@@ -13,7 +13,7 @@ from server.host import cache
 from server.host.threads import run_in_own_thread
 from server.planning.calibration import SLOTS, Calibration, Calibrator, Progress
 from server.planning.frontend import measure_frontend
-from server.planning.store import Store
+from server.planning.store import Store, alone
 from server.planning.workload import Frontend, Replica
 from server.report.rows import rows_of
 from server.report.store import latest
@@ -67,14 +67,20 @@ def measure(
         for name in precisions:
             found = store.calibration(name)
             try:
-                yield found or calibrate(name)
+                yield found or calibrate_alone(name)
             except (LoaderError, ServiceError) as error:
                 if len(precisions) == 1:
                     raise
                 failed[name] = str(error)
 
-    def calibrate(name: str) -> Calibration:
-        progress, threads = bars(name), settings.resolved_threads()
+    def calibrate_alone(name: str) -> Calibration:
+        progress = bars(name)
+        with alone(progress):
+            # another command may have measured it meanwhile
+            return store.calibration(name) or calibrate(name, progress)
+
+    def calibrate(name: str, progress: Progress) -> Calibration:
+        threads = settings.resolved_threads()
         model = run_in_own_thread(lambda: loaders.load(name, spec, progress), threads)
 
         async def run() -> Calibration:
@@ -85,13 +91,19 @@ def measure(
         store.keep(found)
         return found
 
+    def measure_http(first: Calibration) -> Frontend:
+        progress = bars("HTTP")
+        with alone(progress):
+            progress("measuring requests", 0, 0)
+            coroutine = measure_frontend(settings, first.precision, first.step_times(), replica)
+            found = asyncio.run(coroutine)
+        store.keep_frontend(found)
+        return found
+
     measured = list(calibrations())
     if not measured:
         raise BenchError(f"no precision could be measured: {next(iter(failed.values()))}")
     frontend = Frontend()
-    if http and (frontend := store.frontend() or Frontend(-1)).request_seconds < 0:
-        bars("HTTP")("measuring requests", 0, 0)
-        first = measured[0]
-        frontend = asyncio.run(measure_frontend(settings, first.precision, first.step_times(), replica))
-        store.keep_frontend(frontend)
+    if http:
+        frontend = store.frontend() or measure_http(measured[0])
     return Measured(subject, measured, failed, frontend)

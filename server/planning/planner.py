@@ -83,9 +83,14 @@ class Planner:
         """The choice of the fewest replicas, of these that of the smallest batch."""
         tried = [(self._most(slots), slots) for slots in self._sizes()]
         counted = [(math.ceil(self._workload.rate / most), slots) for most, slots in tried if most > 0]
-        for _, slots in sorted(counted):
-            if (choice := self._checked(slots, min(counted)[0])) is not None:
-                return choice
+        best: Choice | None = None
+        for count, slots in sorted(counted):
+            if best is not None and count >= best.replicas:
+                break  # a simulation hardly finds fewer than the formulas
+            if (choice := self._checked(slots, count)) is not None:
+                best = choice if best is None or choice.replicas < best.replicas else best
+        if best is not None:
+            return best
         idle = self._formulas(self._workload.at(_IDLE), 1)
         return Impossible(self._calibration.precision, idle, self._reason(idle))
 
@@ -174,4 +179,4 @@ class Planner:
             return "its time to the first token is too long even alone"
         if idle.itl_p99 * 1000 > self._objectives.itl_ms:
             return "its time between tokens is too long even alone"
-        return "too few requests may run beside each other"
+        return "too many requests would be refused, or not be finished within REQUEST_TIMEOUT"

@@ -26,6 +26,7 @@ class Served:
     ahead: int
     """Requests in its replica when it arrived."""
     refused: bool = False
+    """Or not finished in time."""
     times: list[float] = field(default_factory=list)
     """Of its tokens."""
 
@@ -121,6 +122,8 @@ class Simulation:
             self._env.process(self._replica(number))
         self._env.process(self._router(arrivals, requests))
         self._env.run()
+        for one in requests:  # those whose deadline has passed end early
+            one.refused = one.refused or len(one.times) < self._workload.tokens
         skipped = int(WARM_UP * len(requests))
         kept = requests[skipped:]
         ends = [one.times[-1] for one in kept if one.times]

@@ -3,18 +3,24 @@
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from server.host import cache
-from server.planning.calibration import Calibration
+from server.planning.calibration import Calibration, Progress
 from server.planning.workload import Frontend, Replica
 from server.report.store import now
 from server.report.subject import Subject, digest_of
 
 FORMAT = 1
 _FRONTEND = "frontend"
+_POLL_SECONDS = 0.5
 _log = logging.getLogger(__name__)
+_Figures = TypeVar("_Figures", Calibration, Frontend)
 
 
 class Store:
@@ -31,12 +37,10 @@ class Store:
         self._fresh = fresh
 
     def calibration(self, precision: str) -> Calibration | None:
-        found = self._read(precision)
-        return None if found is None else Calibration.read(found)
+        return self._read(precision, _calibration)
 
     def frontend(self) -> Frontend | None:
-        found = self._read(_FRONTEND)
-        return None if found is None else Frontend(**found)
+        return self._read(_FRONTEND, lambda figures: Frontend(**figures))
 
     def keep(self, calibration: Calibration) -> None:
         """Raises: OSError."""
@@ -46,20 +50,18 @@ class Store:
         """Raises: OSError."""
         self._write(_FRONTEND, vars(frontend))
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str, read: Callable[[dict[str, Any]], _Figures]) -> _Figures | None:
+        """The saved figures; None if there are none, or they can't be used."""
         if self._fresh:
             return None
         try:
             document = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            return read(document["figures"]) if document["format"] == FORMAT else None
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, LookupError) as error:
             _log.warning("saved step times can't be read (%s) and are ignored", type(error).__name__)
             return None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            return None
-        figures: dict[str, Any] = document["figures"]
-        return figures
 
     def _write(self, name: str, figures: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,3 +69,30 @@ class Store:
         document = {"format": FORMAT, "measured": now(), "figures": figures}
         unfinished.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
         unfinished.replace(self.folder / f"{name}.json")
+
+
+def _calibration(figures: dict[str, Any]) -> Calibration:
+    found = Calibration.read(figures)
+    found.step_times()  # what it raises is raised here
+    return found
+
+
+@contextmanager
+def alone(progress: Progress) -> Iterator[None]:
+    """While entered, no other ``bitdial plan`` of this user measures: each would halve the other's speed.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    folder = cache.folder("plans")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "measuring.lock", thread_local=False)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=_POLL_SECONDS)
+        except Timeout:
+            progress("waiting for another bitdial plan", 0, 0)
+    try:
+        yield
+    finally:
+        lock.release()

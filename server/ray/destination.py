@@ -1,7 +1,6 @@
 """Which deployment a request goes to, by the precision that it names."""
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from server.settings.types import AUTO
 
 _CHARACTERS = 4096
 """Of a prompt, for request routers that look at it: what differs only later shares its blocks."""
+_LEVELS = 8  # of lists and objects in each other; a conversation has four
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ def _text(values: Mapping[str, Any]) -> str:
     return ""
 
 
-def _joined(value: Any) -> str:
+def _joined(value: Any, levels: int = _LEVELS) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, list | dict) and not levels:
+        return ""
     if isinstance(value, list):
-        return "".join(_joined(item) for item in value[:_CHARACTERS])
+        return "".join(_joined(item, levels - 1) for item in value[:_CHARACTERS])
     if isinstance(value, dict):
-        with suppress(RecursionError):
-            return _joined(value.get("content", value.get("text")))
+        return _joined(value.get("content", value.get("text")), levels - 1)
     return f"{value} " if isinstance(value, int) else ""

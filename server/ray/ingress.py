@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 
 from starlette.middleware.cors import CORSMiddleware
@@ -186,9 +187,10 @@ class Ingress:
         return _whole(first) if first.status != 200 else JSONResponse(merged_stats(parts))
 
     async def _prometheus(self, request: Request, forwarded: Forwarded) -> Response:
+        plain = replace(forwarded, headers=[one for one in forwarded.headers if one[0] != b"accept"])
         found = await asyncio.gather(
             *(
-                self._fleet.everywhere(name, "exposition", forwarded, seconds=_LOOKING_SECONDS)
+                self._fleet.everywhere(name, "exposition", plain, seconds=_LOOKING_SECONDS)
                 for name in self._fleet.names
             )
         )

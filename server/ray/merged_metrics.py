@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 _MEANS, _LARGEST = frozenset({"bitdial_kv_cache_usage"}), frozenset({"bitdial_load_seconds"})
 _CUMULATIVE = frozenset({"counter", "histogram"})
+_MOST_MISSING = 64  # replicas that may come back; of those before, the sum is kept
 Samples = dict[str, float]
 """By a sample's name with its labels, as in the text."""
 
@@ -20,10 +21,12 @@ class _Family:
 
 class MergedMetrics:
     """Sums the metrics of replicas. What a replica has counted stays in the sums after its end, since a
-    counter that falls looks like a restart, which Prometheus would add again."""
+    counter that falls looks like a restart, which Prometheus would add again. One that is missing once, since
+    it did not answer in time, is not counted twice when it is back."""
 
     def __init__(self) -> None:
         self._last: dict[str, dict[str, Samples]] = {}
+        self._missing: dict[str, dict[str, Samples]] = {}
         self._ended: dict[str, Samples] = {}
 
     def merged(self, pages: Mapping[str, str]) -> str:
@@ -36,10 +39,11 @@ class MergedMetrics:
 
     def _keep_ended(self, pages: Mapping[str, str], families: Mapping[str, _Family]) -> None:
         for gone in self._last.keys() - pages.keys():
-            for name, samples in self._last.pop(gone).items():
-                kept = self._ended.setdefault(name, {})
-                for sample, value in samples.items():
-                    kept[sample] = kept.get(sample, 0.0) + value
+            self._missing[gone] = self._last.pop(gone)
+        for back in self._missing.keys() & pages.keys():
+            del self._missing[back]
+        while len(self._missing) > _MOST_MISSING:
+            self._add_ended(self._missing.pop(next(iter(self._missing))))
         for replica in pages:
             self._last[replica] = {
                 name: family.samples[replica]
@@ -47,8 +51,15 @@ class MergedMetrics:
                 if family.kind in _CUMULATIVE and replica in family.samples
             }
 
+    def _add_ended(self, families: Mapping[str, Samples]) -> None:
+        for name, samples in families.items():
+            kept = self._ended.setdefault(name, {})
+            for sample, value in samples.items():
+                kept[sample] = kept.get(sample, 0.0) + value
+
     def _written(self, name: str, family: _Family) -> str:
-        sources = [*family.samples.values(), self._ended.get(name, {})]
+        missing = [families.get(name, {}) for families in self._missing.values()]
+        sources = [*family.samples.values(), *missing, self._ended.get(name, {})]
         values: dict[str, list[float]] = {}
         for samples in sources:
             for sample, value in samples.items():

@@ -70,6 +70,7 @@ class Declared(BaseSettings):
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_implicit_flags=True,
+        allow_inf_nan=False,
     )
 
     @classmethod

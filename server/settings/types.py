@@ -90,8 +90,10 @@ Endpoint = Annotated[str, BeforeValidator(parse_endpoint)]
 
 
 def listed(precisions: tuple[str, ...] | str | None, device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
-    """The names in a ``Precisions`` value; for ``ALL`` and for None, those of ``loaders.direct``."""
-    return loaders.direct(device) if precisions in (ALL, None, ()) else tuple(precisions or ())
+    """The names in a ``Precisions`` value, each once; for ``ALL`` and None, those of ``loaders.direct``."""
+    if precisions in (ALL, None, ()):
+        return loaders.direct(device)
+    return tuple(dict.fromkeys(precisions or ()))
 
 
 def option(

@@ -1,7 +1,11 @@
 """`bitdial completion`, in the shells that are here."""
 
+import os
+import select
 import shutil
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import shtab
@@ -41,6 +45,10 @@ def completed(script: str, words: str) -> list[str]:
         ("bitdial generate --precision", {"nf4"}, {"auto", "all"}),
         ("bitdial report --precisions", {"nf4", "all"}, {"auto"}),
         ("bitdial serve --device", {"cpu", "cuda", "auto"}, {"nf4"}),
+        ("bitdial serve --log-level", {"debug", "error"}, {"nf4"}),
+        ("bitdial serve --auto-prefer", {"quality", "speed", "memory"}, {"nf4"}),
+        ("bitdial generate --kv-dtype", {"fp16", "auto"}, {"nf4", "bf16"}),
+        ("bitdial quantize --method", {"int4", "nf4"}, {"fp32", "all"}),
         ("bitdial completion", {"bash", "zsh", "fish"}, {"nf4"}),
     ],
 )
@@ -55,6 +63,71 @@ def test_bash_completes_options(script: str) -> None:
     source = BASH.replace("''", "'--kv'").format(script=script, words="bitdial serve", last=2)
     done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=30, check=True)
     assert {line.strip() for line in done.stdout.splitlines()} == {"--kv-cache-memory", "--kv-dtype"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.parametrize(
+    ("line", "offered", "not_offered"),
+    [
+        ("bitdial ", {*COMMANDS}, {"nf4"}),
+        ("bitdial serve --precision ", {"nf4", "auto"}, {"all"}),
+        ("bitdial serve --kv", {"--kv-cache-memory", "--kv-dtype"}, {"--device"}),
+        ("bitdial serve --log-level ", {"debug", "error"}, {"nf4"}),
+    ],
+)
+def test_fish_completes(
+    line: str, offered: set[str], not_offered: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", "fish"]) == 0
+    (tmp_path / "script.fish").write_text(capsys.readouterr().out)
+    source = f"source {tmp_path / 'script.fish'}; complete -C {line!r}"
+    done = subprocess.run(["fish", "--no-config", "-c", source], capture_output=True, text=True, timeout=60)
+    found = {one.split("\t")[0] for one in done.stdout.splitlines()}
+    assert offered <= found, done.stderr
+    assert not not_offered & found
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("bitdial ser", "bitdial serve "), ("bitdial serve --kv-d", "bitdial serve --kv-dtype "),
+     ("bitdial quantize --method lit", "bitdial quantize --method litert-"),
+     ("bitdial serve --log-level inf", "bitdial serve --log-level info ")],
+)  # fmt: skip
+def test_zsh_completes(line: str, offered: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a pseudo-terminal, since zsh completes nowhere else."""
+    assert main(["completion", "zsh"]) == 0
+    (tmp_path / "_bitdial").write_text(capsys.readouterr().out)
+    ours, theirs = os.openpty()
+    shell = subprocess.Popen(
+        ["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        # the line is printed by a key, since an editor's own display of it may be in any order
+        own = "p() { print -r -- \"[$BUFFER]\" }; zle -N p; bindkey '^X' p"
+        setup = (
+            f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; {own}; print READY$((1+1))"
+        )
+        os.write(ours, f"{setup}\n".encode())
+        _read_until(ours, "READY2")
+        os.write(ours, f"{line}\t\x18".encode())
+        assert f"[{offered}]" in _read_until(ours, "]")
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+
+
+def _read_until(terminal: int, end: str) -> str:
+    """What a terminal shows, up to ``end``; for a minute."""
+    shown, until = "", time.monotonic() + 60
+    while end not in shown:
+        assert time.monotonic() < until, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
 
 
 @pytest.mark.parametrize("shell", shtab.SUPPORTED_SHELLS)

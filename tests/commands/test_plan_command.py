@@ -1,4 +1,5 @@
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import loaders
 from server.__main__ import main
 from server.planning import calibration, job, planner
 from server.planning.calibration import Calibrator
+from server.planning.store import alone
 from server.planning.workload import Frontend, Replica
+from tests.conftest import wait_until
 from tests.planning import measured
 
 ARGUMENTS = ["plan", "--device", "cpu", "--precisions", "fp32,dynamic-int8", "--no-http"]
@@ -70,6 +73,14 @@ def test_what_cannot_be_met_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["--requests-per-second", "0"], "--requests-per-second"),
         (["--requests-per-second", "1", "--prompt", "9999"], "exceed the context"),
         (["--requests-per-second", "1", "--ttft-slo", "-1"], "--ttft-slo"),
+        (["--requests-per-second", "nan"], "--requests-per-second"),
+        (["--requests-per-second", "inf"], "--requests-per-second"),
+        (["--requests-per-second", "1e300"], "--requests-per-second"),
+        (["--requests-per-second", "1e-300"], "--requests-per-second"),
+        (["--requests-per-second", "1", "--itl-slo", "nan"], "--itl-slo"),
+        (["--requests-per-second", "1", "--price-per-hour", "inf"], "--price-per-hour"),
+        (["--requests-per-second", "1", "--tokens", "0"], "--tokens"),
+        (["--requests-per-second", "1", "--precisions", "int3"], "int3"),
     ],
 )
 def test_usage_errors_are_one_line(
@@ -113,3 +124,64 @@ def test_http_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*with_http, *SHAPE]) == 0
     assert main([*with_http, *SHAPE]) == 0
     assert asked == ["fp32"]
+
+
+@pytest.mark.parametrize("name", ["PREFILL_CHUNK", "MAX_CONCURRENT_REQUESTS", "REQUEST_TIMEOUT"])
+def test_an_invalid_variable_of_the_server_is_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "0")
+    assert main([*ARGUMENTS, *SHAPE]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
+
+
+@pytest.mark.parametrize(
+    "figures", [{}, None, {"cells": [{}]}, {**measured.calibration().as_dict(), "cells": []}]
+)
+def test_saved_step_times_that_are_no_use_are_measured_again(
+    figures: object, counted: list[str], cache: Path
+) -> None:
+    assert main([*ARGUMENTS, *SHAPE]) == 0
+    (file,) = cache.rglob("plans/**/fp32.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "figures": figures}))
+    assert main([*ARGUMENTS, *SHAPE]) == 0
+    assert counted == ["fp32", "dynamic-int8", "fp32"]
+
+
+def test_a_precision_named_twice_is_planned_once(
+    counted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main([*ARGUMENTS, *SHAPE, "--precisions", "fp32"]) == 0
+    )  # the option a second time adds to the first
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert sorted(one["precision"] for one in plan["choices"]) == ["dynamic-int8", "fp32"]
+
+
+def test_of_a_quantized_checkpoint_its_own_precision_is_planned(
+    counted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = str(tmp_path / "saved")
+    assert main(["quantize", "--device", "cpu", "--method", "nf4", "--out", saved]) == 0
+    assert main(["plan", "--device", "cpu", "--no-http", "--model", saved, *SHAPE]) == 0
+    assert counted == ["nf4"]
+    assert main([*ARGUMENTS, "--model", saved, *SHAPE]) == 2
+    assert "is saved in nf4" in capsys.readouterr().err
+
+
+def test_two_plans_take_turns_in_measuring(counted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    codes, shown = list[int](), list[str]()
+    other = threading.Thread(target=lambda: codes.append(main([*ARGUMENTS, *SHAPE])))
+
+    def waits() -> bool:
+        shown.append(capsys.readouterr().err)
+        return "fp32: waiting for another bitdial plan" in "".join(shown)
+
+    with alone(lambda *_: None):
+        other.start()
+        wait_until(waits)
+        assert not counted
+    other.join()
+    assert codes == [0]
+    assert counted == ["fp32", "dynamic-int8"]

@@ -42,13 +42,13 @@ TOKENS = 75  # a second and a half
 
 @contextmanager
 def serving(
-    folder: Path, loading: str = "", grace: str = "30", **variables: str
+    folder: Path, loading: str = "", grace: str = "30", log: int = subprocess.DEVNULL, **variables: str
 ) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """Yields the process and its port once it listens."""
+    """Yields the process and its port once it listens; ``log``: its standard error."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE.format(loading=loading), str(folder)],
         cwd=ROOT, env=environment() | {"GRACEFUL_TERMINATION_TIMEOUT": grace} | variables,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=log, text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -108,15 +108,17 @@ def test_requests_beyond_the_grace_time_get_an_error(folder: Path) -> None:
 
 
 def test_the_second_one_ends_at_once(folder: Path) -> None:
-    with serving(folder) as (process, port):
+    with serving(folder, log=subprocess.PIPE) as (process, port):
         ready(port)
         stream = open_stream(port)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         begun = time.monotonic()
-        process.wait(timeout=5)
+        _, logged = process.communicate(timeout=5)
         assert time.monotonic() - begun < 2
+        assert "draining" in logged
+        assert "Traceback" not in logged
         stream.close()
 
 

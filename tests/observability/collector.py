@@ -16,9 +16,11 @@ class Collector:
     Args:
         status: of every answer.
         seconds: before every answer.
+        answer: its body.
+        headers: of every answer.
     """
 
-    def __init__(self, status: int = 200, seconds: float = 0.0) -> None:
+    def __init__(self, status: int = 200, seconds: float = 0.0, answer: bytes = b"", **headers: str) -> None:
         bodies: list[tuple[str, bytes]] = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -29,7 +31,10 @@ class Collector:
                 bodies.append((self.path, gzip.decompress(body) if packed else body))
                 time.sleep(seconds)
                 self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
                 self.end_headers()
+                self.wfile.write(answer)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

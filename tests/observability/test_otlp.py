@@ -99,13 +99,15 @@ def test_a_failing_collector_affects_no_request(
         assert time.monotonic() - began < 4  # 2 s for the last exports
 
 
-def test_a_failure_is_logged_once_until_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    failures = Failures("metrics", "http://collector:4318/v1/metrics?token=hidden")
+def test_each_reason_of_failures_is_logged_once_until_they_are_over(caplog: pytest.LogCaptureFixture) -> None:
+    failures = Failures("metrics", "http://me:hidden@collector:4318/v1/metrics?token=hidden")
     with caplog.at_level(logging.INFO):
-        for succeeded in (True, False, False, False, True, True, False):
-            failures.note(succeeded)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "WARNING"]
-    assert "3 failed exports" in caplog.records[1].getMessage()
+        for reason in (None, "a", "a", "b", "a", None, None, "a"):
+            failures.note(reason)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO", "WARNING"]
+    first, _, over, _ = (record.getMessage() for record in caplog.records)
+    assert first.startswith("metrics can't be sent to http://collector:4318/v1/metrics: a;")
+    assert "4 failed exports" in over
     assert "hidden" not in caplog.text
 
 

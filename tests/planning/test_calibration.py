@@ -100,6 +100,20 @@ def test_rows_that_could_never_decode_together_are_not_waited_for(
     assert {cell.rows for cell in found.cells} == ({0, 1} if context == 64 else {0, 1, 4})
 
 
+@pytest.mark.parametrize("busy", [16, 128])
+def test_chunks_longer_than_the_context_are_left_out(busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", (1,))
+
+    async def run() -> Calibration:
+        model = fake_model(runner=Together(slots=2, context=100))
+        return await Calibrator(model, 1, chunk=128, busy_chunk=busy, passes=4).measure(lambda *_: None)
+
+    found = asyncio.run(run())
+    chunks = {cell.chunk for cell in found.cells if not cell.rows}
+    assert chunks == {16, 32, 64}
+    assert found.busy_chunk == min(busy, 99)
+
+
 def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Invalid, match="too short"):
         measured(FakeRunner(slots=5, context=32), monkeypatch)

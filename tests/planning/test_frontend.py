@@ -24,7 +24,9 @@ class KnownClient:
         self.drift, self.error = drift, error
         self.open = 0
 
-    async def ask(self, method: str, path: str, body: dict[str, str]) -> Any:
+    async def ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
+        if body is None:
+            return {"max_total_tokens": 1024}
         starts = [number for number, letter in enumerate(body["inputs"]) if letter != " "]
         return [{"start": start, "stop": start + 1} for start in starts]
 

@@ -68,3 +68,20 @@ def test_costs_are_those_of_the_generated_tokens() -> None:
     assert isinstance(found, Choice)
     one = replace(found, replicas=3)
     assert one.cost_per_million_tokens(2.0, 32) == pytest.approx(3 * 2.0 / (40 * 32 * 3600 / 1e6))
+
+
+@pytest.mark.parametrize("noise", [(1.0,), (1.0, 1.0, 1.0, 2.5)])
+def test_no_objective_that_is_tighter_needs_fewer_replicas(noise: tuple[float, ...]) -> None:
+    def replicas(rate: float, ttft: float, itl: float) -> int:
+        found = Planner(
+            calibration(noise=noise), SHAPE.at(rate), Objectives(ttft, itl), Replica(1), Frontend()
+        ).plan()
+        assert isinstance(found, Choice)
+        return found.replicas
+
+    by_ttft = [replicas(60, ttft, 60) for ttft in (4000, 1000, 400, 250)]
+    by_itl = [replicas(60, 2000, itl) for itl in (90, 60, 40)]
+    by_rate = [replicas(rate, 1000, 60) for rate in (1, 7, 60, 300)]
+    assert by_ttft == sorted(by_ttft)
+    assert by_itl == sorted(by_itl)
+    assert by_rate == sorted(by_rate)

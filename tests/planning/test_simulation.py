@@ -61,6 +61,13 @@ def test_what_cannot_be_finished_in_time_is_refused_once_that_is_known() -> None
     assert max(one.times[-1] - one.arrived for one in found.finished if len(one.times) == 64) < 2.1
 
 
+def test_what_is_not_finished_in_time_is_refused_too() -> None:
+    impossible = Replica(slots=1, timeout=pass_seconds(0, 16))  # over after the prompt
+    found = Simulation(step_times(), Workload(1, 16, 8), impossible).run([0.0, 10.0, 20.0, 30.0])
+    assert found.finished == []
+    assert found.latencies().refused == 1
+
+
 def test_a_queue_with_one_slot_waits_by_lindleys_recursion() -> None:
     """Each wait is what remains of the wait and the service before; their mean is near M/D/1's."""
     shape = Workload(0, 16, 10)

@@ -82,6 +82,13 @@ def test_auto_is_passed_on_with_its_bounds() -> None:
     assert (bounded.precision, bounded.bounds) == ("auto", {"max_kl": 0.1})
 
 
+def nested(value: Any, levels: int, name: str | None = None) -> Any:
+    """``value`` inside so many lists, or objects."""
+    for _ in range(levels):
+        value = [value] if name is None else {name: value}
+    return value
+
+
 @pytest.mark.parametrize(
     ("body", "dialect", "text"),
     [
@@ -95,6 +102,8 @@ def test_auto_is_passed_on_with_its_bounds() -> None:
         ),
         ({"inputs": ""}, Dialect.NATIVE, ""),
         ({}, Dialect.NATIVE, ""),
+        ({"prompt": nested(["deep"], 400)}, Dialect.OPENAI, ""),
+        ({"messages": nested({"content": "deep"}, 400, "content")}, Dialect.OPENAI_CHAT, ""),
     ],
 )
 def test_the_text_that_replicas_are_chosen_by(body: Any, dialect: Dialect, text: str) -> None:

@@ -39,6 +39,20 @@ def test_what_a_replica_has_counted_stays_after_its_end() -> None:
     assert page(8.0)[:170] == merged.merged({"a": page(2), "c": page(2)})[:170]
 
 
+def test_a_replica_that_misses_a_scrape_is_not_counted_twice() -> None:
+    merged = MergedMetrics()
+    for pages in ({"a": 3, "b": 4}, {"a": 3}, {}, {"a": 3, "b": 4}):
+        text = merged.merged({name: page(requests) for name, requests in pages.items()})
+    assert text == page(7.0, 0.0, 0.0)
+
+
+def test_what_many_ended_replicas_have_counted_is_kept() -> None:
+    merged = MergedMetrics()
+    for number in range(200):
+        text = merged.merged({str(number): page(1)})
+    assert text == page(200.0, 0.0, 0.0)
+
+
 def test_the_metrics_of_one_replica_are_unchanged() -> None:
     metrics = Metrics("model")
     metrics.set_load("fp32", 1, 2)

@@ -17,7 +17,8 @@ from server.settings.server import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 _READY_SECONDS = 300.0
-_KEYS = ("API_KEY", "ADMIN_API_KEY")  # left out: only this client connects
+_LEFT_OUT = ("api_key", "admin_api_key", "model", "models", "shadow_precision", "otlp_endpoint")
+"""Variables of a server that is not this one: other models, its keys, and what computes beside requests."""
 
 
 @asynccontextmanager
@@ -60,7 +61,7 @@ def _environment(settings: ModelSettings, precision: str, slots: int, threads: i
         "max_batch_size": slots,
         "host": "127.0.0.1",
     }
-    inherited = {name: value for name, value in os.environ.items() if name not in _KEYS}
+    inherited = {name: value for name, value in os.environ.items() if name.lower() not in _LEFT_OUT}
     path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
     return inherited | {name.upper(): str(value) for name, value in chosen.items()} | {"PYTHONPATH": path}
 

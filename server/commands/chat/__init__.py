@@ -68,10 +68,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _chat(options: Options, arguments: Sequence[str]) -> int:
+    own = None
     with ExitStack() as stack:
         if options.url is None:
             own = stack.enter_context(OwnServer(options))
-            client = Client(own.url, own.key)
+            client = Client(own.url, own.key, proxies=False)
         else:
             key = options.api_key.get_secret_value() if options.api_key else os.environ.get("API_KEY")
             client = Client(options.url, key)
@@ -79,7 +80,8 @@ def _chat(options: Options, arguments: Sequence[str]) -> int:
         model = None if options.url is None else _served_model(options, arguments)
         named = options.url is None or "precision" in options.model_fields_set
         precision = options.precision if named else None
-        chat = Chat(client, model, precision, options.sampling(), options.system)
+        ended = None if own is None else own.ended
+        chat = Chat(client, model, precision, options.sampling(), options.system, ended)
         return chat.run(make_input(chat.prompt, chat.words, options.history and sys.stdin.isatty()))
 
 

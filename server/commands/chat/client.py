@@ -14,6 +14,7 @@ import httpx2
 from server.commands.chat.answer import Answer
 from server.commands.chat.conversation import Conversation, Sampling
 from server.commands.progress import ProgressBars
+from server.commands.side_by_side import shown
 
 _CONNECT = 10.0  # seconds; an answer itself may take as long as the server permits
 _CHAT, _CONTINUE = "v1/chat/completions", "v1/completions"
@@ -27,11 +28,18 @@ class ChatError(Exception):
     Args:
         code: the OpenAI dialect's ``code``.
         exit_code: what the program ends with, if it must end.
+        lost: whether there was no connection, or it broke.
     """
 
-    def __init__(self, message: str, code: str | None = None, exit_code: int | None = None) -> None:
-        super().__init__(message)
-        self.code, self.exit_code = code, exit_code
+    def __init__(
+        self,
+        message: str,
+        code: str | None = None,
+        exit_code: int | None = None,
+        lost: bool = False,
+    ) -> None:
+        super().__init__(shown(message))
+        self.code, self.exit_code, self.lost = code, exit_code, lost
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,20 @@ class Client:
 
     Args:
         key: its Bearer token, if it needs one.
+        proxies: whether those of the environment are used; never for a server of one's own.
     """
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, proxies: bool = True) -> None:
         self.url = url.rstrip("/")
         self.model: str | None = None
         """Of every request; None: the server's default one."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(None, connect=_CONNECT)
         try:
-            self._http = httpx2.Client(base_url=self.url + "/", headers=headers, timeout=timeout)
-        except (ValueError, httpx2.InvalidURL) as error:
+            self._http = httpx2.Client(
+                base_url=self.url + "/", headers=headers, timeout=timeout, trust_env=proxies
+            )
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:  # of a proxy, too
             raise ChatError(f"{self.url}: {error}") from None
 
     def __enter__(self) -> Self:
@@ -204,6 +215,8 @@ class Client:
                 if event.data == "[DONE]":
                     return
                 told = json.loads(event.data)
+                if not isinstance(told, dict):
+                    raise self._no_bitdial()
                 if "error" in told and "status" not in told:
                     raise _told(told)
                 yield told
@@ -213,10 +226,12 @@ class Client:
         try:
             yield
         except httpx2.ConnectError as error:
-            raise ChatError(f"no server at {self.url}: {error}") from None
+            raise ChatError(f"no server at {self.url}: {error}", lost=True) from None
         except httpx2.HTTPError as error:
             what = str(error) or type(error).__name__
-            raise ChatError(f"the connection to {self.url} failed: {what}") from None
+            raise ChatError(f"the connection to {self.url} failed: {what}", lost=True) from None
+        except UnicodeEncodeError:  # of what was typed; the body is UTF-8
+            raise ChatError("the message is not UTF-8") from None
         except (json.JSONDecodeError, httpx2.SSEError):
             raise self._no_bitdial() from None
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 class Sampling(BaseModel):
     """Sampling of the next answer; greedy unless temperature, top_k or top_p is set."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     max_new_tokens: int = Field(ge=1)
     temperature: float | None = Field(None, gt=0, le=2)

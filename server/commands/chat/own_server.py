@@ -17,7 +17,7 @@ from server.host.subprocesses import start_command
 from server.settings.server import PrecisionSettings, Settings
 
 _LISTENING = re.compile(r"listening on (http://\S+)")
-_TO_END = 5.0  # seconds
+_TO_END, _ENDING = 5.0, 1.0  # seconds
 
 
 class OwnServer:
@@ -50,7 +50,7 @@ class OwnServer:
         assert self._process.stdout is not None
         found = next(filter(None, map(_LISTENING.search, self._process.stdout)), None)
         if found is None:
-            raise ChatError("its server did not start", exit_code=self._process.wait() or FAILED)
+            raise ChatError("its server did not start", exit_code=_exit_code(self._process.wait()))
         self.url = found[1]
         threading.Thread(target=_drain, args=(self._process.stdout,), daemon=True).start()
         return self
@@ -65,6 +65,13 @@ class OwnServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def ended(self) -> int | None:
+        """The exit code of a server that has ended, or ends now; None if it goes on."""
+        try:
+            return _exit_code(self._process.wait(_ENDING))
+        except subprocess.TimeoutExpired:
+            return None
 
     def _environment(self) -> dict[str, str]:
         """This process's, with the options in place of any setting of a server."""
@@ -101,6 +108,11 @@ def _end_with_parent() -> None:
 def _drain(stream: IO[str]) -> None:
     for _ in stream:
         pass
+
+
+def _exit_code(found: int) -> int:
+    """As a shell has it: 128 and the signal's number for a process that was killed; never 0."""
+    return 128 - found if found < 0 else found or FAILED
 
 
 def _as_variable(value: Any) -> str:

@@ -13,6 +13,7 @@ from server.commands.chat.conversation import Conversation, Sampling, Turn
 from server.commands.chat.flow import Flow
 from server.commands.chat.typed import Input
 from server.commands.chat.waiting import Waiting
+from server.commands.side_by_side import shown
 
 _LEAVE = "Ctrl-D or /bye ends the conversation"
 
@@ -23,6 +24,7 @@ class Chat:
     Args:
         model: the first one, and perhaps its precision; None: the server's default.
         precision: the first one; None: the one in ``model``, or the model's default.
+        ended: the exit code of the server if it has ended; None: it is not known.
 
     Raises:
         ChatError: the server can't be reached, or can't load the precision.
@@ -35,8 +37,9 @@ class Chat:
         precision: str | None,
         sampling: Sampling,
         system: str | None = None,
+        ended: Callable[[], int | None] | None = None,
     ) -> None:
-        self.client, self.sampling = client, sampling
+        self.client, self.sampling, self._ended = client, sampling, ended or (lambda: None)
         self.known: list[str] | None = None
         """Names of the model's precisions, once they were asked for."""
         self.served = client.choose(model)
@@ -64,14 +67,18 @@ class Chat:
 
     def prompt(self) -> str:
         several = len(self.served.models) > 1
-        return f"{self.served.model}:{self.precision}> " if several else f"{self.precision}> "
+        return shown(f"{self.served.model}:{self.precision}> " if several else f"{self.precision}> ")
 
     def words(self) -> Mapping[str, Sequence[str]]:
         """The commands, and of each what may follow it."""
         return slash.words(self)
 
     def run(self, read: Input) -> int:
-        """Until the input ends. Returns the exit code: 1 if it was no terminal and a request failed."""
+        """Until the input ends. Returns the exit code: 1 if it was no terminal and a request failed.
+
+        Raises:
+            ChatError: the server has ended.
+        """
         self._greet()
         failed = False
         with _interruptible():
@@ -87,6 +94,8 @@ class Chat:
                 except ChatError as error:
                     failed = failed or not sys.stdin.isatty()
                     print(f"bitdial chat: {error}", file=sys.stderr)
+                    if error.lost and (code := self._ended()) is not None:
+                        raise ChatError("its server has ended", exit_code=code) from None
 
     def ask(self, question: str) -> None:
         """Shows the answer as it comes, and takes it into the conversation; Ctrl-C stops it."""
@@ -127,14 +136,14 @@ class Chat:
 
     def introduce(self) -> None:
         """Says what the model is."""
-        self.note(f"{self.served.model}, context {self.served.context} tokens")
+        self.note(f"{shown(self.served.model)}, context {self.served.context} tokens")
         if not self.served.templated:
             self.note("it has no chat template: each message is continued, without those before it")
 
     def _greet(self) -> None:
         self.introduce()
         if len(self.served.models) > 1:
-            self.note(f"/model chooses among {', '.join(self.served.models)}")
+            self.note(f"/model chooses among {shown(', '.join(self.served.models))}")
         self.note(f"/help lists the commands; {_LEAVE}")
 
 

@@ -61,7 +61,7 @@ def words(chat: Chat) -> Mapping[str, Sequence[str]]:
 def _model(chat: Chat, name: str) -> None:
     if not name:
         for one in chat.served.models:
-            print(f"{'▸' if one == chat.served.model else ' '} {one}")
+            print(f"{'▸' if one == chat.served.model else ' '} {shown(one)}")
         return
     chat.go_on_with(name)
 

@@ -1,5 +1,6 @@
 """What is typed: lines with history and completion on a terminal, plain lines otherwise."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.utils import is_dumb_terminal
 
 QUOTES = '"""'
 """Begins and ends a message of several lines."""
@@ -21,9 +23,13 @@ Words = Callable[[], Mapping[str, Sequence[str]]]
 
 
 def make_input(prompt: Callable[[], str], words: Words, keep_history: bool) -> Input:
-    """Reads from the terminal, or lines of standard input if that or the output is none."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _Lines(sys.stdin).read
+    """Reads from the terminal, or plain lines of standard input if that, the output or its cursor is none."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if not is_terminal or is_dumb_terminal():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # a line that is not UTF-8 is an error of its own, and not of those read with it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        return _Lines(sys.stdin, prompt if is_terminal else lambda: "").read
     history: History = InMemoryHistory()
     if keep_history and (file := _history_file()) is not None:
         history = FileHistory(str(file))
@@ -35,6 +41,7 @@ def make_input(prompt: Callable[[], str], words: Words, keep_history: bool) -> I
         multiline=True,  # Enter is bound to what ends a message
         prompt_continuation=lambda width, line, wrapped: " " * width,
         enable_open_in_editor=True,
+        enable_suspend=True,
     )
     return lambda: unquoted(session.prompt(prompt()))
 
@@ -52,13 +59,19 @@ def unquoted(text: str) -> str:
     return text
 
 
-class _Lines:
-    """Messages from a pipe or a file: one a line, or several lines in quotes."""
+def _as_utf_8(text: str) -> str:
+    """With the replacement character for bytes that were not UTF-8, which Python reads as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
-    def __init__(self, lines: Iterator[str]) -> None:
-        self._lines = lines
+
+class _Lines:
+    """Messages one a line, or several lines in quotes; ``prompt`` is shown before each."""
+
+    def __init__(self, lines: Iterator[str], prompt: Callable[[], str]) -> None:
+        self._lines, self._prompt = lines, prompt
 
     def read(self) -> str:
+        print(self._prompt(), end="", flush=True)
         text = next(self._lines, None)
         while text is not None and is_open(text) and (more := next(self._lines, None)) is not None:
             text += more
@@ -91,6 +104,7 @@ def _keys() -> KeyBindings:
         if is_open(buffer.text):
             buffer.insert_text("\n")
         else:
+            buffer.text = _as_utf_8(buffer.text)  # the history's file takes nothing else
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")

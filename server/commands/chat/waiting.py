@@ -6,12 +6,15 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
+from prompt_toolkit.utils import is_dumb_terminal
+
 _SILENT = 1.0  # seconds; shorter waits need no word
 _INTERVAL = 0.5
 
 
 class Waiting:
-    """While entered, and until ``stop``, shows how long it has been; nothing if ``out`` is no terminal."""
+    """While entered, and until ``stop``, shows how long it has been; nothing if ``out``
+    is no terminal that can erase it."""
 
     def __init__(self, out: TextIO = sys.stderr) -> None:
         self._out = out
@@ -19,7 +22,7 @@ class Waiting:
         self._thread = threading.Thread(target=self._count, daemon=True)
 
     def __enter__(self) -> Self:
-        if self._out.isatty():
+        if self._out.isatty() and not is_dumb_terminal():
             self._thread.start()
         return self
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
+from server.observability.otlp.environment import sends
 from server.version import VERSION
 
 EXPORT_SECONDS = 5.0
@@ -15,6 +16,7 @@ EXPORT_SECONDS = 5.0
 CLOSE_SECONDS = 2.0
 """The longest that stopping the server waits for the last exports."""
 _TRACES, _METRICS = "/v1/traces", "/v1/metrics"
+_MOST_REASONS = 8  # of one row of failures
 _log = logging.getLogger(__name__)
 
 
@@ -25,8 +27,7 @@ def metrics_url(traces_url: str, environment: Mapping[str, str] = os.environ) ->
         traces_url: the setting, which names one address; nothing follows from a path other than OTLP's.
         environment: OpenTelemetry's own variables.
     """
-    disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if disabled or environment.get("OTEL_METRICS_EXPORTER", "").strip().lower() == "none":
+    if not sends("METRICS", environment):
         return None
     if own := environment.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "").strip():
         return own
@@ -48,7 +49,7 @@ def resource() -> Resource:
 
 
 class Failures:
-    """Logs the first failed export of a row of them, and the next that succeeds: not every attempt.
+    """Logs why exports fail, each reason once until one succeeds again: not every attempt.
 
     Args:
         what: what is exported, for the message.
@@ -56,12 +57,29 @@ class Failures:
     """
 
     def __init__(self, what: str, url: str) -> None:
-        self._what, self._address = what, urlsplit(url)._replace(query="", fragment="").geturl()
+        self._what, self._address = what, _without_secrets(url)
         self._count = 0
+        self._logged = set[str]()
 
-    def note(self, succeeded: bool) -> None:
-        if not succeeded and not self._count:
-            _log.warning("%s can't be sent to %s; requests are not affected", self._what, self._address)
-        elif succeeded and self._count:
-            _log.info("%s arrive again, after %d failed exports", self._what, self._count)
-        self._count = 0 if succeeded else self._count + 1
+    def note(self, reason: str | None) -> None:
+        """
+        Args:
+            reason: why an export failed; None: it succeeded.
+        """
+        if reason is None:
+            if self._count:
+                _log.info("%s arrive again, after %d failed exports", self._what, self._count)
+            self._count = 0
+            self._logged.clear()
+            return
+        self._count += 1
+        if reason not in self._logged and len(self._logged) < _MOST_REASONS:
+            self._logged.add(reason)
+            message = "%s can't be sent to %s: %s; requests are not affected"
+            _log.warning(message, self._what, self._address, reason)
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()

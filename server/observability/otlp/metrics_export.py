@@ -11,18 +11,17 @@ from itertools import chain
 from typing import TypeVar
 
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-from opentelemetry.sdk.metrics.export import MetricExportResult
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 from opentelemetry.sdk.resources import Resource
 
 from server.concurrency import run_for_future
 from server.observability.exposition import merged
 from server.observability.metrics import Metrics
 from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
+from server.observability.otlp.environment import metrics_interval
 from server.observability.otlp.families import as_metrics_data
+from server.observability.otlp.session import collector_session, unfinished, why_failed
 
-_INTERVAL = "OTEL_METRIC_EXPORT_INTERVAL"  # milliseconds
-_DEFAULT_SECONDS = 60.0
-_SHORTEST_SECONDS = 0.1
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -38,10 +37,11 @@ class MetricsExport:
 
     def __init__(self, metrics: Sequence[Metrics], url: str, resource: Resource) -> None:
         self._metrics, self._resource = metrics, resource
-        self._exporter = OTLPMetricExporter(url, timeout=EXPORT_SECONDS)
+        self._session = collector_session("METRICS")
+        self._exporter = OTLPMetricExporter(url, timeout=EXPORT_SECONDS, session=self._session)
         self._failures = Failures("metrics", url)
         self._began = time.time_ns()
-        self._interval = interval()
+        self._interval = metrics_interval(os.environ)
 
     async def run(self) -> None:
         """Exports at every interval, until it is cancelled."""
@@ -58,13 +58,18 @@ class MetricsExport:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._export()
         except TimeoutError:
-            self._failures.note(False)
+            self._failures.note(unfinished(self._session))
+        except Exception:
+            _log.exception("metrics could not be exported")
 
     async def _export(self) -> None:
         own = (family for one in self._metrics for family in chain(one.families(), one.conventional()))
         data = as_metrics_data(merged(own), self._began, time.time_ns(), self._resource)
-        result = await _in_thread(partial(self._exporter.export, data))
-        self._failures.note(result is MetricExportResult.SUCCESS)
+        self._failures.note(await _in_thread(partial(self._send, data)))
+
+    def _send(self, data: MetricsData) -> str | None:
+        """Why the data did not arrive; None if it did."""
+        return why_failed(self._session, lambda: self._exporter.export(data) is MetricExportResult.SUCCESS)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
@@ -72,12 +77,3 @@ async def _in_thread(work: Callable[[], T]) -> T:
     future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     threading.Thread(target=run_for_future, args=(work, future), name="export-metrics", daemon=True).start()
     return await future
-
-
-def interval() -> float:
-    """Seconds between exports, by OpenTelemetry's variable."""
-    try:
-        seconds = float(os.environ.get(_INTERVAL, "")) / 1000
-    except ValueError:
-        return _DEFAULT_SECONDS
-    return max(seconds, _SHORTEST_SECONDS) if seconds > 0 else _DEFAULT_SECONDS

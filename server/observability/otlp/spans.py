@@ -10,17 +10,19 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, Status, StatusCode
 
 from server.observability.otlp.conventions import Phase
 from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
+from server.observability.otlp.environment import batching, sends
+from server.observability.otlp.session import CollectorSession, collector_session, unfinished, why_failed
 from server.version import VERSION
 
 OK, FAILED = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
-_EXPORTERS = "opentelemetry.exporter"
-_BATCH_VARIABLE, _BATCH = "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 128
-"""Spans sent together. Encoding them holds the interpreter's lock, for 3 ms: so long do requests wait."""
+_QUIET = {"opentelemetry.exporter": logging.CRITICAL, "opentelemetry.util": logging.ERROR}
+"""``Failures`` logs instead of exporters; what reads headers would log their values."""
 _SCOPE = InstrumentationScope("bitdial", VERSION)
 
 
@@ -34,13 +36,17 @@ class Spans:
 
     def __init__(self, url: str, resource: Resource) -> None:
         self._resource = resource
-        logging.getLogger("opentelemetry").setLevel(logging.ERROR)
-        logging.getLogger(_EXPORTERS).setLevel(logging.CRITICAL)  # ``Failures`` logs instead
-        exporter = _Watched(OTLPSpanExporter(url, timeout=EXPORT_SECONDS), Failures("traces", url))
-        batch = None if _BATCH_VARIABLE in os.environ else _BATCH
-        self._processor = BatchSpanProcessor(exporter, max_export_batch_size=batch)
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        for name, level in _QUIET.items():
+            logging.getLogger(name).setLevel(level)
+        session, (queue, batch, delay) = collector_session("TRACES"), batching(os.environ)
+        exporter = OTLPSpanExporter(url, timeout=EXPORT_SECONDS, session=session)
+        self._watched = _Watched(exporter, session, Failures("traces", url))
+        self._processor = BatchSpanProcessor(self._watched, queue, delay, batch)
+        sampler = None if sends("TRACES", os.environ) else ALWAYS_OFF  # None: the variables' own
+        self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         self._provider.add_span_processor(self._processor)
+        # not before: warnings of making a provider are of the variables
+        logging.getLogger("opentelemetry").setLevel(logging.ERROR)
         self.tracer = self._provider.get_tracer(_SCOPE.name, _SCOPE.version)
         """Starts spans of what goes on, by the sampler's decision."""
 
@@ -74,18 +80,24 @@ class Spans:
         closing = threading.Thread(target=self._provider.shutdown, name="close-tracing", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, CLOSE_SECONDS)
+        if closing.is_alive():
+            self._watched.give_up()
 
 
 class _Watched(SpanExporter):
-    """Exports with another exporter, and logs when exports begin to fail and when they succeed again."""
+    """Exports with another exporter, and notes how that went."""
 
-    def __init__(self, exporter: SpanExporter, failures: Failures) -> None:
-        self._exporter, self._failures = exporter, failures
+    def __init__(self, exporter: SpanExporter, session: CollectorSession | None, failures: Failures) -> None:
+        self._exporter, self._session, self._failures = exporter, session, failures
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._exporter.export(spans)
-        self._failures.note(result is SpanExportResult.SUCCESS)
-        return result
+        reason = why_failed(self._session, lambda: self._exporter.export(spans) is SpanExportResult.SUCCESS)
+        self._failures.note(reason)
+        return SpanExportResult.SUCCESS if reason is None else SpanExportResult.FAILURE
+
+    def give_up(self) -> None:
+        """Notes that an export goes on which is not waited for any more."""
+        self._failures.note(unfinished(self._session))
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+from opentelemetry.sdk.trace import SpanLimits
+
 from server.observability.metrics import Metrics
 from server.observability.otlp.destination import metrics_url, resource
 from server.observability.otlp.metrics_export import MetricsExport
@@ -10,6 +12,11 @@ from server.observability.otlp.spans import Spans
 from server.observability.otlp.tracing import Tracing
 
 _log = logging.getLogger(__name__)
+
+
+def check() -> None:
+    """Raises: ValueError: a variable of OpenTelemetry's is invalid, without which nothing can start."""
+    SpanLimits()
 
 
 class Telemetry:

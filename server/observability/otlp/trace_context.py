@@ -76,7 +76,10 @@ class TraceContext:
 @contextmanager
 def trace_context(scope: Scope) -> Iterator[None]:
     """Makes spans started inside children of the one that the request names."""
-    carrier = {n.decode(): v.decode("latin-1") for n, v in scope["headers"] if n in _HEADERS}
+    carrier: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        if name in _HEADERS:  # several lines of tracestate are one list
+            carrier.setdefault(name.decode(), []).append(value.decode("latin-1"))
     parent = _PROPAGATOR.extract(carrier, context.Context())
     token = context.attach(context.set_value(_IDS, log_ids(scope), parent))
     try:

@@ -42,11 +42,12 @@ def serve(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., str]]:
 def talk(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Talk]:
     """Runs ``bitdial chat`` with lines on standard input."""
 
-    def run(*typed: str, **options: Any) -> Talk:
+    def run(*typed: str | bytes, **options: Any) -> Talk:
         flags = [
             text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))
         ]
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
+        lines = b"".join(b"%b\n" % (line if isinstance(line, bytes) else line.encode()) for line in typed)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
         capfd.readouterr()
         code = main(["chat", *flags])
         printed = capfd.readouterr()

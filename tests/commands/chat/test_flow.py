@@ -28,6 +28,7 @@ def written(pieces: list[str], out: io.StringIO) -> str:
         (["a" * 25, " b"], "a" * 25 + "\nb\n"),
         (["ends with a blank "], "ends with\na blank\n"),
         (["日本語の", "長", "い文章"], "日本語の長\nい文章\n"),
+        (["👩\u200d👧 क\u094d\u200dष"], "👩\u200d👧 क\u094d\u200dष\n"),
         (["a\x1b[2Jb"], "a�[2Jb\n"),
         ([], ""),
     ],

@@ -27,7 +27,7 @@ class Screen:
     """A process on a pseudo-terminal, its input and what it has shown."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", terminal: int) -> None:
-        self.process, self._terminal, self.shown = process, terminal, ""
+        self.process, self._terminal, self.shown, self.raw = process, terminal, "", ""
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -56,16 +56,18 @@ class Screen:
             read = os.read(self._terminal, 4096).decode(errors="replace")
         except OSError:  # the process has ended
             return
+        self.raw += read
         self.shown += _CONTROLS.sub("", read)
 
 
 @contextmanager
-def chatting(state: Path, *arguments: str) -> Iterator[Screen]:
+def chatting(state: Path, *arguments: str, **variables: str) -> Iterator[Screen]:
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "server", "chat", *arguments], cwd=ROOT, start_new_session=True,
         stdin=theirs, stdout=theirs, stderr=theirs,
-        env=environment() | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)},
+        env=environment()
+        | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state), **variables},
     )  # fmt: skip
     os.close(theirs)
     try:
@@ -133,7 +135,9 @@ def children(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 
 def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
-    with chatting(tmp_path, "--model", str(folder), "--max-new-tokens", "4", "--no-history") as screen:
+    proxies = dict.fromkeys(("HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:1")  # not for its own server
+    options = ("--model", str(folder), "--max-new-tokens", "4", "--no-history")
+    with chatting(tmp_path, *options, **proxies) as screen:
         screen.wait_for("no chat template")
         screen.wait_for("fp32>")
         servers = children(screen.process)
@@ -144,3 +148,25 @@ def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
         _, alive = psutil.wait_procs(servers, timeout=10)
         assert not alive
     assert not (tmp_path / "bitdial").exists()
+
+
+def test_it_ends_with_its_own_server(folder: Path, tmp_path: Path) -> None:
+    with chatting(tmp_path, "--model", str(folder), "--max-new-tokens", "4", "--no-history") as screen:
+        screen.wait_for("fp32>")
+        for server in children(screen.process):
+            server.kill()
+        screen.type("abc\r")
+        screen.wait_for("its server has ended")
+        assert screen.ended() == 128 + signal.SIGKILL
+
+
+def test_a_dumb_terminal_gets_lines_alone(serve: Callable[..., str], template: Path, tmp_path: Path) -> None:
+    url = serve(chat_template=template)
+    with chatting(tmp_path, "--url", url, "--max-new-tokens", "4", TERM="dumb") as screen:
+        screen.wait_for("fp32> ")
+        screen.type("hello\r")
+        screen.wait_for(r"\[fp32: 4 tokens")
+        screen.wait_for("fp32> ")
+        screen.type(END)
+        assert screen.ended() == 0
+        assert "\x1b" not in screen.raw
