@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-from server.commands.chat.client import ChatError, Client
+from server.commands.chat.client import Client
 from server.commands.chat.conversation import Sampling
+from server.commands.chat.errors import ChatError
 from server.commands.chat.own_server import OwnServer
 from server.commands.chat.repl import Chat
 from server.commands.chat.typed import make_input

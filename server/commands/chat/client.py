@@ -13,33 +13,13 @@ import httpx2
 
 from server.commands.chat.answer import Answer
 from server.commands.chat.conversation import Conversation, Sampling
+from server.commands.chat.errors import ChatError, error_of, refusal_of
 from server.commands.progress import ProgressBars
-from server.commands.side_by_side import shown
 
 _CONNECT = 10.0  # seconds; an answer itself may take as long as the server permits
 _CHAT, _CONTINUE = "v1/chat/completions", "v1/completions"
 _CONTEXT_LENGTH = "context_length_exceeded"
 _LEAST_TOKENS = 16
-
-
-class ChatError(Exception):
-    """What the server, or the way to it, has refused; the message is for people.
-
-    Args:
-        code: the OpenAI dialect's ``code``.
-        exit_code: what the program ends with, if it must end.
-        lost: whether there was no connection, or it broke.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        code: str | None = None,
-        exit_code: int | None = None,
-        lost: bool = False,
-    ) -> None:
-        super().__init__(shown(message))
-        self.code, self.exit_code, self.lost = code, exit_code, lost
 
 
 @dataclass(frozen=True)
@@ -94,7 +74,7 @@ class Client:
         with self._said_plainly():
             response = self._http.get(path, params=_query(model))
             if not response.is_success:
-                raise _refusal(response)
+                raise refusal_of(response)
             return response.json()
 
     def choose(self, model: str | None) -> Served:
@@ -210,7 +190,7 @@ class Client:
         ):
             if not response.is_success:
                 response.read()
-                raise _refusal(response)
+                raise refusal_of(response)
             for event in httpx2.EventSource(response):
                 if event.data == "[DONE]":
                     return
@@ -218,7 +198,7 @@ class Client:
                 if not isinstance(told, dict):
                     raise self._no_bitdial()
                 if "error" in told and "status" not in told:
-                    raise _told(told)
+                    raise error_of(told)
                 yield told
 
     @contextmanager
@@ -241,18 +221,3 @@ class Client:
 
 def _query(model: str | None) -> dict[str, str]:
     return {} if model is None else {"model": model}
-
-
-def _refusal(response: httpx2.Response) -> ChatError:
-    try:
-        return _told(response.json())
-    except (ValueError, AttributeError):
-        return ChatError(f"{response.url} answered {response.status_code} {response.reason_phrase}")
-
-
-def _told(body: Mapping[str, Any]) -> ChatError:
-    """An error in either dialect."""
-    error = body.get("error")
-    if isinstance(error, Mapping):
-        return ChatError(str(error.get("message")), error.get("code"))
-    return ChatError(str(error), body.get("error_type"))

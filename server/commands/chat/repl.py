@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from server.commands.chat import slash
 from server.commands.chat.answer import Answer
-from server.commands.chat.client import ChatError, Client
+from server.commands.chat.client import Client
 from server.commands.chat.conversation import Conversation, Sampling, Turn
+from server.commands.chat.errors import ChatError
 from server.commands.chat.flow import Flow
 from server.commands.chat.typed import Input
 from server.commands.chat.waiting import Waiting

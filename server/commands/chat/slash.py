@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.commands.chat.answer import Answer
-from server.commands.chat.client import ChatError
 from server.commands.chat.conversation import Conversation
+from server.commands.chat.errors import ChatError
 from server.commands.side_by_side import shown, side_by_side
 from server.tables import NONE, aligned
 
