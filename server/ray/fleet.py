@@ -1,7 +1,9 @@
 """The deployments as the router sees them: calls to one replica or to all, with errors of the service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, TaskCancelledError, WorkerCrashedError
@@ -16,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from server.errors import NotReady, Overloaded, ServiceError
 from server.ray.exchange import Forwarded, Head
 
+_log = logging.getLogger("server.ray")
 _LOST = (RayActorError, WorkerCrashedError, ReplicaUnavailableError, TaskCancelledError)
 
 
@@ -37,7 +40,15 @@ def service_error(error: BaseException) -> ServiceError:
         return Overloaded("too many requests wait for a replica")
     if isinstance(error, DeploymentUnavailableError):
         return NotReady("the precision's replicas can't be started")
-    return ReplicaLost() if isinstance(error, _LOST) else ServiceError("internal error")
+    if isinstance(error, _LOST):
+        return ReplicaLost()
+    _log.error("a call of a replica failed", exc_info=error)
+    return ServiceError("internal error")
+
+
+def _cancel(response: Any) -> None:
+    with suppress(RayError, RayServeException):  # what no replica has taken raises why
+        response.cancel()
 
 
 class Fleet:
@@ -78,7 +89,7 @@ class Fleet:
         try:
             return await response
         except asyncio.CancelledError:
-            response.cancel()
+            _cancel(response)
             raise
         except (RayError, RayServeException) as error:
             raise service_error(error) from error
@@ -98,8 +109,10 @@ class Relay:
 
     def __init__(self, response: Any) -> None:
         self._response = response
-        self.cancel: Callable[[], None] = response.cancel
+
+    def cancel(self) -> None:
         """Cancels the request in the replica."""
+        _cancel(self._response)
 
     async def __aiter__(self) -> AsyncIterator[Head | bytes]:
         """Raises: ServiceError"""

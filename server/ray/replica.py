@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from loaders.errors import LoaderError
 from server.app import create_app
 from server.errors import ServiceError
 from server.observability.logs import set_up_logging
@@ -72,7 +73,10 @@ class Replica:
         set_up_logging(settings.json_output, settings.log_level, settings.secrets())
         self._ready.clear()
         await self._stop()
-        await self._start(settings)
+        try:
+            await self._start(settings)
+        except (LoaderError, ServiceError) as error:  # `serve status` shows it with its traceback
+            raise RuntimeError(str(error)) from None
         self._ready.set()
 
     async def _start(self, settings: Settings) -> None:

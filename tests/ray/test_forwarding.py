@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from server.errors import NotReady, Overloaded, ServiceError
 from server.ray.exchange import Forwarded, Head
-from server.ray.fleet import ReplicaLost, service_error
+from server.ray.fleet import Fleet, Relay, ReplicaLost, service_error
 from server.ray.forwarding import Forwarding
 
 REQUEST = Forwarded("POST", "/generate", b"", [])
@@ -127,3 +127,55 @@ def test_errors_of_ray_are_errors_of_the_service(error: Exception, kind: type[Se
     assert service_error(error).retry_after
     assert type(service_error(RuntimeError("/secret/path"))) is ServiceError
     assert service_error(RuntimeError("/secret/path")).message == "internal error"
+
+
+class NotStarted:
+    """A call of a deployment that has failed to start: waiting for it raises, and cancelling it too."""
+
+    error = DeploymentUnavailableError("fp32")
+
+    def __aiter__(self) -> "NotStarted":
+        return self
+
+    async def __anext__(self) -> Head:
+        raise self.error
+
+    def cancel(self) -> None:
+        raise self.error
+
+
+def test_a_deployment_that_failed_to_start_is_unavailable() -> None:
+    class Unavailable(FakeFleet):
+        def relay(self, name: str, request: Forwarded) -> Any:
+            return Relay(NotStarted())
+
+    status, body = forwarded(Unavailable())
+    assert status == 503
+    assert b"replicas can't be started" in body
+
+
+def test_a_call_that_is_cancelled_ends_with_its_caller() -> None:
+    class Handle:
+        def options(self, **_: object) -> "Handle":
+            return self
+
+        def remote(self, *_: object) -> "Call":
+            return Call()
+
+    class Call(NotStarted):
+        def __await__(self) -> Any:
+            return asyncio.sleep(60).__await__()
+
+    async def run() -> None:
+        task = asyncio.create_task(Fleet("fp32", {"fp32": Handle()}).call("fp32", "models"))  # type: ignore[dict-item]
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
+def test_what_is_no_error_of_the_service_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    service_error(RuntimeError("no such actor"))
+    assert "no such actor" in caplog.text
