@@ -105,7 +105,7 @@ def test_an_internal_error_shows_no_details(client: TestClient, monkeypatch: pyt
     still_serves(client)
 
 
-PUBLIC = {"/health", "/health/live", "/health/ready", "/favicon.ico"}
+PUBLIC = {"/health", "/health/live", "/health/ready", "/models/{model}/health", "/favicon.ico"}
 
 
 def all_routes(client: TestClient) -> list[tuple[str, str]]:

@@ -36,8 +36,9 @@ def test_head_answers_as_get_without_the_body(client: TestClient) -> None:
 
 def test_head_needs_the_key_that_get_needs(make_client: Callable[..., TestClient]) -> None:
     client = make_client(api_key="right")
+    public = {path.replace("{model}", "fake") for path in PUBLIC}
     for path in gettable(client):
-        assert client.head(path).status_code == (200 if path in PUBLIC else 401), path
+        assert client.head(path).status_code == (200 if path in public else 401), path
         right = client.head(path, headers={"Authorization": "Bearer right"}).status_code
         assert right == client.get(path, headers={"Authorization": "Bearer right"}).status_code
 
