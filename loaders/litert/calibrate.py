@@ -79,7 +79,7 @@ def calibrate(graph: Path, samples: Any, least_sqnr_db: float) -> Calibration:
                 own = model.subgraphs[at].tensors
                 ranges[_name(own[product.before])] = _limits(*chosen.ranges[one.before])
                 ranges[_name(own[product.after])] = _limits(*chosen.ranges[one.after])
-                operators.append(re.escape(_name(own[product.after])) + r"(?!\w)")
+                operators.append(f"^{re.escape(_name(own[product.after]))};?$")
     return Calibration(ranges, "|".join(operators), sorted(everything - static))
 
 
