@@ -98,8 +98,8 @@ def _quantize(options: Options, method: str, made_by: loaders.Maker) -> str:
     with ProgressBars(options.model_id) as bars:
         checkpoint = open_checkpoint(options.model_id, options.revision, bars)
         load_tokenizer(checkpoint)
-    trained = {"training_steps": options.steps, "granularity": options.granularity}
-    spec = replace(options.spec(checkpoint, slots=1), **trained)
+    spec = options.spec(checkpoint, slots=1)
+    spec = replace(spec, training_steps=options.steps, granularity=options.granularity)
     remark = _remark(options, method, spec)
     recipe = made_by.recipe(method, spec)
     make = partial(made_by.make, method, spec)

@@ -233,7 +233,7 @@ def test_families_are_trained_and_computed_by_the_kernels(name: str, tmp_path: P
 
 def test_the_granularity_of_a_training_is_kept_with_it(spec: ModelSpec, tmp_path: Path) -> None:
     few = replace(spec, training_steps=1, artifacts=tmp_path)
-    places = [make("qat-int8", replace(few, granularity=one)) for one in ("group", "channel")]  # type: ignore[arg-type]
+    places = [make("qat-int8", replace(few, granularity=one)) for one in ("group", "channel")]
     assert places[0] != places[1]
     assert loaders.load("qat-int8", replace(few, granularity="channel")).details["granularity"] == "channel"
     assert loaders.load("qat-int8", few).details["granularity"] == "group"
