@@ -13,10 +13,10 @@ from torch import Tensor
 
 from loaders.litert.lengths import STAND_IN, read
 from loaders.litert.messages import tell
-from loaders.litert.ranges import Layer, Read, choose_ranges
+from loaders.litert.ranges import Layer, Read, find_ranges
 from loaders.litert.steps import CHUNK, Description, step_name
 
-_JUDGED = 4  # one sample of so many judges the ranges that are found on the others
+_JUDGED = 4  # one sample of so many measures the errors of the ranges found on the others
 _LOWEST = np.finfo(np.float32).min
 _STEP = step_name(1, CHUNK, STAND_IN)
 
@@ -64,10 +64,10 @@ def calibrate(graph: Path, samples: Any, least_sqnr_db: float) -> Calibration:
     passes = _Passes(graph / "graph.tflite", place, description, len(samples))
     layers = [Layer(_matrix(model, tensors[one.matrix]), one.before, one.after) for one in products]
     judged = np.arange(len(samples)) % _JUDGED == _JUDGED - 1
-    chosen = choose_ranges(layers, passes.of(samples[~judged]), passes.of(samples[judged]))
+    found = find_ranges(layers, passes.of(samples[~judged]), passes.of(samples[judged]))
     kept = {
         one.buffer: one
-        for one, sqnr_db in zip(products, chosen.sqnr_db, strict=True)
+        for one, sqnr_db in zip(products, found.sqnr_db, strict=True)
         if sqnr_db >= least_sqnr_db
     }
     static = {name for one in kept.values() for name in description.names.get(_name(tensors[one.matrix]), ())}
@@ -77,9 +77,9 @@ def calibrate(graph: Path, samples: Any, least_sqnr_db: float) -> Calibration:
         for product in _products(model, at):
             if (one := kept.get(product.buffer)) is not None:
                 own = model.subgraphs[at].tensors
-                ranges[_name(own[product.before])] = _limits(*chosen.ranges[one.before])
-                ranges[_name(own[product.after])] = _limits(*chosen.ranges[one.after])
-                operators.append(re.escape(_name(own[product.after])) + r"(?!\w)")
+                ranges[_name(own[product.before])] = _limits(*found.ranges[one.before])
+                ranges[_name(own[product.after])] = _limits(*found.ranges[one.after])
+                operators.append(f"^{re.escape(_name(own[product.after]))};?$")
     return Calibration(ranges, "|".join(operators), sorted(everything - static))
 
 

@@ -1,9 +1,8 @@
-"""Constant ranges of activations, chosen by what they do to the outputs of layers. Runs in the converter's
-environment.
+"""Constant ranges of activations, and what they cost the outputs of layers.
 
-A layer of LiteRT in int8 has one range for all of its inputs, and one for its outputs. Candidates are the
-whole range that was seen, percentiles of it, and the range of the least squared error. The one is taken with
-which outputs are nearest to the float ones, on samples that the candidates were not found on.
+Runs in the converter's environment.
+A layer of LiteRT in int8 has one range for all of its inputs, and one for its outputs: the whole one that was
+seen. Percentiles and ranges of the least squared error were tried and gave larger divergences (docs/log.md).
 """
 
 import math
@@ -13,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loaders.affine import Histogram, Scheme, dequantize, parameters, quantize
-from loaders.affine.clipping import mse_range, percentile_range
+from loaders.affine import MinMaxObserver, Scheme, dequantize, parameters, quantize
 
 _SCHEME = Scheme(bits=8, symmetric=False)
-_PERCENTS = (99.99, 99.9)
+Range = tuple[float, float]
 Read = Callable[[int], Tensor]
 """The values of a tensor, by its place in the graph, in one pass."""
 
@@ -35,7 +33,7 @@ class Layer(NamedTuple):
     after: int
 
 
-class Chosen(NamedTuple):
+class Found(NamedTuple):
     """Ranges, and what they cost.
 
     Args:
@@ -43,69 +41,45 @@ class Chosen(NamedTuple):
         sqnr_db: of each layer's outputs with quantized inputs and outputs.
     """
 
-    ranges: Mapping[int, tuple[float, float]]
+    ranges: Mapping[int, Range]
     sqnr_db: Sequence[float]
 
 
-def choose_ranges(layers: Sequence[Layer], observed: Iterable[Read], judged: Iterable[Read]) -> Chosen:
-    """The best range of every tensor that a layer reads or writes.
+def find_ranges(layers: Sequence[Layer], observed: Iterable[Read], judged: Iterable[Read]) -> Found:
+    """The range of every tensor that a layer reads or writes.
 
     Args:
-        observed: passes on which candidates are found.
-        judged: other passes, on which they are compared.
+        observed: passes on which the ranges are found.
+        judged: other passes, on which the errors are measured.
+
+    Raises:
+        ValueError: a value is no finite number.
     """
-    histograms = {at: Histogram() for layer in layers for at in (layer.before, layer.after)}
+    observers = {at: MinMaxObserver() for layer in layers for at in (layer.before, layer.after)}
     for read in observed:
-        for at, histogram in histograms.items():
-            histogram.update(read(at))
-    candidates = {at: _candidates(histogram) for at, histogram in histograms.items()}
-    inputs = [torch.zeros(len(candidates[layer.before])) for layer in layers]
-    outputs = [torch.zeros(len(candidates[layer.after])) for layer in layers]
-    rows = 0
+        for at, observer in observers.items():
+            observer.update(read(at))
+    ranges: dict[int, Range] = {}
+    for at, observer in observers.items():
+        low, high = observer.range(_SCHEME)
+        ranges[at] = min(float(low), 0.0), max(float(high), 0.0)
+    errors, rows = [0.0] * len(layers), 0
     for read in judged:
         rows += len(_rows(read(layers[0].before)))
-        for layer, of_inputs, of_outputs in zip(layers, inputs, outputs, strict=True):
+        for at, layer in enumerate(layers):
             x, y = _rows(read(layer.before)), _rows(read(layer.after))
-            of_inputs += _errors(x, y, candidates[layer.before], layer.weight)
-            of_outputs += _errors(y, y, candidates[layer.after], None)
-    errors: dict[int, Tensor] = {}  # of a tensor's candidates, over the layers that read it
-    for layer, of_inputs, of_outputs in zip(layers, inputs, outputs, strict=True):
-        errors[layer.before] = errors.get(layer.before, 0) + of_inputs
-        errors.setdefault(layer.after, of_outputs)
-    best = {at: int(error.argmin()) for at, error in errors.items()}
-    pairs = zip(layers, inputs, outputs, strict=True)
-    off = [float(a[best[layer.before]] + b[best[layer.after]]) / rows for layer, a, b in pairs]
-    return Chosen(
-        {at: candidates[at][number] for at, number in best.items()},
-        [-10 * math.log10(max(one, 1e-12)) for one in off],
-    )
-
-
-def _candidates(histogram: Histogram) -> list[tuple[float, float]]:
-    found = [(min(histogram.low, 0.0), max(histogram.high, 0.0))]
-    for low, high in (
-        *(percentile_range(histogram, percent, _SCHEME) for percent in _PERCENTS),
-        mse_range(histogram, _SCHEME),
-    ):
-        found.append((float(low), float(high)))
-    return found
+            power = y.square().sum(-1).clamp_min(1e-20)
+            for off in (_error(x, ranges[layer.before]) @ layer.weight.t(), _error(y, ranges[layer.after])):
+                errors[at] += float((off.square().sum(-1) / power).sum())  # a text's first token may be huge
+    return Found(ranges, [-10 * math.log10(max(error / rows, 1e-12)) for error in errors])
 
 
 def _rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _errors(
-    values: Tensor, outputs: Tensor, candidates: Sequence[tuple[float, float]], weight: Tensor | None
-) -> Tensor:
-    """Of each range, the squared error in the outputs relative to the outputs' squares, summed over the rows.
-
-    Rows count equally: the first token of a text may be a hundred times as large as the others.
-    """
-    power, found = outputs.square().sum(-1).clamp_min(1e-20), []
-    for low, high in candidates:
-        scale, zero_point = parameters(torch.tensor(low), torch.tensor(high), _SCHEME)
-        off = dequantize(quantize(values, scale, zero_point, _SCHEME), scale, zero_point) - values
-        off = off if weight is None else off @ weight.t()
-        found.append((off.square().sum(-1) / power).sum())
-    return torch.stack(found)
+def _error(values: Tensor, limits: Range) -> Tensor:
+    """What quantization adds to the values."""
+    low, high = torch.tensor(limits)
+    scale, zero_point = parameters(low, high, _SCHEME)
+    return dequantize(quantize(values, scale, zero_point, _SCHEME), scale, zero_point).sub_(values)
