@@ -105,6 +105,17 @@ class Maker(Protocol):
     def make(self, precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None: ...
 
 
+class Converter(Protocol):
+    """What a ``Maker`` has that also makes files from a checkpoint that is saved in another precision."""
+
+    SOURCES: tuple[str, ...]
+    """These precisions."""
+
+    def remark(self, precision: str, spec: ModelSpec) -> str | None:
+        """What is lost by the conversion of this checkpoint; None if nothing is."""
+        ...
+
+
 def canonical(name: object) -> str:
     """The registry's name for a precision or alias.
 
@@ -128,6 +139,12 @@ def maker(precision: str) -> Maker | None:
     """The functions by which the precision's files are made; None if it has no files of its own."""
     module = cast(Any, loader(precision))
     return cast(Maker, module) if hasattr(module, "make") else None
+
+
+def converter(precision: str, saved: str) -> Converter | None:
+    """By which the precision is made from a checkpoint that is saved in another; None if it can't be."""
+    module = cast(Any, loader(precision))
+    return cast(Converter, module) if saved in getattr(module, "SOURCES", ()) else None
 
 
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:

@@ -82,8 +82,13 @@ class ModelSpec:
     """Text that calibrated precisions read, in UTF-8; None: the corpus' prose that is not held out."""
     training_steps: int = 200
     """qat-int8, qat-int4: updates of the weights in quantization-aware training."""
+    granularity: Literal["group", "channel"] = "group"
+    """qat-int8: what shares a scale in training: groups of weights and of activations, as on the compiled
+    kernels; or all weights of an output and all activations of a row, as in LiteRT."""
     artifacts: Path | None = None
     """Folder of the files that precisions make once; None: the user's cache."""
+    artifacts_limit: int | None = None
+    """Most bytes of that folder: beyond it the least recently used files are removed; None: no bound."""
     kv_dtype: Literal["auto", "fp32", "fp16"] = "auto"
     """Type of the KV cache of the compiled forward pass; ``auto``: fp32 for fp32, else fp16.
     Other runners use the type of the model."""

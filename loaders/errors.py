@@ -60,5 +60,9 @@ def in_short(error: BaseException) -> str:
     """A library's error as one line without paths, which can be shown to a client."""
     if isinstance(error, OSError):
         return type(error).__name__
-    message = _PATH.sub("…", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {message[:200]}".rstrip(": ")
+    return f"{type(error).__name__}: {without_paths(str(error))}".rstrip(": ")
+
+
+def without_paths(message: str) -> str:
+    """A message as one line of at most 200 characters, which can be shown to a client."""
+    return _PATH.sub("…", " ".join(message.split()))[:200]

@@ -1,8 +1,6 @@
 """Locating a checkpoint's files: the bundled model, a local folder, or a hub repository, downloaded once."""
 
-import contextlib
 import errno
-import re
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -17,10 +15,8 @@ from huggingface_hub.errors import (
 
 from loaders.base import Progress
 from loaders.errors import ModelNotFound
+from loaders.model_id import BUNDLED, is_hub_id, local_folder
 
-BUNDLED = "bundled"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _IGNORED = ["consolidated*", "original/*"]  # the same weights again, in the original layout of their authors
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
@@ -33,12 +29,12 @@ def locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Pat
         ModelNotFound
     """
     if model_id == BUNDLED:
+        _no_revision(revision, "the bundled model")
         return Path(__file__).parent / "bundled", BUNDLED, None
-    # not a path: too long, a NUL byte, an unknown home
-    with contextlib.suppress(OSError, ValueError, RuntimeError):
-        if model_id and (folder := Path(model_id).expanduser().resolve()).is_dir():
-            return folder, folder.name, None
-    if not _HUB_ID.fullmatch(model_id) or ".." in model_id:
+    if (folder := local_folder(model_id)) is not None:
+        _no_revision(revision, f"the folder {folder.name}")
+        return folder, folder.name, None
+    if not is_hub_id(model_id):
         shown = ascii(model_id if len(model_id) <= 200 else f"{model_id[:200]}…")
         raise ModelNotFound(
             f"the model {shown} is neither 'bundled', nor an existing folder, nor a hub id (owner/name)"
@@ -46,6 +42,11 @@ def locate(model_id: str, revision: str | None, progress: Progress) -> tuple[Pat
     progress("downloading", 0, 0)
     folder = _download(model_id, revision)
     return folder, model_id, folder.name
+
+
+def _no_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise ModelNotFound(f"{what} has no revision {revision!r}: only a model of the hub has revisions")
 
 
 def _download(model_id: str, revision: str | None) -> Path:

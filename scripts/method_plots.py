@@ -14,7 +14,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loaders.affine import dequantize, parameters, quantize
 from loaders.affine.applied import Matrix
-from loaders.affine.quantizer import parse
+from loaders.affine.quantizer import affine, parse
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
 from loaders.layer_errors import Originals
@@ -91,7 +91,7 @@ def clipping(axes: Any, weight: Tensor) -> None:
 
 def quantized(values: Tensor, name: str) -> Tensor:
     """The values that the codes of a matrix stand for."""
-    quantizer = parse(name)
+    quantizer = affine(name)
     scale, zero_point = parameters(*quantizer.ranges(Matrix(values, 64)), quantizer.scheme)
     return dequantize(quantize(values, scale, zero_point, quantizer.scheme), scale, zero_point)
 

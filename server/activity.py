@@ -19,7 +19,9 @@ class Activity:
     def __init__(self, *workloads: Workload) -> None:
         self._workloads = workloads
         self.replaying = False
-        """Set by ``Shadow`` while it replays a request."""
+        """Set by the ``Shadow`` that replays a request; of several models one does at a time."""
+        self.measuring = False
+        """Set by the ``Reports`` that make one: two at a time would disturb each other's figures."""
 
     def is_busy(self) -> bool:
         """Whether a request runs or waits, or a precision is being loaded."""

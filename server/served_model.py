@@ -109,7 +109,7 @@ async def build_models(
         places = places or Places(first.max_concurrent_requests, lifecycle, host, observer)
         opened.append(_open(one, checkpoint, tokenizer, metrics, observer, places, host, lifecycle, load))
     activity = Activity(*(one.service for one in opened), *(one.pool for one in opened))
-    models = [await _with_evaluation(one, activity) for one in opened]
+    models = [await _with_evaluation(one, activity, is_default=one is opened[0]) for one in opened]
     shadows = [model.shadow for model in models if model.shadow is not None]
     if places is not None and shadows:
         places.on_arrival = partial(_tell, shadows)
@@ -152,9 +152,10 @@ def _open(
     )
 
 
-async def _with_evaluation(opened: _Opened, activity: Activity) -> ServedModel:
+async def _with_evaluation(opened: _Opened, activity: Activity, is_default: bool) -> ServedModel:
     settings, pool = opened.settings, opened.pool
-    reports = Reports(settings, opened.checkpoint, activity)
+    asked_as = None if is_default else opened.name
+    reports = Reports(settings, opened.checkpoint, activity, asked_as)
     await reports.find_subject()
     shadow = None
     if settings.shadow_precision is not None:

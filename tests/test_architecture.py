@@ -44,9 +44,10 @@ LAYERS = (
     "loaders.hub loaders.config_check loaders.kernels loaders.manifest",
     "loaders",
     "loaders.config_values",
-    "loaders.errors",
+    "loaders.errors loaders.locking",
     "loaders.base",
-    "loaders.runner loaders.import_noise loaders.malloc loaders.tokenizer_faults loaders.bundled",
+    "loaders.runner loaders.import_noise loaders.malloc loaders.model_id "
+    "loaders.tokenizer_faults loaders.bundled",
     "loaders.affine loaders.kv_cache",
 )
 """Packages from the top down; a package imports from layers below its own."""

@@ -1,4 +1,4 @@
-"""Affine quantization: x ≈ S (q − Z) with integer codes q, a float32 scale S and an integer zero point Z."""
+"""Matrices as integer codes: affine ones, x ≈ S (q − Z), and places in tables, x ≈ S T[q]."""
 
 from loaders.affine.arithmetic import (
     Per,

@@ -7,22 +7,29 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loaders.affine.arithmetic import dequantize, grouped, parameters, quantize
+from loaders.affine.arithmetic import grouped
 from loaders.affine.error import ErrorSums
 from loaders.affine.histogram import Histogram
-from loaders.affine.quantizer import Quantizer
+from loaders.affine.quantizer import Method
 
 _WEIGHTS = 2**22  # quantized at a time
-_HALF = 0.5001  # of a scale: the largest error of rounding, computed in float32
+_ROUNDED = 1.0002  # of the largest error of rounding, which is computed in float32
 
 
 @dataclass(frozen=True)
 class Code:
-    """One weight's code, its scale and zero point, and the value that it stands for."""
+    """One weight's code, and the value that it stands for.
+
+    Args:
+        scale: of the weight's range.
+        zero_point: of the weight's range; None if the codes have none.
+        level: the value in scales: q - Z, or the table's.
+    """
 
     code: int
     scale: float
-    zero_point: int
+    zero_point: int | None
+    level: float
     value: float
 
 
@@ -33,9 +40,9 @@ class Applied:
     Args:
         ranges: the number of scales.
         scales: the smallest and the largest.
-        zero_points: the smallest and the largest.
+        zero_points: the smallest and the largest; None if the codes have none.
         limits: the smallest and the largest value that a code stands for.
-        clipped: the number of weights beyond the codes of their range: off by more than half a scale.
+        clipped: the number of weights beyond the codes of their range: off by more than rounding moves them.
         codes_used: the number of different codes.
         bits_per_weight: scales and zero points included.
         relative_error, max_error, sqnr_db: as in ``ErrorSums``.
@@ -43,10 +50,10 @@ class Applied:
         errors: histogram of W′ − W.
     """
 
-    quantizer: Quantizer
+    quantizer: Method
     ranges: int
     scales: tuple[float, float]
-    zero_points: tuple[int, int]
+    zero_points: tuple[int, int] | None
     limits: tuple[float, float]
     clipped: int
     codes_used: int
@@ -81,28 +88,27 @@ class Matrix:
         """Of the weights, in ``bins``."""
         return self._counts(self.weight)
 
-    def apply(self, quantizer: Quantizer) -> Applied:
+    def apply(self, quantizer: Method) -> Applied:
         """Raises: ValueError, if the rows can't be divided into groups."""
-        scheme = quantizer.scheme
-        scale, zero_point = self._parameters(quantizer)
-        used = torch.zeros(scheme.steps + 1, dtype=torch.int64)
+        scale, offset = quantizer.parameters(self)
+        used = torch.zeros(quantizer.codes, dtype=torch.int64)
+        reach = _ROUNDED * quantizer.reach
         counts, clipped = torch.zeros(self.bins, dtype=torch.int64), 0
         sums, errors = ErrorSums(), Histogram()
-        for rows, codes, scales, found in self._blocks(quantizer, scale, zero_point):
-            used += torch.bincount((codes - scheme.lowest).reshape(-1), minlength=len(used))
+        for rows, codes, scales, found in self._blocks(quantizer, scale, offset):
+            used += torch.bincount((codes - quantizer.lowest).reshape(-1), minlength=len(used))
             counts += self._counts(found)
-            clipped += int(((found - rows).abs() > _HALF * scales).sum())
+            clipped += int(((found - rows).abs() > reach * scales).sum())
             sums.add(rows, found)
             errors.update(found - rows)
+        zero_points = (int(offset.min()), int(offset.max())) if quantizer.has_zero_point else None
+        low, high = quantizer.limits(scale, offset)
         return Applied(
             quantizer,
             scale.numel(),
             (float(scale.min()), float(scale.max())),
-            (int(zero_point.min()), int(zero_point.max())),
-            (
-                float((scale * (scheme.lowest - zero_point)).min()),
-                float((scale * (scheme.highest - zero_point)).max()),
-            ),
+            zero_points,
+            (float(low.min()), float(high.max())),
             clipped,
             int((used > 0).sum()),
             quantizer.bits_per_weight(self.weight.shape[1], self.weight.numel()),
@@ -113,40 +119,43 @@ class Matrix:
             errors,
         )
 
-    def error(self, quantizer: Quantizer) -> ErrorSums:
+    def error(self, quantizer: Method) -> ErrorSums:
         """The error alone, in a fraction of the time.
 
         Raises:
             ValueError: the rows can't be divided into groups.
         """
         sums = ErrorSums()
-        for rows, _, _, found in self._blocks(quantizer, *self._parameters(quantizer)):
+        for rows, _, _, found in self._blocks(quantizer, *quantizer.parameters(self)):
             sums.add(rows, found)
         return sums
 
-    def code(self, quantizer: Quantizer, row: int, column: int) -> Code:
+    def code(self, quantizer: Method, row: int, column: int) -> Code:
         """The code of one weight."""
-        scale, zero_point = self._parameters(quantizer)
+        scale, offset = quantizer.parameters(self)
         if quantizer.per != "tensor":
             group = column // (self.weight.shape[1] if quantizer.per == "channel" else quantizer.per)
-            scale, zero_point = scale[row].reshape(-1)[group], zero_point[row].reshape(-1)[group]
-        code = quantize(self.weight[row, column], scale, zero_point, quantizer.scheme)
-        value = dequantize(code, scale, zero_point)
-        return Code(int(code), float(scale), int(zero_point), float(value))
-
-    def _parameters(self, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-        return parameters(*quantizer.ranges(self), quantizer.scheme)
+            scale, offset = scale[row].reshape(-1)[group], offset[row].reshape(-1)[group]
+        code = quantizer.encode(self.weight[row, column], scale, offset)
+        level = quantizer.decode(code, torch.ones(()), offset)
+        value = quantizer.decode(code, scale, offset)
+        zero = int(offset) if quantizer.has_zero_point else None
+        return Code(int(code), float(scale), zero, float(level), float(value))
 
     def _blocks(
-        self, quantizer: Quantizer, scale: Tensor, zero_point: Tensor
+        self, quantizer: Method, scale: Tensor, offset: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Some rows at a time, shaped as by ``grouped``: weights, codes, scales, and the codes' values."""
+        """Some rows at a time, shaped as by ``grouped``: weights, codes, scales, and the codes' values.
+
+        Args:
+            scale, offset: from ``parameters`` of the quantizer.
+        """
         size = max(1, _WEIGHTS // self.weight.shape[1])
         for start in range(0, len(self.weight), size):
             part = slice(start, start + size) if quantizer.per != "tensor" else ...
             rows = grouped(self.weight[start : start + size], quantizer.per)
-            codes = quantize(rows, scale[part], zero_point[part], quantizer.scheme)
-            yield rows, codes, scale[part], dequantize(codes, scale[part], zero_point[part])
+            codes = quantizer.encode(rows, scale[part], offset[part])
+            yield rows, codes, scale[part], quantizer.decode(codes, scale[part], offset[part])
 
     def _counts(self, values: Tensor) -> Tensor:
         low, high = self.histogram.low, self.histogram.high

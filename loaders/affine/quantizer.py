@@ -1,4 +1,4 @@
-"""A way of quantizing a matrix, by its name: ``int8-channel``, ``uint4-32``, ``int8-tensor-mse`` …"""
+"""A way of quantizing a matrix, by its name: ``int8-channel``, ``uint4-32``, ``int8-tensor-mse``, ``nf4``."""
 
 import re
 from dataclasses import dataclass
@@ -6,15 +6,19 @@ from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
+from loaders.affine import arithmetic
 from loaders.affine.arithmetic import Per, Scheme, min_max
 from loaders.affine.clipping import Range, kl_range, mse_range, mse_ranges, percentile_range
 from loaders.affine.histogram import Histogram
+from loaders.affine.tables import TableQuantizer
+from loaders.affine.tables import parse as parse_table
 
 Clipping = Literal["minmax", "percentile", "mse", "kl"]
 _PERCENT = 99.99
 NAMES = """\
 int2 … int16 (symmetric), with -full for the lowest code too, or uint2 … uint16 (asymmetric); then
--tensor, -channel (the default) or the size of a group; then -mse, or per tensor -percentile or -kl"""
+-tensor, -channel (the default) or the size of a group; then -mse, or per tensor -percentile or -kl;
+or nf4 or fp4, with the size of a block (64), with -nested for scales in eight bits"""
 """What a name is made of."""
 
 
@@ -36,6 +40,41 @@ class Quantizer:
     scheme: Scheme
     per: Per = "channel"
     clipping: Clipping = "minmax"
+
+    has_zero_point = True
+    reach = 0.5
+    """The largest error of rounding, in scales."""
+
+    @property
+    def bits(self) -> int:
+        return self.scheme.bits
+
+    @property
+    def codes(self) -> int:
+        """How many there are."""
+        return self.scheme.steps + 1
+
+    @property
+    def lowest(self) -> int:
+        return self.scheme.lowest
+
+    def parameters(self, matrix: Values) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each range, which broadcast against ``grouped(weight, per)``.
+
+        Raises:
+            ValueError: the rows can't be divided into groups.
+        """
+        return arithmetic.parameters(*self.ranges(matrix), self.scheme)
+
+    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return arithmetic.quantize(x, scale, zero_point, self.scheme)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return arithmetic.dequantize(codes, scale, zero_point)
+
+    def limits(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value of each range's codes."""
+        return scale * (self.scheme.lowest - zero_point), scale * (self.scheme.highest - zero_point)
 
     def ranges(self, matrix: Values) -> Range:
         """The (low, high) of each range of a matrix, which broadcast against ``grouped(weight, per)``.
@@ -59,12 +98,20 @@ class Quantizer:
         return self.scheme.bits + (32 + (0 if self.scheme.symmetric else self.scheme.bits)) / sharing
 
 
-def parse(name: str) -> Quantizer:
+Method = Quantizer | TableQuantizer
+
+
+def parse(name: str) -> Method:
     """The quantizer of a name.
 
     Raises:
         ValueError: the name has another form.
     """
+    return parse_table(name) or affine(name)
+
+
+def affine(name: str) -> Quantizer:
+    """As ``parse``, of affine codes alone."""
     first, *words = name.split("-")
     kind = re.fullmatch(r"(u?)int(\d{1,2})", first)
     if kind is None or not 2 <= int(kind[2]) <= 16:

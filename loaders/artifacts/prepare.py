@@ -6,21 +6,21 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 import loaders
+from loaders.artifacts.cache import evict
+from loaders.artifacts.in_use import hold, release
 from loaders.artifacts.recipe import KEY, describe, describe_model, key_of
 from loaders.base import ModelSpec, Progress, Recipe
 from loaders.errors import CheckpointError, LoaderError
+from loaders.locking import locked
 from loaders.manifest import ManifestError, read_manifest, verify, write_manifest
 
 Make = Callable[[Path, Progress], None]
 """Writes a precision's files into an empty folder."""
 
-_POLL = 0.5  # seconds between two tries for the lock
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
     """The folder with a precision's files: a saved checkpoint's own, the cached ones, or new ones.
 
     Cached files that are damaged are made again. While another process makes the same files, this one waits.
+    They stay until this process ends, even if the cache then exceeds ``spec.artifacts_limit``.
 
     Args:
         make: writes the files; None if that takes so long that a person must start it. Files of the same
@@ -53,13 +54,27 @@ def prepare(spec: ModelSpec, recipe: Recipe, make: Make | None, progress: Progre
     folder = place_of(spec, recipe)
     if make is None:
         for made in (folder, *_made_otherwise(folder, spec, recipe)):
-            if is_whole(made):
+            if _held(made):
                 return made
         raise NotPrepared(_not_prepared(spec, recipe.method))
     with _locked(folder, progress):
-        if not is_whole(folder):
+        if not _held(folder):
             _build(folder, spec, recipe, make, progress)
+            hold(folder)
+    if spec.artifacts_limit is not None:
+        evict(folder.parent, spec.artifacts_limit)
     return folder
+
+
+def _held(folder: Path) -> bool:
+    """Whether all files are as they were written; if so, this process keeps others from removing them."""
+    if not folder.is_dir():
+        return False
+    hold(folder)
+    if is_whole(folder):
+        return True
+    release(folder)
+    return False
 
 
 def is_made(precision: str, spec: ModelSpec) -> bool:
@@ -171,22 +186,17 @@ def is_whole(folder: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Holds the lock of a folder; reports while another process has it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
-        while True:
-            try:
-                lock.acquire(timeout=_POLL)
-                break
-            except Timeout:
-                progress("waiting for another process", 0, 0)
-    except OSError as error:
-        raise _not_kept(folder, error) from error
-    try:
+    """As ``locked``.
+
+    Raises:
+        NotKept
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, progress))
+        except OSError as error:
+            raise _not_kept(folder, error) from error
         yield
-    finally:
-        lock.release()
 
 
 def _remove(folder: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+from loaders.artifacts.in_use import hold
 from loaders.artifacts.prepare import Make, NotKept, is_whole, place_of
 from loaders.artifacts.recipe import describe, describe_model
 from loaders.base import Checkpoint, ModelSpec, Progress, Recipe
@@ -34,6 +35,8 @@ def save(spec: ModelSpec, recipe: Recipe, make: Make, out: Path, progress: Progr
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        if cached.is_dir():
+            hold(cached)
         if is_whole(cached):
             shutil.copytree(cached, partial, dirs_exist_ok=True)
         else:

@@ -43,10 +43,15 @@ def quantize_lanes(weight: Tensor) -> tuple[Tensor, Tensor]:
     for rows, into in zip(weight.split(_ROWS), codes.split(_ROWS), strict=True):
         lanes = rows.reshape(len(rows), -1, INT8_LANES, 4)
         exact = (lanes.abs().amax(dim=(1, 3)) / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-        above = ((exact.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+        above = bfloat16_above(exact)
         into.copy_((lanes / above[:, None, :, None]).round_().view(rows.shape))
         scales.append(above.bfloat16())
     return codes, torch.cat(scales)
+
+
+def bfloat16_above(exact: Tensor) -> Tensor:
+    """The smallest numbers of bfloat16 that are not below positive float32 ones, as float32."""
+    return ((exact.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
 def int8_linear(

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loaders.kernels import FourBit
-from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
 from loaders.layers.dequantize import dequantize_int8
-from loaders.layers.dynamic_int8_linear import quantize_lanes
 from loaders.layers.huge_pages import Arena
+from loaders.layers.int8_grids import GROUPS, Int8Grid
 from loaders.layers.native_linear import NativeLinear
 
 FOUR_BIT_BLOCK = 64
 """Weights of a row that share a scale."""
 _LOWEST, _HIGHEST = -8, 7  # four-bit codes
 _SHARES = [share / 100 for share in range(50, 112, 2)]  # of the scale that covers a block's range
-_STEPS, _LANE_VALUES = 4, 4  # an activation's group of 16: four values in each of four steps
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -94,16 +92,24 @@ class FakeFourBitLinear(FakeQuantizedLinear):
 
 
 class FakeInt8Linear(FakeQuantizedLinear):
-    """Weights and activations in int8, each with a scale for a group, as ``dynamic-int8`` computes.
+    """Weights and activations in int8.
 
     Args:
         input_scale: (inputs,) factors by which the weights are multiplied first, as ``fold_norms`` returns.
+        grid: what shares a scale; by default as ``dynamic-int8`` computes.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_scale: Tensor | None = None,
+        grid: Int8Grid = GROUPS,
+    ) -> None:
         super().__init__(weight, bias)
         self.input_scale: Tensor | None
         self.register_buffer("input_scale", input_scale)
+        self._grid = grid
         self._frozen: Tensor | None = None  # of a weight that isn't trained
 
     def quantized_weight(self) -> Tensor:
@@ -115,21 +121,21 @@ class FakeInt8Linear(FakeQuantizedLinear):
 
     def _quantized(self) -> Tensor:
         weight = self._scaled()
-        return _straight_through(weight, dequantize_int8(*quantize_lanes(weight.detach())))
+        return _straight_through(weight, dequantize_int8(*self._grid.quantize(weight.detach())))
 
     def resolution(self) -> float:
         scaled = self._scaled().detach()
         unscaled = self.weight.detach().abs().mean() / scaled.abs().mean().clamp_min(1e-30)
-        return float(unscaled * quantize_lanes(scaled)[1].float().mean())
+        return float(unscaled * self._grid.quantize(scaled)[1].float().mean())
 
     def to_native(self, arena: Arena) -> NativeLinear:
-        codes, scales = quantize_lanes(self._scaled().detach())
+        codes, scales = self._grid.quantize(self._scaled().detach())
         linear = NativeLinear("int8", codes, self.bias, scales, arena=arena)
         linear.input_scale = self.input_scale
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = _straight_through(x, round_activations(x.detach().float()).to(x.dtype))
+        rounded = _straight_through(x, self._grid.round(x.detach().float()).to(x.dtype))
         return functional.linear(rounded, self.quantized_weight(), self.bias)
 
     def _scaled(self) -> Tensor:
@@ -185,27 +191,6 @@ def best_scales(weight: Tensor) -> Tensor:
     return best
 
 
-def round_activations(x: Tensor) -> Tensor:
-    """Activations as the kernels round them to int8 (``int8_rows.h``), with a scale for 16 values.
-
-    The values of a group are strided: of four steps of 64 inputs, the four of one lane; in each of the last
-    steps of a row, four values have a scale of their own.
-    """
-    step = INT8_LANES * _LANE_VALUES
-    whole = x.shape[-1] // (_STEPS * step) * _STEPS * step
-    parts = x[..., :whole], x[..., whole:]
-    shapes = (-1, _STEPS, INT8_LANES, _LANE_VALUES), (-1, 1, INT8_LANES, _LANE_VALUES)
-    rounded = [_round_groups(part.reshape(shape)) for part, shape in zip(parts, shapes, strict=True)]
-    found = [one.reshape(part.shape) for one, part in zip(rounded, parts, strict=True)]
-    return torch.cat(found, dim=-1)
-
-
-def _round_groups(groups: Tensor) -> Tensor:
-    ranges = groups.abs().amax(dim=(-1, -3), keepdim=True)
-    inverse = torch.where(ranges >= 1e-30, 127 / ranges, 0.0)
-    return (groups * inverse).round_() * (ranges / 127)
-
-
 def _straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
     """The rounded values, with the gradient of the exact ones."""
     found: Tensor = _Identity.apply(exact, rounded)  # type: ignore[no-untyped-call]
@@ -220,6 +205,3 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
-
-
-assert ACTIVATION_GROUP == _STEPS * _LANE_VALUES

@@ -34,10 +34,26 @@ def fold_norms(model: PreTrainedModel, head: bool) -> dict[str, Tensor]:
         if not _foldable(norm, linears):
             continue
         divisor = _divisor(norm, linears)
-        norm.weight.data = norm.weight.data / divisor
+        norm.weight.data = (norm.weight.data / divisor).to(norm.weight.dtype)  # exact, in 16 bits as well
         if _bias(norm) is not None:
-            norm.bias.data = norm.bias.data / divisor
+            norm.bias.data = (norm.bias.data / divisor).to(norm.bias.dtype)
         factors |= {names[linear]: divisor for linear in linears}
+    return factors
+
+
+def fold_into_weights(model: PreTrainedModel, head: bool) -> dict[str, Tensor]:
+    """Folds norms, and multiplies the weights of the layers that follow: the function stays as it was.
+
+    Args:
+        head: the last norm too; a tied head then has a matrix of its own.
+
+    Returns: as ``fold_norms``, of the layers whose weights were multiplied.
+    """
+    factors = fold_norms(model, head)
+    for name, factor in factors.items():
+        layer: Any = model.get_submodule(name)
+        scaled = layer.weight.detach() * (factor[:, None] if isinstance(layer, Conv1D) else factor)
+        layer.weight = nn.Parameter(scaled.to(layer.weight.dtype), requires_grad=False)
     return factors
 
 

@@ -1,5 +1,6 @@
 """A linear layer whose weight is one of torchao's quantized tensors. The only module that imports torchao."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,10 +30,14 @@ class TorchAOLinear(nn.Module):
     Args:
         layer: on its device; for int4 with a multiple of ``GROUP`` inputs.
         compute: the type of the product.
+        input_scale: (inputs,) factors that the weights include, as those of ``fold_into_weights``.
     """
 
-    def __init__(self, layer: nn.Linear, kind: Kind, compute: torch.dtype) -> None:
+    def __init__(
+        self, layer: nn.Linear, kind: Kind, compute: torch.dtype, input_scale: Tensor | None = None
+    ) -> None:
         super().__init__()
+        self.input_scale = input_scale  # a plain attribute: no product reads it
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias, self.compute = layer.bias, compute
         exact = layer.weight.detach()
@@ -47,7 +52,8 @@ class TorchAOLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def layer_weights(self) -> LayerWeights:
-        return _int8(self.weight) if isinstance(self.weight, Int8Tensor) else _int4(self.weight)
+        weights = _int8(self.weight) if isinstance(self.weight, Int8Tensor) else _int4(self.weight)
+        return replace(weights, input_scale=self.input_scale)
 
 
 def _config(kind: Kind, device: torch.device) -> Any:

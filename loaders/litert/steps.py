@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 CHUNK = 32
 """Tokens of the step that reads prompts."""
+DYNAMIC, TRAINED = "dynamic.json", "trained.json"
+"""Files in which the converter writes the layers of these fields of a ``Description``."""
 SIZES = ((1, 1), (1, CHUNK))
 """(rows, tokens) of each step. XNNPACK rounds a row otherwise alone than beside others: rows are computed one
 after another, so that a row's result doesn't depend on the batch."""
@@ -31,6 +33,8 @@ class Description:
         vocabulary: logits of a token.
         windows: the attention window of each kind of layer; None: it attends to everything before it.
         names: the model's layers by the name of the tensor that holds their matrix.
+        trained: of a checkpoint that was trained quantized, the layers whose codes and scales are kept.
+        dynamic: of a calibrated model, the layers whose activations have no constant ranges.
     """
 
     layers: int
@@ -40,6 +44,8 @@ class Description:
     vocabulary: int
     windows: Mapping[str, int | None]
     names: Mapping[str, Sequence[str]]
+    trained: Sequence[str] | None = None
+    dynamic: Sequence[str] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -52,7 +52,8 @@ def graph_of(model: PreTrainedModel, name: str) -> Any:
     import onnx_ir as ir
 
     config = {**model.config.to_dict(), "_name_or_path": None}
-    key = f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=repr)}"
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    key = f"{type(model).__name__} {tied} {json.dumps(config, sort_keys=True, default=repr)}"
     if key not in _traced:
         _traced[key] = _trace(model, name)
     graph: Any = ir.from_proto(onnx.ModelProto.FromString(_traced[key]))

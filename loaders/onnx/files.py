@@ -1,19 +1,25 @@
 """From a loaded model to the graph's file that is served."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loaders.layers.affine_blocks import BLOCK, AffineBlocks
 from loaders.onnx import quantize
+from loaders.onnx.blocks import look_up_blocks, multiply_blocks
 from loaders.onnx.calibrate import calibrate
 from loaders.onnx.export import graph_of
 from loaders.onnx.lowering import lower
+from loaders.onnx.weights import write_factors
 
 SERVED = "model.onnx"
 FLOAT = "float.onnx"
 _RAW = "quantized.onnx"
+Factors = Mapping[str, Tensor]
+"""Those of ``fold_into_weights``, by layer."""
 
 
 def write_float(model: PreTrainedModel, name: str, path: Path, separate_head: bool) -> None:
@@ -28,18 +34,20 @@ def write_float(model: PreTrainedModel, name: str, path: Path, separate_head: bo
     save(graph, path)
 
 
-def quantize_int8(folder: Path, head: "Head", keep_head: bool) -> None:
+def quantize_int8(folder: Path, head: "Head", keep_head: bool, factors: Factors) -> None:
     """The served int8 graph from the float one, which is removed."""
     raw = folder / _RAW
     quantize.quantize_dynamically(folder / FLOAT, raw, [head.name] if keep_head else [])
     model = read(raw)
     quantize.quantize_by_row(model.graph)
     if head.embedding is not None and not keep_head:
-        quantize.look_up_codes(model.graph, head.embedding, head.name)
-    finish(model, folder)
+        factor = factors.get(head.name)
+        quantize.look_up_codes(model.graph, head.embedding, head.name, factor)
+        factors = factors if factor is None else {**factors, head.embedding: factor}
+    finish(model, folder, factors)
 
 
-def quantize_static_int8(folder: Path, head: "Head", samples: Tensor) -> None:
+def quantize_static_int8(folder: Path, head: "Head", samples: Tensor, factors: Factors) -> None:
     """The served graph with constant ranges of activations from the float one, which is removed.
 
     Layers with outliers in their activations quantize them by the row; the head stays in float32.
@@ -55,7 +63,7 @@ def quantize_static_int8(folder: Path, head: "Head", samples: Tensor) -> None:
     model = read(raw)
     quantize.quantize_by_row(model.graph)
     quantize.multiply_integers(model.graph)
-    finish(model, folder)
+    finish(model, folder, factors)
 
 
 def products(graph: Any) -> list[str]:
@@ -63,15 +71,17 @@ def products(graph: Any) -> list[str]:
     return [node.name for node in graph if node.op_type == "MatMul"]
 
 
-def quantize_int4(folder: Path, head: "Head") -> None:
-    """The served four-bit graph from the float one, which is removed."""
-    raw = folder / _RAW
-    quantize.quantize_four_bits(folder / FLOAT, raw, head.name)
-    model = read(raw)
-    quantize.name_products(model.graph)
-    if head.embedding is not None:
-        quantize.look_up_blocks(model.graph, head.embedding, head.name)
-    finish(model, folder)
+def write_int4(folder: Path, head: "Head", layers: Mapping[str, AffineBlocks], factors: Factors) -> None:
+    """The served four-bit graph from the float one, which is removed.
+
+    Args:
+        layers: the blocks of every linear layer.
+    """
+    model = read(folder / FLOAT)
+    multiply_blocks(model.graph, layers)
+    if head.embedding is not None and layers[head.name].inputs % BLOCK == 0:
+        look_up_blocks(model.graph, head.embedding, head.name)
+    finish(model, folder, factors)
 
 
 class Head:
@@ -102,11 +112,16 @@ def save(model: Any, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data")
 
 
-def finish(model: Any, folder: Path) -> None:
-    """Saves the served graph; removes the files that it was made from."""
+def finish(model: Any, folder: Path, factors: Factors) -> None:
+    """Saves the served graph; removes the files that it was made from.
+
+    Args:
+        factors: included in its weights.
+    """
     from onnx_ir.passes.common import RemoveUnusedNodesPass  # optional
 
     RemoveUnusedNodesPass()(model)
+    write_factors(model, factors)
     model.opset_imports.setdefault("com.microsoft", 1)
     save(model, folder / SERVED)
     for path in folder.iterdir():

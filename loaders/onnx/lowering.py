@@ -39,6 +39,10 @@ def replace(graph: Any, node: Any, nodes: list[Any]) -> None:
     new.name = name
 
 
+def node_of(graph: Any, layer: str) -> Any:
+    return next(node for node in graph if node.name == layer)
+
+
 def constant(graph: Any, name: str, array: Any) -> Any:
     """A new initializer."""
     import onnx_ir as ir

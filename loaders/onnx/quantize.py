@@ -10,18 +10,16 @@ there (255 × 64 × 2 < 2¹⁵); with 7 bits of activations instead, SmolLM2's m
 0.053.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from loaders.onnx.lowering import constant, replace
+from loaders.onnx.lowering import constant, node_of, replace
 
-BLOCK = 32  # weights that share a scale in four bits
-_IN_INT8 = 4  # ONNX Runtime's accuracy level of products whose activations are quantized to int8
 _LEVELS = 127  # largest quantized magnitude of an activation
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
@@ -130,63 +128,14 @@ def multiply_integers(graph: Any) -> None:
         replace(graph, product, [multiplied])
 
 
-def quantize_four_bits(source: Path, target: Path, head: str) -> None:
-    """Blocks of 32 weights with a scale and a zero point, in four bits; the head's in eight.
-
-    MatMulNBits quantizes activations to int8 in such blocks, each row by itself.
-    """
-    import onnx  # optional
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # optional
-
-    model = onnx.load(source)
-    names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
-    for bits, kept in ((4, [head]), (8, [name for name in names if name != head])):
-        quantizer = MatMulNBitsQuantizer(
-            model,
-            bits=bits,
-            block_size=BLOCK,
-            is_symmetric=False,
-            accuracy_level=_IN_INT8,
-            nodes_to_exclude=kept,
-        )
-        quantizer.process()
-        model = quantizer.model.model
-    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
-
-
-def name_products(graph: Any) -> None:
-    """Gives the products of MatMulNBitsQuantizer the names of their layers again."""
-    for node in graph:
-        if node.op_type == "MatMulNBits":
-            node.name = re.sub(r"_Q[48]$", "", node.name)
-
-
-def look_up_blocks(graph: Any, embedding: str, head: str) -> None:
-    """Looks the rows of a tied embedding up in the blocks of the head, which are stored once."""
-    import onnx_ir as ir
-
-    lookup, product = node_of(graph, embedding), node_of(graph, head)
-    table, ids = lookup.inputs
-    _, codes, scales, zero_points = product.inputs
-    flat = constant(graph, f"{head}.flat", np.array([codes.shape[0], -1]))
-    parts = [ir.node("Reshape", [value, flat]) for value in (codes, scales, zero_points)]
-    data, by_block, middles = (part.outputs[0] for part in parts)
-    found = ir.node(
-        "GatherBlockQuantized",
-        [data, ids, by_block, middles],
-        attributes={"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1},
-        domain="com.microsoft",
-        name=embedding,
-    )
-    replace(graph, lookup, [*parts, found])
-    del graph.initializers[table.name]
-
-
-def look_up_codes(graph: Any, embedding: str, head: str) -> None:
+def look_up_codes(graph: Any, embedding: str, head: str, factor: Tensor | None) -> None:
     """Looks the rows of a tied embedding up in the head's codes, which then are stored once.
 
     They are (rows, width) in the file; the head multiplies by their transpose, which ONNX Runtime computes
     when it loads the graph.
+
+    Args:
+        factor: (width,) that the head's weights include; it is divided out.
     """
     import onnx_ir as ir
 
@@ -202,15 +151,13 @@ def look_up_codes(graph: Any, embedding: str, head: str) -> None:
     floats = ir.node("Cast", [found.outputs[0]], attributes={"to": ir.DataType.FLOAT})
     columns = ir.node("Reshape", [scales, column])
     scale = ir.node("Gather", [columns.outputs[0], ids])
-    replace(
-        graph, lookup, [found, floats, columns, scale, ir.node("Mul", [floats.outputs[0], scale.outputs[0]])]
-    )
+    nodes = [found, floats, columns, scale, ir.node("Mul", [floats.outputs[0], scale.outputs[0]])]
+    if factor is not None:
+        inverse = constant(graph, f"{head}.inverse", (1 / factor).numpy())
+        nodes.append(ir.node("Mul", [nodes[-1].outputs[0], inverse]))
+    replace(graph, lookup, nodes)
     for unused in (table, codes):
         del graph.initializers[unused.name]
-
-
-def node_of(graph: Any, layer: str) -> Any:
-    return next(node for node in graph if node.name == layer)
 
 
 def _product(layer: str, codes: Any, weight: Any, scale: Any, scales: Any, zero_point: Any) -> Any:

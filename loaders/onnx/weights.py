@@ -1,14 +1,20 @@
 """The weights in a graph's file: their layers, formats and bytes."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loaders.layers.affine_blocks import unpack
 from loaders.layers.layer_weights import LayerWeights, dense
+
+_FACTORS = "bitdial.input_scale"
+"""Metadata of a graph: by layer and channel, powers of two that its weights include."""
 
 
 class GraphWeights:
@@ -27,9 +33,15 @@ class GraphWeights:
 
     def layers(self) -> dict[str, tuple[str, LayerWeights]]:
         """The operation that multiplies or looks up each layer's matrix, and the matrix, by layer."""
-        nodes = {node.name: node for node in self._graph}
-        found = {name: nodes[name] for name in self._layers}
-        return {name: (node.op_type, _READERS[node.op_type](node)) for name, node in found.items()}
+        nodes, found = {node.name: node for node in self._graph}, {}
+        factors = json.loads(self._model.metadata_props.get(_FACTORS, "{}"))
+        for name in self._layers:
+            node = nodes[name]
+            weights = _READERS[node.op_type](node)
+            if name in factors:
+                weights = replace(weights, input_scale=_factor(factors[name], weights.shape[1]))
+            found[name] = node.op_type, weights
+        return found
 
     def by_row(self) -> list[str]:
         """The layers that quantize each row of activations by its own largest magnitude."""
@@ -64,6 +76,23 @@ class GraphWeights:
         if self._model is None:
             raise RuntimeError("the runner is closed")
         return self._model.graph
+
+
+def write_factors(model: Any, factors: Mapping[str, Tensor]) -> None:
+    """Notes the powers of two that the weights of a graph include, by layer, for ``GraphWeights``."""
+    exponents = {
+        name: {str(at): power for at, power in enumerate(factor.log2().int().tolist()) if power}
+        for name, factor in factors.items()
+    }
+    if any(exponents.values()):
+        model.metadata_props[_FACTORS] = json.dumps(exponents)
+
+
+def _factor(exponents: Mapping[str, int], width: int) -> Tensor:
+    powers = torch.zeros(width)
+    for channel, power in exponents.items():
+        powers[int(channel)] = power
+    return powers.exp2()
 
 
 def _read(value: Any) -> Tensor:
@@ -112,12 +141,13 @@ def _blocks(node: Any) -> LayerWeights:
     bits = node.attributes["bits"].as_int()
     block = node.attributes["block_size"].as_int()
     outputs = codes.shape[0]
-    width = codes[0].numel() * 8 // bits
+    stored = codes[0].numel() * 8 // bits
+    width = node.attributes["K"].as_int() if node.op_type == "MatMulNBits" else stored
 
     def dequantize() -> Tensor:
-        values = _unpacked(codes.view(outputs, -1), bits).view(outputs, -1, block).float()
-        middle = _unpacked(zeros.view(outputs, -1), bits)[:, : values.shape[1], None].float()
-        return ((values - middle) * scales.view(outputs, -1, 1)).view(outputs, -1)
+        values = unpack(codes.view(outputs, -1), bits).view(outputs, -1, block).float()
+        middle = unpack(zeros.view(outputs, -1), bits)[:, : values.shape[1], None].float()
+        return ((values - middle) * scales.view(outputs, -1, 1)).view(outputs, -1)[:, :width]
 
     kind = "int8" if bits == 8 else f"{bits}-bit"
     state = [("scales", scales), ("zero_points", zeros)]
@@ -127,13 +157,6 @@ def _blocks(node: Any) -> LayerWeights:
 def _source(value: Any) -> Any:
     """The initializer that a value is, or is another shape of."""
     return value if value.const_value is not None else value.producer().inputs[0]
-
-
-def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    """(rows, bytes) → (rows, codes)."""
-    if bits == 8:
-        return packed
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
 _FOLDED = {"Transpose", "Reshape"}  # computed from constants when a session opens

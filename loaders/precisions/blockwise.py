@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loaders.architectures import UnsupportedArchitecture, architecture_of
 from loaders.base import Progress
 from loaders.errors import CheckpointError
 
+_VALUES, _DOWN = "v_proj", "down_proj"  # as most architectures name them
 Replace = Callable[[str, "nn.Linear | Conv1D", Tensor | None], None]
 """Called with a layer's name, the layer and Σ x xᵀ of its inputs, which is None if it had none."""
 
@@ -33,6 +35,21 @@ def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise CheckpointError(f"{type(model).__name__} has no list of blocks to calibrate one by one")
+
+
+def targets(model: PreTrainedModel) -> list[tuple[str, "nn.Linear | Conv1D"]]:
+    """The linear layers of the blocks, with their full names."""
+    prefix, blocks = blocks_of(model)
+    return [(f"{prefix}.{name}", layer) for name, layer in linears_of(blocks)]
+
+
+def sensitive_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that lose most in four bits, which get eight."""
+    try:
+        down = architecture_of(model.config).block.down
+    except UnsupportedArchitecture:
+        down = _DOWN
+    return {name for name, _ in targets(model) if name.endswith((f".{_VALUES}", f".{down}"))}
 
 
 def linears_of(block: nn.Module) -> Iterator[tuple[str, "nn.Linear | Conv1D"]]:

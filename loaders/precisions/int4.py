@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
-from loaders.architectures import UnsupportedArchitecture, architecture_of
 from loaders.artifacts import Recipe, prepare
 from loaders.artifacts.native_weights import load_native, save_native
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
@@ -25,18 +24,17 @@ from loaders.footprint import count_parameters, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP, INT4_GROUP
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
-from loaders.layers.gptq import quantize
 from loaders.layers.huge_pages import Arena
+from loaders.layers.int4_rounding import quantize
 from loaders.layers.native_linear import NativeLinear, adopt
-from loaders.layers.norm_folding import fold_norms
+from loaders.layers.norm_folding import fold_into_weights
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
-from loaders.precisions.blockwise import blocks_of, linears_of, quantize_blocks
+from loaders.precisions.blockwise import blocks_of, quantize_blocks, sensitive_layers, targets
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import is_compiled, runner_for
 
 SAMPLES, LENGTH = 32, 512
 _STEP = 64  # the inputs of a matrix on the kernels are a multiple of it
-_VALUES, _DOWN = "v_proj", "down_proj"  # as most architectures name them
 _LEAST = 0.5  # of the weights of blocks that must be in linear layers
 
 
@@ -51,8 +49,8 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
     size: int = 4 * count_parameters(model)
-    sensitive = _sensitive(model)
-    for name, layer in _targets(model):
+    sensitive = sensitive_layers(model)
+    for name, layer in targets(model):
         outputs, inputs = _shape(layer)
         own = int8_linear_bytes(outputs, inputs) if name in sensitive else _int4_bytes(outputs, inputs)
         size += own - 4 * outputs * inputs
@@ -109,14 +107,14 @@ def check(spec: ModelSpec) -> None:
     """
     model, name = meta_model(spec), spec.checkpoint.model_id
     _, blocks = blocks_of(model)
-    linear = sum(layer.weight.numel() for _, layer in _targets(model))
+    linear = sum(layer.weight.numel() for _, layer in targets(model))
     matrices = sum(one.numel() for one in blocks.parameters() if one.dim() > 1)
     if linear <= _LEAST * matrices:
         raise CheckpointError(
             f"{name} can't be served in int4: most weights of its blocks are in no linear layers "
             "(a mixture of experts, for example)"
         )
-    for at, layer in _targets(model):
+    for at, layer in targets(model):
         if _shape(layer)[1] % _STEP:
             raise CheckpointError(
                 f"{name} can't be served in int4: {at} has {_shape(layer)[1]} inputs, no multiple of "
@@ -126,10 +124,8 @@ def check(spec: ModelSpec) -> None:
 
 def quantize_model(model: PreTrainedModel, samples: Tensor, progress: Progress) -> None:
     """Replaces the linear layers of a float32 model by quantized ones on the kernels."""
-    arena, sensitive = Arena(), _sensitive(model)
-    factors = fold_norms(model, head=False)
-    for name, factor in factors.items():
-        _multiply(model.get_submodule(name), factor)
+    arena, sensitive = Arena(), sensitive_layers(model)
+    factors = fold_into_weights(model, head=False)
     _quantize_head(model, arena)
 
     def replace(name: str, layer: nn.Linear | Conv1D, hessian: Tensor | None) -> None:
@@ -161,21 +157,6 @@ def _quantize_head(model: PreTrainedModel, arena: Arena) -> None:
         share_embedding(model)
 
 
-def _targets(model: PreTrainedModel) -> list[tuple[str, "nn.Linear | Conv1D"]]:
-    """The linear layers of the blocks, with their full names."""
-    prefix, blocks = blocks_of(model)
-    return [(f"{prefix}.{name}", layer) for name, layer in linears_of(blocks)]
-
-
-def _sensitive(model: PreTrainedModel) -> set[str]:
-    """Names of the layers that are int8."""
-    try:
-        down = architecture_of(model.config).block.down
-    except UnsupportedArchitecture:
-        down = _DOWN
-    return {name for name, _ in _targets(model) if name.endswith((f".{_VALUES}", f".{down}"))}
-
-
 def _shape(layer: "nn.Linear | Conv1D") -> tuple[int, int]:
     first, second = layer.weight.shape
     return (second, first) if isinstance(layer, Conv1D) else (first, second)
@@ -184,7 +165,3 @@ def _shape(layer: "nn.Linear | Conv1D") -> tuple[int, int]:
 def _int4_bytes(outputs: int, inputs: int) -> int:
     """Bytes of codes and scales."""
     return outputs * (inputs // 2 + inputs // INT4_GROUP + 4)
-
-
-def _multiply(layer: Any, factor: Tensor) -> None:
-    layer.weight.data = layer.weight.data * (factor[:, None] if isinstance(layer, Conv1D) else factor)

@@ -3,7 +3,8 @@
 ``model.tflite`` is the product; ``model.json`` describes it for the runner.
 """
 
-import shutil
+import json
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loaders.artifacts.dequantized import dequantized
 from loaders.artifacts.prepare import prepare
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress, Recipe
 from loaders.calibration import calibration_samples
@@ -22,9 +25,12 @@ from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters
 from loaders.litert import environment
 from loaders.litert.model import LiteRTModel
-from loaders.litert.steps import CHUNK, SIZES, Description, cache_lengths
+from loaders.litert.steps import CHUNK, DYNAMIC, SIZES, TRAINED, Description, cache_lengths
+from loaders.litert.trained import CODES, SCALES
 from loaders.litert.weights import Weights
-from loaders.pretrained import meta_model
+from loaders.manifest import read_manifest
+from loaders.precisions.qat import granularity_of
+from loaders.pretrained import meta_model, save_pretrained
 from loaders.runners.batching_check import check_numbers
 from loaders.runners.litert_runner import LiteRTRunner
 
@@ -34,8 +40,10 @@ _SAMPLE_CHUNKS = 4
 _CALIBRATED = ("litert-full-int8",)
 _QUANTIZING = ("litert-int8", "litert-full-int8")
 _ROW_STATE = 4 + 8  # bytes of a row's scale and zero point
-_STATIC_LAYERS = ".*"
-"""The layers, by a pattern of their tensors' names, whose activations are quantized with constant ranges."""
+SOURCES = ("qat-int8",)
+"""Saved precisions that files can be made from."""
+_LEAST_SQNR_DB = 30.0
+"""Of a layer's outputs with constant ranges of activations; layers below it take them while computing."""
 
 
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
@@ -64,9 +72,9 @@ def _matrix_bytes(precision: str, outputs: int, inputs: int) -> int:
 
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
-    options: dict[str, Any] = {"format": _FORMAT, "converter": " ".join(environment.REQUIREMENTS)}
+    options: dict[str, Any] = {"format": _FORMAT, "converter": environment.VERSIONS}
     if precision in _CALIBRATED:
-        options |= {"samples": _SAMPLES, "length": _SAMPLE_CHUNKS * CHUNK, "layers": _STATIC_LAYERS}
+        options |= {"samples": _SAMPLES, "length": _SAMPLE_CHUNKS * CHUNK, "least_sqnr_db": _LEAST_SQNR_DB}
     return Recipe(precision, options, calibrated=precision in _CALIBRATED)
 
 
@@ -80,30 +88,71 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
     samples = None
     if precision in _CALIBRATED:  # first: what is wrong with the text is known before any work
         samples = calibration_samples(spec, _SAMPLES, _SAMPLE_CHUNKS * CHUNK)
-    base = Recipe("litert-graph", {"format": _FORMAT, "converter": " ".join(environment.REQUIREMENTS)})
-    graph = prepare(spec, base, partial(_convert, spec), progress)
-    with TemporaryDirectory(dir=folder) as scratch:
+    with TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
+        graph, trained = _graph(spec, scratch, progress)
         job: dict[str, Any] = {
             "precision": precision,
             "graph": str(graph),
-            "out": scratch,
+            "out": str(scratch),
             "lengths": cache_lengths(spec.checkpoint.context_length),
-            "layers": _STATIC_LAYERS,
+            "least_sqnr_db": _LEAST_SQNR_DB,
         }
         if samples is not None:
-            job["samples"] = str(Path(scratch) / "samples.npy")
+            job["samples"] = str(scratch / "samples.npy")
             np.save(job["samples"], samples.numpy())
-        environment.run("loaders.litert.quantize", job, Path(scratch), progress)
-        (Path(scratch) / "model.tflite").rename(folder / "model.tflite")
-    shutil.copyfile(graph / "graph.json", folder / "model.json")
+        if trained is not None and precision in _QUANTIZING:
+            job["trained"] = str(trained)
+        environment.run("loaders.litert.quantize", job, scratch, progress)
+        (scratch / "model.tflite").rename(folder / "model.tflite")
+        (folder / "model.json").write_text(_describe(graph, scratch).to_json())
 
 
-def _convert(spec: ModelSpec, folder: Path, progress: Progress) -> None:
-    job = {"folder": str(spec.checkpoint.folder), "out": str(folder), "steps": SIZES}
+def _describe(graph: Path, scratch: Path) -> Description:
+    """The graph's description, with the layers that the quantizer listed."""
+    trained, dynamic = (
+        json.loads((scratch / name).read_text()) if (scratch / name).exists() else None
+        for name in (TRAINED, DYNAMIC)
+    )
+    description = Description.from_json((graph / "graph.json").read_text())
+    return replace(description, trained=trained, dynamic=dynamic)
+
+
+def _graph(spec: ModelSpec, scratch: Path, progress: Progress) -> tuple[Path, Path | None]:
+    """The folder of the converted model in float32, and the file of the trained layers of a saved one.
+
+    An original model's graph is cached.
+    """
+    if spec.checkpoint.saved is None:
+        base = Recipe("litert-graph", {"format": _FORMAT, "converter": environment.VERSIONS})
+        return prepare(spec, base, partial(_convert, spec, spec.checkpoint.folder), progress), None
+    found, trained = dequantized(spec, progress), scratch / "codes.safetensors"
+    save_pretrained(found.model, scratch / "model", progress)
+    codes = {name + CODES: one.contiguous() for name, one in found.codes.items()}
+    save_file({**codes, **{name + SCALES: one for name, one in found.scales.items()}}, trained)
+    del found
+    (scratch / "graph").mkdir()
+    _convert(spec, scratch / "model", scratch / "graph", progress)
+    return scratch / "graph", trained
+
+
+def _convert(spec: ModelSpec, model: Path, folder: Path, progress: Progress) -> None:
+    job = {"folder": str(model), "out": str(folder), "steps": SIZES}
     try:
         environment.run("loaders.litert.convert", job, folder, progress)
     except CheckpointError as error:
         raise CheckpointError(f"{spec.checkpoint.model_id} can't be converted to LiteRT: {error}") from error
+
+
+def remark(precision: str, spec: ModelSpec) -> str | None:
+    """What a saved checkpoint loses by the conversion."""
+    options = read_manifest(spec.checkpoint.folder).recipe["options"]
+    if precision not in _QUANTIZING or granularity_of(options) == "channel":
+        return None
+    return (
+        f"its weights were rounded again: {spec.checkpoint.saved} was trained with a scale for a group of "
+        "them, LiteRT has one for an output; trained with --granularity channel they are kept"
+    )
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
@@ -121,5 +170,12 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     steps = LiteRTModel(folder / "model.tflite", description, threads, share=not quantizes)
     runner = LiteRTRunner(steps, layers, spec.slots, spec.max_tokens)
     check_numbers(runner, spec.checkpoint.architecture, torch.float32)
-    details = {"kernels": "LiteRT, XNNPACK", "file_bytes": (folder / "model.tflite").stat().st_size}
+    details: dict[str, Any] = {
+        "kernels": "LiteRT, XNNPACK",
+        "file_bytes": (folder / "model.tflite").stat().st_size,
+    }
+    if description.trained is not None:
+        details["trained_layers"] = len(description.trained)
+    if description.dynamic is not None:
+        details["dynamic_layers"] = list(description.dynamic)
     return LoadedModel(precision, runner, footprint, details=details)

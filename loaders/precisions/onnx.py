@@ -1,7 +1,7 @@
 """onnx-fp32, onnx-int8, onnx-static-int8, onnx-int4: the model as one graph on ONNX Runtime.
 
-The graph is exported by ``transformers.exporters``, quantized by ONNX Runtime's own tools, and kept as a
-file.
+The graph is exported by ``transformers.exporters``, quantized, and kept as a file: in int8 by ONNX Runtime's
+own tools, after outlier channels of norms were folded into the weights; in four bits by GPTQ.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,18 +19,23 @@ from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure_layers, reasons
+from loaders.layers.affine_blocks import BLOCK
+from loaders.layers.norm_folding import fold_into_weights
 from loaders.onnx import files, session
 from loaders.onnx.calibrate import FARTHEST, PERCENTILE
-from loaders.onnx.quantize import BLOCK, weight_bits
+from loaders.onnx.quantize import weight_bits
 from loaders.onnx.weights import GraphWeights
+from loaders.precisions.onnx_blocks import LENGTH, SAMPLES, four_bit_layers, quantize_weights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.batching_check import check_numbers
 from loaders.runners.onnx_check import check_graph, expected_logits
 from loaders.runners.onnx_runner import OnnxRunner
 
-_FORMAT = 1  # raised whenever the same options give other files
+_FORMATS = {"onnx-fp32": 1}  # raised whenever the same options give other files
+_FORMAT = 2  # of the others
 _HEADS = ("onnx-int8", "onnx-int4")  # that have quantized heads
-_SAMPLES, _TOKENS = 16, 128  # to calibrate on
+_SAMPLES, _TOKENS = 16, 128  # to calibrate ranges on
+_CALIBRATED = {"onnx-static-int8": (_SAMPLES, _TOKENS), "onnx-int4": (SAMPLES, LENGTH)}
 _PACKAGES = ("onnxruntime", "onnxscript", "torch", "transformers")
 
 
@@ -44,10 +49,11 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     if precision == "onnx-fp32":
         return size
     head, tied = model.get_output_embeddings(), files.Head(model).embedding is not None
-    for layer in model.modules():
+    four_bits = four_bit_layers(model) if precision == "onnx-int4" else ()
+    for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D) and (layer is not head or _quantizes_head(precision, spec)):
             copies = 2 if layer is head and tied else 1  # one to look up, one to multiply
-            bits = 8 if layer is head or precision != "onnx-int4" else 4
+            bits = 4 if name in four_bits else 8
             size += copies * _quantized_bytes(layer, precision, bits) - 4 * layer.weight.numel()
     return size
 
@@ -65,37 +71,50 @@ def _quantized_bytes(layer: nn.Linear | Conv1D, precision: str, bits: int) -> in
 
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
-    options: dict[str, Any] = {"format": _FORMAT}
+    options: dict[str, Any] = {"format": _FORMATS.get(precision, _FORMAT)}
     if precision == "onnx-int8":
         options |= {"quantize_lm_head": spec.quantize_lm_head, "levels": 127, "weight_bits": weight_bits()}
-    if calibrated := precision == "onnx-static-int8":
+    if precision == "onnx-static-int8":
         options |= {"samples": _SAMPLES, "tokens": _TOKENS, "percentile": PERCENTILE, "farthest": FARTHEST}
         options |= {"levels": 127, "weight_bits": weight_bits()}
-    return Recipe(precision, options, _PACKAGES, calibrated)
+    if precision == "onnx-int4":
+        options |= {"samples": SAMPLES, "length": min(LENGTH, spec.max_tokens)}
+    return Recipe(precision, options, _PACKAGES, calibrated=precision in _CALIBRATED)
 
 
 def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
     _check_layers(meta_model(spec), precision, spec.checkpoint.model_id)
-    static = precision == "onnx-static-int8"
-    samples = (
-        calibration_samples(spec, _SAMPLES, _TOKENS) if static else None
-    )  # first: it may refuse the text
+    samples = _samples(precision, spec)  # first: it may refuse the text
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu").requires_grad_(False)
-    head, expected = files.Head(model), expected_logits(model, spec)
+    head, keep_head = files.Head(model), not _quantizes_head(precision, spec)
+    if precision == "onnx-int4":
+        blocks, factors = quantize_weights(model, samples, progress)
+        expected = expected_logits(model, spec)
+    else:
+        blocks, expected = {}, expected_logits(model, spec)
+        factors = {} if precision == "onnx-fp32" else fold_into_weights(model, head=not keep_head)
     progress("exporting", 0, 0)
     path = folder / files.FLOAT
     files.write_float(model, spec.checkpoint.model_id, path, separate_head=precision in _HEADS)
     del model
     check_graph(path, spec, expected)
     progress("quantizing", 0, 0)
-    if precision == "onnx-fp32":
-        files.finish(files.read(path), folder)
-    elif samples is not None:
-        files.quantize_static_int8(folder, head, samples)
-    elif precision == "onnx-int4":
-        files.quantize_int4(folder, head)
-    else:
-        files.quantize_int8(folder, head, keep_head=not spec.quantize_lm_head)
+    match precision:
+        case "onnx-fp32":
+            files.finish(files.read(path), folder, factors)
+        case "onnx-static-int8":
+            files.quantize_static_int8(folder, head, samples, factors)
+        case "onnx-int4":
+            files.write_int4(folder, head, blocks, factors)
+        case _:
+            files.quantize_int8(folder, head, keep_head, factors)
+
+
+def _samples(precision: str, spec: ModelSpec) -> Tensor:
+    """(samples, tokens) ids to calibrate on; none where nothing is calibrated."""
+    if precision not in _CALIBRATED:
+        return torch.empty(0, 0, dtype=torch.int64)
+    return calibration_samples(spec, *_CALIBRATED[precision])
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
@@ -130,6 +149,7 @@ def _details(precision: str, weights: GraphWeights) -> dict[str, Any]:
         }
     if precision == "onnx-int4":
         details |= {"block_size": BLOCK, "head": "torch.int8", "activation_group_size": BLOCK}
+        details["calibration"] = "GPTQ"
     return details
 
 
@@ -140,6 +160,8 @@ def _check_layers(model: PreTrainedModel, precision: str, name: str) -> None:
     """
     for reason in _reasons_against(model):
         raise CheckpointError(f"{name} can't be served in {precision}: {reason}")
+    if precision == "onnx-int4":
+        four_bit_layers(model)
 
 
 def _reasons_against(model: PreTrainedModel) -> Iterator[str]:

@@ -5,7 +5,7 @@ to give the original model's distributions on the calibration text. Embeddings, 
 are, so that what the text doesn't show isn't lost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from loaders.layers.fake_quantize import (
     FakeQuantizedLinear,
 )
 from loaders.layers.huge_pages import Arena
+from loaders.layers.int8_grids import CHANNELS, GROUPS
 from loaders.layers.layer_weights import weights_of
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
@@ -70,7 +71,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
 
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
-    options = {
+    options: dict[str, Any] = {
         "format": _FORMAT,
         "steps": spec.training_steps,
         "rate": _RATE,
@@ -81,6 +82,8 @@ def recipe(precision: str, spec: ModelSpec) -> Recipe:
         "block": FOUR_BIT_BLOCK if precision == "qat-int4" else None,
         "head": "int8" if spec.quantize_lm_head else "float32",
     }
+    if precision == "qat-int8" and spec.granularity == "channel":
+        options["granularity"] = spec.granularity
     return Recipe(precision, options, packages=("torch", "transformers"), calibrated=True)
 
 
@@ -138,12 +141,16 @@ def insert(precision: str, model: PreTrainedModel, spec: ModelSpec) -> None:
     """Replaces the model's linear layers by trained ones that compute as their quantized form will."""
     head = model.get_output_embeddings()
     targets = list(_targets(model, spec))
-    folded = fold_norms(model, head=spec.quantize_lm_head) if precision == "qat-int8" else {}
+    channels = precision == "qat-int8" and spec.granularity == "channel"
+    folds_head = spec.quantize_lm_head and not (channels and is_tied(model))  # LiteRT has one matrix for both
+    folded = fold_norms(model, folds_head) if precision == "qat-int8" else {}
     for name, module in targets:
         linear = to_linear(module)
         layer: FakeQuantizedLinear
         if precision == "qat-int8" or module is head:
-            layer = FakeInt8Linear(linear.weight, linear.bias, folded.get(name))
+            layer = FakeInt8Linear(
+                linear.weight, linear.bias, folded.get(name), CHANNELS if channels else GROUPS
+            )
         else:
             layer = FakeFourBitLinear(linear.weight, linear.bias)
         layer.weight.requires_grad_(module is not head)
@@ -168,11 +175,19 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     footprint = measure(
         model, count_parameters(meta_model(spec)), reasons(model, "the head was left in fp32 by choice")
     )
-    steps = read_manifest(folder).recipe["options"]["steps"]  # may be others than the spec's
-    details: dict[str, Any] = {"training_steps": steps, "kernels": kernels.describe()}
+    options = read_manifest(folder).recipe["options"]  # may be others than the spec's
+    details: dict[str, Any] = {"training_steps": options["steps"], "kernels": kernels.describe()}
     if precision == "qat-int4":
         details["block_size"] = FOUR_BIT_BLOCK
+    else:
+        details["granularity"] = granularity_of(options)
     return LoadedModel(precision, runner_for(model, spec), footprint, details=details)
+
+
+def granularity_of(options: Mapping[str, Any]) -> str:
+    """What shared a scale in a training with these options of a recipe."""
+    found: str = options.get("granularity", "group")
+    return found
 
 
 def _targets(model: PreTrainedModel, spec: ModelSpec) -> Iterator[tuple[str, nn.Linear | Conv1D]]:

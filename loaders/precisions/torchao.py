@@ -23,6 +23,7 @@ from loaders.cuda.memory import device_map
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.layers.conv1d import to_linear
+from loaders.layers.norm_folding import fold_into_weights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
 
@@ -73,8 +74,10 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if not targets:
         raise CheckpointError(f"{spec.checkpoint.model_id} has no layer that {precision} can quantize")
     kind, compute = _scheme(precision, spec)
+    factors = fold_into_weights(model, head=False)
     for done, (name, module) in enumerate(targets, 1):
-        model.set_submodule(name, TorchAOLinear(to_linear(module), kind, compute))
+        layer = TorchAOLinear(to_linear(module), kind, compute, factors.get(name))
+        model.set_submodule(name, layer)
         progress("quantizing", done, len(targets))
     del targets, module
     footprint = measure(model, parameters, reasons(model, f"the head is kept in {str(dtype)[6:]}"))

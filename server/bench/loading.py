@@ -82,7 +82,7 @@ def _measure(precision: str, settings: dict[str, Any], threads: int) -> Loading:
     import loaders
     from loaders.base import ModelSpec
     from loaders.checkpoint import open_checkpoint
-    from loaders.hub import BUNDLED
+    from loaders.model_id import BUNDLED
 
     compute_with(threads)
     chosen = ModelSettings(**settings)

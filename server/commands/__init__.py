@@ -6,6 +6,7 @@ COMMANDS = {
     "generate": "continue a prompt in this terminal, in one precision",
     "precisions": "what this host can run, and why not the rest",
     "quantize": "make a precision's files once, and save them",
+    "cache": "the files that were made once: list them, remove some",
     "compare": "one prompt in several precisions, side by side",
     "report": "measure every precision here and say which one to run",
     "quality": "measure what each precision costs in quality",

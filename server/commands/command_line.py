@@ -79,8 +79,11 @@ def require(precisions: Iterable[str], device: Literal["cpu", "cuda"]) -> None:
             raise UsageError(str(PrecisionUnavailable(name, able)))
 
 
-def for_saved(options: _Settings, checkpoint: Checkpoint) -> _Settings:
+def for_saved(options: _Settings, checkpoint: Checkpoint, *, beside_others: bool = False) -> _Settings:
     """The settings for a checkpoint that is quantized already: its precision is the default and the only one.
+
+    Args:
+        beside_others: it is one of several models, for which the settings may name other precisions.
 
     Raises:
         UsageError: they name another.
@@ -88,6 +91,10 @@ def for_saved(options: _Settings, checkpoint: Checkpoint) -> _Settings:
     saved = checkpoint.saved
     if saved is None:
         return options
+    here: dict[str, Any] = {"precision": saved, "precisions": (saved,)}
+    if beside_others:
+        here["shadow_precision"] = None  # its reference is another precision of the same model
+        return _updated(options, here)
     given = [getattr(options, name) for name in _PRECISIONS_OF if name in options.model_fields_set]
     for value in given:
         names = value if isinstance(value, tuple) else (value,)
@@ -95,10 +102,12 @@ def for_saved(options: _Settings, checkpoint: Checkpoint) -> _Settings:
             raise UsageError(
                 f"{checkpoint.model_id} is saved in {saved}; for {others[0]} name the model it was made from"
             )
-    here = {"precision": saved, "precisions": (saved,)}
-    return options.model_copy(
-        update={name: value for name, value in here.items() if name in type(options).model_fields}
-    )
+    return _updated(options, here)
+
+
+def _updated(options: _Settings, values: dict[str, Any]) -> _Settings:
+    known = {name: value for name, value in values.items() if name in type(options).model_fields}
+    return options.model_copy(update=known)
 
 
 def complain(command: str, error: Exception) -> None:

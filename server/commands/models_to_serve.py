@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,58 +11,55 @@ from server.commands.command_line import UsageError, for_saved
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError
 from server.report.choice import Choice
+from server.settings.models import ModelSource, sources_of
 from server.settings.server import Settings
-from server.settings.types import AUTO, ModelSource, model_sources
+from server.settings.types import AUTO
 
 if TYPE_CHECKING:
     from server.served_model import Wanted
 
 
-def open_models(options: Settings, arguments: Sequence[str]) -> list[Wanted]:
-    """The models, the default one first, each with its checkpoint opened.
+def named_models(options: Settings, arguments: Sequence[str]) -> list[ModelSource]:
+    """The models that the options name, the default one first.
 
     Args:
         arguments: the command line.
 
     Raises:
         UsageError: options contradict each other, or two models have one name.
+    """
+    given = {argument.partition("=")[0] for argument in arguments}
+    # a container's MODEL_ID gives way
+    if options.models is not None and {"--model", "--model-id"} & given:
+        raise UsageError("--model is of one model: not with --models (or MODELS)")
+    try:
+        return sources_of(options)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def open_models(options: Settings, sources: Sequence[ModelSource]) -> list[Wanted]:
+    """The models, the default one first, each with its checkpoint opened.
+
+    Raises:
+        UsageError: an option is not for such a model.
         LoaderError: a model can't be had.
     """
-    wanted = [_open(options, source) for source in _sources(options, arguments)]
-    names = Counter(one.name or one.open().model_id for one in wanted)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise UsageError(f"two models are named {twice[0]}: give one another name, as in other=FOLDER")
-    return wanted
+    return [_open(options, source, several=len(sources) > 1) for source in sources]
 
 
-def _sources(options: Settings, arguments: Sequence[str]) -> list[ModelSource]:
-    """Raises: UsageError, for options that are of one model, beside several."""
-    if options.models is None:
-        return [ModelSource(options.model_id, None)]
-    given = {argument.partition("=")[0] for argument in arguments}
-    set_ = {
-        "--model": bool({"--model", "--model-id"} & given),  # a container's MODEL_ID gives way
-        "--revision": options.revision is not None,
-        "--chat-template": options.chat_template is not None,
-    }
-    of_one = [name for name, is_set in set_.items() if is_set]
-    if of_one:
-        raise UsageError(f"{of_one[0]} is of one model: not with --models (or MODELS)")
-    return model_sources(options.models)
-
-
-def _open(options: Settings, model: ModelSource) -> Wanted:
+def _open(options: Settings, source: ModelSource, several: bool) -> Wanted:
     from loaders.checkpoint import (  # late: help and usage must not wait for transformers
         load_tokenizer,
         open_checkpoint,
     )
     from server.served_model import Wanted
 
-    options = options.model_copy(update={"model_id": model.source})
+    options = source.settings(options)
     checkpoint = open_checkpoint(options.model_id, options.revision, ProgressBars(options.model_id))
     load_tokenizer(checkpoint)
-    settings, choice = _resolve_default(for_saved(options, checkpoint), checkpoint)
-    return Wanted(lambda: checkpoint, settings, choice, model.name)
+    settings, choice = _resolve_default(for_saved(options, checkpoint, beside_others=several), checkpoint)
+    return Wanted(lambda: checkpoint, settings, choice, source.name)
 
 
 def _resolve_default(options: Settings, checkpoint: Checkpoint) -> tuple[Settings, Choice | None]:

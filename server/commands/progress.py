@@ -2,13 +2,13 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from server.service.precision_state import PrecisionState
+from server.service.precision_state import LoadProgress
 
 _COUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 _UNCOUNTED = "{desc} … [{elapsed}]"
@@ -59,15 +59,19 @@ class ProgressBars:
             self._bar = None
 
 
-async def show_loading(states: Callable[[], Iterable[PrecisionState]]) -> None:
-    """Draws a bar for each precision that is loading, below the log; runs until cancelled."""
+async def show_loading(loading: Callable[[], Mapping[str, LoadProgress]]) -> None:
+    """Draws a bar for each precision that is loading, below the log; runs until cancelled.
+
+    Args:
+        loading: the progress of each, by its title.
+    """
     bars: dict[str, ProgressBars] = {}
     with logging_redirect_tqdm():
         while True:
-            loading = {state.name: state.progress for state in states() if state.state == "loading"}
-            for name in bars.keys() - loading.keys():
-                bars.pop(name).close()
-            for name, progress in loading.items():
-                bar = bars.setdefault(name, ProgressBars(name))
+            now = loading()
+            for title in bars.keys() - now.keys():
+                bars.pop(title).close()
+            for title, progress in now.items():
+                bar = bars.setdefault(title, ProgressBars(title))
                 bar(progress.stage, progress.current, progress.total)
             await asyncio.sleep(_INTERVAL)

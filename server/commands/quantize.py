@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import loaders
 from loaders.base import ModelSpec
@@ -29,6 +30,13 @@ class Options(ModelSettings):
     method: Precision | None = option(None, _WHAT, "PRECISION", "the precision to make", unset="required")
     steps: int = option(
         ModelSpec.training_steps, _WHAT, "N", "qat-int8, qat-int4: updates of the weights in training", ge=1
+    )
+    granularity: Literal["group", "channel"] = option(
+        ModelSpec.granularity,
+        _WHAT,
+        "group|channel",
+        "qat-int8: what shares a scale: groups of weights, which is most exact here, or the weights of an "
+        "output, which LiteRT keeps",
     )
     out: Path | None = option(
         None,
@@ -90,21 +98,43 @@ def _quantize(options: Options, method: str, made_by: loaders.Maker) -> str:
     with ProgressBars(options.model_id) as bars:
         checkpoint = open_checkpoint(options.model_id, options.revision, bars)
         load_tokenizer(checkpoint)
-    spec = replace(options.spec(checkpoint, slots=1), training_steps=options.steps)
-    if checkpoint.saved is not None:
-        raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
+    spec = replace(
+        options.spec(checkpoint, slots=1), training_steps=options.steps, granularity=options.granularity
+    )
+    remark = _remark(options, method, spec)
     recipe = made_by.recipe(method, spec)
     make = partial(made_by.make, method, spec)
     compute_with(options.resolved_threads())
     with ProgressBars(method) as bars:
         if options.out is not None:
             save(spec, recipe, make, options.out.absolute(), bars)
-            return _saved(method, options.out)
+            return _saved(method, options.out, remark)
         folder = prepare(spec, recipe, make, bars)
     return f"{method} of {checkpoint.model_id} is in the cache: {folder}"
 
 
-def _saved(method: str, where: Path) -> str:
+def _remark(options: Options, method: str, spec: ModelSpec) -> str | None:
+    """What the conversion of a saved checkpoint loses.
+
+    Raises:
+        LoaderError: it can't be converted.
+        UsageError: it can be, but nothing keeps the files.
+    """
+    checkpoint = spec.checkpoint
+    if checkpoint.saved is None:
+        return None
+    conversion = loaders.converter(method, checkpoint.saved)
+    if conversion is None:
+        raise LoaderError(f"{checkpoint.model_id} is saved in {checkpoint.saved} already")
+    if options.out is None:
+        raise UsageError(
+            f"--out is missing: what is made of a saved checkpoint ({checkpoint.saved}) isn't cached"
+        )
+    return conversion.remark(method, spec)
+
+
+def _saved(method: str, where: Path, remark: str | None) -> str:
     size = sum(path.stat().st_size for path in where.rglob("*")) if where.is_dir() else where.stat().st_size
     serve = f"\n  bitdial serve --model {where}" if where.is_dir() else ""
-    return f"{method} is saved in {where} ({size / 1e6:,.1f} MB){serve}"
+    note = f"\n  {remark}" if remark else ""
+    return f"{method} is saved in {where} ({size / 1e6:,.1f} MB){note}{serve}"

@@ -1,22 +1,29 @@
 """``bitdial serve``: the HTTP server."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
-from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loaders.base import Checkpoint
 from loaders.errors import LoaderError
 from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
-from server.commands.models_to_serve import open_models
+from server.commands.models_to_serve import named_models, open_models
 from server.commands.progress import show_loading
+from server.commands.room import require_room
 from server.errors import ServiceError
 from server.http.connection.open_files import most_connections, raise_limit
 from server.observability.logs import set_up_logging
+from server.service.precision_state import LoadProgress
 from server.settings.server import Settings
+
+if TYPE_CHECKING:
+    from server.service.pool import Pool
 
 _INSTALL_OTLP = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
@@ -39,14 +46,17 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
         options = parse(Options, "serve", arguments)
         require(options.required_precisions(), options.resolved_device())
         _require_tracing(options)
-        _require_chat_template(options)
+        sources = named_models(options, arguments)
+        for source in sources:
+            _require_chat_template(source.chat_template, options.payload_limit)
         _require_files(options)
         set_up_logging(options.json_output, options.log_level, options.secrets())
         if sys.stderr.isatty():  # the imports take seconds
-            print(f"bitdial: starting with the model {options.model_id} …", file=sys.stderr, flush=True)
+            models = ", ".join(source.name or source.source for source in sources)
+            print(f"bitdial: starting with the model {models} …", file=sys.stderr, flush=True)
         # opened before the server starts: a missing model is one line and an exit code
-        wanted = open_models(options, arguments)
-        _require_room(wanted[0].settings, wanted[0].open())
+        wanted = open_models(options, sources)
+        require_room(wanted)
     except UsageError as error:
         complain(command, error)
         return USAGE
@@ -63,8 +73,8 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
     def listening(port: int) -> None:
         _announce(settings, port, [one.name or one.open().model_id for one in wanted])
         if sys.stderr.isatty() and command == "serve":
-            states = [model.pool.states for model in state_of(app).models.values()]
-            bars.add(asyncio.create_task(show_loading(lambda: chain.from_iterable(one() for one in states))))
+            pools = [model.pool for model in state_of(app).models.values()]
+            bars.add(asyncio.create_task(show_loading(lambda: _loading(pools))))
 
     bars: set[asyncio.Task[None]] = set()  # the event loop's references to tasks are weak
     app = create_app(settings, others=others, first=first)
@@ -86,23 +96,32 @@ def _require_tracing(options: Settings) -> None:
         raise UsageError(str(error)) from None
 
 
-def _require_chat_template(options: Settings) -> None:
-    """Raises: UsageError, if the named file is not a template that compiles."""
-    if options.chat_template is None:
+def _loading(pools: Iterable[Pool]) -> dict[str, LoadProgress]:
+    return {
+        pool.title(state): state.progress
+        for pool in pools
+        for state in pool.states()
+        if state.state == "loading"
+    }
+
+
+def _require_chat_template(file: Path | None, payload_limit: int) -> None:
+    """Raises: UsageError, if the file is not a template that compiles."""
+    if file is None:
         return
     from server.service.chat.renderer import SUBJECT, ChatRenderer
     from server.service.chat.source import read_template
 
     async def check(template: str) -> None:
-        renderer = ChatRenderer(template, {}, options.payload_limit)
+        renderer = ChatRenderer(template, {}, payload_limit)
         try:
             await renderer.check()
         finally:
             await renderer.stop()
 
-    name = f"--chat-template (or CHAT_TEMPLATE) {str(options.chat_template)[:200]!r}"
+    name = f"--chat-template (or CHAT_TEMPLATE) {str(file)[:200]!r}"
     try:
-        asyncio.run(check(read_template(options.chat_template)))
+        asyncio.run(check(read_template(file)))
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from None
     except ServiceError as error:
@@ -115,24 +134,6 @@ def _require_files(options: Settings) -> None:
         most_connections(options.max_connections)
     except ValueError as error:
         raise UsageError(f"--max-connections (or MAX_CONNECTIONS): {error}") from None
-
-
-def _require_room(options: Settings, checkpoint: Checkpoint) -> None:
-    """Raises: UsageError, if the default precision doesn't fit: the server would never be ready."""
-    from server.host import memory
-
-    needed = memory.needed_bytes(options.precision, options.spec(checkpoint, options.max_batch_size))
-    if options.resolved_device() == "cpu":
-        needed += options.kv_cache_memory or 0
-    free = memory.free_bytes(options.resolved_device())
-    if options.memory_budget is not None:
-        free = min(free, options.memory_budget)
-    if needed > free:
-        raise UsageError(
-            f"no room for {options.precision}: it needs {needed} bytes, {free} are free; "
-            "choose another --precision (or PRECISION) as the default, fewer --max-total-tokens, less "
-            "--kv-cache-memory or more --memory-budget"
-        )
 
 
 def _announce(options: Settings, port: int, models: Sequence[str]) -> None:

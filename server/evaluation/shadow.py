@@ -122,7 +122,7 @@ class Shadow:
         """Replays until cancelled."""
         while True:
             await asyncio.sleep(_POLL)
-            if self._activity.is_busy():
+            if not self._activity.is_idle():  # or another model's shadow replays
                 self._quiet_since = time.monotonic()
             elif self._waiting and time.monotonic() - self._quiet_since > _QUIET:
                 await self._replay(self._waiting.popleft())

@@ -1,5 +1,7 @@
 """uvicorn's configuration for every server of the app, in production and in tests."""
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -10,6 +12,7 @@ from server.http.connection.framing import HEAD_BYTES
 from server.http.connection.open_connections import OpenConnections
 from server.http.connection.open_files import most_connections
 from server.http.connection.protocol import Connection
+from server.http.connection.refusing_selector import loop_factory
 from server.http.connection.turns import ParseTurns
 from server.settings.server import Settings
 
@@ -40,3 +43,6 @@ class ServerConfig(uvicorn.Config):
         self.turns = ParseTurns()
         self.connections = OpenConnections(most_connections(settings.max_connections))
         self.early_refusal: EarlyRefusal = app.state.early_refusal
+
+    def get_loop_factory(self) -> Callable[[], asyncio.AbstractEventLoop] | None:
+        return loop_factory(lambda: self.early_refusal.refused) or super().get_loop_factory()

@@ -25,7 +25,10 @@ CHUNKS = (16, 32, 64, 128)
 """Prompt chunks measured while nothing decodes; longer ones than a replica's are left out."""
 PASSES = 96
 """Passes of each cell, at least; so many that a 99th percentile has a meaning over all cells."""
+_ROUNDS = 3  # of all cells: what disturbs the host for some seconds is then in a minority of a cell's passes
 _PROMPT, _LONG_ROWS, _LONG = 16, 4, 320
+_BESIDE = 64  # steps of rows beside which prompts are computed, at least: these are queued while they run
+_FEWEST = 16  # steps in which all rows of a cell decode, before the first sequence ends
 _SHORTEST = 64  # tokens of the context
 Progress = Callable[[str, int, int], None]
 
@@ -70,7 +73,8 @@ class Calibrator:
     def __init__(
         self, model: LoadedModel, threads: int, chunk: int, busy_chunk: int, passes: int = PASSES
     ) -> None:
-        self._model, self._passes = model, passes
+        self._model = model
+        self._passes = -(-passes // _ROUNDS)  # of each cell in a round
         self._context = model.runner.context
         longest = self._context - 1  # of a prompt, since a token follows
         self._busy, chunk = min(busy_chunk, longest), min(chunk, longest)
@@ -79,7 +83,7 @@ class Calibrator:
         self._engine = Engine(
             model,
             eos_ids=frozenset(),
-            prefill_chunk=max(self._chunks),
+            prefill_chunk=max(*self._chunks, self._busy),
             prefill_chunk_busy=self._busy,
             threads=threads,
             on_step=self._steps.append,
@@ -111,22 +115,22 @@ class Calibrator:
         )
 
     async def _cells(self, progress: Progress) -> list[Cell]:
-        rows = [count for count in ROWS if count < self._model.runner.slots]
+        rows = [count for count in ROWS if count < self._model.runner.slots and self._fits(count, _PROMPT)]
         work: list[Callable[[], Awaitable[Cell]]] = [
             *(partial(self._prompts, size) for size in self._chunks),
             *(partial(self._rows, count) for count in rows),
         ]
         if isinstance(self._model.runner, MixedRunner):
             work += [partial(self._both, count) for count in rows]
-        if self._context >= 2 * _LONG and _LONG_ROWS in rows:
+        if _LONG_ROWS in rows and self._fits(_LONG_ROWS, _LONG):
             work.append(partial(self._rows, _LONG_ROWS, _LONG))
         await self._rows(min(_LONG_ROWS, rows[-1]))  # caches and threads are warm from here on
-        cells = []
-        for done, measure in enumerate(work):
-            progress("measuring steps", done, len(work))
-            cells.append(await measure())
-        progress("measuring steps", len(work), len(work))
-        return cells
+        found: list[list[Cell]] = [[] for _ in work]
+        for done, number in enumerate([*range(len(work))] * _ROUNDS):
+            progress("measuring steps", done, _ROUNDS * len(work))
+            found[number].append(await work[number]())
+        progress("measuring steps", _ROUNDS * len(work), _ROUNDS * len(work))
+        return [_joined(rounds) for rounds in found]
 
     async def _prompts(self, size: int) -> Cell:
         """Chunks of ``size`` tokens while nothing decodes."""
@@ -142,7 +146,7 @@ class Calibrator:
     async def _rows(self, count: int, prompt: int = _PROMPT) -> Cell:
         """Steps that decode ``count`` rows."""
         pairs, seconds = list[float](), list[float]()
-        tokens = min(self._passes + count, self._context - prompt)
+        tokens = min(self._passes + self._steps_to_start(count, prompt), self._context - prompt)
         while len(seconds) < self._passes:
             held = 0.0
             for step in await self._run([prompt] * count, tokens):
@@ -158,7 +162,8 @@ class Calibrator:
         busy = self._busy
         beside = max(min(4 * busy, self._context - 1) // busy, 1)
         while len(seconds) < self._passes // 2:
-            tokens = min(2 * self._passes, self._context - _PROMPT)
+            started = self._steps_to_start(count, _PROMPT)
+            tokens = min(max(2 * self._passes, _BESIDE) + started, self._context - _PROMPT)
             held, number, ready = 0.0, 0, False
             for step in await self._run([_PROMPT] * count, tokens, beside=busy * beside):
                 decodes_all = step.batch == count
@@ -169,6 +174,14 @@ class Calibrator:
                     number += 1
                 ready = ready or decodes_all
         return Cell(count, busy, pairs, seconds)
+
+    def _steps_to_start(self, count: int, prompt: int) -> int:
+        """Steps after which ``count`` sequences that are queued together all decode."""
+        return count * -(-prompt // min(self._busy, prompt))
+
+    def _fits(self, count: int, prompt: int) -> bool:
+        """Whether the first of ``count`` sequences still decodes when the last one has begun to."""
+        return prompt + self._steps_to_start(count, prompt) + _FEWEST <= self._context
 
     async def _run(
         self, prompts: Sequence[int], tokens: int, chunk: int | None = None, beside: int | None = None
@@ -209,3 +222,10 @@ class Calibrator:
             1, self._model.runner.vocabulary, (length,), generator=self._random
         ).tolist()
         return found
+
+
+def _joined(rounds: Sequence[Cell]) -> Cell:
+    """One cell of what was measured of it in each round."""
+    first = rounds[0]
+    pairs = [value for one in rounds for value in one.pairs]
+    return Cell(first.rows, first.chunk, pairs, [value for one in rounds for value in one.seconds])

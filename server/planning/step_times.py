@@ -73,6 +73,13 @@ class StepTimes:
             base = self._known[rows, chunk] = self._base(rows, chunk)
         return base + self.slope * pairs
 
+    def prefill_seconds(self, prompt: int, chunk: int) -> float:
+        """Median seconds of a prompt in chunks of up to ``chunk`` tokens while nothing decodes."""
+        starts = range(0, prompt, chunk)
+        sizes = [min(chunk, prompt - start) for start in starts]
+        pairs = [size * (start + size / 2) for start, size in zip(starts, sizes, strict=True)]
+        return sum(self.seconds(0, size, held) for size, held in zip(sizes, pairs, strict=True))
+
     def _base(self, rows: int, chunk: int) -> float:
         if not rows:
             return _interpolated(self._bases[0], chunk)

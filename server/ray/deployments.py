@@ -13,6 +13,7 @@ from server.ray.fleet import Fleet
 from server.ray.ingress import create_ingress
 from server.ray.replica import Replica
 from server.report.choice import Choice
+from server.settings.models import sources_of
 from server.settings.server import Settings
 from server.settings.types import AUTO
 
@@ -50,7 +51,12 @@ class Arguments(BaseModel):
 
 
 def build(arguments: Arguments, settings: Settings) -> serve.Application:
-    """The application: a deployment for each precision loaded at start, and the router."""
+    """The application: a deployment for each precision loaded at start, and the router.
+
+    Raises:
+        ValueError: settings contradict each other.
+    """
+    sources_of(settings)
     settings, choice = _resolved(settings)
     values = {name: getattr(settings, name) for name in settings.model_fields_set - _PRIVATE}
     options = _options(arguments, settings)

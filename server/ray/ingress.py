@@ -8,6 +8,7 @@ import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -33,7 +34,7 @@ from server.ray.forwarding import Forwarding
 from server.ray.merged_metrics import MergedMetrics
 from server.ray.merged_stats import merged_stats
 from server.settings.server import Settings
-from server.settings.types import AUTO
+from server.settings.types import ALL, AUTO
 
 _HEALTH_SECONDS, _LOOKING_SECONDS = 2.0, 30.0
 _OWN_ID = b"x-request-id"
@@ -135,19 +136,25 @@ class Ingress:
         parts = scope["path"].split("/")
         if scope["method"] != "POST" or len(parts) != 4 or parts[1] != "precisions":
             return None
-        try:
-            name = self._fleet.serving(loaders.canonical(parts[2]))
-        except UnknownPrecision:
-            return None
-        if parts[3] not in ("load", "unload"):
+        if parts[3] not in ("load", "unload") or (names := self._deployments(parts[2], parts[3])) is None:
             return None
 
         async def answer(request: Request, forwarded: Forwarded) -> Response:
-            found = await self._all(name, "answer", forwarded)
+            replies = await asyncio.gather(*(self._all(name, "answer", forwarded) for name in names))
+            found = list(chain.from_iterable(replies))
             failed = [one for one in found if one.status != 200 or b'"status":"failed"' in one.body]
             return _whole((failed or found)[0])
 
         return answer
+
+    def _deployments(self, precision: str, verb: str) -> list[str] | None:
+        """Those of a precision in an address; None where it is none."""
+        if precision == ALL and verb == "unload":
+            return list(self._fleet.names)
+        try:
+            return [self._fleet.serving(loaders.canonical(precision))]
+        except UnknownPrecision:
+            return None
 
     async def _all(self, name: str, method: str, forwarded: Forwarded) -> list[Whole]:
         found = await self._fleet.everywhere(name, method, forwarded, seconds=_LOOKING_SECONDS)
@@ -160,6 +167,9 @@ class Ingress:
 
     async def _ready(self, request: Request, forwarded: Forwarded) -> Response:
         default = self._fleet.default
+        if "model" in request.query_params:
+            found = await self._all(default, "answer", forwarded)
+            return _whole(next((one for one in found if one.status == 200), found[0]))
         faults = await self._fleet.everywhere(default, "fault", seconds=_HEALTH_SECONDS)
         if None not in faults:
             raise NotReady(str(faults[0]) if faults else f"{default}: no replica is ready")
@@ -192,19 +202,21 @@ class Ingress:
         names = self._fleet.names
         found = await asyncio.gather(*(self._described(name, forwarded) for name in names))
         own = dict(zip(names, found, strict=True))
-        listed = own[self._fleet.default]
-        if listed is None:
+        default = own[self._fleet.default]
+        if default is None:
             raise NotReady(f"{self._fleet.default}: no replica answers")
-        return JSONResponse([_own_entry(entry, own) for entry in listed])
+        if default.status != 200:
+            return _whole(default)
+        described = {name: None if one is None else json.loads(one.body) for name, one in own.items()}
+        return JSONResponse([_own_entry(entry, described) for entry in json.loads(default.body)])
 
-    async def _described(self, name: str, forwarded: Forwarded) -> list[dict[str, object]] | None:
+    async def _described(self, name: str, forwarded: Forwarded) -> Whole | None:
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 answer: Whole = await self._fleet.call(name, "answer", forwarded)
         except (TimeoutError, ServiceError):
             return None
-        described: list[dict[str, object]] = json.loads(answer.body)
-        return described
+        return answer
 
 
 def _own_entry(entry: dict[str, object], own: dict[str, list[dict[str, object]] | None]) -> dict[str, object]:

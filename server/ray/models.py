@@ -5,8 +5,8 @@ from functools import partial
 from loaders.checkpoint import open_checkpoint
 from server.report.choice import Choice
 from server.served_model import Wanted
+from server.settings.models import sources_of
 from server.settings.server import Settings
-from server.settings.types import ModelSource, model_sources
 
 
 def wanted(settings: Settings, choice: Choice | None) -> list[Wanted]:
@@ -14,14 +14,16 @@ def wanted(settings: Settings, choice: Choice | None) -> list[Wanted]:
 
     Args:
         choice: why the report chose the default model's precision, if it did.
+
+    Raises:
+        ValueError: settings contradict each other.
     """
-    sources = model_sources(settings.models) if settings.models else [ModelSource(settings.model_id, None)]
     return [
         Wanted(
-            partial(open_checkpoint, source.source, settings.revision),
-            settings.model_copy(update={"model_id": source.source}),
+            partial(open_checkpoint, source.source, source.revision),
+            source.settings(settings),
             choice if index == 0 else None,
             source.name,
         )
-        for index, source in enumerate(sources)
+        for index, source in enumerate(sources_of(settings))
     ]

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 
@@ -42,17 +43,22 @@ class Reports:
     """Event loop only.
 
     Args:
-        activity: the measuring process is suspended while the server isn't idle.
+        activity: the measuring process is suspended while the server isn't idle, and one measures at a time.
+        asked_as: the model's name, if a request has to name it.
     """
 
     def __init__(
-        self, settings: ModelSettings, checkpoint: Checkpoint, activity: Activity | None = None
+        self,
+        settings: ModelSettings,
+        checkpoint: Checkpoint,
+        activity: Activity | None = None,
+        asked_as: str | None = None,
     ) -> None:
         self._settings, self._spec = settings, settings.spec(checkpoint, slots())
+        self._asked_as = asked_as
         self._activity = activity or Activity()
         self.subject: Subject | None = None
         self._seen: tuple[Any, Report | None] = (None, None)
-        self._making = False
         self._process: Process | None = None
 
     async def find_subject(self) -> None:
@@ -75,9 +81,11 @@ class Reports:
         shown = name if "/" not in name and "\\" not in name else "…"  # a path stays private
         if self._spec.checkpoint.model_id == name:
             shown = name
+        revision = "" if self._settings.revision is None else f" --revision {self._settings.revision}"
+        query = "" if self._asked_as is None else f"?model={quote(self._asked_as)}"
         return (
             "no report of this model on this host yet; make one with "
-            f"`bitdial report --model {shown}` or POST /report"
+            f"`bitdial report --model {shown}{revision}` or POST /report{query}"
         )
 
     async def make(self, options: Mapping[str, Any], text: str | None) -> AsyncGenerator[dict[str, Any]]:
@@ -97,7 +105,7 @@ class Reports:
         try:
             process = self._process = await self._start(options, text)
         except BaseException:
-            self._making = False
+            self._activity.measuring = False
             raise
         pausing = asyncio.create_task(self._pause_while_busy(process))
         try:
@@ -111,7 +119,7 @@ class Reports:
             await _kill_and_wait(process)
 
     def _reserve(self, precisions: Sequence[str]) -> None:
-        if self._making:
+        if self._activity.measuring:
             raise Overloaded("a report is being made already")
         others = [memory.needed_bytes(name, self._spec) for name in precisions if name != REFERENCE]
         needed = memory.needed_bytes(REFERENCE, self._spec) + max(others, default=0)
@@ -120,7 +128,7 @@ class Reports:
             raise NotReady(
                 f"no room to measure: it needs {needed} bytes beside what is loaded, {free} are free"
             )
-        self._making = True
+        self._activity.measuring = True
 
     async def _start(self, options: Mapping[str, Any], text: str | None) -> Process:
         command = start_command("server.report.measuring.child", sys.executable)
@@ -173,7 +181,7 @@ class Reports:
         """Kills the measuring process without waiting for it; another report can be started at once."""
         if self._process is not None:
             _kill(self._process)
-            self._making, self._process = False, None
+            self._activity.measuring, self._process = False, None
 
     async def stop(self) -> None:
         """Kills the measuring process and waits for its end."""

@@ -23,7 +23,7 @@ from server.http.validation import validate
 from server.routes.generation_request import make_request, merge_parameters
 from server.routes.precision_choice import choose_model
 from server.routes.schemas import PRECISION_NAMES, NamesOrAll, Sampling
-from server.routes.shared import body_of
+from server.routes.shared import body_of, model_parameter
 from server.served_model import ServedModel
 from server.service.pool import Pool
 from server.service.precision_state import PrecisionState, known_precision
@@ -56,7 +56,7 @@ _EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}
 _BODY = body_of(CompareBody, _EXAMPLE, parameters=Sampling.model_json_schema())
 
 
-@router.post("/compare", openapi_extra=_BODY)
+@router.post("/compare", openapi_extra=model_parameter(_BODY))
 @RouteFacts(takes_a_place=True, media_types=("application/json", "text/markdown"))
 async def compare(request: Request) -> Response:
     """Continues a prompt in several precisions, and measures each one's divergence from the reference."""

@@ -116,7 +116,7 @@ def split_model_name(name: str, served: Collection[str]) -> tuple[str | None, st
     """
     base, colon, precision = name.rpartition(":")
     for whole, ending in ((name, None), (base if colon else "", precision)):
-        if whole in _ANY_MODEL:
+        if whole in _ANY_MODEL and whole not in served:
             return None, ending
         if (model := _served(whole, served)) is not None:
             return model, ending

@@ -21,7 +21,7 @@ from server.report.markdown import advice_of, markdown
 from server.report.page import page
 from server.routes.precision_choice import choose_model
 from server.routes.schemas import NamesOrAll
-from server.routes.shared import body_of
+from server.routes.shared import body_of, model_parameter
 from server.served_model import ServedModel
 from server.service.precision_state import known_precision
 from server.settings.types import ALL
@@ -44,7 +44,7 @@ class ReportBody(Strict):
     fresh: bool = Field(False, description="true: repeat earlier measurements")
 
 
-@router.get("/report")
+@router.get("/report", openapi_extra=model_parameter({}))
 @RouteFacts(media_types=(_JSON, _MARKDOWN, _HTML))
 async def kept(request: Request) -> Response:
     """The latest finished report: JSON, Markdown or HTML, by ``Accept``."""
@@ -63,7 +63,7 @@ _BODY = body_of(ReportBody, {"precisions": ["fp32"], "quality": False, "plots": 
 _BODY["requestBody"]["required"] = False
 
 
-@router.post("/report", openapi_extra=_BODY)
+@router.post("/report", openapi_extra=model_parameter(_BODY))
 @RouteFacts(admin=True, media_types=("text/event-stream",))
 async def make(request: Request) -> Response:
     """Measures every precision in a separate process, with its progress as server-sent events."""

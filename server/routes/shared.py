@@ -1,7 +1,7 @@
 """Shared by the generating routes: running and streaming, response headers, bodies in the API document."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -145,8 +145,16 @@ def precision_parameters(extra: dict[str, Any], *, named: bool = False) -> dict[
     """``extra`` with the query and header parameters of a precision; ``named``: and the path's model."""
     choice = {"type": "string", "enum": [*PRECISION_NAMES, AUTO]}
     parameters = [_parameter("query", "precision", choice), _parameter("header", "X-Precision", choice)]
-    model = {**_parameter("path", "model", {"type": "string"}), "example": ANY_MODEL}
-    return {**extra, "parameters": [*parameters, *([model] if named else [])]}
+    return {**extra, "parameters": [*parameters, _model("path" if named else "query")]}
+
+
+def model_parameter(extra: Mapping[str, Any], *, named: bool = False) -> dict[str, Any]:
+    """``extra`` with the query parameter that names one of several models; ``named``: the path's."""
+    return {**extra, "parameters": [_model("path" if named else "query")]}
+
+
+def _model(place: str) -> dict[str, Any]:
+    return {**_parameter(place, "model", {"type": "string"}), "example": ANY_MODEL}
 
 
 def _parameter(place: str, name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from server.report.certainty import Interval
 from server.report.markdown import advice_of
 from server.routes.precision_choice import choose_model
 from server.routes.precisions import PrecisionName
+from server.routes.shared import model_parameter
 from server.served_model import ServedModel
 from server.service.kv_memory import blocks_of
 from server.service.pool import Pool
@@ -34,7 +35,7 @@ router = APIRouter(tags=["looking"])
 Switch = Annotated[str, WithJsonSchema({"type": "string", "enum": ["true", "false"]})]
 
 
-@router.get("/stats")
+@router.get("/stats", openapi_extra=model_parameter({}))
 async def stats(
     request: Request, precision: PrecisionName | None = None, layers: Switch | None = None
 ) -> dict[str, Any]:
@@ -136,13 +137,15 @@ async def prometheus(request: Request) -> Response:
     return Response(body, headers={"content-type": content_type, "vary": "Accept"})
 
 
-@router.get("/info")
+@router.get("/info", openapi_extra=model_parameter({}))
+@router.get("/models/{model:path}/info", openapi_extra=model_parameter({}, named=True))
 async def info(request: Request) -> dict[str, Any]:
     """The fields of Text Generation Inference's ``/info``, and the precisions."""
     model = choose_model(request)
     settings, service, pool = model.settings, model.service, model.pool
     return {
         "model_id": model.name,
+        "models": list(state_of(request.app).models),
         "model_sha": model.checkpoint.revision,
         "model_pipeline_tag": "text-generation",
         "max_input_tokens": service.max_input_tokens,

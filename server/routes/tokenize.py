@@ -17,7 +17,7 @@ from server.http.streaming import Stream, until_disconnect
 from server.http.validation import validate
 from server.routes.precision_choice import choose_model
 from server.routes.schemas import TokenizeBody
-from server.routes.shared import body_of
+from server.routes.shared import body_of, model_parameter
 from server.service.text.prompt_encoder import Tokens
 
 router = APIRouter(tags=["looking"])
@@ -25,10 +25,12 @@ _CHARACTERS = 250_000  # accepted of a text, or the usual length of the longest 
 _CHARACTERS_A_TOKEN = 8
 _PIECE = 512  # tokens, encoded to JSON in a millisecond
 _JSON = "application/json"
+_BODY = body_of(TokenizeBody, {"inputs": "Once upon a time"})
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-@router.post("/tokenize", openapi_extra=body_of(TokenizeBody, {"inputs": "Once upon a time"}))
+@router.post("/tokenize", openapi_extra=model_parameter(_BODY))
+@router.post("/models/{model:path}/tokenize", openapi_extra=model_parameter(_BODY, named=True))
 @RouteFacts(takes_a_place=True, example=[{"id": 451, "text": "The", "start": 0, "stop": 3}])
 async def tokenize(request: Request) -> Response:
     """The tokens of a text and their offsets in it."""

@@ -57,22 +57,31 @@ class HostResources:
         budget = self._settings.memory_budget
         return free if budget is None else min(free, budget - self.used_bytes())
 
-    async def make_room(self, name: str, needed: int) -> None:
+    async def make_room(self, title: str, needed: int, unload: bool = True) -> None:
         """Unloads idle precisions, of any model, least recently used first.
 
         Args:
-            name: what is to be loaded.
+            title: what is to be loaded.
             needed: bytes.
+            unload: False: only if there is room already.
 
         Raises:
-            NotReady: that is not enough.
+            NotReady: that would not be enough; nothing is unloaded then.
         """
         while needed > (free := self.free_bytes()):
-            idle = [(pool, state) for pool in self.pools for state in pool.idle()]
-            if not idle:
-                raise NotReady(f"no room for {name}: it needs {needed} bytes, {max(free, 0)} are free")
+            idle = [(pool, state) for pool in self.pools for state in pool.idle()] if unload else []
+            freed = self._freed_bytes([state for _, state in idle])
+            if not idle or needed > free + freed:
+                more = f", {freed} more with idle precisions unloaded" if unload else ""
+                raise NotReady(f"no room for {title}: it needs {needed} bytes, {max(free, 0)} are free{more}")
             pool, state = min(idle, key=lambda found: _last_used(found[1]))
             await pool.unload(state.name)
+
+    def _freed_bytes(self, idle: Sequence[PrecisionState]) -> int:
+        """What unloading these frees, as counted by ``used_bytes``."""
+        leaving = [state.engine.model for state in idle if state.engine is not None]
+        staying = [model for model in self.models() if not any(model is one for one in leaving)]
+        return self.used_bytes() - self.kv_memory.used_bytes(staying)
 
 
 def _last_used(state: PrecisionState) -> float:

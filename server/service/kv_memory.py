@@ -14,7 +14,7 @@ from server.host import memory
 from server.settings.server import Settings
 
 _SHARE = 0.5  # of what is free beside the weights of the start-up precisions; others may follow
-_LEAST_SHARE = 0.25  # of what is free beside the default one's, where not all of them fit
+_LEAST_SHARE = 0.25  # of what is free beside the default ones', where not all of them fit
 _log = logging.getLogger(__name__)
 WeightsFirst = Callable[[], Sequence[tuple[ModelSpec, Sequence[str]]]]
 
@@ -77,9 +77,16 @@ def _limit(settings: Settings, first: Sequence[tuple[ModelSpec, Sequence[str]]])
         for spec, names in first
     ]
     beside_all = free - sum(map(sum, weights))
-    beside_default = free - sum(next(iter(of_model), 0) for of_model in weights)
-    limit = int(max(_SHARE * beside_all, _LEAST_SHARE * beside_default, 0))
+    limit = int(max(_SHARE * beside_all, _LEAST_SHARE * (free - _defaults(free, weights)), 0))
     return limit, f"by default a share of the {free} bytes that are free"
+
+
+def _defaults(free: int, weights: Sequence[Sequence[int]]) -> int:
+    """Bytes of the models' default precisions: of all together or, where they don't fit, of the server's
+    default one and the largest other, since the others make room for each other."""
+    first, *others = [next(iter(of_model), 0) for of_model in weights]
+    together = first + sum(others)
+    return together if together < free else first + max(others, default=0)
 
 
 def blocks_of(model: LoadedModel, preemptions: int) -> dict[str, Any] | None:

@@ -90,24 +90,32 @@ class Pool:
         """
         return Lease(self.state(precision), self._loaded)
 
-    async def _loaded(self, state: PrecisionState) -> Engine:
+    async def preload(self, precision: str) -> None:
+        """Loads a precision if there is room for it: unlike ``use`` it unloads no other.
+
+        Raises: as acquiring what ``use`` returns.
+        """
+        await self._loaded(self.state(precision), makes_room=False)
+
+    async def _loaded(self, state: PrecisionState, makes_room: bool = True) -> Engine:
         if state.state == "unavailable":
             raise state.refusal()
         if state.state == "failed" and time.monotonic() - state.failed_at < _RETRY_SECONDS:
-            raise NotReady(f"{state.name} could not be loaded: {state.reason}", retry_after=_RETRY_SECONDS)
+            raise self._failure(state)
         if state.name not in self._loads:
-            task = self._loads[state.name] = asyncio.create_task(self._load(state))
+            task = self._loads[state.name] = asyncio.create_task(self._load(state, makes_room))
             task.add_done_callback(_retrieve_exception)
         # shielded: cancelling one waiting request must not cancel the load for the others
         return await asyncio.shield(self._loads[state.name])
 
-    async def _load(self, state: PrecisionState) -> Engine:
+    async def _load(self, state: PrecisionState, makes_room: bool) -> Engine:
         state.state, state.reason = "loading", None
         state.progress = LoadProgress("waiting", 0, 0)
         try:
             async with self.host.loading:
                 self.spec = await self.host.kv_memory.within(self.spec)
-                await self.host.make_room(state.name, memory.needed_bytes(state.name, self.spec))
+                needed = memory.needed_bytes(state.name, self.spec)
+                await self.host.make_room(self.title(state), needed, unload=makes_room)
                 model = await self._in_thread(state)
                 engine = self._engine_of(model)
                 await engine.start()  # on a GPU this captures graphs, whose memory counts too
@@ -116,11 +124,11 @@ class Pool:
             expected = isinstance(error, LoaderError | ServiceError)
             state.reason = str(error) if expected else type(error).__name__  # clients see no more of a bug
             traceback = None if expected else error
-            _log.warning("%s could not be loaded: %s", self._title(state), state.reason, exc_info=traceback)
+            _log.warning("%s could not be loaded: %s", self.title(state), state.reason, exc_info=traceback)
             if isinstance(error, ServiceError):
                 state.state = "unloaded"  # there may be room later
                 raise
-            raise NotReady(f"{state.name} could not be loaded: {state.reason}") from error
+            raise self._failure(state) from error
         finally:
             self._loads.pop(state.name, None)
         state.engine, state.state, state.load_seconds = engine, "loaded", model.load_seconds
@@ -128,12 +136,16 @@ class Pool:
         if (warning := quantization_warning(model)) is not None:
             _log.warning("%s", warning)
         facts = f"{model.load_seconds:.1f} s, {memory.used_bytes(model)} bytes"
-        _log.info("%s loaded in %s; forward pass: %s", self._title(state), facts, forward_pass(model))
+        _log.info("%s loaded in %s; forward pass: %s", self.title(state), facts, forward_pass(model))
         return engine
 
-    def _title(self, state: PrecisionState) -> str:
-        """For the log: with the model's name if there are several."""
-        return state.name if len(self.host.pools) == 1 else f"{self.spec.checkpoint.model_id}:{state.name}"
+    def title(self, state: PrecisionState) -> str:
+        """For errors and the log: with the model's name if there are several."""
+        return state.name if len(self.host.pools) == 1 else f"{self._metrics.model}:{state.name}"
+
+    def _failure(self, state: PrecisionState) -> NotReady:
+        reason = f"{self.title(state)} could not be loaded: {state.reason}"
+        return NotReady(reason, retry_after=_RETRY_SECONDS)
 
     def _engine_of(self, model: LoadedModel) -> Engine:
         return Engine(
@@ -205,13 +217,14 @@ class Pool:
         state.state = "unloaded"
         await engine.stop()
         self._metrics.set_loaded(state.name, dict.fromkeys(memory.by_kind(engine.model), 0), 0.0)
-        _log.info("%s unloaded", self._title(state))
+        _log.info("%s unloaded", self.title(state))
 
     @property
     def first(self) -> tuple[str, ...]:
-        """The precisions loaded at the start, the default first: of a further model that one alone."""
-        first = self._settings.first_precisions()
-        return first if self.host.pools[0] is self else first[:1]
+        """The precisions loaded at the start, the default first: of further models that and the shadow's."""
+        first, shadow = self._settings.first_precisions(), self._settings.shadow_precision
+        is_default = self.host.pools[0] is self
+        return first if is_default else tuple(name for name in first if name in (self.default, shadow))
 
     def start(self) -> None:
         """Starts loading the start-up precisions in turn, and unloading idle ones."""

@@ -17,17 +17,20 @@ _log = logging.getLogger(__name__)
 
 
 async def load_first(pool: "Pool", names: Iterable[str], lifecycle: Lifecycle | None) -> None:
-    """Loads the precisions in turn. ``lifecycle``, if given, fails if the default one can't be loaded."""
+    """Loads the precisions in turn, as far as there is room: none is unloaded for a later one.
+
+    Args:
+        lifecycle: fails if the default one can't be loaded; None: it may load later.
+    """
     for name in names:
         state = pool.state(name)
         if state.state == "unavailable":
-            _log.warning("%s can't be served here: %s", name, state.reason)
+            _log.warning("%s can't be served here: %s", pool.title(state), state.reason)
             continue
         with suppress(ServiceError):  # it is in the state and in the log
-            async with pool.use(name):
-                pass
+            await pool.preload(name)
         if lifecycle is not None and name == pool.default and state.state == "failed":
-            lifecycle.fail(f"{name} could not be loaded: {state.reason}", EXIT_FAILED)
+            lifecycle.fail(f"{pool.title(state)} could not be loaded: {state.reason}", EXIT_FAILED)
 
 
 async def unload_idle(pool: "Pool", seconds: float) -> None:

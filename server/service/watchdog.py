@@ -16,4 +16,4 @@ async def watch(pool: Pool, lifecycle: Lifecycle, hang_timeout: float) -> None:
             if (stalled := engine.stalled_seconds) > hang_timeout:
                 reason = f"a step has made no progress for {stalled:.0f} s"
                 engine.fail(reason)
-                lifecycle.fail(f"{engine.precision}: {reason}")
+                lifecycle.fail(f"{pool.title(pool.state(engine.precision))}: {reason}")

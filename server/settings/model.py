@@ -15,7 +15,7 @@ from pydantic_settings import (
 
 from loaders.base import Checkpoint, ModelSpec, default_device
 from server.host.threads import resolve
-from server.settings.types import Precision, TextFile, option
+from server.settings.types import Bytes, Precision, TextFile, option
 
 _MODEL, _QUANTIZATION, _GPU = "model", "quantization", "on a GPU"
 
@@ -37,8 +37,30 @@ class _Environment(EnvSettingsSource):
         return super().get_field_value(field, field_name)
 
 
-class ModelSettings(BaseSettings):
-    """Which model is loaded, and how. Each setting is also an environment variable in capitals."""
+def _artifacts() -> Any:
+    return option(
+        None,
+        _QUANTIZATION,
+        "FOLDER",
+        "where files are kept that a precision makes once: quantized weights, exported graphs",
+        unset="the user's cache",
+    )
+
+
+def _artifacts_limit() -> Any:
+    return option(
+        None,
+        _QUANTIZATION,
+        "SIZE",
+        "most that these files may take, such as 20GiB: beyond it the least recently used ones are removed, "
+        "but none in use and none made by training",
+        unset="no bound",
+        ge=0,
+    )
+
+
+class Declared(BaseSettings):
+    """Settings that are read from the command line, then from environment variables in capitals."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -50,6 +72,28 @@ class ModelSettings(BaseSettings):
         cli_implicit_flags=True,
         allow_inf_nan=False,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls)
+
+
+class CacheSettings(Declared):
+    """Where files are kept that precisions make, and how many."""
+
+    artifacts: Path | None = _artifacts()
+    artifacts_limit: Bytes | None = _artifacts_limit()
+
+
+class ModelSettings(Declared):
+    """Which model is loaded, and how. Each setting is also an environment variable in capitals."""
 
     model_id: str = option(
         "bundled",
@@ -107,13 +151,8 @@ class ModelSettings(BaseSettings):
         "a text in UTF-8 that calibrated precisions are made with",
         unset="documentation that quality is not measured on",
     )
-    artifacts: Path | None = option(
-        None,
-        _QUANTIZATION,
-        "FOLDER",
-        "where files are kept that a precision makes once: quantized weights, exported graphs",
-        unset="the user's cache",
-    )
+    artifacts: Path | None = _artifacts()
+    artifacts_limit: Bytes | None = _artifacts_limit()
 
     cuda_graphs: bool = option(
         True,
@@ -128,17 +167,6 @@ class ModelSettings(BaseSettings):
         "compute every step at its full size, so that a sequence gets the same tokens alone and among "
         "others; without, the smallest size that fits, which is faster where few run",
     )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _Environment(settings_cls)
 
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         return default_device() if self.device == "auto" else self.device
@@ -162,6 +190,7 @@ class ModelSettings(BaseSettings):
             kv_dtype=self.kv_dtype,
             calibration=self.calibration,
             artifacts=self.artifacts,
+            artifacts_limit=self.artifacts_limit,
             batch_invariant=self.batch_invariant,
             cuda_graphs=self.cuda_graphs,
         )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 from server.settings.model import ModelSettings, PrecisionSettings
+from server.settings.models import several_models
 from server.settings.types import (
     AUTO,
     Bytes,
@@ -18,7 +19,6 @@ from server.settings.types import (
     listed,
     option,
     parse_names,
-    several_models,
 )
 
 _FIRST_ON_CPU, _FIRST_ON_CUDA = ("fp32", "int8", "nf4", "dynamic-int8"), ("fp32", "int8", "nf4")
@@ -49,8 +49,17 @@ class Settings(ChatSettings):
         None,
         _MODEL,
         "MODELS",
-        "several models in place of MODEL_ID, by comma, the default one first; name=folder gives one a name",
+        "several models in place of MODEL_ID, by comma, the default one first; name=folder gives one a name, "
+        "owner/name@revision names a revision",
         unset="MODEL_ID alone",
+    )
+    chat_template: Path | None = option(
+        None,
+        _MODEL,
+        "FILE",
+        "a chat template in Jinja, for a model that has none or in place of its own; with MODELS name=FILE, "
+        "by comma",
+        unset="the model's own",
     )
 
     precision: PrecisionOrAuto = option(

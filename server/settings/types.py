@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -13,7 +12,6 @@ import loaders
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _LATIN_1 = 0xFF
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 AUTO = "auto"
 """In place of a precision's name: chosen by the stored report."""
 ALL = "all"
@@ -78,39 +76,6 @@ def parse_names_or_all(value: Any) -> Any:
     """As ``parse_names``; ``ALL`` by itself is returned as it is."""
     names = parse_names(value)
     return ALL if names in ((ALL,), [ALL]) else names
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """One of several models: where it is, and its name if another one than its source's is wanted."""
-
-    source: str
-    name: str | None
-
-
-def model_sources(text: str) -> list[ModelSource]:
-    """``"gpt2,mine=folder"`` → gpt2 by its own name, the folder's model as ``mine``.
-
-    Raises:
-        ValueError: an entry is empty, or a name is given twice or can't be one.
-    """
-    parts = [entry.rpartition("=")[::2] for entry in text.split(",")]
-    found = [ModelSource(source.strip(), name.strip() or None) for name, source in parts]
-    names = [one.name for one in found if one.name]
-    if not all(one.source for one in found) or text.lstrip().startswith("="):
-        raise ValueError("it must be names of models, by comma, such as openai-community/gpt2,mine=./folder")
-    if strange := [name for name in names if not _MODEL_NAME.fullmatch(name)]:
-        raise ValueError(f"{strange[0][:100]!r} is no name: letters, digits, '.', '-' and '_'")
-    if len(set(names)) < len(names):
-        raise ValueError("a name is given twice")
-    return found
-
-
-def several_models(text: str | None) -> str | None:
-    """The text, if ``model_sources`` can read it."""
-    if text is not None:
-        model_sources(text)
-    return text
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

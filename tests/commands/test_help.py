@@ -18,6 +18,7 @@ from server.__main__ import main
 from server.commands import (
     COMMANDS,
     bench,
+    cache,
     chat,
     compare,
     explain,
@@ -36,6 +37,7 @@ OPTIONS: dict[str, type[BaseSettings]] = {
     "generate": generate.Options,
     "precisions": precisions.Options,
     "quantize": quantize.Options,
+    "cache": cache.Options,
     "compare": compare.Options,
     "report": report.Options,
     "quality": quality.Options,

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from loaders import kernels
+from loaders.base import Availability
+from loaders.precisions import litert
 from server.__main__ import main
 from tests import checkpoints
 from tests.http.test_process import ROOT, environment
@@ -117,3 +120,24 @@ def test_interrupted_nothing_is_left(model: str, tmp_path: Path, number: signal.
     assert process.returncode == 130
     assert said.endswith("bitdial quantize: interrupted\n")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
+def test_a_trained_checkpoint_is_converted_and_what_it_loses_is_said(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a converter that writes a file of its own."""
+    text = str(checkpoints.calibration_text(tmp_path))
+    monkeypatch.setattr(litert, "availability", lambda *_: Availability())
+    monkeypatch.setattr(litert, "make", lambda _, spec, folder, progress: (folder / "model.tflite").touch())
+    for granularity, loses in (("group", True), ("channel", False)):
+        trained, out = str(tmp_path / granularity), str(tmp_path / f"{granularity}.tflite")
+        options = ["--steps", "1", "--granularity", granularity, "--calibration", text]
+        assert main(["quantize", "--model", model, "--method", "qat-int8", *options, "--out", trained]) == 0
+        capsys.readouterr()
+        assert main(["quantize", "--model", trained, "--method", "litert-int8", "--out", out]) == 0
+        assert ("its weights were rounded again: qat-int8 was trained" in capsys.readouterr().out) == loses
+        assert main(["quantize", "--model", trained, "--method", "litert-int8"]) == 2
+        assert "--out is missing: what is made of a saved checkpoint" in capsys.readouterr().err
+        assert main(["quantize", "--model", trained, "--method", "nf4", "--out", out + "x"]) == 1
+        assert f"{granularity} is saved in qat-int8 already" in capsys.readouterr().err

@@ -47,7 +47,7 @@ NOISE = {
     "dynamic-int8": (38, 54),  # the more, the fewer weights share a scale
     "onnx-int8": (32, 48),  # 7-bit weights without VNNI
     "onnx-static-int8": (32, 48),
-    "onnx-int4": (19, 25),
+    "onnx-int4": (15, 25),  # calibrated, as int4
     "static-int8": (38, 54),
     "nf4": (19, 23),
     "fp4": (16, 21),

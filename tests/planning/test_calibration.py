@@ -46,12 +46,14 @@ class Together(MixedFake):
         return torch.cat([first, self.decode(slots, next_ids)])
 
 
-def measured(runner: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> Calibration:
+def measured(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch, busy_chunk: int = 16, passes: int = 12
+) -> Calibration:
     monkeypatch.setattr(module, "ROWS", (1, 4))
     monkeypatch.setattr(module, "CHUNKS", (16, 64))
 
     async def run() -> Calibration:
-        calibrator = Calibrator(fake_model(runner=runner), 1, chunk=64, busy_chunk=16, passes=12)
+        calibrator = Calibrator(fake_model(runner=runner), 1, chunk=64, busy_chunk=busy_chunk, passes=passes)
         return await calibrator.measure(lambda *_: None)
 
     return asyncio.run(run())
@@ -67,6 +69,35 @@ def test_passes_of_every_size_are_measured(kind: type[MixedFake], monkeypatch: p
     for rows, chunk in [(1, 0), (4, 0), (0, 16), (0, 64), *([(1, 16), (4, 16)] if found.mixed else [])]:
         expected = _BASE + _ROW * rows + _TOKEN * chunk
         assert times.seconds(rows, chunk, 0) == pytest.approx(expected, rel=0.01)
+
+
+class Disturbed(MixedFake):
+    """Something else uses the host while its passes 60 to 100 run: two sizes of the first round."""
+
+    passes = 0
+
+    def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
+        self.passes += 1
+        self.now += 0.01 if 60 <= self.passes < 100 else 0.0
+        return super().decode(slots, ids)
+
+
+def test_what_disturbs_the_host_for_a_while_does_not_change_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Disturbed(slots=5, context=256)
+    monkeypatch.setattr("server.engine.engine.Worker", partial(Worker, clock=lambda: runner.now))
+    times = measured(runner, monkeypatch, passes=60).step_times()
+    assert times.seconds(4, 0, 0) == pytest.approx(_BASE + 4 * _ROW, rel=0.02)
+    assert times.seconds(1, 0, 0) == pytest.approx(_BASE + _ROW, rel=0.02)
+    assert times.disturbance > 2  # it is in the noise
+
+
+@pytest.mark.parametrize(("busy_chunk", "context"), [(1, 64), (1, 700), (3, 700)])
+def test_rows_that_could_never_decode_together_are_not_waited_for(
+    busy_chunk: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a chunk of one token the first of four sequences ends before the last has read its prompt."""
+    found = measured(Together(slots=5, context=context), monkeypatch, busy_chunk)
+    assert {cell.rows for cell in found.cells} == ({0, 1} if context == 64 else {0, 1, 4})
 
 
 @pytest.mark.parametrize("busy", [16, 128])

@@ -41,10 +41,11 @@ def make_chatty_app(make_app: Callable[..., FastAPI], tmp_path: Path) -> Callabl
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens the playground at an address; ``expected``: parts of console errors that may occur."""
+    """Opens the playground at an address; ``expected``: parts of console errors that may occur; ``query``: of
+    the page."""
     contexts, unexpected = [], []
 
-    def open_(address: str, expected: tuple[str, ...] = (), **options: Any) -> Page:
+    def open_(address: str, expected: tuple[str, ...] = (), query: str = "", **options: Any) -> Page:
         context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -56,7 +57,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
         page.on("console", lambda message: log(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: log(str(error)))
-        page.goto(f"{address}/")
+        page.goto(f"{address}/{query}")
         return page
 
     yield open_

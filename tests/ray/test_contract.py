@@ -43,6 +43,11 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "tokens": {"url": "/tokenize", "json": {"inputs": TEXT}},
     "live": {"method": "GET", "url": "/health/live"},
     "ready": {"method": "GET", "url": "/health"},
+    "ready by name": {"method": "GET", "url": "/health?model=bundled"},
+    "ready by path": {"method": "GET", "url": "/models/bundled/health"},
+    "ready of another": {"method": "GET", "url": "/health?model=gpt4"},
+    "precisions of another": {"method": "GET", "url": "/precisions?model=gpt4"},
+    "stats of another": {"method": "GET", "url": "/stats?model=gpt4"},
     "head": {"method": "HEAD", "url": "/health/ready"},
     "document": {"method": "GET", "url": "/openapi.json"},
     "page": {"method": "GET", "url": "/", "headers": {"Accept": "text/html"}},
@@ -140,6 +145,17 @@ def test_figures_are_those_of_all_replicas(cluster: Cluster, client: httpx.Clien
     alone = client.get("/stats?precision=fp32").json()
     assert list(alone["precisions"]) == ["fp32"]
     assert client.get("/stats?precision=int3").status_code == 422
+
+
+def test_a_whole_model_is_unloaded_in_all_replicas(client: httpx.Client) -> None:
+    states = client.post("/precisions/all/unload?model=bundled").json()
+    assert {one["state"] for one in states} <= {"unloaded", "unavailable"}
+    shown = {name: one["state"] for name, one in client.get("/stats").json()["precisions"].items()}
+    assert (shown["fp32"], shown["dynamic-int8"]) == ("unloaded", "unloaded")
+    for name in ("fp32", "dynamic-int8"):
+        assert '"ready"' in client.post(f"/precisions/{name}/load").text
+    shown = {name: one["state"] for name, one in client.get("/stats").json()["precisions"].items()}
+    assert (shown["fp32"], shown["dynamic-int8"]) == ("loaded", "loaded")
 
 
 def test_a_comparison_is_that_of_one_server(client: httpx.Client, single: httpx.Client) -> None:

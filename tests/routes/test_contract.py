@@ -60,8 +60,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def name_the_model(case: Any) -> None:
     """OpenAPI can't express which names are valid."""
-    if "model" in case.path_parameters:
-        case.path_parameters["model"] = "fake"
+    for parameters in (case.path_parameters, case.query):
+        if parameters and "model" in parameters:
+            parameters["model"] = "fake"
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         case.body["model"] = "fake"
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-from server.commands.chat.client import ChatError, Client
+from server.commands.chat.client import Client
 from server.commands.chat.conversation import Sampling
+from server.commands.chat.errors import ChatError
 from server.commands.chat.own_server import OwnServer
 from server.commands.chat.repl import Chat
 from server.commands.chat.typed import make_input
@@ -75,12 +76,13 @@ def _chat(options: Options, arguments: Sequence[str]) -> int:
             client = Client(own.url, own.key, proxies=False)
         else:
             key = options.api_key.get_secret_value() if options.api_key else os.environ.get("API_KEY")
-            client = Client(options.url, key, _served_model(options, arguments))
+            client = Client(options.url, key)
         stack.enter_context(client)
+        model = None if options.url is None else _served_model(options, arguments)
         named = options.url is None or "precision" in options.model_fields_set
         precision = options.precision if named else None
         ended = None if own is None else own.ended
-        chat = Chat(client, precision, options.sampling(), options.system, ended)
+        chat = Chat(client, model, precision, options.sampling(), options.system, ended)
         return chat.run(make_input(chat.prompt, chat.words, options.history and sys.stdin.isatty()))
 
 

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx2
 
 from server.commands.chat.answer import Answer
 from server.commands.chat.conversation import Conversation, Sampling
+from server.commands.chat.errors import ChatError, error_of, refusal_of
 from server.commands.progress import ProgressBars
-from server.commands.side_by_side import shown
 
 _CONNECT = 10.0  # seconds; an answer itself may take as long as the server permits
 _CHAT, _CONTINUE = "v1/chat/completions", "v1/completions"
@@ -21,37 +22,19 @@ _CONTEXT_LENGTH = "context_length_exceeded"
 _LEAST_TOKENS = 16
 
 
-class ChatError(Exception):
-    """What the server, or the way to it, has refused; the message is for people.
-
-    Args:
-        code: the OpenAI dialect's ``code``.
-        exit_code: what the program ends with, if it must end.
-        lost: whether there was no connection, or it broke.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        code: str | None = None,
-        exit_code: int | None = None,
-        lost: bool = False,
-    ) -> None:
-        super().__init__(shown(message))
-        self.code, self.exit_code, self.lost = code, exit_code, lost
-
-
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself."""
+    """What a server says of itself and of one of its models."""
 
     model: str
     precision: str
-    """The default one."""
+    """The one in the name that was asked for, else the model's default one."""
     context: int
     """Most tokens of prompt and answer."""
     templated: bool
     """Whether the model has a chat template."""
+    models: tuple[str, ...]
+    """All models of the server, its default one first."""
 
 
 class Client:
@@ -59,22 +42,18 @@ class Client:
 
     Args:
         key: its Bearer token, if it needs one.
-        model: one of its models, if it has several; None: its default one.
         proxies: whether those of the environment are used; never for a server of one's own.
     """
 
-    def __init__(self, url: str, key: str | None, model: str | None = None, proxies: bool = True) -> None:
+    def __init__(self, url: str, key: str | None, proxies: bool = True) -> None:
         self.url = url.rstrip("/")
-        self._model = {} if model is None else {"model": model}
+        self.model: str | None = None
+        """Of every request; None: the server's default one."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(None, connect=_CONNECT)
         try:
             self._http = httpx2.Client(
-                base_url=self.url + "/",
-                headers=headers,
-                timeout=timeout,
-                params=self._model,
-                trust_env=proxies,
+                base_url=self.url + "/", headers=headers, timeout=timeout, trust_env=proxies
             )
         except (ValueError, ImportError, httpx2.InvalidURL) as error:  # of a proxy, too
             raise ChatError(f"{self.url}: {error}") from None
@@ -88,24 +67,36 @@ class Client:
         self._http.close()
 
     def get(self, path: str) -> Any:
-        """A route's JSON."""
+        """A route's JSON, about the chosen model."""
+        return self._get(path, self.model)
+
+    def _get(self, path: str, model: str | None) -> Any:
         with self._said_plainly():
-            response = self._http.get(path)
+            response = self._http.get(path, params=_query(model))
             if not response.is_success:
-                raise _refusal(response)
+                raise refusal_of(response)
             return response.json()
 
-    def served(self) -> Served:
-        info = self.get("info")
+    def choose(self, model: str | None) -> Served:
+        """Uses a model from here on; after an error, the one before.
+
+        Args:
+            model: its name, which may end with a precision: ``gpt2:nf4``; None: the server's default one.
+        """
+        info = self._get("info", model)
+        named = info if model is None else self._get(f"v1/models/{quote(model)}", None)
         try:
-            return Served(
-                shown(str(info["model_id"])),
-                shown(str(info["precision"])),
+            served = Served(
+                str(info["model_id"]),
+                str(named["precision"]),
                 int(info["max_total_tokens"]),
                 bool(info["chat_template"]),
+                tuple(map(str, info.get("models", [info["model_id"]]))),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise self._no_bitdial() from None
+        self.model = None if model is None else served.model
+        return served
 
     def load(self, precision: str) -> None:
         """Loads a precision and shows the progress; returns when it is ready.
@@ -193,10 +184,13 @@ class Client:
 
     def _events(self, path: str, body: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
         """The JSON objects of a stream of server-sent events."""
-        with self._said_plainly(), self._http.stream("POST", path, json=body) as response:
+        with (
+            self._said_plainly(),
+            self._http.stream("POST", path, json=body, params=_query(self.model)) as response,
+        ):
             if not response.is_success:
                 response.read()
-                raise _refusal(response)
+                raise refusal_of(response)
             for event in httpx2.EventSource(response):
                 if event.data == "[DONE]":
                     return
@@ -204,7 +198,7 @@ class Client:
                 if not isinstance(told, dict):
                     raise self._no_bitdial()
                 if "error" in told and "status" not in told:
-                    raise _told(told)
+                    raise error_of(told)
                 yield told
 
     @contextmanager
@@ -225,16 +219,5 @@ class Client:
         return ChatError(f"{self.url} does not answer as a bitdial server")
 
 
-def _refusal(response: httpx2.Response) -> ChatError:
-    try:
-        return _told(response.json())
-    except (ValueError, AttributeError):
-        return ChatError(f"{response.url} answered {response.status_code} {response.reason_phrase}")
-
-
-def _told(body: Mapping[str, Any]) -> ChatError:
-    """An error in either dialect."""
-    error = body.get("error")
-    if isinstance(error, Mapping):
-        return ChatError(str(error.get("message")), error.get("code"))
-    return ChatError(str(error), body.get("error_type"))
+def _query(model: str | None) -> dict[str, str]:
+    return {} if model is None else {"model": model}

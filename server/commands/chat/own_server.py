@@ -11,7 +11,7 @@ from typing import IO, Any, Self
 
 from pydantic import SecretStr
 
-from server.commands.chat.client import ChatError
+from server.commands.chat.errors import ChatError
 from server.commands.command_line import FAILED
 from server.host.subprocesses import start_command
 from server.settings.server import PrecisionSettings, Settings

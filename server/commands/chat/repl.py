@@ -8,11 +8,13 @@ from contextlib import contextmanager
 
 from server.commands.chat import slash
 from server.commands.chat.answer import Answer
-from server.commands.chat.client import ChatError, Client
+from server.commands.chat.client import Client
 from server.commands.chat.conversation import Conversation, Sampling, Turn
+from server.commands.chat.errors import ChatError
 from server.commands.chat.flow import Flow
 from server.commands.chat.typed import Input
 from server.commands.chat.waiting import Waiting
+from server.commands.side_by_side import shown
 
 _LEAVE = "Ctrl-D or /bye ends the conversation"
 
@@ -21,7 +23,8 @@ class Chat:
     """A conversation with one server.
 
     Args:
-        precision: the first one; None: the server's default.
+        model: the first one, and perhaps its precision; None: the server's default.
+        precision: the first one; None: the one in ``model``, or the model's default.
         ended: the exit code of the server if it has ended; None: it is not known.
 
     Raises:
@@ -31,6 +34,7 @@ class Chat:
     def __init__(
         self,
         client: Client,
+        model: str | None,
         precision: str | None,
         sampling: Sampling,
         system: str | None = None,
@@ -38,17 +42,33 @@ class Chat:
     ) -> None:
         self.client, self.sampling, self._ended = client, sampling, ended or (lambda: None)
         self.known: list[str] | None = None
-        """Names of the server's precisions, once they were asked for."""
-        served = client.served()
-        self.model, self.context, self.templated = served.model, served.context, served.templated
-        self.precision = served.precision if precision is None else precision
-        if system is not None and not self.templated:
+        """Names of the model's precisions, once they were asked for."""
+        self.served = client.choose(model)
+        self.precision = self.served.precision if precision is None else precision
+        if system is not None and not self.served.templated:
             raise ChatError(slash.NO_TEMPLATE)
         self.conversation = Conversation(system)
         client.load(self.precision)
 
+    def go_on_with(self, model: str) -> None:
+        """Another model of the server; after an error, the one before.
+
+        Args:
+            model: as of ``Client.choose``.
+        """
+        before = self.client.model
+        served = self.client.choose(model)
+        try:
+            self.client.load(served.precision)
+        except BaseException:
+            self.client.model = before
+            raise
+        self.served, self.precision, self.known = served, served.precision, None
+        self.introduce()
+
     def prompt(self) -> str:
-        return f"{self.precision}> "
+        several = len(self.served.models) > 1
+        return shown(f"{self.served.model}:{self.precision}> " if several else f"{self.precision}> ")
 
     def words(self) -> Mapping[str, Sequence[str]]:
         """The commands, and of each what may follow it."""
@@ -99,7 +119,7 @@ class Chat:
                 waiting.stop()
                 on_text(text)
 
-            if self.templated:
+            if self.served.templated:
                 self.client.reply(self.conversation, question, self.sampling, answer, on_first)
             else:
                 self.client.continuation(question, self.sampling, answer, on_first)
@@ -115,10 +135,16 @@ class Chat:
         slash.obey(self, text)
         return True
 
-    def _greet(self) -> None:
-        self.note(f"{self.model}, context {self.context} tokens")
-        if not self.templated:
+    def introduce(self) -> None:
+        """Says what the model is."""
+        self.note(f"{shown(self.served.model)}, context {self.served.context} tokens")
+        if not self.served.templated:
             self.note("it has no chat template: each message is continued, without those before it")
+
+    def _greet(self) -> None:
+        self.introduce()
+        if len(self.served.models) > 1:
+            self.note(f"/model chooses among {shown(', '.join(self.served.models))}")
         self.note(f"/help lists the commands; {_LEAVE}")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.commands.chat.answer import Answer
-from server.commands.chat.client import ChatError
 from server.commands.chat.conversation import Conversation
+from server.commands.chat.errors import ChatError
 from server.commands.side_by_side import shown, side_by_side
 from server.tables import NONE, aligned
 
@@ -49,8 +49,21 @@ def words(chat: Chat) -> Mapping[str, Sequence[str]]:
     """The commands, and of each what may follow it."""
     names = list(_known(chat)) if chat.known is None else chat.known
     chat.known = names
-    following = {"/precision": names, "/compare": names, "/set": [*type(chat.sampling).model_fields]}
+    following = {
+        "/model": chat.served.models,
+        "/precision": names,
+        "/compare": names,
+        "/set": [*type(chat.sampling).model_fields],
+    }
     return {name: following.get(name, []) for name in _COMMANDS}
+
+
+def _model(chat: Chat, name: str) -> None:
+    if not name:
+        for one in chat.served.models:
+            print(f"{'▸' if one == chat.served.model else ' '} {shown(one)}")
+        return
+    chat.go_on_with(name)
 
 
 def _precision(chat: Chat, name: str) -> None:
@@ -125,7 +138,7 @@ def _figures(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _system(chat: Chat, text: str) -> None:
-    if not chat.templated:
+    if not chat.served.templated:
         raise ChatError(NO_TEMPLATE)
     if text:
         chat.conversation.system = None if text == "off" else text
@@ -194,6 +207,7 @@ def _width() -> int:
 
 
 _COMMANDS = {
+    "/model": _Command(_model, "[NAME]", "go on with another model of the server; alone: lists them"),
     "/precision": _Command(_precision, "[NAME]", "go on in another precision; alone: lists them"),
     "/compare": _Command(_compare, "[NAMES]", "the last answer in these, or all loaded, side by side"),
     "/stats": _Command(_stats, "", "memory and speed of the loaded precisions"),

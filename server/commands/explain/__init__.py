@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
-from loaders.affine.quantizer import Quantizer
+from loaders.affine.quantizer import Method
 from loaders.affine.quantizer import parse as parse_quantizer
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
@@ -34,6 +34,10 @@ SCHEMES = (
     "int4-channel-mse",
     "int4-32",
     "uint4-32",
+    "int8-32",
+    "nf4",
+    "nf4-nested",
+    "fp4",
 )
 
 
@@ -72,8 +76,9 @@ class Options(ModelSettings):
         _WHAT,
         "NAMES",
         "by comma; int8 or int4 (symmetric), int8-full, uint8 (asymmetric) …, then -tensor, -channel or the "
-        "size of a group, then -mse, or per tensor -percentile or -kl",
-        unset="ten common ones",
+        "size of a group, then -mse, or per tensor -percentile or -kl; nf4 or fp4, "
+        "with -nested for scales in eight bits",
+        unset="fourteen common ones",
     )
     weight: Annotated[str, AfterValidator(_place)] | None = option(
         None, _WHAT, "ROW,COLUMN", "the weight whose bits are shown", unset="one of median magnitude"
@@ -83,7 +88,7 @@ class Options(ModelSettings):
     )
     json_file: Output | None = json_option(_MORE, "write all figures there", "nowhere")
 
-    def quantizers(self) -> list[Quantizer]:
+    def quantizers(self) -> list[Method]:
         return [parse_quantizer(name) for name in self.schemes or SCHEMES]
 
     def place(self) -> tuple[int, int] | None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loaders.affine.applied import Applied, Code, Matrix
-from loaders.affine.quantizer import Quantizer
+from loaders.affine.quantizer import Method
+from loaders.affine.tables import TableQuantizer
 from loaders.base import Progress
 from server.commands.command_line import UsageError
 from server.commands.explain.layers import Layers, Ranked
@@ -50,7 +52,7 @@ class Explanation:
 def explain(
     layers: Layers,
     name: str,
-    quantizers: Sequence[Quantizer],
+    quantizers: Sequence[Method],
     place: tuple[int, int] | None,
     progress: Progress,
 ) -> Explanation:
@@ -98,6 +100,12 @@ def _median(weight: Tensor) -> tuple[int, int]:
     return row, int(weight[row].abs().median(dim=0).indices)
 
 
+def code_values(quantizer: Method, code: Code) -> Tensor:
+    """The values of all codes in the range of a weight."""
+    codes = torch.arange(quantizer.lowest, quantizer.lowest + quantizer.codes)
+    return quantizer.decode(codes, torch.tensor(code.scale), torch.tensor(code.zero_point or 0))
+
+
 def float_bits(value: float) -> tuple[str, str, str]:
     """Sign, exponent and fraction of a float32 (IEEE 754: 1, 8 and 23 bits)."""
     bits = f"{struct.unpack('>I', struct.pack('>f', value))[0]:032b}"
@@ -140,10 +148,10 @@ def as_dict(found: Explanation, ranking: Sequence[Ranked]) -> dict[str, Any]:
 
 
 def _scheme(one: Applied, code: Code) -> dict[str, Any]:
-    scheme = one.quantizer.scheme
+    quantizer = one.quantizer
     return {
-        "lowest_code": scheme.lowest,
-        "highest_code": scheme.highest,
+        "lowest_code": quantizer.lowest,
+        "highest_code": quantizer.lowest + quantizer.codes - 1,
         "ranges": one.ranges,
         "scale": one.scales,
         "zero_point": one.zero_points,
@@ -155,5 +163,6 @@ def _scheme(one: Applied, code: Code) -> dict[str, Any]:
         "max_error": one.max_error,
         "sqnr_db": one.sqnr_db,
         "counts": one.counts.tolist(),
-        "weight": {**asdict(code), "bits": code_bits(code.code, scheme.bits)},
+        "weight": {**asdict(code), "bits": code_bits(code.code, quantizer.bits)},
+        "table": quantizer.values.tolist() if isinstance(quantizer, TableQuantizer) else None,
     }

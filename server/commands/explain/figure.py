@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from loaders.affine.applied import Applied
-from server.commands.explain.explanation import Explanation, code_bits, float_bits, float_terms
-from server.commands.explain.text import weight_value
+from server.commands.explain.explanation import Explanation, code_bits, code_values, float_bits, float_terms
+from server.commands.explain.text import MOST_SHOWN, weight_value
 from server.report.plots import STYLE
 from server.settings.output import NotSaved
 
@@ -37,13 +37,18 @@ def draw(found: Explanation, model: str, file: Path) -> None:
         upper.suptitle(_title(found, model), fontsize=11, ha="left", x=0.01)
         axes = upper.subplots(schemes, 3, squeeze=False, width_ratios=(1.1, 3.6, 1.3), sharex="col")
         widest = 3 * max(_rms(one) for one, _ in found.schemes)
-        for (left, middle, right), (one, _) in zip(axes, found.schemes, strict=True):
+        for (left, middle, right), (one, code) in zip(axes, found.schemes, strict=True):
             left.set_axis_off()
             left.text(0, 1, one.quantizer.name, va="top", weight="bold", fontsize=9)
             left.text(0, 0.8, _figures(one), va="top", fontsize=8, linespacing=1.3)
             _distribution(middle, found, one)
+            if one.quantizer.codes <= MOST_SHOWN:
+                middle.vlines(code_values(one.quantizer, code).tolist(), 0.7, 1.5, color=_LIMIT, linewidth=1)
             _errors(right, one, widest or 1.0)
-        axes[-1][1].set_xlabel("weights, logarithmic counts; grey: float32; dashed: the outermost codes")
+        axes[-1][1].set_xlabel(
+            "weights, logarithmic counts; grey: float32; dashed: the outermost codes\n"
+            "below: all codes in the range of the weight shown"
+        )
         axes[-1][2].set_xlabel("W′ − W")
         _bits(lower.subplots(), found)
         _save(figure, file)
@@ -80,7 +85,7 @@ def _distribution(axes: Any, found: Explanation, one: Applied) -> None:
 
 def _figures(one: Applied) -> str:
     scale = " … ".join(dict.fromkeys(f"{end:.3g}" for end in one.scales))
-    zero = " … ".join(dict.fromkeys(f"{end}" for end in one.zero_points))
+    zero = " … ".join(dict.fromkeys(f"{end}" for end in one.zero_points or ("none",)))
     ranges = "1 range" if one.ranges == 1 else f"{one.ranges:,} ranges"
     noise = "" if one.sqnr_db is None else f", {one.sqnr_db:.1f} dB"
     return (
@@ -120,7 +125,7 @@ def _bits(axes: Any, found: Explanation) -> None:
     _cells(axes, 0, "float32", sign + exponent + fraction, colours, 0)
     _text(axes, 33, 0, f"= {float_terms(found.value)} = {found.value:.7g}")
     for at, (one, code) in enumerate(found.schemes, 1):
-        bits = code_bits(code.code, one.quantizer.scheme.bits)
+        bits = code_bits(code.code, one.quantizer.bits)
         _cells(axes, at, one.quantizer.name, bits, [_AFTER] * len(bits), 0)
         _text(axes, 33, at, f"{weight_value(code)}, off by {code.value - found.value:+.2g}")
 

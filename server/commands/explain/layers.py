@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from loaders.affine.applied import Matrix
-from loaders.affine.quantizer import Quantizer
+from loaders.affine.quantizer import Method
 from loaders.base import ModelSpec, Progress
 from loaders.errors import CheckpointError
 from loaders.layer_errors import Originals
@@ -84,7 +84,7 @@ class Layers:
             raise CheckpointError(f"{name} has weights that are NaN or infinite")
         return weight.contiguous()
 
-    def ranking(self, quantizer: Quantizer, progress: Progress) -> list[Ranked]:
+    def ranking(self, quantizer: Method, progress: Progress) -> list[Ranked]:
         """The linear layers, the one with the largest relative error first.
 
         Raises:

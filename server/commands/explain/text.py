@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from loaders.affine.applied import Applied, Code
-from server.commands.explain.explanation import Explanation, code_bits, float_bits, float_terms
+from server.commands.explain.explanation import Explanation, code_bits, code_values, float_bits, float_terms
 from server.commands.explain.layers import Ranked
 from server.tables import NONE, aligned
 from server.terminal import folded, terminal_width
@@ -15,8 +15,11 @@ _WIDEST, _PIPED = 110, 100
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ROWS = 6  # of the original distribution
 _LISTED = 10
+MOST_SHOWN = 16
+"""Codes of a scheme whose values are marked below its distribution."""
 _LEGEND = """\
 x ≈ S (q − Z)  with an integer code q, a scale S and a zero point Z
+x ≈ S T[q]     nf4, fp4: with a table T of 16 values, and the largest magnitude of a block as S
 scales    how many there are; S and Z: the smallest and the largest
 clipped   weights beyond the codes of their range
 codes     different codes used, of those that exist
@@ -73,9 +76,13 @@ def _distributions(found: Explanation, width: int) -> list[str]:
         (("float32".ljust(margin) if at == 0 and beside else indent) + bar) for at, bar in enumerate(bars)
     ]
     shown += [indent + _axis(found.low, found.high, columns)]
-    for name, (one, _) in zip(names, found.schemes, strict=True):
+    for name, (one, code) in zip(names, found.schemes, strict=True):
         (bar,) = _bars(_columns(one.counts, columns), most, 1)
         shown += [name.ljust(margin) + bar] if beside else [name, bar]
+        if one.quantizer.codes <= MOST_SHOWN:
+            shown += [indent + _marks(code_values(one.quantizer, code), found, len(bar))]
+    if any(one.quantizer.codes <= MOST_SHOWN for one, _ in found.schemes):
+        shown += ["", folded("each ╵ is the value of a code in the range of the weight shown below")]
     return [line.rstrip() for line in shown]
 
 
@@ -86,6 +93,15 @@ def _axis(low: float, high: float, columns: int) -> str:
     zero = int(-low / (high - low) * columns) if low < 0 < high else 0
     if len(left) < zero < columns - len(right) - 1:
         line[zero] = "0"
+    return "".join(line)
+
+
+def _marks(values: Tensor, found: Explanation, columns: int) -> str:
+    """The places of values on the axis of the distribution; those outside of it are left out."""
+    line, width = [" "] * columns, (found.high - found.low) or 1.0
+    for value in values.tolist():
+        if found.low <= value <= found.high:
+            line[min(columns - 1, int((value - found.low) / width * columns))] = "╵"
     return "".join(line)
 
 
@@ -123,9 +139,9 @@ def _table(schemes: Sequence[tuple[Applied, Code]]) -> list[list[str]]:
                 one.quantizer.name,
                 f"{one.ranges:,}",
                 _span(*one.scales, ".3g"),
-                _span(*one.zero_points, "d"),
+                NONE if one.zero_points is None else _span(*one.zero_points, "d"),
                 f"{one.clipped:,}",
-                f"{one.codes_used}/{one.quantizer.scheme.steps + 1}",
+                f"{one.codes_used}/{one.quantizer.codes}",
                 f"{one.bits_per_weight:.2f}",
                 f"{one.relative_error:.3%}",
                 f"{one.max_error:.2e}",
@@ -141,9 +157,8 @@ def _weight(found: Explanation) -> list[str]:
     rows = [["", "bits", "value", "off by"]]
     rows.append(["float32", f"{sign} {exponent} {fraction}", f"{found.value:.7g}", ""])
     for one, code in found.schemes:
-        scheme = one.quantizer.scheme
         off = f"{code.value - found.value:+.2g}"
-        rows.append([one.quantizer.name, code_bits(code.code, scheme.bits), weight_value(code), off])
+        rows.append([one.quantizer.name, code_bits(code.code, one.quantizer.bits), weight_value(code), off])
     row, column = found.place
     title = (
         f"the weight in row {row}, column {column}: sign, exponent and fraction {float_terms(found.value)}"
@@ -152,8 +167,8 @@ def _weight(found: Explanation) -> list[str]:
 
 
 def weight_value(code: Code) -> str:
-    """S (q − Z) in figures."""
-    shown = f"{code.code}" if not code.zero_point else f"({code.code} - {code.zero_point})"
+    """S (q − Z) or S T[q] in figures."""
+    shown = f"({code.code} - {code.zero_point})" if code.zero_point else f"{code.level:.6g}"
     return f"{shown} × {code.scale:.4g} = {code.value:.5g}"
 
 

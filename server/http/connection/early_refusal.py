@@ -9,11 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from email.utils import formatdate
-from functools import lru_cache
-from http import HTTPStatus
 
-from pydantic_core import to_json
 from starlette.types import Scope
 
 from server.errors import ServiceError
@@ -21,10 +17,9 @@ from server.http.admission.admission_control import AdmissionControl
 from server.http.admission.promised_places import Promise
 from server.http.admission.refusal_log import RefusalLog
 from server.http.connection.plain_head import PlainHead, PlainHeads
+from server.http.connection.refusal_response import RefusalResponses
 from server.http.redaction import Redaction
 from server.http.request_id import new_request_id, own_request_id
-from server.http.responses import error_body, error_headers, error_status
-from server.http.route_facts import Dialect
 from server.settings.server import Settings
 
 TraceContext = Callable[[Scope], AbstractContextManager[None]]
@@ -62,8 +57,11 @@ class EarlyRefusal:
         # a response to a web page needs CORS headers
         not_plain = {b"origin"} if settings.cors_allow_origin else set()
         self._heads = PlainHeads(self.routes.takes_a_place, not_plain)
+        self._responses = RefusalResponses()
         self._redaction = Redaction(settings.secrets())
         self.log = RefusalLog(self._redaction)
+        self.refused = 0
+        """Requests refused so far."""
 
     def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
         """The refusal of the request that ``data`` begins with, or the place promised to it.
@@ -85,33 +83,11 @@ class EarlyRefusal:
             found = self._admission.judge(scope, head.body_bytes, missing <= 0)
         if not isinstance(found, ServiceError):
             return found
-        dialect = self.routes.of(scope).dialect
-        status = error_status(found, dialect)
-        answer = _answer(found, status, dialect, id_, close)
+        self.refused += 1
+        status, answer = self._responses.encoded(found, self.routes.of(scope).dialect, id_, close)
         self.log.add(scope, found, status, time.perf_counter() - began)
         return Refusal(answer, head.size, head.body_bytes, close)
 
     def _request_id(self, head: PlainHead) -> str:
         own = own_request_id(head.scope, self._redaction) if head.names_an_id else None
         return own or new_request_id()
-
-
-@lru_cache
-def _status_line(status: int) -> str:
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json"
-
-
-@lru_cache(maxsize=1)
-def _date_line(second: int) -> str:
-    return f"date: {formatdate(second, usegmt=True)}"
-
-
-def _answer(error: ServiceError, status: int, dialect: Dialect, id_: str, close: bool) -> bytes:
-    body = to_json(error_body(error, dialect, id_))
-    more = "".join(f"{name.lower()}: {value}\r\n" for name, value in error_headers(error).items())
-    head = (
-        f"{_status_line(status)}\r\n{_date_line(int(time.time()))}\r\n{more}"
-        f"content-length: {len(body)}\r\nx-request-id: {id_}\r\n"
-    )
-    end = "connection: close\r\n\r\n" if close else "\r\n"
-    return (head + end).encode() + body

@@ -16,12 +16,12 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
-from server.http.admission.promised_places import Promise
-from server.http.connection.early_refusal import EarlyRefusal, Refusal
-from server.http.connection.new_connection import defer_accept, judge
+from server.http.connection.early_refusal import EarlyRefusal
+from server.http.connection.new_connection import Listener, NewConnection, defer_accept
 from server.http.connection.open_connections import OpenConnections, RateLimited
 
 _AT_ONCE = 16
+_EVICTING_AT_ONCE = 4  # an evicted connection keeps its file for some iterations of the event loop
 _REFUSED_AT_ONCE = 64  # a refusal costs a fraction of a served connection
 _BACKLOG = 2048
 _PAUSE_SECONDS = 0.1  # if no connection could be closed to free a descriptor
@@ -36,13 +36,13 @@ class Acceptor:
     def __init__(
         self,
         listener: socket.socket,
-        protocol: Callable[[Promise | None], asyncio.Protocol],
+        protocol: Callable[[NewConnection], asyncio.Protocol],
         connections: OpenConnections,
         early_refusal: EarlyRefusal,
     ) -> None:
         self.sockets = (listener,)
         self._listener, self._protocol, self._connections = listener, protocol, connections
-        self._early_refusal = early_refusal
+        self._refusing = Listener(listener, early_refusal)
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[Any]] = set()
         self._warnings = RateLimited()
@@ -58,10 +58,10 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._accept_batch)
 
     def _accept_batch(self) -> None:
-        left = _AT_ONCE
+        left = _AT_ONCE if self._connections.room > len(self._opening) + _AT_ONCE else _EVICTING_AT_ONCE
         for _ in range(_REFUSED_AT_ONCE):
             try:
-                accepted, _ = self._listener.accept()
+                accepted = self._refusing.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -71,27 +71,26 @@ class Acceptor:
                 if error.errno not in _GONE:
                     raise
             else:
-                if isinstance(found := judge(accepted, self._early_refusal), Refusal):
+                if accepted is None:
                     continue
-                accepted.setblocking(False)
-                self._begin(accepted, found)
+                self._begin(accepted)
                 if (left := left - 1) == 0:
                     return
 
-    def _begin(self, accepted: socket.socket, promise: Promise | None) -> None:
-        opening = self._loop.connect_accepted_socket(lambda: self._protocol(promise), accepted)
+    def _begin(self, accepted: NewConnection) -> None:
+        opening = self._loop.connect_accepted_socket(lambda: self._protocol(accepted), accepted.socket)
         task = self._loop.create_task(opening)
         self._opening.add(task)
-        task.add_done_callback(lambda task: self._opened(task, accepted, promise))
+        task.add_done_callback(lambda task: self._opened(task, accepted))
 
-    def _opened(self, task: "asyncio.Task[Any]", accepted: socket.socket, promise: Promise | None) -> None:
+    def _opened(self, task: "asyncio.Task[Any]", accepted: NewConnection) -> None:
         self._opening.discard(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None:
             return
-        accepted.close()
-        if promise is not None:
-            promise.release()
+        accepted.socket.close()
+        if accepted.promise is not None:
+            accepted.promise.release()
         if isinstance(error, Exception):
             self._warnings.warning("a connection could not be opened: %s", error)
 
@@ -148,11 +147,11 @@ class Server(uvicorn.Server):
         connections: OpenConnections = self.config.connections  # type: ignore[attr-defined]
         return connections
 
-    def _protocol(self, promise: Promise | None) -> asyncio.Protocol:
+    def _protocol(self, accepted: NewConnection) -> asyncio.Protocol:
         protocol: Any = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
-        protocol.promise = promise
+        protocol.promise, protocol.begun = accepted.promise, accepted.begun
         return cast(asyncio.Protocol, protocol)
 
     async def _listeners(self, sockets: Sequence[socket.socket] | None) -> list[socket.socket]:

@@ -40,9 +40,14 @@ class OpenConnections:
         self._linger_limit = max(4, limit // 8)
         self._warnings = RateLimited()
 
+    @property
+    def room(self) -> int:
+        """How many more connections fit without an eviction."""
+        return self.limit - len(self._stages)
+
     def admit(self, connection: Evictable) -> bool:
         """Registers a new connection, evicting another if necessary; returns whether it may stay."""
-        if len(self._stages) >= self.limit and not self.make_room():
+        if self.room <= 0 and not self.make_room():
             self._warnings.warning("all %d connections are at work: refusing newcomers", self.limit)
             return False
         self._stages[connection] = Stage.BUSY

@@ -50,6 +50,8 @@ class Connection(RefusingProtocol):
         self._receive_timeout = config.receive_timeout
         self._head = HeadClock(self.loop, self._receive_timeout, self._head_is_late)
         self._reading_timeout = config.reading_timeout
+        self.begun = b""
+        """What was read from the socket as it was accepted."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(LingeringTransport(transport, self._must_linger, self._linger))
@@ -58,6 +60,8 @@ class Connection(RefusingProtocol):
         if self._open.admit(self):
             self._update_stage()
             self._time_head()
+            if self.begun:
+                self.data_received(self.begun)
         else:
             self._refuse(NotReady("as many connections as the server may have are at work"))
 

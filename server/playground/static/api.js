@@ -5,6 +5,9 @@ import { stringify } from "./json.js";
 // of this module's address rather than the page's, so that it holds behind any path prefix
 const BASE = new URL("..", import.meta.url);
 
+/** A route's path for a model; null: the server's default one, which needs no name. */
+export const forModel = (path, model) => (model === null ? path : `${path}?model=${encodeURIComponent(model)}`);
+
 /** An error of the API. `status` is 0 where no response came; `code` is its error_type, or OpenAI's code or type. */
 export class ApiError extends Error {
   constructor(status, code, message) {

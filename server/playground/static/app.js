@@ -8,6 +8,7 @@ import { byId, el } from "./dom.js";
 import { bytes, visible } from "./format.js";
 import { askKey } from "./key.js";
 import { mountMode } from "./mode.js";
+import { modelInAddress, mountModels } from "./models.js";
 import { mountPicker } from "./picker.js";
 import { Runner } from "./run.js";
 import { ServerWatch } from "./server.js";
@@ -20,10 +21,10 @@ const state = createState();
 const api = new Api(askKey);
 const places = { columns: byId("columns"), bars: byId("bars") };
 const runner = new Runner(api, state, places, continueWith);
-const watch = new ServerWatch(api, state, showConnection);
+const watch = new ServerWatch(api, state, showConnection, leaveUnknownModel);
 let openapi = null;
 let asksControls = false;
-let followsLoaded = !state.get().precisions.length;
+let followsLoaded = true; // until the user chooses or runs
 let answered = false; // whether the conversation has to go on with one of the columns' answers
 
 function showConnection(error) {
@@ -51,7 +52,7 @@ async function run() {
   const { prompt, precisions: chosen, mode } = state.get();
   if (!chosen.length) return status("Choose at least one precision.");
   followsLoaded = false;
-  if (mode === "chat" && answered) continueWith(runner.columns.find((column) => column.finish), prompt);
+  keepAnswer(prompt);
   setRunning(true);
   watch.refresh();
   status(`Running ${chosen.join(", ")}…`);
@@ -64,12 +65,40 @@ async function run() {
 }
 
 /** The next turn of the conversation follows this column's answer. */
-function continueWith(column, prompt = "") {
-  answered = false;
+function continueWith(column) {
   if (!column.finish) return;
+  take(column, "");
+  byId("prompt").focus();
+}
+
+/** Where the user has chosen no answer to go on with, it is the first one. */
+function keepAnswer(prompt) {
+  if (answered) take(runner.columns.find((column) => column.finish), prompt);
+}
+
+function take(column, prompt) {
+  answered = false;
   state.set({ messages: continued(runner.asked, column), prompt });
   runner.clear();
-  byId("prompt").focus();
+}
+
+/** The page is about this model from here on: its precisions, figures and panels; the conversation goes on. */
+function chooseModel(model) {
+  keepAnswer(state.get().prompt);
+  runner.clear();
+  status("");
+  followsLoaded = true;
+  byId("model").textContent = "Loading…";
+  state.set({ model, stats: null, info: null, precisions: [] });
+  return watch.refresh();
+}
+
+/** Of a link, or of a server that has changed: the default model instead. */
+function leaveUnknownModel() {
+  const { model } = state.get();
+  followsLoaded = true;
+  state.set({ model: null, stats: null, info: null, precisions: [] });
+  status(visible(`There is no model ${model} here: this is the default one.`));
 }
 
 function setRunning(running) {
@@ -164,9 +193,18 @@ async function mountPanels() {
   document.head.append(el("link", { rel: "stylesheet", href: style }));
 }
 
+/** What the address says goes before what this tab keeps, whose precisions are those of its model. */
+function readAddress() {
+  const model = modelInAddress();
+  if (model !== state.get().model) state.set({ model, precisions: [] });
+  followsLoaded = !state.get().precisions.length;
+}
+
 async function start() {
+  readAddress();
   listen();
   drawLegend();
+  mountModels(byId("models"), state, chooseModel);
   mountMode(byId("mode"), state);
   mountSystem(state);
   mountPicker(byId("picker"), state);

@@ -1,15 +1,17 @@
 // The request on screen: the state as a body of the API, and the API's events as tokens.
 
+import { forModel } from "./api.js";
+
 /** Path and body of the streamed request to one precision. */
 export function requestFor(state, precision, seed) {
   const parameters = { ...(seed !== undefined && { seed }), ...state.parameters };
   if (state.mode === "chat") {
     return {
-      path: "v1/chat/completions",
+      path: forModel("v1/chat/completions", state.model),
       body: { messages: messagesOf(state), precision, stream: true, ...parameters },
     };
   }
-  return { path: "generate_stream", body: { inputs: state.prompt, parameters, precision } };
+  return { path: forModel("generate_stream", state.model), body: { inputs: state.prompt, parameters, precision } };
 }
 
 /** The messages of a chat: the system's, if there is one, the conversation, and the user's next. */

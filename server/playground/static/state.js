@@ -2,19 +2,20 @@
 
 import { kept, restored } from "./json.js";
 
-const KEPT = ["prompt", "system", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
+const KEPT = ["model", "prompt", "system", "messages", "mode", "precisions", "parameters", "otherParameters", "oneByOne"];
 const EMPTY = {
+  model: null, // its name, where the server has several; null: the default one
   prompt: "",
   system: "", // the system's message, ahead of the conversation
   messages: [], // of the conversation: {role, content}
   mode: "complete", // or "chat"
-  precisions: [], // names of the chosen ones
+  precisions: [], // names of the model's chosen ones
   // of the mode, by its API's names; at first, what shows how far the precisions differ
   parameters: { top_n_tokens: 5 },
   otherParameters: { temperature: 0, logprobs: true, top_logprobs: 5 }, // of the other mode
   oneByOne: false, // whether the precisions run one after another
-  stats: null, // GET /stats
-  info: null, // GET /info
+  stats: null, // GET /stats of the model
+  info: null, // GET /info of the model
 };
 
 /** A state with `get()`, `set(patch)` and `subscribe(fn)`, which returns its end; `fn(state, patch)`. */

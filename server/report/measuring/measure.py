@@ -15,8 +15,8 @@ from loaders import quality
 from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import LoaderError
-from loaders.hub import BUNDLED
 from loaders.layer_errors import layer_errors
+from loaders.model_id import BUNDLED
 from loaders.texts import Text, TextError
 from server.bench.document import plain
 from server.bench.errors import BenchError

@@ -1,6 +1,7 @@
 """Accepting connections: what is refused on accept, and how many are accepted at a time."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,28 +9,32 @@ from typing import Any
 
 import psutil
 import pytest
+from fastapi import FastAPI
 
 from server.http.admission.promised_places import Promise, PromisedPlaces
 from server.http.connection.early_refusal import EarlyRefusal
 from server.http.connection.listening import Acceptor
+from server.http.connection.new_connection import NewConnection
 from server.http.connection.open_connections import OpenConnections
 from server.settings.server import Settings
-from tests.http.connection.test_early_refusal import BODY, Closed
-from tests.http.connection.test_slow_clients import request_for, status_of
+from tests.conftest import serving
+from tests.http.connection.test_early_refusal import BODY, Closed, answer
+from tests.http.connection.test_slow_clients import HEAD, connected, request_for, status_of
+from tests.routes.test_generate import greedy
 
 
 class Seen(asyncio.Protocol):
     """Records the promise and the received bytes of an accepted connection."""
 
-    def __init__(self, promise: Promise | None) -> None:
-        self.promise, self.data = promise, b""
+    def __init__(self, accepted: NewConnection) -> None:
+        self.promise, self.data = accepted.promise, accepted.begun
 
     def data_received(self, data: bytes) -> None:
         self.data += data
 
 
 async def accepting(
-    admission: Any, begun: bytes, count: int, make: Callable[[Promise | None], asyncio.Protocol]
+    admission: Any, begun: bytes, count: int, make: Callable[[NewConnection], asyncio.Protocol]
 ) -> tuple[list[bytes], list[int]]:
     """The responses to clients that send this, and the open files per event loop iteration."""
     with socket.socket() as listener:
@@ -60,8 +65,8 @@ async def accepting(
 def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
     made: list[Seen] = []
 
-    def make(promise: Promise | None) -> Seen:
-        made.append(Seen(promise))
+    def make(accepted: NewConnection) -> Seen:
+        made.append(Seen(accepted))
         return made[-1]
 
     whole = request_for("/generate", BODY, "Connection: keep-alive")
@@ -75,8 +80,8 @@ def test_a_complete_request_is_refused_as_its_connection_is_accepted() -> None:
 def test_a_connection_with_a_partial_request_is_accepted_with_its_bytes(missing: int) -> None:
     made: list[Seen] = []
 
-    def make(promise: Promise | None) -> Seen:
-        made.append(Seen(promise))
+    def make(accepted: NewConnection) -> Seen:
+        made.append(Seen(accepted))
         return made[-1]
 
     begun = request_for("/generate", BODY)[:-missing]
@@ -99,10 +104,24 @@ def test_a_connection_that_fails_to_open_releases_its_promise() -> None:
         def judge(self, scope: Any, body_bytes: int, is_whole: bool) -> Promise:
             return places.promise()
 
-    def fails(promise: Promise | None) -> asyncio.Protocol:
-        promised.append(promise)
+    def fails(accepted: NewConnection) -> asyncio.Protocol:
+        promised.append(accepted.promise)
         raise RuntimeError("no protocol")
 
     asyncio.run(accepting(Open(), request_for("/generate", BODY), 2, fails))
     assert [isinstance(one, Promise) for one in promised] == [True, True]
     assert places.count == 0
+
+
+@pytest.mark.parametrize("size", [16 * 1024, 16 * 1024 + 1, 300_000])
+def test_a_first_request_of_any_size_arrives_whole(make_app: Callable[..., FastAPI], size: int) -> None:
+    """Its first bytes are read as the connection is accepted, the others by the event loop."""
+    body = json.dumps(BODY).encode()
+    head = HEAD + b"Content-Length: %d\r\n\r\n"
+    padded = body.ljust(size - len(head % size))
+    with serving(make_app()) as address, connected(address) as connection:
+        connection.sendall(head % len(padded) + padded)
+        status, said = answer(connection)
+        assert (status_of(status), said["generated_text"]) == (200, greedy(5))
+        connection.sendall(request_for("/generate", BODY))
+        assert status_of(answer(connection)[0]) == 200

@@ -9,7 +9,7 @@ from loaders.affine import applied as module
 from loaders.affine.applied import Matrix
 from loaders.affine.clipping import mse_ranges
 from loaders.affine.error import compare
-from loaders.affine.quantizer import Quantizer, parse
+from loaders.affine.quantizer import Quantizer, affine, parse
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_figures_are_those_of_the_whole_matrix(
     weight: Tensor, name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_WEIGHTS", at_once)
-    quantizer, matrix = parse(name), Matrix(weight, 30)
+    quantizer, matrix = affine(name), Matrix(weight, 30)
     found = matrix.apply(quantizer)
     scheme, per = quantizer.scheme, quantizer.per
     ranges = mse_ranges(weight, per, scheme) if name.endswith("mse") else min_max(weight, per)

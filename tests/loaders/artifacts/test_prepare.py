@@ -11,7 +11,6 @@ import pytest
 from loaders.artifacts import NotPrepared, Recipe, prepare
 from loaders.artifacts.prepare import NotKept
 from loaders.base import ModelSpec, Progress, ignore_progress
-from loaders.checkpoint import open_checkpoint
 from loaders.texts.calibration import CalibrationError
 from tests import checkpoints
 
@@ -28,12 +27,6 @@ class Maker:
         self.made += 1
         progress("quantizing", 1, 1)
         (folder / "weights").write_text(self.content)
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> ModelSpec:
-    folder = checkpoints.save(checkpoints.gpt2(), tmp_path / "tiny")
-    return ModelSpec(open_checkpoint(str(folder)), artifacts=tmp_path / "artifacts")
 
 
 def test_files_are_made_once(spec: ModelSpec) -> None:

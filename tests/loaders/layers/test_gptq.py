@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loaders.layers.gptq import quantize
 from loaders.layers.int4_codes import dequantize_int4, groups_of_inputs, in_groups, pack_codes, unpack_codes
+from loaders.layers.int4_rounding import quantize
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,7 +8,7 @@ import loaders
 from loaders.base import ignore_progress
 from loaders.errors import CheckpointError
 from loaders.litert import environment
-from loaders.litert.environment import ConverterUnavailable
+from loaders.litert.processes import ConverterUnavailable
 
 SEEN: list[tuple[str, int, int]] = []
 
@@ -46,34 +46,17 @@ def test_a_converter_that_dies_is_one_clear_line(converter: Path, tmp_path: Path
         environment.run("any.module", {}, tmp_path, ignore_progress)
 
 
-def test_without_a_network_the_first_conversion_fails_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(environment.FOLDER)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("loaders.litert.environment.sys.executable", str(tmp_path / "python"))
-    folder = environment.default_folder()
-    write(
-        tmp_path / "python",
-        f"mkdir -p {folder}/bin; printf '#!/bin/sh\\n"
-        "echo WARNING: Retrying after connection broken\\n"
-        "echo ERROR: No matching distribution found for torch==2.13.0\\nexit 1\\n' "
-        f"> {folder}/bin/python; chmod +x {folder}/bin/python",
-    )
-    with pytest.raises(ConverterUnavailable) as caught:
-        environment.ensure(ignore_progress)
-    assert str(caught.value) == (
-        "LiteRT's converter can't be used (ERROR: No matching distribution found for torch==2.13.0); "
-        "it is installed once, which needs a network"
-    )
-    assert environment.interpreter() is None
-
-
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.precisions.litert.find_spec", lambda _: None)
     able = loaders.availability("litert-int8", "cpu")
     assert (able.reason, able.install) == ("ai-edge-litert is not installed", "pip install 'bitdial[litert]'")
     assert "CPU" in (loaders.availability("litert-int8", "cuda").reason or "")
+
+
+def test_an_environment_of_the_user_needs_an_interpreter_alone(converter: Path, tmp_path: Path) -> None:
+    (tmp_path / "venv" / "complete").unlink()
+    write(converter, "exit 0")
+    assert environment.ensure(ignore_progress) == converter
 
 
 def test_an_environment_that_the_user_names_is_never_installed() -> None:

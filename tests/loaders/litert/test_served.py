@@ -5,18 +5,23 @@ Slow: ``python -m pytest -m slow tests/loaders/litert``, some minutes once the c
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import loaders
+from loaders import kernels
 from loaders.artifacts.saving import save
 from loaders.base import LoadedModel, ModelSpec, ignore_progress
+from loaders.checkpoint import open_checkpoint
 from loaders.litert import environment
 from tests.conftest import CONVERTER
 from tests.loaders import contract
 from tests.loaders.contract import RunnerContract, report_of
+from tests.loaders.layer_products import weights_in
 from tests.loaders.serving import ServingContract
 
 pytestmark = pytest.mark.slow
@@ -68,3 +73,27 @@ def test_the_saved_file_is_the_product(small_spec: ModelSpec, tmp_path: Path) ->
     steps = Interpreter(model_path=str(tmp_path / "model.tflite")).get_signature_list()
     assert {"step_1_1_128", "step_1_32_128", "step_1_1_256", "step_1_32_256"} == set(steps)
     assert os.listdir(tmp_path) == ["model.tflite"]
+
+
+def saved(method: str, spec: ModelSpec, out: Path) -> ModelSpec:
+    made_by = loaders.maker(method)
+    assert made_by is not None
+    make = partial(made_by.make, method, spec)
+    save(spec, made_by.recipe(method, spec), make, out, ignore_progress)
+    return ModelSpec(open_checkpoint(str(out)), slots=2)
+
+
+@pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
+@pytest.mark.parametrize("method", ["litert-int8", "litert-full-int8"])
+def test_a_trained_checkpoint_keeps_its_codes(method: str, small_spec: ModelSpec, tmp_path: Path) -> None:
+    trained = saved("qat-int8", replace(small_spec, granularity="channel"), tmp_path / "trained")
+    trained = replace(trained, calibration=small_spec.calibration)
+    original = loaders.load("qat-int8", trained)
+    model = loaders.load(method, saved(method, trained, tmp_path / "converted"))
+    expected, found = (one.runner.score(contract.PROMPT) for one in (original, model))
+    assert float((found - expected).norm() / expected.norm()) < contract.TOLERANCE[method]
+    names = original.footprint.quantized
+    assert model.details["trained_layers"] >= 9
+    for name in names:
+        expected, found = (weights_in(one, name).dequantize() for one in (original, model))
+        assert torch.equal(found, expected), name

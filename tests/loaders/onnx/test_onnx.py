@@ -1,6 +1,7 @@
 """What is particular to models on ONNX Runtime: moved rows, refused architectures, a missing extra."""
 
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loaders
 from loaders.base import LoadedModel, ModelSpec
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
 from loaders.onnx import session
+from loaders.texts.corpus import is_held_out
 from tests import checkpoints
+from tests.loaders.contract import report_of
+from tests.loaders.layer_products import weights_in
 
 SIZES: dict[str, Any] = {
     "vocab_size": checkpoints.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -69,6 +73,59 @@ def test_what_a_graph_cannot_hold_is_refused_before_any_work(
     monkeypatch.setattr("loaders.precisions.onnx.load_pretrained", None)
     with pytest.raises(CheckpointError, match=f"{family} can't be served in onnx-int8: .*{reason}"):
         loaders.load("onnx-int8", spec)
+
+
+def test_an_embedding_in_a_folded_head_is_looked_up_as_it_was(tmp_path: Path) -> None:
+    """Outliers of the last norm are folded into the tied head, and divided out of the embedding."""
+    tied = checkpoints.gpt2()
+    with torch.no_grad():
+        tied.transformer.ln_f.weight[[3, 9]] = 40.0
+        tied.transformer.wte.weight[:, [3, 9]] /= 40.0
+    spec = ModelSpec(open_checkpoint(str(checkpoints.save(tied, tmp_path / "tied"))), artifacts=tmp_path)
+    found, exact = loaders.load("onnx-int8", spec), loaders.load("fp32", spec)
+    factors = weights_in(found, "lm_head").input_scale
+    assert factors is not None
+    assert factors[3] >= 4
+    ids = [40, 41, 42, 60, 61, 62]
+    expected = exact.runner.score(ids)
+    assert float((found.runner.score(ids) - expected).norm() / expected.norm()) < 0.1
+    errors = {one.name: one.sqnr_db or 99.0 for one in report_of(found, spec).layers}
+    assert min(errors["lm_head"], errors["transformer.wte"]) > 32
+
+
+@pytest.mark.slow
+def test_four_bits_are_calibrated(tmp_path: Path) -> None:
+    """The bundled model is much nearer to fp32 than in blocks that are rounded plainly, as nf4's are."""
+    text = tmp_path / "text.txt"
+    sides = ["", ""]
+    for name, topic in topics.items():
+        sides[is_held_out(f"topic:{name}")] += f"{topic}\n\n"
+    text.write_text(sides[0][:60000])
+    spec = ModelSpec(open_checkpoint("bundled"), slots=1, calibration=text, artifacts=tmp_path / "made")
+    ids = load_tokenizer(spec.checkpoint)(sides[1])["input_ids"][:400]
+    exact = loaders.load("fp32", spec).runner.score(ids).log_softmax(-1)
+    nf4, found = (loaders.load(name, spec).runner.score(ids).log_softmax(-1) for name in ("nf4", "onnx-int4"))
+    errors = [float((exact.exp() * (exact - one)).sum(-1).mean()) for one in (nf4, found)]
+    assert errors[1] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize("width", [64, 48])
+def test_four_bits_of_any_width(width: int, tmp_path: Path) -> None:
+    """A tied embedding is looked up in the head's blocks only if those of a row are whole."""
+    sizes = {**SIZES, "hidden_size": width, "num_attention_heads": width // 8, "tie_word_embeddings": True}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    folder = checkpoints.save(model, tmp_path / "model")
+    text = checkpoints.calibration_text(tmp_path)
+    spec = ModelSpec(open_checkpoint(str(folder)), artifacts=tmp_path / "made", calibration=text)
+    found, exact = loaders.load("onnx-int4", spec), loaders.load("fp32", spec)
+    ids = list(range(20, 60))
+    expected = exact.runner.score(ids)
+    assert float((found.runner.score(ids) - expected).norm() / expected.norm()) < 0.2
+    embedding = weights_in(found, "model.embed_tokens")
+    assert embedding.format == ("int8" if width == 64 else "float32")
+    bits = {name.rpartition(".")[2]: weights_in(found, name).format for name in found.footprint.quantized}
+    assert (bits["q_proj"], bits["v_proj"], bits["down_proj"], bits["lm_head"]) == ("4-bit", *["int8"] * 3)
+    assert all(one.sqnr_db is None or one.sqnr_db > 12 for one in report_of(found, spec).layers)
 
 
 def test_a_missing_extra_is_named_with_its_command(

@@ -14,7 +14,7 @@ from loaders import kernels
 from loaders.base import ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import CheckpointError, LoaderError
-from loaders.layers.gptq import quantize
+from loaders.layers.int4_rounding import quantize
 from loaders.texts.corpus import is_held_out
 from tests import checkpoints, decoders
 from tests.loaders.layer_products import weights_in

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loaders
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.layers.norm_folding import fold_norms
+from loaders.layers.norm_folding import fold_into_weights, fold_norms
 from tests import checkpoints
 
-# those whose weights are folded and multiplied here; torchao's and ONNX Runtime's int8 lose more
-INT8 = [name for name in ("int8", "dynamic-int8", "static-int8") if loaders.availability(name, "cpu").ok]
+ALL = ("int8", "dynamic-int8", "static-int8", "torchao-int8", "onnx-int8", "onnx-static-int8")
+INT8 = [name for name in ALL if loaders.availability(name, "cpu").ok]
 
 
 def bundled() -> Any:
@@ -96,8 +96,7 @@ def test_a_llamas_norms_are_folded_into_all_that_read_them() -> None:
             layer.input_layernorm.weight[3] = layer.post_attention_layernorm.weight[3] = 60.0
         model.model.norm.weight[3] = 60.0
         expected = model(ids).logits
-        for name, factor in fold_norms(model, head=True).items():
-            model.get_submodule(name).weight.mul_(factor)
+        assert fold_into_weights(model, head=True)
         assert float(model.model.layers[0].input_layernorm.weight.max()) < 16
         assert torch.equal(model(ids).logits, expected)
 

@@ -86,11 +86,19 @@ def test_training_in_four_bits_is_better_than_rounding(
     assert 0 < trained < 0.7 * rounded
 
 
+@pytest.mark.parametrize(
+    ("precision", "granularity", "apart"),
+    [
+        ("qat-int8", "group", 0.002),
+        ("qat-int8", "channel", 0.02),  # activations are rounded finer than in training
+        ("qat-int4", "group", 0.03),  # the four-bit kernels multiply in bfloat16
+    ],
+)
 def test_what_is_served_is_what_was_trained(
-    precision: str, spec: ModelSpec, teacher: PreTrainedModel, tmp_path: Path
+    precision: str, granularity: str, apart: float, spec: ModelSpec, teacher: PreTrainedModel, tmp_path: Path
 ) -> None:
     """Every weight is bit for bit the one that the last step of the training computed with."""
-    few = replace(spec, training_steps=3)
+    few = replace(spec, training_steps=3, granularity=granularity)  # type: ignore[arg-type]
     model = train(precision, few, teacher, tmp_path / "state", ignore_progress)
     expected = {
         name: module.quantized_weight().detach()
@@ -108,8 +116,7 @@ def test_what_is_served_is_what_was_trained(
         assert torch.equal(served.dequantize(), weight), name
     with torch.no_grad():
         difference = (model(ids).logits - logits).norm() / logits.norm()
-    # activations of int8 are rounded in groups in training too; the four-bit kernels multiply in bfloat16
-    assert difference < (0.002 if precision == "qat-int8" else 0.03)
+    assert difference < apart
 
 
 class Interrupted(Exception):
@@ -222,3 +229,11 @@ def test_families_are_trained_and_computed_by_the_kernels(name: str, tmp_path: P
     assert type(loaded.runner).__name__ == "DecoderCPURunner"
     assert loaded.footprint.quantized_share == 1
     assert loaded.details["training_steps"] == 1
+
+
+def test_the_granularity_of_a_training_is_kept_with_it(spec: ModelSpec, tmp_path: Path) -> None:
+    few = replace(spec, training_steps=1, artifacts=tmp_path)
+    places = [make("qat-int8", replace(few, granularity=one)) for one in ("group", "channel")]
+    assert places[0] != places[1]
+    assert loaders.load("qat-int8", replace(few, granularity="channel")).details["granularity"] == "channel"
+    assert loaders.load("qat-int8", few).details["granularity"] == "group"

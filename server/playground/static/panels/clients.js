@@ -25,7 +25,7 @@ export function curl(state, precision) {
 
 export function hub(state, precision) {
   const head = `import os\n\nfrom huggingface_hub import InferenceClient\n\nclient = InferenceClient(
-    ${python(BASE.href)},
+    ${python(addressOf(state.model))},
     token=os.environ.get("${KEY}", "-"),
     headers={"X-Precision": ${python(precision)}},
 )\n`;
@@ -53,6 +53,10 @@ export function openai(state, precision) {
   const sent = { model, prompt: state.prompt, ...byName(parameters, OPENAI), stream: true };
   return `${head}${noteOf("/v1/completions", lacking)}chunks = client.completions.create(\n${named(sent)})\n${printed("text")}`;
 }
+
+/** The base URL of a model; null: the server's default one. */
+const addressOf = (model) =>
+  model === null ? BASE.href : new URL(`models/${model.split("/").map(encodeURIComponent).join("/")}`, BASE).href;
 
 function split(parameters, known) {
   const accepted = {};

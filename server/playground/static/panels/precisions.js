@@ -1,5 +1,6 @@
 // Every precision's state and memory, loading and unloading, and what the host has room for.
 
+import { forModel } from "../api.js";
 import { el } from "../dom.js";
 import { bytes, visible } from "../format.js";
 import { readStats } from "../server.js";
@@ -17,9 +18,16 @@ export function mount(section, api, state) {
       el("table", {}, heads(["precision", "state", "weights", "KV cache", "bits per weight", ""]), rows)),
   );
   const shown = new Map();
-  const update = ({ stats }, patch = { stats }) => {
+  let about; // the model of the rows
+  const update = ({ stats, model }, patch = { stats, model }) => {
+    if ("model" in patch && model !== about) {
+      about = model;
+      shown.clear();
+      rows.replaceChildren();
+      message.textContent = "";
+    }
     if (!stats || !("stats" in patch)) return;
-    gauge.show(stats.memory);
+    gauge.show(stats);
     for (const [name, known] of Object.entries(stats.precisions)) {
       if (!shown.has(name)) shown.set(name, new Row(name, api, state, message));
       const row = shown.get(name);
@@ -31,16 +39,17 @@ export function mount(section, api, state) {
   update(state.get());
 }
 
-/** What the loaded precisions take of the memory that there is for them. */
+/** What the loaded precisions, of all models, take of the memory that there is for them. */
 class Gauge {
   constructor() {
     this.meter = el("meter", { id: "memory-gauge", min: 0 });
     this.text = el("span");
-    this.element = el("p", { className: "gauge" },
-      el("label", { htmlFor: "memory-gauge" }, "Memory of all precisions"), this.meter, this.text);
+    this.label = el("label", { htmlFor: "memory-gauge" });
+    this.element = el("p", { className: "gauge" }, this.label, this.meter, this.text);
   }
 
-  show({ limit_bytes: limit, used_bytes: used, free_bytes: free }) {
+  show({ models, memory: { limit_bytes: limit, used_bytes: used, free_bytes: free } }) {
+    this.label.textContent = models.length > 1 ? "Memory of all models" : "Memory of all precisions";
     const total = limit ?? used + free;
     Object.assign(this.meter, { max: total, high: 0.9 * total, value: used });
     const of = limit === null ? "" : ` of a budget of ${bytes(limit)}`;
@@ -48,11 +57,12 @@ class Gauge {
   }
 }
 
+/** A precision of the model that the page is about when the row is made. */
 class Row {
   #busy = false;
 
   constructor(name, api, state, message) {
-    Object.assign(this, { name, api, state, message });
+    Object.assign(this, { name, api, state, message, model: state.get().model });
     this.cells = ["state", "weights", "cache", "bits"].map((className) => el("td", { className }));
     this.button = el("button", { type: "button", onclick: () => this.#act() });
     this.progress = el("progress", { hidden: true, "aria-label": `Loading ${name}` });
@@ -75,13 +85,14 @@ class Row {
   async #act() {
     this.#busy = this.button.disabled = true;
     const verb = this.loaded ? "unload" : "load";
-    this.message.textContent = `${this.name}: ${verb}ing…`;
+    const path = forModel(`precisions/${this.name}/${verb}`, this.model);
+    this.#say(`${verb}ing…`);
     try {
-      if (this.loaded) await this.api.post(`precisions/${this.name}/unload`);
-      else await this.api.stream(`precisions/${this.name}/load`, undefined, (event) => this.#follow(event));
-      this.message.textContent = `${this.name}: ${verb}ed.`;
+      if (this.loaded) await this.api.post(path);
+      else await this.api.stream(path, undefined, (event) => this.#follow(event));
+      this.#say(`${verb}ed.`);
     } catch (error) {
-      this.message.textContent = `${this.name}: ${visible(error.message)}`;
+      this.#say(visible(error.message));
     }
     this.#busy = false;
     this.progress.hidden = true;
@@ -93,7 +104,11 @@ class Row {
     this.progress.hidden = false;
     if (!progress?.total) this.progress.removeAttribute("value"); // of unknown length
     else Object.assign(this.progress, { max: progress.total, value: progress.current });
-    if (stage) this.message.textContent = `${this.name}: ${visible(stage)}…`;
+    if (stage) this.#say(`${visible(stage)}…`);
+  }
+
+  #say(text) {
+    if (this.element.isConnected) this.message.textContent = `${this.name}: ${text}`; // else of another model
   }
 }
 

@@ -1,5 +1,6 @@
 // The last report's advice, table and plot, and a button that makes a new one.
 
+import { forModel } from "../api.js";
 import { el } from "../dom.js";
 import { bytes, rate, visible } from "../format.js";
 import { readStats } from "../server.js";
@@ -11,8 +12,12 @@ export function mount(section, api, state) {
   section.append(el("h2", { id: "report-heading" }, "Report"),
     el("p", { className: "hint" }, "Measures every precision on this host: memory, speed, quality against fp32. It takes minutes."),
     ...new Maker(api, state).elements, place);
-  let shown = "";
-  const update = ({ stats }, patch = { stats }) => {
+  let [shown, about] = ["", undefined]; // what is drawn, and of which model
+  const update = ({ stats, model }, patch = { stats, model }) => {
+    if ("model" in patch && model !== about) {
+      [shown, about] = ["", model];
+      place.replaceChildren();
+    }
     if (!stats || !("stats" in patch)) return;
     const found = JSON.stringify(stats.report);
     if (found === shown) return; // what is focused or scrolled stays so
@@ -23,9 +28,10 @@ export function mount(section, api, state) {
   update(state.get());
 }
 
-/** Makes a report, with its progress, until it is cancelled. */
+/** Makes a report of the model that the page is about at the start, with its progress, until it is cancelled. */
 class Maker {
   #abort = null;
+  #about = ""; // the model, where there are several: the user may choose another one meanwhile
 
   constructor(api, state) {
     Object.assign(this, { api, state });
@@ -38,10 +44,12 @@ class Maker {
 
   async #make() {
     this.#abort = new AbortController();
+    const { model, stats } = this.state.get();
+    this.#about = stats?.models.length > 1 ? `${stats.model.id}: ` : "";
     this.#show("Starting…", true);
     let outcome = "Finished.";
     try {
-      await this.api.stream("report", {}, (event) => this.#follow(event), this.#abort.signal);
+      await this.api.stream(forModel("report", model), {}, (event) => this.#follow(event), this.#abort.signal);
     } catch (error) {
       outcome = error.name === "AbortError"
         ? "Cancelled. What was measured is kept; the next report continues." : visible(error.message);
@@ -51,7 +59,7 @@ class Maker {
   }
 
   #show(text, running) {
-    this.status.textContent = text;
+    this.status.textContent = visible(this.#about) + text;
     const focused = document.activeElement;
     this.start.disabled = running;
     this.cancel.disabled = !running;
@@ -64,7 +72,7 @@ class Maker {
     this.progress.hidden = false;
     const part = progress?.total ? progress.current / progress.total : 0;
     Object.assign(this.progress, { max: steps, value: step - 1 + part });
-    this.status.textContent = visible(`Step ${step} of ${steps}: ${precision}, ${stage}…`);
+    this.status.textContent = visible(`${this.#about}Step ${step} of ${steps}: ${precision}, ${stage}…`);
   }
 }
 

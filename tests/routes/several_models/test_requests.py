@@ -1,64 +1,11 @@
-"""Several checkpoints in one server: names, places, memory, metrics."""
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+"""Requests to several checkpoints in one server: each names its model, and is answered by that one."""
 
 import pytest
 from fastapi.testclient import TestClient
 
-from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
-from server.app import create_app
-from server.served_model import Wanted
-from server.settings.server import Settings
-from tests.conftest import wait_until
-from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+from tests.routes.several_models.conftest import BODY
+from tests.two_models import SMALL, Runners
 
-Runners = dict[tuple[str, str], FakeRunner]
-SMALL, LARGE = 128, 256
-
-
-@pytest.fixture
-def runners() -> Runners:
-    """By the context's length, which tells the models apart, and the precision."""
-    return {}
-
-
-@pytest.fixture
-def make(tmp_path: Path, runners: Runners) -> Iterator[Callable[..., TestClient]]:
-    """A client of two models: ``large``, the default one, and ``owner/small``."""
-    entered: list[TestClient] = []
-
-    def load(name: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:
-        model = "large" if spec.max_tokens == LARGE else "small"
-        runner = runners[model, name] = FakeRunner(spec.slots, spec.max_tokens)
-        runner.next_id = (lambda ids: 65) if model == "large" else (lambda ids: 66)  # type: ignore[method-assign]
-        return fake_model(name, runner)
-
-    def make(**values: Any) -> TestClient:
-        settings = Settings(**{"precisions": "fp32,bf16", "device": "cpu", **values})
-        wanted = [
-            Wanted(lambda: fake_checkpoint(tmp_path / "a", LARGE), settings, name="large"),
-            Wanted(lambda: fake_checkpoint(tmp_path / "b", SMALL), settings, name="owner/small"),
-        ]
-        client = TestClient(create_app(settings, first=wanted[0], others=wanted[1:], load=load))
-        client.__enter__()
-        entered.append(client)
-        wait_until(lambda: {("large", "fp32"), ("large", "bf16"), ("small", "fp32")} <= runners.keys())
-        wait_until(lambda: client.get("/health").status_code == 200)
-        return client
-
-    yield make
-    for client in entered:
-        client.__exit__(None, None, None)
-
-
-@pytest.fixture
-def client(make: Callable[..., TestClient]) -> TestClient:
-    return make()
-
-
-BODY = {"inputs": "x", "max_new_tokens": 3}
 PROMPT = {"prompt": "x", "max_tokens": 3, "temperature": 0}
 
 
@@ -156,6 +103,17 @@ def test_a_further_model_loads_its_other_precisions_when_they_are_asked_for(
     assert not runners["large", "bf16"].closed
 
 
+def test_a_whole_model_is_unloaded_and_loads_again_when_it_is_asked_for(
+    client: TestClient, runners: Runners
+) -> None:
+    client.post("/precisions/bf16/load?model=small")
+    states = client.post("/precisions/all/unload?model=small").json()
+    assert {one["state"] for one in states} <= {"unloaded", "unavailable"}
+    assert {key for key, runner in runners.items() if runner.closed} == {("small", "fp32"), ("small", "bf16")}
+    assert client.get("/health/ready").status_code == 200
+    assert client.post("/generate?model=small", json=BODY).json()["generated_text"] == "bbb"
+
+
 def test_metrics_have_each_family_once_with_the_series_of_all_models(client: TestClient) -> None:
     client.post("/generate?model=small", json=BODY)
     client.post("/generate", json=BODY)
@@ -165,35 +123,28 @@ def test_metrics_have_each_family_once_with_the_series_of_all_models(client: Tes
     assert {line.split('model="')[1].split('"')[0] for line in counts} == {"large", "owner/small"}
 
 
-def test_places_are_shared(make: Callable[..., TestClient]) -> None:
-    client = make(max_concurrent_requests=2)
-    body = {**PROMPT, "prompt": ["x", "y", "z"], "model": "small"}
-    assert client.post("/v1/completions", json=body).status_code == 400  # more than all places together
-    with client.app.state.places.reserved():  # type: ignore[attr-defined]
-        refused = client.post("/v1/completions", json={**PROMPT, "prompt": ["x", "y"], "model": "small"})
-    assert refused.status_code == 429
-
-
-def test_memory_is_shared_and_idle_precisions_of_any_model_make_room(
-    make: Callable[..., TestClient], runners: Runners, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = make()
-    host = client.app.state.pool.host  # type: ignore[attr-defined]
-    free = {"bytes": 10**9}
-
-    def freed() -> int:
-        return free["bytes"] + 10**9 * sum(runner.closed for runner in runners.values())
-
-    monkeypatch.setattr(host, "free_bytes", freed)
-    monkeypatch.setattr("server.service.pool.memory.needed_bytes", lambda name, spec: 15 * 10**8)
-    assert client.post("/generate?model=small&precision=fp16", json=BODY).status_code == 200
-    assert runners["large", "bf16"].closed or runners["small", "fp32"].closed
-    assert not runners["large", "fp32"].closed  # the server's default precision stays
-    free["bytes"] = -(10**10)
-    assert client.post("/generate?precision=fp16", json=BODY).status_code == 503
-
-
 def test_tokens_and_comparisons_are_of_the_named_model(client: TestClient) -> None:
     assert client.post("/tokenize?model=small", json={"inputs": "ab"}).status_code == 200
     answer = client.post("/compare?model=small", json={**BODY, "precisions": ["fp32"]}).json()
     assert answer["precisions"]["fp32"]["generated_text"] == "bbb"
+
+
+def test_a_missing_report_is_asked_for_by_the_models_name(client: TestClient) -> None:
+    assert client.get("/report").json()["error"].endswith(" or POST /report")
+    assert client.get("/report?model=small").json()["error"].endswith(" or POST /report?model=owner/small")
+
+
+def test_every_route_about_a_model_says_in_the_api_document_that_it_can_be_named(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    about = (
+        "/stats",
+        "/info",
+        "/precisions",
+        "/precisions/{name}/load",
+        "/precisions/{name}/unload",
+        "/report",
+    )
+    for path in (*about, "/tokenize", "/compare", "/health", "/health/ready", "/generate", "/v1/completions"):
+        for method, operation in paths[path].items():
+            named = [one["in"] for one in operation["parameters"] if one["name"] == "model"]
+            assert named == ["query"], (method, path)
