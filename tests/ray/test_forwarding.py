@@ -167,7 +167,7 @@ def test_a_call_that_is_cancelled_ends_with_its_caller() -> None:
             return asyncio.sleep(60).__await__()
 
     async def run() -> None:
-        task = asyncio.create_task(Fleet("fp32", {"fp32": Handle()}).call("fp32", "models"))  # type: ignore[dict-item]
+        task = asyncio.create_task(Fleet("fp32", {"fp32": Handle()}).call("fp32", "models"))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
