@@ -12,7 +12,8 @@ import loaders
 from loaders.base import Checkpoint
 from loaders.errors import PrecisionUnavailable
 from server.commands.help import Arguments, Formatter
-from server.settings.model import ModelSettings, has_variable
+from server.settings.errors import in_words
+from server.settings.model import ModelSettings
 from server.settings.types import ALL, AUTO
 
 USAGE, FAILED = 2, 1
@@ -36,7 +37,7 @@ def parse(options: type[_Options], command: str, arguments: Sequence[str]) -> _O
             options, cli_args=list(arguments), cli_settings_source=command_line(options, command)
         )
     except ValidationError as error:
-        raise _usage_error(options, error) from None
+        raise UsageError(in_words(options, error)) from None
 
 
 def of_environment(settings: type[_Options], given: Mapping[str, Any]) -> _Options:
@@ -48,7 +49,7 @@ def of_environment(settings: type[_Options], given: Mapping[str, Any]) -> _Optio
     try:
         return settings(**given)
     except ValidationError as error:
-        raise _usage_error(settings, error) from None
+        raise UsageError(in_words(settings, error)) from None
 
 
 def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource[Any]:
@@ -64,22 +65,6 @@ def command_line(options: type[BaseSettings], command: str) -> CliSettingsSource
     parser.usage = " ".join([f"bitdial {command} [OPTIONS]", *shown.positional])
     parser.description = cleandoc(options.__doc__ or "")
     return source
-
-
-def _usage_error(options: type[BaseSettings], error: ValidationError) -> UsageError:
-    first = {(one["loc"] or ("",))[0]: dict(one) for one in reversed(error.errors())}
-    return UsageError("; ".join(_readable(options, one) for one in reversed(first.values())))
-
-
-def _readable(options: type[BaseSettings], error: dict[str, Any]) -> str:
-    name = str(error["loc"][0]) if error["loc"] else "the command line"
-    flag = f"--{name.replace('_', '-')}" if error["loc"] else name
-    if error["loc"] and has_variable(options, name):
-        flag += f" (or {name.upper()})"
-    if error["type"] == "missing":
-        positional = options.model_fields[name].json_schema_extra is None
-        return f"{name.upper() if positional else flag} is missing or empty"
-    return f"{flag}: {str(error['msg']).removeprefix('Value error, ')}"
 
 
 def require(precisions: Iterable[str], device: Literal["cpu", "cuda"]) -> None:

@@ -197,3 +197,18 @@ def test_throughput_is_tokens_by_computing_time() -> None:
     metrics.observe_step("fp32", StepStats(4, 0, 4, 0.5, (0.5,) * 4))
     metrics.observe_step("fp32", StepStats(0, 9, 0, 0.5))
     assert metrics.throughput("fp32") == {"generated_tokens": 4, "tokens_per_second": 4.0}
+
+
+def test_no_name_that_a_client_sends_becomes_a_label(client: TestClient) -> None:
+    rude = ['int3"} 1\n', "x" * 10_000, "int8\n# EOF", "é\u2028", "../fp32"]
+    for name in rude:
+        bodies = ({"inputs": "a", "precision": name}, {"inputs": "a", "parameters": {"precision": name}})
+        for body in bodies:
+            assert client.post("/generate", json=body).status_code == 422
+        for model in (name, f"fake:{name}"):
+            reply = client.post("/v1/completions", json={"prompt": "a", "model": model})
+            assert reply.status_code in (400, 404)
+        client.post("/generate", json={"inputs": "a"}, params={"precision": name})
+    samples = scrape(client).samples
+    assert {sample.labels["model"] for sample in samples} == {"fake"}
+    assert {sample.labels["precision"] for sample in samples} <= {*loaders.PRECISIONS, "unread"}

@@ -76,6 +76,15 @@ def test_the_examples_are_valid_and_name_deployments_that_exist(
         replica_settings({}, deployment.get("user_config", {}), "fp32", Resources())
 
 
+def test_a_variable_that_is_not_valid_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from server.ray.deployments import Arguments
+    from server.ray_app import app
+
+    monkeypatch.setenv("PRECISIONS", "int3")
+    with pytest.raises(ValueError, match=r"^--precisions \(or PRECISIONS\): unknown precision 'int3'.*$"):
+        app(Arguments())
+
+
 def test_more_replicas_at_most_is_autoscaling_by_load() -> None:
     from server.ray.deployments import Arguments, _options
     from server.settings.server import Settings
