@@ -68,6 +68,7 @@ class Engine:
             model.runner.slots, min(prefill_chunk, prefill_chunk_busy or prefill_chunk)
         )
         self._worker = Worker(model.runner, self._scheduler, Sampler(eos_ids), lock)
+        self._pool = model.runner.pool if isinstance(model.runner, PagedRunner) else None
         self._inbox = Inbox()
         self._streams: dict[Sequence, TokenStream] = {}
         self._ended: str | None = None  # why no more sequences are accepted
@@ -137,10 +138,8 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Most tokens of one sequence."""
-        runner = self.model.runner
-        if isinstance(runner, PagedRunner):
-            return min(self.model.runner.context, runner.pool.capacity)
-        return runner.context
+        context = self.model.runner.context
+        return context if self._pool is None else min(context, self._pool.capacity)
 
     def drain_seconds(self) -> float | None:
         """Until every running and waiting sequence has finished; None before that can be estimated."""
