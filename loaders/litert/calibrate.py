@@ -61,10 +61,10 @@ def calibrate(graph: Path, samples: Any, least_sqnr_db: float) -> Calibration:
     products = [
         one for one in _products(model, place) if tensors[one.matrix].shape[0] != description.vocabulary
     ]
-    passes = _Passes(graph / "graph.tflite", place, description, len(samples))
     layers = [Layer(_matrix(model, tensors[one.matrix]), one.before, one.after) for one in products]
-    judged = np.arange(len(samples)) % _JUDGED == _JUDGED - 1
-    found = find_ranges(layers, passes.of(samples[~judged]), passes.of(samples[judged]))
+    observed, judged = observed_and_judged(samples)
+    passes = _Passes(graph / "graph.tflite", place, description, len(observed) + len(judged))
+    found = find_ranges(layers, passes.of(observed), passes.of(judged))
     kept = {
         one.buffer: one
         for one, sqnr_db in zip(products, found.sqnr_db, strict=True)
@@ -81,6 +81,15 @@ def calibrate(graph: Path, samples: Any, least_sqnr_db: float) -> Calibration:
                 ranges[_name(own[product.after])] = _limits(*found.ranges[one.after])
                 operators.append(f"^{re.escape(_name(own[product.after]))};?$")
     return Calibration(ranges, "|".join(operators), sorted(everything - static))
+
+
+def observed_and_judged(samples: Any) -> tuple[Any, Any]:
+    """The samples on which ranges are found, and those on which their errors are measured.
+
+    They are different ones, but of a text so short that there are fewer than four.
+    """
+    judged = np.arange(len(samples)) % _JUDGED == _JUDGED - 1
+    return (samples[~judged], samples[judged]) if judged.any() else (samples, samples)
 
 
 def _name(tensor: Any) -> str:

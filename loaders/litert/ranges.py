@@ -2,7 +2,7 @@
 
 Runs in the converter's environment.
 A layer of LiteRT in int8 has one range for all of its inputs, and one for its outputs: the whole one that was
-seen. Percentiles and ranges of the least squared error were tried and gave larger divergences (docs/log.md).
+seen. Percentiles gave larger divergences, ranges of the least squared error the same (docs/log.md).
 """
 
 import math

@@ -23,6 +23,7 @@ from server.service.precision_state import LoadProgress
 from server.settings.server import Settings
 
 if TYPE_CHECKING:
+    from server.served_model import Wanted
     from server.service.pool import Pool
 
 _INSTALL_OTLP = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
@@ -43,20 +44,7 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
         command: the name that errors begin with; another one than ``serve`` shows the progress of loads.
     """
     try:
-        options = parse(Options, "serve", arguments)
-        require(options.required_precisions(), options.resolved_device())
-        _require_tracing(options)
-        sources = named_models(options, arguments)
-        for source in sources:
-            _require_chat_template(source.chat_template, options.payload_limit)
-        _require_files(options)
-        set_up_logging(options.json_output, options.log_level, options.secrets())
-        if sys.stderr.isatty():  # the imports take seconds
-            models = ", ".join(source.name or source.source for source in sources)
-            print(f"bitdial: starting with the model {models} …", file=sys.stderr, flush=True)
-        # opened before the server starts: a missing model is one line and an exit code
-        wanted = open_models(options, sources)
-        require_room(wanted)
+        wanted = _checked(arguments)
     except UsageError as error:
         complain(command, error)
         return USAGE
@@ -83,6 +71,29 @@ def main(arguments: Sequence[str], command: str = "serve") -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a model may be loading in a thread that can't be interrupted
+
+
+def _checked(arguments: Sequence[str]) -> list[Wanted]:
+    """The models to serve, opened before the server starts: what is wrong is one line and an exit code.
+
+    Raises:
+        UsageError: options are invalid or contradict each other, or a model has no room.
+        LoaderError: a model can't be opened.
+    """
+    options = parse(Options, "serve", arguments)
+    require(options.required_precisions(), options.resolved_device())
+    _require_tracing(options)
+    sources = named_models(options, arguments)
+    for source in sources:
+        _require_chat_template(source.chat_template, options.payload_limit)
+    _require_files(options)
+    set_up_logging(options.json_output, options.log_level, options.secrets())
+    if sys.stderr.isatty():  # the imports take seconds
+        models = ", ".join(source.name or source.source for source in sources)
+        print(f"bitdial: starting with the model {models} …", file=sys.stderr, flush=True)
+    wanted = open_models(options, sources)
+    require_room(wanted)
+    return wanted
 
 
 def _require_tracing(options: Settings) -> None:

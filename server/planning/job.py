@@ -1,11 +1,11 @@
 """From the settings to measured step times: loads each precision that has none, and measures it."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import loaders
-from loaders.base import Checkpoint
+from loaders.base import Checkpoint, ModelSpec
 from loaders.errors import LoaderError
 from server.bench.errors import BenchError
 from server.errors import ServiceError
@@ -61,49 +61,60 @@ def measure(
     subject = subject_of(spec)
     store = Store(subject, replica, fresh)
     cache.check_room(store.folder)
-    failed: dict[str, str] = {}
+    job = _Job(settings, spec, replica, store, bars)
+    measured, failed = list[Calibration](), dict[str, str]()
+    for name in precisions:
+        try:
+            measured.append(job.calibration(name))
+        except (LoaderError, ServiceError) as error:
+            if len(precisions) == 1:
+                raise
+            failed[name] = str(error)
+    if not measured:
+        raise BenchError(f"no precision could be measured: {next(iter(failed.values()))}")
+    frontend = job.frontend(measured[0]) if http else Frontend()
+    return Measured(subject, measured, failed, frontend)
 
-    def calibrations() -> Iterator[Calibration]:
-        for name in precisions:
-            found = store.calibration(name)
-            try:
-                yield found or calibrate_alone(name)
-            except (LoaderError, ServiceError) as error:
-                if len(precisions) == 1:
-                    raise
-                failed[name] = str(error)
 
-    def calibrate_alone(name: str) -> Calibration:
-        progress = bars(name)
+@dataclass(frozen=True)
+class _Job:
+    """What was measured before, or is measured now; alone on this host, as far as plans go."""
+
+    settings: ModelSettings
+    spec: ModelSpec
+    replica: Replica
+    store: Store
+    bars: Callable[[str], Progress]
+
+    def calibration(self, precision: str) -> Calibration:
+        if (found := self.store.calibration(precision)) is not None:
+            return found
+        progress = self.bars(precision)
         with alone(progress):
             # another command may have measured it meanwhile
-            return store.calibration(name) or calibrate(name, progress)
+            return self.store.calibration(precision) or self._calibrate(precision, progress)
 
-    def calibrate(name: str, progress: Progress) -> Calibration:
-        threads = settings.resolved_threads()
-        model = run_in_own_thread(lambda: loaders.load(name, spec, progress), threads)
+    def _calibrate(self, precision: str, progress: Progress) -> Calibration:
+        threads = self.settings.resolved_threads()
+        model = run_in_own_thread(lambda: loaders.load(precision, self.spec, progress), threads)
 
-        async def run() -> Calibration:
-            calibrator = Calibrator(model, threads, replica.chunk, replica.busy_chunk)
+        async def run() -> Calibration:  # its engine is of the event loop that creates it
+            calibrator = Calibrator(model, threads, self.replica.chunk, self.replica.busy_chunk)
             return await calibrator.measure(progress)
 
         found = asyncio.run(run())
-        store.keep(found)
+        self.store.keep(found)
         return found
 
-    def measure_http(first: Calibration) -> Frontend:
-        progress = bars("HTTP")
+    def frontend(self, first: Calibration) -> Frontend:
+        """Args: first: the precision that the measured server runs."""
+        if (found := self.store.frontend()) is not None:
+            return found
+        progress = self.bars("HTTP")
         with alone(progress):
             progress("measuring requests", 0, 0)
-            coroutine = measure_frontend(settings, first.precision, first.step_times(), replica)
-            found = asyncio.run(coroutine)
-        store.keep_frontend(found)
+            found = asyncio.run(
+                measure_frontend(self.settings, first.precision, first.step_times(), self.replica)
+            )
+        self.store.keep_frontend(found)
         return found
-
-    measured = list(calibrations())
-    if not measured:
-        raise BenchError(f"no precision could be measured: {next(iter(failed.values()))}")
-    frontend = Frontend()
-    if http:
-        frontend = store.frontend() or measure_http(measured[0])
-    return Measured(subject, measured, failed, frontend)

@@ -8,17 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
+from loaders.locking import locked
 from server.host import cache
 from server.planning.calibration import Calibration, Progress
 from server.planning.workload import Frontend, Replica
 from server.report.store import now
 from server.report.subject import Subject, digest_of
 
-FORMAT = 1
+FORMAT = 2
 _FRONTEND = "frontend"
-_POLL_SECONDS = 0.5
 _log = logging.getLogger(__name__)
 _Figures = TypeVar("_Figures", Calibration, Frontend)
 
@@ -84,15 +82,5 @@ def alone(progress: Progress) -> Iterator[None]:
     Raises:
         OSError: nothing can be written there.
     """
-    folder = cache.folder("plans")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "measuring.lock", thread_local=False)
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=_POLL_SECONDS)
-        except Timeout:
-            progress("waiting for another bitdial plan", 0, 0)
-    try:
+    with locked(cache.folder("plans") / "measuring", progress):
         yield
-    finally:
-        lock.release()

@@ -176,7 +176,7 @@ def test_two_plans_take_turns_in_measuring(counted: list[str], capsys: pytest.Ca
 
     def waits() -> bool:
         shown.append(capsys.readouterr().err)
-        return "fp32: waiting for another bitdial plan" in "".join(shown)
+        return "fp32: waiting for another process" in "".join(shown)
 
     with alone(lambda *_: None):
         other.start()

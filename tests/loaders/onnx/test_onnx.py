@@ -1,7 +1,6 @@
 """What is particular to models on ONNX Runtime: moved rows, refused architectures, a missing extra."""
 
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import CheckpointError, PrecisionUnavailable
 from loaders.onnx import session
-from loaders.texts.corpus import is_held_out
 from tests import checkpoints
 from tests.loaders.contract import report_of
 from tests.loaders.layer_products import weights_in
+from tests.loaders.topics import split_topics
 
 SIZES: dict[str, Any] = {
     "vocab_size": checkpoints.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -97,12 +96,9 @@ def test_an_embedding_in_a_folded_head_is_looked_up_as_it_was(tmp_path: Path) ->
 def test_four_bits_are_calibrated(tmp_path: Path) -> None:
     """The bundled model is much nearer to fp32 than in blocks that are rounded plainly, as nf4's are."""
     text = tmp_path / "text.txt"
-    sides = ["", ""]
-    for name, topic in topics.items():
-        sides[is_held_out(f"topic:{name}")] += f"{topic}\n\n"
-    text.write_text(sides[0][:60000])
+    held_out = split_topics(text)
     spec = ModelSpec(open_checkpoint("bundled"), slots=1, calibration=text, artifacts=tmp_path / "made")
-    ids = load_tokenizer(spec.checkpoint)(sides[1])["input_ids"][:400]
+    ids = load_tokenizer(spec.checkpoint)(held_out)["input_ids"][:400]
     exact = loaders.load("fp32", spec).runner.score(ids).log_softmax(-1)
     nf4, found = (loaders.load(name, spec).runner.score(ids).log_softmax(-1) for name in ("nf4", "onnx-int4"))
     errors = [float((exact.exp() * (exact - one)).sum(-1).mean()) for one in (nf4, found)]

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from loaders.base import ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
 from loaders.errors import CheckpointError, LoaderError
 from loaders.layers.int4_rounding import quantize
-from loaders.texts.corpus import is_held_out
 from tests import checkpoints, decoders
 from tests.loaders.layer_products import weights_in
+from tests.loaders.topics import split_topics
 
 SIZES = {"intermediate_size": 384, "vocab_size": checkpoints.VOCABULARY}
 needs_kernels = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
@@ -119,12 +118,9 @@ def test_calibration_brings_the_bundled_model_nearer_to_fp32(
 ) -> None:
     """Than rounding the same layers to the nearest code, which in turn is nearer than nf4."""
     text = tmp_path / "text.txt"
-    sides = ["", ""]
-    for name, topic in topics.items():
-        sides[is_held_out(f"topic:{name}")] += f"{topic}\n\n"
-    text.write_text(sides[0][:60000])
+    held_out = split_topics(text)
     spec = ModelSpec(open_checkpoint("bundled"), slots=1, calibration=text, artifacts=tmp_path / "calibrated")
-    ids = load_tokenizer(spec.checkpoint)(sides[1])["input_ids"][:400]
+    ids = load_tokenizer(spec.checkpoint)(held_out)["input_ids"][:400]
     exact = loaders.load("fp32", spec).runner.score(ids).log_softmax(-1)
 
     def divergence(precision: str, spec: ModelSpec) -> float:
