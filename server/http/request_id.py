@@ -25,4 +25,4 @@ def own_request_id(scope: Scope, redaction: Redaction) -> str | None:
 
 def new_request_id() -> str:
     """A random id. Not a secret, so not from the system's random source, which is slow under load."""
-    return f"{random.getrandbits(128):032x}"
+    return random.getrandbits(128).to_bytes(16).hex()

@@ -45,4 +45,4 @@ class ServerConfig(uvicorn.Config):
         self.early_refusal: EarlyRefusal = app.state.early_refusal
 
     def get_loop_factory(self) -> Callable[[], asyncio.AbstractEventLoop] | None:
-        return loop_factory(lambda: self.early_refusal.refused) or super().get_loop_factory()
+        return loop_factory(self.early_refusal) or super().get_loop_factory()

@@ -41,14 +41,21 @@ class Places:
         self.on_arrival: Callable[[], None] = lambda: None
         """Called whenever a place is reserved."""
         self._drain, self._drain_measured = 0.0, -math.inf
+        self._full = self._overloaded(Overloaded.retry_spread)
+        self._unread: dict[tuple[str, bool], Ended] = {}
 
     def refusal(self, count: int) -> ServiceError | None:
-        """The ``NotReady`` or ``Overloaded`` with which ``reserve`` would fail now."""
+        """The ``NotReady`` or ``Overloaded`` with which ``reserve`` would fail now.
+
+        Not to be raised: thousands of refusals a second share one.
+        """
         if (not_ready := self._lifecycle.refusal()) is not None:
             return not_ready
         if self.in_flight + self.promised.count + count <= self._limit:
             return None
-        return Overloaded(f"all {self._limit} places are taken", retry_spread=self.retry_spread())
+        if (spread := self.retry_spread()) != self._full.retry_spread:
+            self._full = self._overloaded(spread)
+        return self._full
 
     def reserve(self, count: int) -> None:
         """Takes ``count`` places, which ``release`` gives back.
@@ -58,7 +65,7 @@ class Places:
         """
         release_held()
         if (error := self.refusal(count)) is not None:
-            raise error
+            raise self._overloaded(self._full.retry_spread) if error is self._full else error
         self.in_flight += count
         self.on_arrival()
 
@@ -87,8 +94,15 @@ class Places:
 
     def observe_unread(self, error: ServiceError, is_chat: bool) -> None:
         """Counts a generation that is refused before its request is read."""
-        operation: Operation = "chat" if is_chat else "text_completion"
-        self._observer.observe_request(Ended(precision=UNREAD, outcome=error.error_type, operation=operation))
+        key = error.error_type, is_chat
+        ended = self._unread.get(key)
+        if ended is None:
+            operation: Operation = "chat" if is_chat else "text_completion"
+            ended = self._unread[key] = Ended(precision=UNREAD, outcome=error.error_type, operation=operation)
+        self._observer.observe_request(ended)
+
+    def _overloaded(self, spread: float) -> Overloaded:
+        return Overloaded(f"all {self._limit} places are taken", retry_spread=spread)
 
     def retry_spread(self) -> float:
         """Seconds over which the retries of refused clients are spread: twice the time in which the queue

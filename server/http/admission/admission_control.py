@@ -39,6 +39,11 @@ class AdmissionControl:
         self._auth, self._body_limit = auth, settings.payload_limit
         self.routes = routes
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that needs a place is refused now."""
+        return self._service_refusal() is not None
+
     def refusal(self, scope: Scope) -> ServiceError | None:
         """The error of a request that passed every earlier check, None if admitted; counts the error."""
         if not self.routes.takes_a_place(scope) or (error := self._service_refusal()) is None:

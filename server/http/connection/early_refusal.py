@@ -7,7 +7,7 @@ requests being served. Only plain requests are answered here; every other one ta
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from starlette.types import Scope
@@ -23,7 +23,6 @@ from server.http.request_id import new_request_id, own_request_id
 from server.settings.server import Settings
 
 TraceContext = Callable[[Scope], AbstractContextManager[None]]
-_NO_TRACE = nullcontext()
 
 
 @dataclass(slots=True)
@@ -50,7 +49,7 @@ class EarlyRefusal:
         self,
         admission: AdmissionControl,
         settings: Settings,
-        trace_context: TraceContext = lambda scope: _NO_TRACE,
+        trace_context: TraceContext | None = None,
     ) -> None:
         self._admission, self._trace_context = admission, trace_context
         self.routes = admission.routes
@@ -62,6 +61,11 @@ class EarlyRefusal:
         self.log = RefusalLog(self._redaction)
         self.refused = 0
         """Requests refused so far."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that needs a place is refused now."""
+        return self._admission.is_full
 
     def judge(self, data: bytes, only: bool = False) -> Refusal | Promise | None:
         """The refusal of the request that ``data`` begins with, or the place promised to it.
@@ -79,8 +83,11 @@ class EarlyRefusal:
             return None
         id_, close = self._request_id(head), only or head.close
         scope = {**head.scope, "state": {"request_id": id_}}
-        with self._trace_context(scope):
+        if self._trace_context is None:
             found = self._admission.judge(scope, head.body_bytes, missing <= 0)
+        else:
+            with self._trace_context(scope):
+                found = self._admission.judge(scope, head.body_bytes, missing <= 0)
         if not isinstance(found, ServiceError):
             return found
         self.refused += 1

@@ -22,7 +22,8 @@ from server.http.connection.open_connections import OpenConnections, RateLimited
 
 _AT_ONCE = 16
 _EVICTING_AT_ONCE = 4  # an evicted connection keeps its file for some iterations of the event loop
-_REFUSED_AT_ONCE = 64  # a refusal costs a fraction of a served connection
+# a refusal costs a fraction of a served connection; more of them wait in the backlog for the next pause's end
+_REFUSED_AT_ONCE = 128
 _BACKLOG = 2048
 _PAUSE_SECONDS = 0.1  # if no connection could be closed to free a descriptor
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

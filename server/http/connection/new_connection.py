@@ -9,8 +9,10 @@ from server.http.connection.early_refusal import EarlyRefusal, Refusal
 
 _READ = 16 * 1024  # longer requests take the usual path
 _DEFER_SECONDS = 1
+# as integers: combining the enumerations takes as long as sending
+_AT_ONCE = int(socket.MSG_DONTWAIT)
 # response and FIN leave in one packet and wake the client once
-_WITH_THE_END = getattr(socket, "MSG_MORE", 0)
+_WITH_THE_END = _AT_ONCE | int(getattr(socket, "MSG_MORE", 0))
 
 
 class NewConnection(NamedTuple):
@@ -46,13 +48,13 @@ class Listener:
         number, _ = self._listener._accept()  # type: ignore[attr-defined]
         accepted = socket.SocketType(*self._kind, number)
         try:
-            begun = accepted.recv(_READ, socket.MSG_DONTWAIT)
+            begun = accepted.recv(_READ, _AT_ONCE)
         except OSError:  # nothing has arrived yet, or the client has disconnected
             begun = b""
         found = self._early_refusal.judge(begun, only=True)
         if isinstance(found, Refusal):
-            with contextlib.suppress(OSError):
-                accepted.send(found.answer, socket.MSG_DONTWAIT | _WITH_THE_END)
+            with contextlib.suppress(OSError):  # the client may have disconnected
+                accepted.send(found.answer, _WITH_THE_END)
             accepted.close()
             return None
         kept = socket.socket(*self._kind, accepted.detach())

@@ -1,49 +1,72 @@
-"""The event loop looks at its sockets less often while requests are refused: more refusals for each wake-up.
+"""The event loop looks at its sockets less often while it refuses requests: more refusals for each look.
 
-A wake-up takes the core from the thread that computes, and what that thread had in the core's caches. The
-thread wakes the loop after each of its steps anyway, and the sockets can wait for that.
+Looking takes the core from the thread that computes, and a single refusal right after it costs several times
+as much as one of many. What has to happen at once, does: threads and signals wake the loop, timers run, and
+sockets are looked at as soon as a place is free.
 """
 
 import asyncio
 import select
 import selectors
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-PAUSE_SECONDS = 0.005
-"""The most that it adds to the time until a response; a refusal is to take less than 50 ms."""
+PAUSE_SECONDS = 0.015
+"""Between two looks; a refusal is to take less than 50 ms."""
 _EpollSelector: Any = getattr(selectors, "EpollSelector", object)
+_Ready = list[tuple[selectors.SelectorKey, int]]
+
+
+class Refusing(Protocol):
+    """What the selector reads of ``EarlyRefusal``."""
+
+    refused: int
+
+    @property
+    def is_full(self) -> bool: ...
 
 
 class RefusingSelector(_EpollSelector):
-    """After a pass of the event loop that refused requests, waits for other threads and timers alone, for at
-    most ``PAUSE_SECONDS``, before it looks at all files again. Linux only.
+    """After a pass of the event loop that refused requests, looks at the loop's own pipe alone until
+    ``PAUSE_SECONDS`` after its last look at all files. Linux only.
 
     Args:
-        refused: returns how many requests have been refused so far.
+        refusing: counts refusals, and says whether a request that arrived now would be refused.
     """
 
-    def __init__(self, refused: Callable[[], int]) -> None:
+    def __init__(self, refusing: Refusing) -> None:
         super().__init__()
-        self._refused, self._seen = refused, refused()
+        self._refusing, self._seen, self._looked = refusing, refusing.refused, 0.0
+        self._pipe: selectors.SelectorKey | None = None
         self._wake_ups: select.epoll | None = None
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """The first file is the event loop's own pipe, through which threads and signals wake it."""
         key: selectors.SelectorKey = super().register(fileobj, events, data)
         if self._wake_ups is None:
-            self._wake_ups = select.epoll()
+            self._pipe, self._wake_ups = key, select.epoll()
             self._wake_ups.register(key.fd, select.EPOLLIN)
         return key
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        refused = self._refused()
-        if refused != self._seen and timeout != 0 and self._wake_ups is not None:
-            pause = PAUSE_SECONDS if timeout is None else min(timeout, PAUSE_SECONDS)
-            self._wake_ups.poll(pause, 1)
-            self._seen, timeout = refused, 0
-        found: list[tuple[selectors.SelectorKey, int]] = super().select(timeout)
+    def select(self, timeout: float | None = None) -> _Ready:
+        if self._refusing.refused != self._seen and self._refusing.is_full:
+            left = self._looked + PAUSE_SECONDS - time.monotonic()
+            if left > 0 and (timeout is None or timeout > left):
+                if woken := self._look_at_pipe(left):
+                    return woken
+                timeout = 0
+            elif left > 0:
+                return self._look_at_pipe(timeout or 0)
+        self._seen = self._refusing.refused
+        found: _Ready = super().select(timeout)
+        self._looked = time.monotonic()
         return found
+
+    def _look_at_pipe(self, timeout: float) -> _Ready:
+        if self._pipe is None or self._wake_ups is None or not self._wake_ups.poll(timeout, 1):
+            return []
+        return [(self._pipe, selectors.EVENT_READ)]
 
     def close(self) -> None:
         if self._wake_ups is not None:
@@ -51,8 +74,8 @@ class RefusingSelector(_EpollSelector):
         super().close()
 
 
-def loop_factory(refused: Callable[[], int]) -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory(refusing: Refusing) -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Makes asyncio's event loop on a ``RefusingSelector``; None where there is no epoll."""
     if not hasattr(selectors, "EpollSelector"):
         return None
-    return lambda: asyncio.SelectorEventLoop(RefusingSelector(refused))
+    return lambda: asyncio.SelectorEventLoop(RefusingSelector(refusing))

@@ -15,56 +15,78 @@ from server.http.connection.refusing_selector import RefusingSelector
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")
 
 
-class Counted:
-    """How many requests have been refused."""
+class Refuses:
+    """A service that is full, and how many requests it has refused."""
 
     def __init__(self) -> None:
-        self.refused = 0
-
-    def __call__(self) -> int:
-        return self.refused
+        self.refused, self.is_full = 0, True
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[tuple[Counted, RefusingSelector, socket.socket, socket.socket]]:
-    """A selector, the sending ends of its loop's pipe and of a client."""
-    counted, (pipe, wakes), (client, sends) = Counted(), socket.socketpair(), socket.socketpair()
-    with pipe, wakes, client, sends, contextlib.closing(RefusingSelector(counted)) as selector:
+def watched() -> Iterator[tuple[Refuses, RefusingSelector, socket.socket, socket.socket]]:
+    """A selector that has just looked, the sending ends of its loop's pipe and of a client with data."""
+    refuses, (pipe, wakes), (client, sends) = Refuses(), socket.socketpair(), socket.socketpair()
+    with pipe, wakes, client, sends, contextlib.closing(RefusingSelector(refuses)) as selector:
         selector.register(pipe, selectors.EVENT_READ, "pipe")
         selector.register(client, selectors.EVENT_READ, "client")
-        yield counted, selector, wakes, sends
+        sends.send(b"x")
+        assert found(selector) == {"client"}
+        yield refuses, selector, wakes, sends
+
+
+@pytest.fixture
+def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.connection.refusing_selector.PAUSE_SECONDS", 60)
 
 
 def found(selector: RefusingSelector, timeout: float | None = None) -> set[str]:
     return {key.data for key, _ in selector.select(timeout)}
 
 
-def test_after_a_refusal_sockets_wait_for_a_thread_to_wake_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.http.connection.refusing_selector.PAUSE_SECONDS", 60)
-    with watched() as (counted, selector, wakes, sends):
-        sends.send(b"x")
-        counted.refused += 1
+@pytest.mark.usefixtures("long_pause")
+def test_after_a_refusal_threads_wake_the_loop_and_sockets_wait() -> None:
+    with watched() as (refuses, selector, wakes, _):
+        refuses.refused += 1
         thread = threading.Timer(0.1, wakes.send, [b"w"])
         thread.start()
-        assert found(selector) == {"pipe", "client"}
+        assert found(selector) == {"pipe"}
         thread.join()
-        assert found(selector) == {"pipe", "client"}  # nothing was refused since: at once
-        counted.refused += 1
-        assert found(selector, 0) == {"pipe", "client"}  # callbacks are ready: at once
+        assert found(selector, 0) == {"pipe"}
 
 
-def test_sockets_wait_no_longer_than_the_pause_or_the_next_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    with watched() as (counted, selector, _, sends):
-        sends.send(b"x")
-        counted.refused += 1
+@pytest.mark.usefixtures("long_pause")
+def test_timers_run_while_sockets_wait() -> None:
+    with watched() as (refuses, selector, _, _):
+        refuses.refused += 1
+        assert found(selector, 0.01) == set()
+        assert found(selector, 0) == set()
+
+
+@pytest.mark.usefixtures("long_pause")
+def test_a_free_place_ends_the_pause() -> None:
+    with watched() as (refuses, selector, _, _):
+        refuses.refused += 1
+        assert found(selector, 0) == set()
+        refuses.is_full = False
+        assert found(selector, 0) == {"client"}
+
+
+@pytest.mark.usefixtures("long_pause")
+def test_without_a_refusal_since_the_last_look_nothing_waits() -> None:
+    with watched() as (refuses, selector, _, _):
         assert found(selector) == {"client"}
-        monkeypatch.setattr("server.http.connection.refusing_selector.PAUSE_SECONDS", 60)
-        counted.refused += 1
-        assert found(selector, 0.01) == {"client"}
+        refuses.refused += 1
+        assert found(selector, 0) == set()
+
+
+def test_sockets_wait_no_longer_than_the_pause() -> None:
+    with watched() as (refuses, selector, _, _):
+        refuses.refused += 1
+        assert found(selector) == {"client"}
 
 
 def test_an_event_loop_on_it_serves_sockets_threads_and_timers() -> None:
-    counted, events = Counted(), list[str]()
+    refuses, events = Refuses(), list[str]()
 
     async def main() -> None:
         loop, ends = asyncio.get_running_loop(), asyncio.Event()
@@ -72,7 +94,7 @@ def test_an_event_loop_on_it_serves_sockets_threads_and_timers() -> None:
         with reader, ours:
 
             def readable() -> None:
-                counted.refused += 1
+                refuses.refused += 1
                 events.append(reader.recv(1).decode())
                 if len(events) < 4:
                     ours.send(b"s")
@@ -91,6 +113,6 @@ def test_an_event_loop_on_it_serves_sockets_threads_and_timers() -> None:
             loop.remove_reader(reader)
             thread.join()
 
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(RefusingSelector(counted))) as runner:
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(RefusingSelector(refuses))) as runner:
         runner.run(main())
     assert {"s", "timer", "thread"} == set(events)
