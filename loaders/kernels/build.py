@@ -71,7 +71,9 @@ def _compile(flags: list[str], path: Path) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
+        lines = done.stderr.strip().splitlines()
+        errors = [line for line in lines if "error" in line] or lines  # not the path of includes to them
+        raise BuildError(f"{command[0]} failed: {' '.join(errors)[:500]}")
 
 
 def main() -> int:

@@ -44,43 +44,43 @@ static void pack(void *job, int64_t row, const worker *by) {
 }
 
 /* Calls a microkernel with the number of rows as a constant. */
-#define SWITCH_ROWS(count, call) \
+#define SWITCH_ROWS(most, count, call) \
     switch (count) { \
     case 1: call(1); break; \
     case 2: call(2); break; \
     case 3: call(3); break; \
-    case 4: if (ROWS > 3) call(4); break; \
-    case 5: if (ROWS > 3) call(5); break; \
-    case 6: if (ROWS > 3) call(6); break; \
+    case 4: if (most > 3) call(4); break; \
+    case 5: if (most > 4) call(5); break; \
+    case 6: if (most > 5) call(6); break; \
     }
 
 /* A function per type: in a common one the compiler optimizes for the other types. */
 #define VARIANT static __attribute__((noinline)) void
 
 VARIANT run_int8(const tile *t, int64_t row, int64_t rows) {
-#define INT8_ROWS(n) int8_microkernel(t, row, n)
-    SWITCH_ROWS(rows, INT8_ROWS)
+#define INT8_TILE(n) int8_microkernel(t, row, n)
+    SWITCH_ROWS(INT8_ROWS, rows, INT8_TILE)
 }
 
 VARIANT run_static_int8(const tile *t, int64_t row, int64_t rows) {
-#define STATIC_INT8_ROWS(n) static_int8_microkernel(t, row, n)
-    SWITCH_ROWS(rows, STATIC_INT8_ROWS)
+#define STATIC_INT8_TILE(n) static_int8_microkernel(t, row, n)
+    SWITCH_ROWS(ROWS, rows, STATIC_INT8_TILE)
 }
 
 VARIANT run_int4(const tile *t, int64_t row, int64_t rows) {
-#define INT4_ROWS(n) int4_microkernel(t, row, n)
-    SWITCH_ROWS(rows, INT4_ROWS)
+#define INT4_TILE(n) int4_microkernel(t, row, n)
+    SWITCH_ROWS(INT8_ROWS, rows, INT4_TILE)
 }
 
 VARIANT run_float(const tile *t, int64_t row, int64_t rows) {
-#define FLOAT_ROWS(n) float_microkernel(t, row, n)
-    SWITCH_ROWS(rows, FLOAT_ROWS)
+#define FLOAT_TILE(n) float_microkernel(t, row, n)
+    SWITCH_ROWS(ROWS, rows, FLOAT_TILE)
 }
 
 #ifdef __AVX512BF16__
 VARIANT run_bfloat16(const tile *t, int64_t row, int64_t rows) {
-#define BFLOAT16_ROWS(n) bfloat16_microkernel(t, row, n)
-    SWITCH_ROWS(rows, BFLOAT16_ROWS)
+#define BFLOAT16_TILE(n) bfloat16_microkernel(t, row, n)
+    SWITCH_ROWS(ROWS, rows, BFLOAT16_TILE)
 }
 #endif
 
@@ -119,7 +119,7 @@ static const char *weight_row(const matrix *m, enum format type, int64_t output,
 
 /* Rows `row` … `end` - 1 of one group of outputs, in tiles; each tile prefetches its part of the next group's weights. */
 static void compute_rows(tile *t, enum format type, int64_t row, int64_t end) {
-    int64_t tiles = (end - row + ROWS - 1) / ROWS;
+    int64_t most = type == INT8 || type == INT4 ? INT8_ROWS : ROWS, tiles = (end - row + most - 1) / most;
     int64_t lines = CHANNELS * PREFETCH_INTERVAL * bits_per_weight(t->m) / 512; /* of a whole group, per interval */
     t->next_lines = (lines + tiles - 1) / tiles;
     t->next = row_of(t->m, t->output + CHANNELS);

@@ -114,7 +114,7 @@ MICROKERNEL add_int4_group(const char *x, int64_t stride, int half, const char *
 /* As int8_pass. */
 MICROKERNEL int4_pass(const tile *t, int64_t row, int rows, int half, int first, int channels, int64_t k, int64_t end,
                       pass_prefetch *ahead, floats (*totals)[CHANNELS]) {
-    floats sums[ROWS][PASS_CHANNELS];
+    floats sums[INT8_ROWS][PASS_CHANNELS];
     integers table = int4_table(t->m);
     const char *w[PASS_CHANNELS], *x = x_row(t, row) + int4_row_bytes(k);
     const int8_t *scales[PASS_CHANNELS];
@@ -148,7 +148,7 @@ MICROKERNEL int4_pass(const tile *t, int64_t row, int rows, int half, int first,
 }
 
 MICROKERNEL int4_microkernel(const tile *t, int64_t row, int rows) {
-    floats sums[HALVES][ROWS][CHANNELS];
+    floats sums[HALVES][INT8_ROWS][CHANNELS];
     pass_prefetch ahead = {.next = t->next};
     int64_t inputs = t->m->inputs, lines = t->next_lines * GROUP_STEPS;
     for (int64_t k = 0, end; k < inputs; k = end) {
@@ -164,7 +164,7 @@ MICROKERNEL int4_microkernel(const tile *t, int64_t row, int rows) {
 }
 
 static void gemv_int4(const tile *t, int64_t row) {
-    floats sums[HALVES][ROWS][CHANNELS];
+    floats sums[HALVES][INT8_ROWS][CHANNELS];
     for (int c = 0; c < CHANNELS; c++)
         for (int half = 0; half < HALVES; half++) int4_pass(t, row, 1, half, c, 1, 0, t->m->inputs, NULL, sums[half]);
     add_lane_halves(1, sums);

@@ -4,9 +4,10 @@
 #pragma once
 #include "gemv.h"
 
+/* HALVES: parts of a step; PASS_CHANNELS: outputs at a time; INT8_ROWS: rows of a tile. */
 #ifdef __AVX512BW__
-/* Of 32 registers a pass of ROWS × 2 outputs takes 12 for sums and 8 for a group of weights. */
-enum { HALVES = 1, PASS_CHANNELS = 2 };
+/* Of 32 registers a pass of INT8_ROWS × 2 outputs takes 12 for sums and 8 for a group of weights. */
+enum { HALVES = 1, PASS_CHANNELS = 2, INT8_ROWS = ROWS };
 
 /* Weights have zero point 128: the instruction multiplies unsigned by signed. */
 static inline integers load_weights(const char *at) {
@@ -24,9 +25,10 @@ static inline integers load_once(const char *at) {
 /* sums += x · w over groups of four. */
 static inline integers dot_int8(integers sums, integers x, integers w) { return _mm512_dpbusd_epi32(sums, w, x); }
 #else
-/* A register has half a step: the halves are computed one after the other. Of 16 registers a pass of ROWS × 1 output
- * takes 3 for sums and 8 for a group of weights and their magnitudes. */
-enum { HALVES = 2, PASS_CHANNELS = 1 };
+/* A register has half a step: the halves are computed one after the other. Of 16 registers a pass of INT8_ROWS × 1
+ * output takes 8 for a group of weights and their magnitudes. The sums of six rows don't fit beside them; but that costs
+ * less than preparing the weights once for each three rows. */
+enum { HALVES = 2, PASS_CHANNELS = 1, INT8_ROWS = 6 };
 
 static inline integers load_weights(const char *at) { return _mm256_loadu_si256((const void *)at); }
 static inline integers load_once(const char *at) { return _mm256_loadu_si256((const void *)at); }
@@ -83,7 +85,7 @@ typedef struct {
  * `ahead` is NULL for a gemv, which prefetches its own weights. */
 MICROKERNEL int8_pass(const tile *t, int64_t row, int rows, int half, int first, int channels, int64_t k, int64_t end,
                       pass_prefetch *ahead, floats (*totals)[CHANNELS]) {
-    floats sums[ROWS][PASS_CHANNELS];
+    floats sums[INT8_ROWS][PASS_CHANNELS];
     const char *w[PASS_CHANNELS], *x = x_row(t, row) + int8_row_bytes(k);
     for (int c = 0; c < channels; c++) w[c] = t->w[first + c] + k;
     for (int r = 0; r < rows; r++)
@@ -109,13 +111,13 @@ MICROKERNEL int8_pass(const tile *t, int64_t row, int rows, int half, int first,
 }
 
 /* sums[0] += sums[1], if there are two halves. */
-MICROKERNEL add_lane_halves(int rows, floats (*sums)[ROWS][CHANNELS]) {
+MICROKERNEL add_lane_halves(int rows, floats (*sums)[INT8_ROWS][CHANNELS]) {
     for (int r = 0; HALVES > 1 && r < rows; r++)
         for (int c = 0; c < CHANNELS; c++) sums[0][r][c] = add(sums[0][r][c], sums[HALVES - 1][r][c]);
 }
 
 MICROKERNEL int8_microkernel(const tile *t, int64_t row, int rows) {
-    floats sums[HALVES][ROWS][CHANNELS];
+    floats sums[HALVES][INT8_ROWS][CHANNELS];
     pass_prefetch ahead = {.next = t->next};
     int64_t inputs = t->m->inputs, lines = t->next_lines * GROUP_STEPS;
     for (int64_t k = 0, end; k < inputs; k = end) {
@@ -132,7 +134,7 @@ MICROKERNEL int8_microkernel(const tile *t, int64_t row, int rows) {
 
 /* A single row: as in gemv.h, output by output. */
 static void gemv_int8(const tile *t, int64_t row) {
-    floats sums[HALVES][ROWS][CHANNELS];
+    floats sums[HALVES][INT8_ROWS][CHANNELS];
     for (int c = 0; c < CHANNELS; c++)
         for (int half = 0; half < HALVES; half++) int8_pass(t, row, 1, half, c, 1, 0, t->m->inputs, NULL, sums[half]);
     add_lane_halves(1, sums);
