@@ -7,10 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loaders.affine.arithmetic import grouped
 from loaders.affine.error import ErrorSums
 from loaders.affine.histogram import Histogram
-from loaders.affine.quantizer import Method
+from loaders.affine.method import Method
 
 _WEIGHTS = 2**22  # quantized at a time
 _ROUNDED = 1.0002  # of the largest error of rounding, which is computed in float32
@@ -75,6 +74,7 @@ class Matrix:
 
     def __init__(self, weight: Tensor, bins: int) -> None:
         self.weight, self.bins = weight, bins
+        self._known: tuple[Method, tuple[Tensor, Tensor]] | None = None
 
     @cached_property
     def histogram(self) -> Histogram:
@@ -90,7 +90,7 @@ class Matrix:
 
     def apply(self, quantizer: Method) -> Applied:
         """Raises: ValueError, if the rows can't be divided into groups."""
-        scale, offset = quantizer.parameters(self)
+        scale, offset = self._parameters(quantizer)
         used = torch.zeros(quantizer.codes, dtype=torch.int64)
         reach = _ROUNDED * quantizer.reach
         counts, clipped = torch.zeros(self.bins, dtype=torch.int64), 0
@@ -98,7 +98,7 @@ class Matrix:
         for rows, codes, scales, found in self._blocks(quantizer, scale, offset):
             used += torch.bincount((codes - quantizer.lowest).reshape(-1), minlength=len(used))
             counts += self._counts(found)
-            clipped += int(((found - rows).abs() > reach * scales).sum())
+            clipped += int(((found - rows).abs() > reach * scales.abs()).sum())
             sums.add(rows, found)
             errors.update(found - rows)
         zero_points = (int(offset.min()), int(offset.max())) if quantizer.has_zero_point else None
@@ -126,15 +126,15 @@ class Matrix:
             ValueError: the rows can't be divided into groups.
         """
         sums = ErrorSums()
-        for rows, _, _, found in self._blocks(quantizer, *quantizer.parameters(self)):
+        for rows, _, _, found in self._blocks(quantizer, *self._parameters(quantizer)):
             sums.add(rows, found)
         return sums
 
     def code(self, quantizer: Method, row: int, column: int) -> Code:
         """The code of one weight."""
-        scale, offset = quantizer.parameters(self)
+        scale, offset = self._parameters(quantizer)
         if quantizer.per != "tensor":
-            group = column // (self.weight.shape[1] if quantizer.per == "channel" else quantizer.per)
+            group = quantizer.group_of(column, self.weight.shape[1])
             scale, offset = scale[row].reshape(-1)[group], offset[row].reshape(-1)[group]
         code = quantizer.encode(self.weight[row, column], scale, offset)
         level = quantizer.decode(code, torch.ones(()), offset)
@@ -142,10 +142,16 @@ class Matrix:
         zero = int(offset) if quantizer.has_zero_point else None
         return Code(int(code), float(scale), zero, float(level), float(value))
 
+    def _parameters(self, quantizer: Method) -> tuple[Tensor, Tensor]:
+        """Those of the last quantizer are kept: they may take longer than all the rest."""
+        if self._known is None or self._known[0] != quantizer:
+            self._known = quantizer, quantizer.parameters(self)
+        return self._known[1]
+
     def _blocks(
         self, quantizer: Method, scale: Tensor, offset: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Some rows at a time, shaped as by ``grouped``: weights, codes, scales, and the codes' values.
+        """Some rows at a time, ``Method.grouped``: weights, codes, scales, and the codes' values.
 
         Args:
             scale, offset: from ``parameters`` of the quantizer.
@@ -153,7 +159,7 @@ class Matrix:
         size = max(1, _WEIGHTS // self.weight.shape[1])
         for start in range(0, len(self.weight), size):
             part = slice(start, start + size) if quantizer.per != "tensor" else ...
-            rows = grouped(self.weight[start : start + size], quantizer.per)
+            rows = quantizer.grouped(self.weight[start : start + size])
             codes = quantizer.encode(rows, scale[part], offset[part])
             yield rows, codes, scale[part], quantizer.decode(codes, scale[part], offset[part])
 

@@ -132,6 +132,11 @@ def grouped(x: Tensor, per: Per) -> Tensor:
     return x.reshape(len(x), -1, per)
 
 
+def group_of(column: int, inputs: int, per: Per) -> int:
+    """The group of a column, counted in its row of so many inputs."""
+    return column // per if isinstance(per, int) else 0
+
+
 def min_max(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value of what shares a scale; both broadcast against ``grouped(x, per)``.
 

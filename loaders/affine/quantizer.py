@@ -2,15 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from loaders.affine import arithmetic
 from loaders.affine.arithmetic import Per, Scheme, min_max
 from loaders.affine.clipping import Range, kl_range, mse_range, mse_ranges, percentile_range
-from loaders.affine.histogram import Histogram
-from loaders.affine.tables import TableQuantizer
+from loaders.affine.method import Method, Values
 from loaders.affine.tables import parse as parse_table
 
 Clipping = Literal["minmax", "percentile", "mse", "kl"]
@@ -22,16 +21,6 @@ or nf4 or fp4, with the size of a block (64), with -nested for scales in eight b
 """What a name is made of."""
 
 
-class Values(Protocol):
-    """A matrix, and its histogram, which is computed where it is needed."""
-
-    @property
-    def weight(self) -> Tensor: ...
-
-    @property
-    def histogram(self) -> Histogram: ...
-
-
 @dataclass(frozen=True)
 class Quantizer:
     """Codes, what shares a scale, and how the range that they cover is chosen."""
@@ -41,6 +30,8 @@ class Quantizer:
     per: Per = "channel"
     clipping: Clipping = "minmax"
 
+    note = None
+    values = None
     has_zero_point = True
     reach = 0.5
     """The largest error of rounding, in scales."""
@@ -58,6 +49,12 @@ class Quantizer:
     def lowest(self) -> int:
         return self.scheme.lowest
 
+    def grouped(self, x: Tensor) -> Tensor:
+        return arithmetic.grouped(x, self.per)
+
+    def group_of(self, column: int, inputs: int) -> int:
+        return arithmetic.group_of(column, inputs, self.per)
+
     def parameters(self, matrix: Values) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each range, which broadcast against ``grouped(weight, per)``.
 
@@ -66,13 +63,13 @@ class Quantizer:
         """
         return arithmetic.parameters(*self.ranges(matrix), self.scheme)
 
-    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor, /) -> Tensor:
         return arithmetic.quantize(x, scale, zero_point, self.scheme)
 
-    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor, /) -> Tensor:
         return arithmetic.dequantize(codes, scale, zero_point)
 
-    def limits(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    def limits(self, scale: Tensor, zero_point: Tensor, /) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of each range's codes."""
         return scale * (self.scheme.lowest - zero_point), scale * (self.scheme.highest - zero_point)
 
@@ -96,9 +93,6 @@ class Quantizer:
         """Bits of a weight's code and of its share of a float32 scale and, if asymmetric, a zero point."""
         sharing = {"tensor": weights, "channel": inputs}.get(str(self.per)) or int(self.per)
         return self.scheme.bits + (32 + (0 if self.scheme.symmetric else self.scheme.bits)) / sharing
-
-
-Method = Quantizer | TableQuantizer
 
 
 def parse(name: str) -> Method:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loaders.affine.arithmetic import grouped
+from loaders.affine import arithmetic
 
 _NAME = re.compile(r"(nf4|fp4)(?:-([1-9]\d{0,6}))?(-nested)?")
 _BLOCK, _SCALES = 64, 256  # weights that share a scale; scales that share one in turn
@@ -48,6 +48,7 @@ class TableQuantizer:
     per: int = _BLOCK
     nested: bool = False
 
+    note = None
     bits = 4
     codes = 16
     lowest = 0
@@ -64,6 +65,12 @@ class TableQuantizer:
         ordered = self.values.sort().values
         return _OFF * float((ordered[1:] - ordered[:-1]).max()) / 2
 
+    def grouped(self, x: Tensor) -> Tensor:
+        return arithmetic.grouped(x, self.per)
+
+    def group_of(self, column: int, inputs: int) -> int:
+        return arithmetic.group_of(column, inputs, self.per)
+
     def parameters(self, matrix: HasWeight) -> tuple[Tensor, Tensor]:
         """Scale of each block, and the one by which its codes are chosen: the largest magnitude.
 
@@ -72,7 +79,7 @@ class TableQuantizer:
         Raises:
             ValueError: the rows can't be divided into blocks, or a weight is not finite.
         """
-        largest = grouped(matrix.weight, self.per).abs().amax(dim=-1, keepdim=True)
+        largest = self.grouped(matrix.weight).abs().amax(dim=-1, keepdim=True)
         if not bool(largest.isfinite().all()):
             raise ValueError("a range must be finite")
         scale = nested(largest) if self.nested else largest
@@ -83,16 +90,16 @@ class TableQuantizer:
         scale = 8 + 32 / min(_SCALES, max(1, weights // self.per)) if self.nested else 32
         return self.bits + scale / self.per
 
-    def encode(self, x: Tensor, scale: Tensor, exact: Tensor) -> Tensor:
+    def encode(self, x: Tensor, scale: Tensor, exact: Tensor, /) -> Tensor:
         """Codes of the nearest values."""
         unit = x / torch.where(exact == 0, 1.0, exact)
         ordered, code = self.values.sort(stable=True)
         return code[torch.bucketize(unit, (ordered[1:] + ordered[:-1]) / 2)].int()
 
-    def decode(self, codes: Tensor, scale: Tensor, exact: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor, exact: Tensor, /) -> Tensor:
         return self.values[codes.long()] * scale
 
-    def limits(self, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    def limits(self, scale: Tensor, exact: Tensor, /) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of each block's codes."""
         return self.values.min() * scale, self.values.max() * scale
 

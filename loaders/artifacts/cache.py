@@ -4,20 +4,20 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
-
 from loaders.artifacts.in_use import lock_file, unused
 from loaders.artifacts.recipe import KEY
+from loaders.locking import lock_of, locked_now
 from loaders.manifest import Manifest, ManifestError, read_manifest
 
 Kind = Literal["made", "trained", "unfinished", "training", "damaged"]
 """``trained`` files were made by training; ``training`` is the state of an interrupted one."""
 _NAME = re.compile(rf"(?P<place>(?P<method>[a-z0-9-]+)-[0-9a-f]{{{KEY}}})(?P<rest>\.partial|\.training)?")
+_LOCK = re.compile(rf"(?P<place>[a-z0-9-]+-[0-9a-f]{{{KEY}}})\.(lock|used)")
 _BY_PERSON: tuple[Kind, ...] = ("trained", "training")  # hours of work, which no load begins by itself
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def evict(root: Path, limit: int) -> list[Entry]:
     """Removes the least recently used files until those left take at most ``limit`` bytes.
 
     Files in use stay, and so do those of a training, which no load makes again: the rest may exceed the
-    limit.
+    limit. Locks whose files are gone are removed as well.
 
     Returns: what was removed.
     """
@@ -72,20 +72,29 @@ def evict(root: Path, limit: int) -> list[Entry]:
             _log.info("removed %s of %s from the cache: it exceeds its limit", one.method, one.model)
             excess -= one.size
             removed.append(one)
+    remove_locks(root)
     return removed
 
 
 def remove(entry: Entry) -> bool:
     """Removes an entry's files; returns False, and removes nothing, if a process makes or uses them."""
-    place = _place(entry.path)
-    with _idle(place) as idle:
+    with _idle(_place(entry.path)) as idle:
         if idle and entry.path.is_dir():
             shutil.rmtree(entry.path, ignore_errors=True)
         elif idle:
             entry.path.unlink(missing_ok=True)
-        if idle and not place.exists():
-            lock_file(place).unlink(missing_ok=True)
     return idle
+
+
+def remove_locks(root: Path) -> None:
+    """Removes locks whose files are gone, but none that a process holds: it may be about to make these."""
+    names = [one.name for one in root.iterdir()] if root.is_dir() else []
+    matches = [_LOCK.fullmatch(name) for name in names]
+    for name in {match["place"] for match in matches if match is not None}:
+        with suppress(FileNotFoundError):  # the folder itself is removed
+            if not _holds_anything(root / name):
+                with _idle(root / name):
+                    pass
 
 
 def _entry(path: Path, match: re.Match[str]) -> Entry:
@@ -121,15 +130,21 @@ def _place(path: Path) -> Path:
 
 @contextmanager
 def _idle(place: Path) -> Iterator[bool]:
-    """Whether no process makes or uses the files; if so, none can begin to within this context."""
-    lock = FileLock(place.with_name(f"{place.name}.lock"), thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):  # another process has it; or the cache can't be written
-        yield False
-        return
-    try:
-        with unused(place) as free:
-            yield free
-    finally:
-        lock.release()
+    """Whether no process makes or uses the files; if so, none can begin to within this context.
+
+    Where nothing is left to lock in the end, the locks' files are removed.
+    """
+    with ExitStack() as stack:
+        try:
+            idle = stack.enter_context(locked_now(place)) and stack.enter_context(unused(place))
+        except OSError:  # the cache can't be written
+            idle = False
+        yield idle
+        if idle and not _holds_anything(place):
+            with suppress(OSError):
+                lock_file(place).unlink(missing_ok=True)
+                lock_of(place).unlink(missing_ok=True)  # last: who has it may remove the other
+
+
+def _holds_anything(place: Path) -> bool:
+    return any(place.with_name(f"{place.name}{rest}").exists() for rest in ("", ".partial", ".training"))

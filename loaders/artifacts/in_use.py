@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from loaders.locking import is_at
+
 _fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 _held: dict[Path, IO[bytes]] = {}
 
@@ -27,7 +29,7 @@ def hold(folder: Path) -> None:
     """
     path = lock_file(folder)
     with suppress(OSError):
-        while _fcntl is not None and (folder not in _held or not _is_at(_held[folder], path)):
+        while _fcntl is not None and (folder not in _held or not is_at(_held[folder], path)):
             file = path.open("ab")
             _fcntl.flock(file, _fcntl.LOCK_SH)  # waits only while another process looks
             _held[folder] = file  # a file that was removed in the meantime is opened again
@@ -48,9 +50,9 @@ def unused(folder: Path) -> Iterator[bool]:
         yield False
         return
     with _opened(path, folder) as file:
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # another process has it; or the file system has no locks
             _fcntl.flock(file, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
-            free = _is_at(file, path)
+            free = is_at(file, path)
         yield free
 
 
@@ -62,11 +64,3 @@ def _opened(path: Path, folder: Path) -> IO[bytes]:
         changed = folder.stat().st_mtime
         os.utime(path, (changed, changed))
     return file
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is the one of that path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from loaders.kernels.matrix import INT4_GROUP, INT8_LANES, FourBit
 
-_STEP, _STEPS = 64, 4
-_WHOLE = _STEP * _STEPS
+STEP = 64
+"""Inputs multiplied at a time; those of a matrix are a multiple of it."""
+_STEPS = 4
+_WHOLE = STEP * _STEPS
 
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The values of the codes: denser near zero, where most weights are. llama.cpp's IQ4_NL (``kvalues_iq4nl`` in
@@ -35,12 +37,17 @@ def groups_of_inputs(inputs: int) -> Tensor:
     return found
 
 
+def int4_bytes(outputs: int, inputs: int) -> int:
+    """Bytes of a matrix's codes and scales."""
+    return outputs * (inputs // 2 + inputs // INT4_GROUP + 4)
+
+
 def pack_codes(codes: Tensor) -> Tensor:
     """(outputs, inputs) codes 0 … 15 → (outputs, inputs / 2) bytes in the order of ``int4.h``."""
     outputs, inputs = codes.shape
     whole = inputs // _WHOLE * _WHOLE
-    pairs = codes[:, :whole].to(torch.uint8).reshape(outputs, -1, 2, _STEP)
-    halves = codes[:, whole:].to(torch.uint8).reshape(outputs, -1, 2, _STEP // 2)
+    pairs = codes[:, :whole].to(torch.uint8).reshape(outputs, -1, 2, STEP)
+    halves = codes[:, whole:].to(torch.uint8).reshape(outputs, -1, 2, STEP // 2)
     packed = [(part[:, :, 0] | part[:, :, 1] << 4).reshape(outputs, -1) for part in (pairs, halves)]
     return torch.cat(packed, dim=1)
 
@@ -49,8 +56,8 @@ def unpack_codes(packed: Tensor) -> Tensor:
     """The inverse of ``pack_codes``."""
     outputs, whole = packed.shape[0], 2 * packed.shape[1] // _WHOLE * _WHOLE // 2
     pairs, halves = (
-        packed[:, :whole].unflatten(1, (-1, _STEP)),
-        packed[:, whole:].unflatten(1, (-1, _STEP // 2)),
+        packed[:, :whole].unflatten(1, (-1, STEP)),
+        packed[:, whole:].unflatten(1, (-1, STEP // 2)),
     )
     parts = [torch.stack([part & 15, part >> 4], dim=2).reshape(outputs, -1) for part in (pairs, halves)]
     return torch.cat(parts, dim=1)

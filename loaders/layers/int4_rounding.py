@@ -14,6 +14,7 @@ from loaders.layers.int4_codes import TABLE, groups_of_inputs, in_groups, pack_c
 
 _FRACTIONS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)  # of the range of a group that the table spans
 _LEVELS = 127  # of the scales of groups
+_TINY = 1e-36  # weights below it count as zero: the quotient by one may be infinite
 _WEIGHTS = 2**16  # whose scales are found at a time: they stay in the cache
 
 _TABLE = torch.tensor(TABLE, dtype=torch.float32)
@@ -33,22 +34,23 @@ def quantize(weight: Tensor, hessian: Tensor | None) -> tuple[Tensor, FourBit]:
     """
     inputs = weight.shape[1]
     known = factored(hessian)
-    scales, of_outputs = _scales(weight, importance(None if known is None else hessian, inputs))
+    scales, of_outputs = group_scales(weight, importance(None if known is None else hessian, inputs))
     groups = groups_of_inputs(inputs)
     exact = (scales.float() * of_outputs[:, None]).t().contiguous()
-    divisors, group = _divisors(exact), groups.tolist()
+    divisors, group = nonzero(exact), groups.tolist()
     if known is not None:
 
         def nearest(weights: Tensor, at: int) -> Tensor:
             return _values(weights / divisors[group[at]]).mul_(exact[group[at]])
 
         weight = compensated(weight, known, nearest)
-    codes = _nearest(weight / divisors.t()[:, groups])
+    codes = nearest_codes(weight / divisors.t()[:, groups])
     table = torch.tensor(TABLE, dtype=torch.int8)
     return pack_codes(codes), FourBit(table, INT4_GROUP, scales, nested_scales=of_outputs)
 
 
-def _nearest(scaled: Tensor) -> Tensor:
+def nearest_codes(scaled: Tensor) -> Tensor:
+    """The uint8 codes of weights divided by their scales."""
     return _NEAREST[(scaled.round().clamp_(-128, 127) + 128).long()]
 
 
@@ -58,8 +60,12 @@ def _values(scaled: Tensor) -> Tensor:
     return functional.embedding(places, _VALUES).squeeze(-1)
 
 
-def _scales(weight: Tensor, of_inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """(outputs, groups) int8 and (outputs,) float32: their product is the scale of a group."""
+def group_scales(weight: Tensor, of_inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs, groups) int8 and (outputs,) float32: their product is the scale of a group.
+
+    Args:
+        of_inputs: (inputs,) as from ``importance``.
+    """
     of_groups = in_groups(of_inputs[None])[0]
     rows = max(1, _WEIGHTS // weight.shape[1])
     best = torch.cat([_best_scales(in_groups(part), of_groups) for part in weight.split(rows)])
@@ -70,7 +76,8 @@ def _scales(weight: Tensor, of_inputs: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), of_outputs
 
 
-def _divisors(scales: Tensor) -> Tensor:
+def nonzero(scales: Tensor) -> Tensor:
+    """The divisors of weights: 1 for a scale of 0, which is that of a group of zeros."""
     return torch.where(scales == 0, 1.0, scales)
 
 
@@ -83,7 +90,7 @@ def _best_scales(weight: Tensor, of_inputs: Tensor) -> Tensor:
     weighted = weight * of_inputs
     most, best = torch.zeros(weight.shape[:2]), torch.zeros(weight.shape[:2])
     for end in (TABLE[0], TABLE[-1]):
-        unit = torch.where(largest == 0, 0.0, weight * (end / largest))
+        unit = torch.where(largest.abs() < _TINY, 0.0, weight * (end / largest))
         for fraction in _FRACTIONS:
             values = _values(unit / fraction)
             along, length = (weighted * values).sum(-1), (values * values * of_inputs).sum(-1)

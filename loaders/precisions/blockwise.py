@@ -30,16 +30,24 @@ def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         CheckpointError: it has none.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    if (found := _find_blocks(model)) is None:
+        raise CheckpointError(f"{type(model).__name__} has no list of blocks to calibrate one by one")
+    return found
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise CheckpointError(f"{type(model).__name__} has no list of blocks to calibrate one by one")
+    return None
 
 
 def targets(model: PreTrainedModel) -> list[tuple[str, "nn.Linear | Conv1D"]]:
-    """The linear layers of the blocks, with their full names."""
-    prefix, blocks = blocks_of(model)
+    """The linear layers of the blocks, with their full names; none of a model without a list of blocks."""
+    if (found := _find_blocks(model)) is None:
+        return []
+    prefix, blocks = found
     return [(f"{prefix}.{name}", layer) for name, layer in linears_of(blocks)]
 
 

@@ -25,6 +25,7 @@ from loaders.kernels.matrix import ACTIVATION_GROUP, INT4_GROUP
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
+from loaders.layers.int4_codes import STEP, int4_bytes
 from loaders.layers.int4_rounding import quantize
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_into_weights
@@ -34,7 +35,6 @@ from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import is_compiled, runner_for
 
 SAMPLES, LENGTH = 32, 512
-_STEP = 64  # the inputs of a matrix on the kernels are a multiple of it
 _LEAST = 0.5  # of the weights of blocks that must be in linear layers
 
 
@@ -52,7 +52,7 @@ def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     sensitive = sensitive_layers(model)
     for name, layer in targets(model):
         outputs, inputs = _shape(layer)
-        own = int8_linear_bytes(outputs, inputs) if name in sensitive else _int4_bytes(outputs, inputs)
+        own = int8_linear_bytes(outputs, inputs) if name in sensitive else int4_bytes(outputs, inputs)
         size += own - 4 * outputs * inputs
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -115,10 +115,10 @@ def check(spec: ModelSpec) -> None:
             "(a mixture of experts, for example)"
         )
     for at, layer in targets(model):
-        if _shape(layer)[1] % _STEP:
+        if _shape(layer)[1] % STEP:
             raise CheckpointError(
                 f"{name} can't be served in int4: {at} has {_shape(layer)[1]} inputs, no multiple of "
-                f"{_STEP}; int8 and dynamic-int8 take any width"
+                f"{STEP}; int8 and dynamic-int8 take any width"
             )
 
 
@@ -160,8 +160,3 @@ def _quantize_head(model: PreTrainedModel, arena: Arena) -> None:
 def _shape(layer: "nn.Linear | Conv1D") -> tuple[int, int]:
     first, second = layer.weight.shape
     return (second, first) if isinstance(layer, Conv1D) else (first, second)
-
-
-def _int4_bytes(outputs: int, inputs: int) -> int:
-    """Bytes of codes and scales."""
-    return outputs * (inputs // 2 + inputs // INT4_GROUP + 4)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         root = options.artifacts or default_cache()
         found = entries(root)
         if options.remove is not None:
-            return _remove(_chosen(found, options.remove))
+            return _remove(root, _chosen(found, options.remove))
         save(options.json_file, json.dumps([_as_dict(one) for one in found]))
         print("\n".join(_lines(found, options.artifacts_limit)))
         print(f"in {root}")
@@ -81,10 +82,11 @@ def _chosen(found: Sequence["Entry"], names: str) -> list["Entry"]:
     return [one for one in found if wanted & {one.name, one.method}]
 
 
-def _remove(chosen: Sequence["Entry"]) -> int:
-    from loaders.artifacts.cache import remove
+def _remove(root: Path, chosen: Sequence["Entry"]) -> int:
+    from loaders.artifacts.cache import remove, remove_locks
 
     kept = [one for one in chosen if not remove(one)]
+    remove_locks(root)
     gone = [one for one in chosen if one not in kept]
     print(f"removed {len(gone)}, {_size(sum(one.size for one in gone))}")
     for one in kept:

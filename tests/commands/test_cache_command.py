@@ -8,6 +8,7 @@ import pytest
 
 from loaders.artifacts import Recipe, prepare
 from loaders.artifacts.in_use import release
+from loaders.artifacts.recipe import KEY
 from loaders.base import ModelSpec, Progress, ignore_progress
 from loaders.checkpoint import open_checkpoint
 from server.__main__ import main
@@ -62,7 +63,12 @@ def test_an_empty_cache(spec: ModelSpec, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(("names", "left"), [("int4", 1), ("all", 0), ("onnx-int8,int4", 0)])
 def test_removal(spec: ModelSpec, names: str, left: int, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [make(spec, "int4", 1), make(spec, "int4", 2), make(spec, "onnx-int8", 1)]
+    assert spec.artifacts is not None
+    of_gone_files = spec.artifacts / f"int4-{'0' * KEY}.lock"
+    of_gone_files.touch()
     assert cache(spec, "--remove", names) == 0
+    assert not of_gone_files.exists()
+    assert len(list(spec.artifacts.iterdir())) == 3 * left, "each with two files of locks"
     assert sum(folder.exists() for folder in folders) == left
     assert f"removed {3 - left}, {2.0 * (3 - left):.1f} MB" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from loaders.layers.int4_codes import TABLE
 from server.__main__ import main
 from server.commands.explain import figure
 from server.report import plots
@@ -69,6 +70,29 @@ def test_the_figures_of_known_weights(
     sign, exponent, fraction = bits[0], bits[1:9], bits[9:]
     assert f"{sign} {exponent} {fraction}" in printed
     assert re.search(rf"int8-tensor +{code:08b} +{code} × 0\.01181 = ", printed)
+
+
+def test_the_format_of_int4_is_shown_as_rounded_alone(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    svg = tmp_path / "layer.svg"
+    options = ("--layer", LAYER, "--weight", "3,5", "--schemes", "int4-table,nf4", "--out", str(svg))
+    found = explained(folder, tmp_path / "out.json", *options)["schemes"]
+    own, nf4 = found["int4-table"], found["nf4"]
+    assert own["table"] == list(map(float, TABLE))
+    assert (own["note"], nf4["note"]) == ("not calibrated, unlike int4", None)
+    assert (own["ranges"], own["zero_point"]) == (256 * 4, None)
+    assert own["bits_per_weight"] == 4 + 8 / 16 + 32 / 64
+    code = own["weight"]
+    assert code["bits"] == f"{code['code']:04b}"
+    assert code["level"] == TABLE[code["code"]]
+    assert code["value"] == pytest.approx(code["level"] * code["scale"])
+    printed = capsys.readouterr().out
+    assert "int4-table: not calibrated, unlike int4" in printed
+    assert f"{code['level']:g} × {code['scale']:.4g} = {code['value']:.5g}" in printed
+    drawn = " ".join(ElementTree.parse(svg).getroot().itertext())
+    assert "int4-table" in drawn
+    assert "not calibrated, unlike int4" in drawn
 
 
 def test_without_a_layer_the_largest_errors_are_listed_and_the_first_is_shown(
@@ -131,6 +155,7 @@ def test_a_scheme_that_does_not_fit_is_left_out(
         (["--schemes", "int8-channel-kl"], "--schemes: no quantizer 'int8-channel-kl'", 2),
         (["--schemes", "uint8-full"], "--schemes: no quantizer 'uint8-full'", 2),
         (["--schemes", "int17"], "--schemes: no quantizer 'int17'", 2),
+        (["--schemes", "int4-tables"], "with -nested for scales in eight bits; or int4-table", 2),
         (["--schemes", ","], "--schemes: no quantizer ''; a name is", 2),
         (["--schemes", "int4-48", "--layer", LAYER], "--schemes: int4-48: rows of 64 inputs", 2),
         (["--weight", "9"], "--weight: '9' is not ROW,COLUMN", 2),

@@ -8,11 +8,11 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
-from loaders.affine.quantizer import Method
-from loaders.affine.quantizer import parse as parse_quantizer
+from loaders.affine.method import Method
 from loaders.base import Checkpoint
 from loaders.errors import LoaderError
 from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse
+from server.commands.explain import schemes as known
 from server.commands.progress import ProgressBars
 from server.host.threads import compute_with
 from server.report import plots
@@ -23,29 +23,13 @@ from server.settings.types import option, parse_names
 from server.terminal import say
 
 _WHAT, _MORE = "what is explained", "more"
-SCHEMES = (
-    "int8-tensor",
-    "int8-tensor-percentile",
-    "int8-tensor-mse",
-    "int8-tensor-kl",
-    "int8-channel",
-    "uint8-channel",
-    "int4-channel",
-    "int4-channel-mse",
-    "int4-32",
-    "uint4-32",
-    "int8-32",
-    "nf4",
-    "nf4-nested",
-    "fp4",
-)
 
 
 def _known(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise ValueError("it names no scheme")
     for name in names:
-        parse_quantizer(name)
+        known.parse(name)
     return tuple(dict.fromkeys(names))
 
 
@@ -77,8 +61,8 @@ class Options(ModelSettings):
         "NAMES",
         "by comma; int8 or int4 (symmetric), int8-full, uint8 (asymmetric) …, then -tensor, -channel or the "
         "size of a group, then -mse, or per tensor -percentile or -kl; nf4 or fp4, "
-        "with -nested for scales in eight bits",
-        unset="fourteen common ones",
+        "with -nested for scales in eight bits; int4-table, the format of the precision int4, not calibrated",
+        unset="fifteen common ones",
     )
     weight: Annotated[str, AfterValidator(_place)] | None = option(
         None, _WHAT, "ROW,COLUMN", "the weight whose bits are shown", unset="one of median magnitude"
@@ -89,7 +73,7 @@ class Options(ModelSettings):
     json_file: Output | None = json_option(_MORE, "write all figures there", "nowhere")
 
     def quantizers(self) -> list[Method]:
-        return [parse_quantizer(name) for name in self.schemes or SCHEMES]
+        return [known.parse(name) for name in self.schemes or known.COMMON]
 
     def place(self) -> tuple[int, int] | None:
         """(row, column) of ``--weight``."""

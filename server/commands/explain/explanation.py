@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from loaders.affine.applied import Applied, Code, Matrix
-from loaders.affine.quantizer import Method
-from loaders.affine.tables import TableQuantizer
+from loaders.affine.method import Method
 from loaders.base import Progress
 from server.commands.command_line import UsageError
 from server.commands.explain.layers import Layers, Ranked
@@ -164,5 +163,6 @@ def _scheme(one: Applied, code: Code) -> dict[str, Any]:
         "sqnr_db": one.sqnr_db,
         "counts": one.counts.tolist(),
         "weight": {**asdict(code), "bits": code_bits(code.code, quantizer.bits)},
-        "table": quantizer.values.tolist() if isinstance(quantizer, TableQuantizer) else None,
+        "table": None if quantizer.values is None else quantizer.values.tolist(),
+        "note": quantizer.note,
     }

@@ -88,9 +88,10 @@ def _figures(one: Applied) -> str:
     zero = " … ".join(dict.fromkeys(f"{end}" for end in one.zero_points or ("none",)))
     ranges = "1 range" if one.ranges == 1 else f"{one.ranges:,} ranges"
     noise = "" if one.sqnr_db is None else f", {one.sqnr_db:.1f} dB"
+    note = f"\n{one.quantizer.note}" if one.quantizer.note else ""
     return (
         f"{ranges}, {one.bits_per_weight:.2f} bits\nS {scale}\nZ {zero}\n"
-        f"{one.clipped:,} clipped\nerror {one.relative_error:.2%}{noise}"
+        f"{one.clipped:,} clipped\nerror {one.relative_error:.2%}{noise}{note}"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from loaders.affine.applied import Matrix
-from loaders.affine.quantizer import Method
+from loaders.affine.method import Method
 from loaders.base import ModelSpec, Progress
 from loaders.errors import CheckpointError
 from loaders.layer_errors import Originals

@@ -19,11 +19,12 @@ MOST_SHOWN = 16
 """Codes of a scheme whose values are marked below its distribution."""
 _LEGEND = """\
 x ≈ S (q − Z)  with an integer code q, a scale S and a zero point Z
-x ≈ S T[q]     nf4, fp4: with a table T of 16 values, and the largest magnitude of a block as S
+x ≈ S T[q]     with a table T of 16 values; nf4, fp4: S is the largest magnitude of a block
+int4-table     T and S as of the precision int4: S is an int8 × a float32 of the output, of either sign
 scales    how many there are; S and Z: the smallest and the largest
 clipped   weights beyond the codes of their range
 codes     different codes used, of those that exist
-bits      of memory per weight, with float32 scales and zero points
+bits      of memory per weight, with scales and zero points
 error     ‖W′ − W‖ / ‖W‖;  max: the largest |W′ − W|;  SQNR: 20 log₁₀ (‖W‖ / ‖W′ − W‖)"""
 
 
@@ -55,6 +56,11 @@ def lines(found: Explanation, model: str) -> list[str]:
         *_distributions(found, width),
         "",
         *aligned(_table(found.schemes), terminal_width()),
+        *(
+            folded(f"{one.quantizer.name}: {one.quantizer.note}")
+            for one, _ in found.schemes
+            if one.quantizer.note
+        ),
         *(folded(f"left out: {reason}") for reason in found.left_out),
         "",
         folded(_LEGEND),
@@ -149,6 +155,11 @@ def _table(schemes: Sequence[tuple[Applied, Code]]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _notes(schemes: Sequence[tuple[Applied, Code]]) -> list[str]:
+    methods = [one.quantizer for one, _ in schemes]
+    return [folded(f"{one.name}: {one.note}") for one in methods if one.note]
 
 
 def _weight(found: Explanation) -> list[str]:

@@ -86,6 +86,30 @@ def test_what_it_cannot_quantize_is_refused_before_any_work(
     assert "\n" not in str(raised.value)
 
 
+def without_blocks() -> Any:
+    """A decoder whose configuration counts the layers of the encoder that it was made with."""
+    sizes = {"d_model": 64, "vocab_size": checkpoints.VOCABULARY, "max_position_embeddings": 64}
+    for part, layers in (("encoder", 1), ("decoder", 3)):
+        sizes |= {f"{part}_layers": layers, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 128}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", **sizes))
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["int4", "onnx-int4"])
+def test_a_model_without_a_list_of_blocks_has_an_estimate_and_is_refused(
+    precision: str, tmp_path: Path
+) -> None:
+    model = without_blocks()
+    spec = spec_of(tmp_path, model)
+    if (able := loaders.availability(precision, "cpu")).reason is not None:
+        pytest.skip(able.reason)
+    in_float = 4 * sum(one.numel() for one in model.parameters())
+    estimate = loaders.loader(precision).estimate_bytes(precision, spec)
+    assert 0.1 * in_float < estimate < 1.1 * in_float
+    with pytest.raises(CheckpointError, match="BartForCausalLM has no list of blocks to calibrate"):
+        loaders.load(precision, spec)
+
+
 @needs_kernels
 def test_a_text_too_short_to_calibrate_on_is_refused(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, checkpoints.gpt2())
