@@ -88,7 +88,7 @@ class Places:
     def observe_unread(self, error: ServiceError, is_chat: bool) -> None:
         """Counts a generation that is refused before its request is read."""
         operation: Operation = "chat" if is_chat else "text_completion"
-        self._observer.observe_request(Ended(precision=UNREAD, outcome=error.error_type, operation=operation))
+        self._observer.observe_request(Ended(precision=UNREAD, outcome=error.outcome, operation=operation))
 
     def retry_spread(self) -> float:
         """Seconds over which the retries of refused clients are spread: twice the time in which the queue
