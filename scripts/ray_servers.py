@@ -52,7 +52,8 @@ class RayFleet:
         """Deploys or changes the application; returns the seconds until it is ready."""
         from ray import serve
 
-        from server.ray.deployments import Arguments, build
+        from server.ray.arguments import Arguments
+        from server.ray.deployments import build
         from server.settings.server import Settings
 
         started = time.monotonic()

@@ -18,6 +18,7 @@ ServiceError
 │   └── Unloaded          424  its precision was unloaded while it ran           (/v1: 500)
 ├── Overloaded            429  the queue is full
 ├── NotReady              503  loading, draining, worker dead, no memory to load
+│   └── NotLoaded         503  a precision that only the client asked for can't be loaded
 └── DeadlinePassed        504
 """
 
@@ -30,6 +31,8 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "generation"
     """``error_type`` of the native routes."""
+    metric: ClassVar[str | None] = None
+    """The metrics' outcome, where ``error_type`` doesn't tell the server's fault from the client's."""
     openai_status: ClassVar[int | None] = None
     """The status on ``/v1``, where it differs."""
     openai_type: ClassVar[str] = "api_error"
@@ -55,6 +58,11 @@ class ServiceError(Exception):
             self.retry_after = retry_after
         if retry_spread is not None:
             self.retry_spread = retry_spread
+
+    @property
+    def outcome(self) -> str:
+        """How metrics and traces name the end of the request."""
+        return self.metric or self.error_type
 
 
 class BadRequest(ServiceError):
@@ -108,7 +116,7 @@ class RequestTimeout(ServiceError):
 
 
 class Unavailable(ServiceError):
-    status, error_type = 409, "unavailable"
+    status, error_type, metric = 409, "unavailable", "unsupported"
     openai_type, openai_code = "invalid_request_error", "precision_unavailable"
 
 
@@ -147,6 +155,13 @@ class Overloaded(ServiceError):
 class NotReady(ServiceError):
     status, error_type, retry_after = 503, "unavailable", 2.0
     openai_type = "server_error"
+
+
+class NotLoaded(NotReady):
+    """Unlike the precisions of ``PRECISIONS``, the operator has not promised this one: a client that asks for
+    it again and again must not make the server look broken."""
+
+    metric = "not_loaded"
 
 
 class DeadlinePassed(ServiceError):

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 import loaders
 from server.commands import COMMANDS
 from server.commands.command_line import USAGE, UsageError, command_line, complain
+from server.commands.completed_list import completed_list
 from server.settings.types import ALL, AUTO
 
 _HELP = """usage: bitdial completion SHELL
@@ -36,11 +37,11 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in shtab.SUPPORTED_SHELLS:
         complain("completion", UsageError(f"name your shell: {shells}"))
         return USAGE
-    print(shtab.complete(_parser(), arguments[0]))
+    print(shtab.complete(_parser(arguments[0]), arguments[0]))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(shell: str) -> argparse.ArgumentParser:
     """One parser of all commands, as shtab wants it."""
     parser = argparse.ArgumentParser("bitdial")
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -52,23 +53,26 @@ def _parser() -> argparse.ArgumentParser:
         options = import_module(f"server.commands.{name}").Options
         own = command_line(options, name).root_parser
         for action in own._actions:
-            _complete(action, name, options.model_fields.get(action.dest))
+            _complete(action, name, options.model_fields.get(action.dest), shell)
         commands.add_parser(name, help=what, parents=[own], add_help=False)
     return parser
 
 
-def _complete(action: argparse.Action, command: str, field: FieldInfo | None) -> None:
+def _complete(action: argparse.Action, command: str, field: FieldInfo | None, shell: str) -> None:
     """Adds what may follow an option."""
     if action.dest in _ONE_PRECISION:
         action.choices = [*loaders.PRECISIONS, *([AUTO] if command == "serve" else [])]
     elif action.dest in _PRECISIONS:
-        action.choices = [*loaders.PRECISIONS, ALL]
+        if (completer := completed_list(tuple(loaders.PRECISIONS), ALL, shell)) is not None:
+            action.complete = completer  # type: ignore[attr-defined]  # as shtab documents it
+        else:
+            action.choices = [*loaders.PRECISIONS, ALL]
     elif action.dest == "method":
         action.choices = [name for name in loaders.PRECISIONS if loaders.maker(name) is not None]
     elif choices := _literals(None if field is None else field.annotation):
         action.choices = choices
     elif action.metavar in _FILES:
-        action.complete = shtab.FILE  # type: ignore[attr-defined]  # as shtab documents it
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
     elif action.metavar == "FOLDER":
         action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
 

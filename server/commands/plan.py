@@ -82,6 +82,7 @@ def _plan(options: Options) -> None:
     from server.bench.document import plain
     from server.planning import job
     from server.planning.document import Document
+    from server.planning.host_size import HostSize
     from server.planning.planner import Planner
     from server.planning.workload import Objectives, Replica, Workload
 
@@ -93,6 +94,7 @@ def _plan(options: Options) -> None:
     workload = Workload(options.requests_per_second, options.prompt, options.tokens)
     objectives = Objectives(options.ttft_slo, options.itl_slo)
     replica = Replica.of(options.of_server(), slots=1)
+    size = HostSize.of(options.resolved_device(), options.resolved_threads())
     with _Bars() as bars:
         measured = job.measure(
             options, checkpoint, options.names(), replica, options.http, options.fresh, bars.of
@@ -100,7 +102,8 @@ def _plan(options: Options) -> None:
         plans = []
         for one in measured.calibrations:
             bars.of(one.precision)("planning", 0, 0)
-            plans.append(Planner(one, workload, objectives, replica, measured.frontend).plan())
+            planner = Planner(one, workload, objectives, replica, measured.frontend, size.memory_bytes)
+            plans.append(planner.plan())
     document = Document(
         checkpoint.model_id,
         measured.subject.host,
@@ -110,6 +113,7 @@ def _plan(options: Options) -> None:
         plans,
         measured.failed,
         measured.perplexity_ratios(),
+        size,
         options.price_per_hour,
         {one.precision: one.step_times().disturbance for one in measured.calibrations},
     )

@@ -45,6 +45,15 @@ def free_bytes(device: Literal["cpu", "cuda"]) -> int:
     return int(free * _MARGIN)
 
 
+def capacity_bytes(device: Literal["cpu", "cuda"]) -> int:
+    """What models may take on the device when nothing else runs, less the same margin as ``free_bytes``."""
+    if device == "cuda":
+        total = sum(torch.cuda.mem_get_info(card)[1] for card in range(torch.cuda.device_count()))
+    else:
+        total = _host_memory()[0]
+    return int(total * _MARGIN)
+
+
 def _host_memory() -> tuple[int, int]:
     """(total, available) of the host, or of the container if its limit is lower."""
     host = psutil.virtual_memory()

@@ -15,7 +15,7 @@ class Ended:
 
     precision: str
     outcome: str
-    """``success``, ``cancelled`` or an error's type."""
+    """``success``, ``cancelled`` or an error's ``outcome``."""
     operation: Operation = "text_completion"
     timeline: Timeline = field(default_factory=Timeline)
     prompt_tokens: int = 0

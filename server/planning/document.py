@@ -1,9 +1,10 @@
 """A plan as a table, as sentences and as data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from server.planning.host_size import HostSize
 from server.planning.planner import Choice, Impossible
 from server.planning.workload import MILLISECONDS, Frontend, Latencies, Objectives, Workload
 from server.tables import NONE, cells
@@ -15,6 +16,7 @@ batch       MAX_BATCH_SIZE: sequences decoded together by a replica
 replicas    of this host, behind a router that chooses at random; with least-loaded routing it is less loaded
 load        requests ÷ what the replicas serve at most
 memory      of a replica: weights, and keys and values of full slots
+hosts       like this one that the replicas need, by memory and by cores
 TTFT        time to first token, ITL: between tokens; simulated, the 99th percentile by formulas in brackets
 quality     perplexity ÷ fp32's, of the stored report"""
 
@@ -24,6 +26,7 @@ class Document:
     """Plans of several precisions for one workload.
 
     Args:
+        size: of this host; no choice's replica is larger.
         price_per_hour: of one replica; None: no costs.
         quality: perplexity ÷ fp32's by precision, where it is known.
     """
@@ -36,6 +39,7 @@ class Document:
     plans: Sequence[Choice | Impossible]
     failed: Mapping[str, str]
     quality: Mapping[str, float]
+    size: HostSize
     price_per_hour: float | None = None
     noise: Mapping[str, float] = field(default_factory=dict)
     """By precision, the 99th percentile of a pass's time ÷ its median."""
@@ -54,6 +58,7 @@ class Document:
             ("replicas", lambda one: str(one.replicas)),
             ("load", lambda one: f"{one.load:.0%}"),
             ("memory MB", lambda one: f"{one.memory_bytes / 1e6:.0f}"),
+            ("hosts", lambda one: str(self._hosts(one))),
             ("TTFT p50 ms", lambda one: _ms(one.simulated.ttft_p50)),
             ("TTFT p99 ms", lambda one: _both(one.simulated.ttft_p99, one.formulas.ttft_p99)),
             ("ITL p50 ms", lambda one: _ms(one.simulated.itl_p50)),
@@ -87,13 +92,30 @@ class Document:
             f"Fewest replicas: {best.precision} with MAX_BATCH_SIZE={best.slots}, {count} of "
             f"{best.memory_bytes / 1e6:.0f} MB; what quality it costs, bitdial report measures."
         )
+        found.extend(self._too_large())
         return found
+
+    def _too_large(self) -> Iterator[str]:
+        """Which plans this host alone has no memory for."""
+        large = [one for one in self.choices if one.all_bytes > self.size.memory_bytes]
+        if large:
+            sums = ", ".join(
+                f"{one.precision} {one.all_bytes / 1e6:.0f} MB ({self._hosts(one)} hosts)" for one in large
+            )
+            yield (
+                f"All replicas together don't fit this host, which has {self.size.memory_bytes / 1e6:.0f} MB "
+                f"for them: {sums}."
+            )
+
+    def _hosts(self, one: Choice) -> int:
+        return self.size.hosts(one.replicas, one.memory_bytes)
 
     def data(self) -> dict[str, Any]:
         return {
             "bitdial": VERSION,
             "model": self.model,
             "host": dict(self.host),
+            "host_size": asdict(self.size),
             "workload": asdict(self.workload),
             "objectives": asdict(self.objectives),
             "frontend": asdict(self.frontend),
@@ -108,6 +130,9 @@ class Document:
         return {
             **asdict(one),
             "load": one.load,
+            "all_replicas_bytes": one.all_bytes,
+            "fits_this_host": self._hosts(one) == 1,
+            "hosts": self._hosts(one),
             "formulas": milliseconds(one.formulas),
             "simulated": milliseconds(one.simulated),
             "perplexity_ratio": self.quality.get(one.precision),

@@ -42,6 +42,11 @@ class Choice:
         """Requests a second ÷ what the replicas serve at most."""
         return self.rate / (self.replicas * self.capacity)
 
+    @property
+    def all_bytes(self) -> int:
+        """Of all replicas."""
+        return self.replicas * self.memory_bytes
+
     def cost_per_million_tokens(self, price_per_hour: float, tokens: int) -> float:
         """Of generated tokens.
 
@@ -65,6 +70,7 @@ class Planner:
 
     Args:
         replica: its slots are replaced by those that are tried.
+        room: bytes that a replica may take; None: no limit.
     """
 
     def __init__(
@@ -74,9 +80,10 @@ class Planner:
         objectives: Objectives,
         replica: Replica,
         frontend: Frontend,
+        room: int | None = None,
     ) -> None:
         self._calibration, self._workload, self._objectives = calibration, workload, objectives
-        self._replica, self._frontend = replica, frontend
+        self._replica, self._frontend, self._room = replica, frontend, room
         self._times: StepTimes = calibration.step_times()
 
     def plan(self) -> Choice | Impossible:
@@ -96,7 +103,10 @@ class Planner:
 
     def _sizes(self) -> Iterator[int]:
         measured = {cell.rows for cell in self._calibration.cells}
-        return (slots for slots in ROWS if slots in measured)
+        return (slots for slots in ROWS if slots in measured and self._fits(slots))
+
+    def _fits(self, slots: int) -> bool:
+        return self._room is None or self._memory(slots) <= self._room
 
     def _most(self, slots: int) -> float:
         """Requests a second at which one replica still meets the objectives; 0 if it never does."""
@@ -175,6 +185,9 @@ class Planner:
         return self._calibration.weights_bytes + round(cached * self._calibration.kv_token_bytes)
 
     def _reason(self, idle: Latencies) -> str:
+        if not self._fits(1):
+            needed, has = self._memory(1) / 1e6, (self._room or 0) / 1e6
+            return f"with a batch of 1 it needs {needed:.0f} MB, and this host has {has:.0f} MB for it"
         if idle.ttft_p99 * 1000 > self._objectives.ttft_ms:
             return "its time to the first token is too long even alone"
         if idle.itl_p99 * 1000 > self._objectives.itl_ms:

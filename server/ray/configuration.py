@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from server.settings.server import Settings
 
 
@@ -41,12 +43,18 @@ def assigned() -> Resources:
     return Resources(found.get("CPU", 0.0), found.get("GPU", 0.0), memory and int(memory), card)
 
 
+_FIXED = ("precision", "precisions", "cors_allow_origin", "host", "port")
+"""Settings that a replica doesn't choose: its deployment's, the router's and Ray's own."""
+
+
 def checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A ``user_config``.
 
     Raises:
-        ValueError: it names what is no setting; ``Settings`` itself ignores those.
+        ValueError: it names what is no setting, which ``Settings`` itself ignores, or none of a replica.
     """
+    if fixed := [name for name in overrides if name in _FIXED]:
+        raise ValueError(f"user_config can't set {', '.join(fixed)} of a replica; set it for the application")
     if unknown := sorted(set(overrides) - set(Settings.model_fields)):
         raise ValueError(f"user_config has {', '.join(unknown)}; it takes settings of docs/settings.md")
     return dict(overrides)
@@ -70,7 +78,12 @@ def replica_settings(
     given = {**application, **checked(overrides)}
     # the router answers requests of other origins, and it alone
     given |= {"precision": precision, "precisions": (precision,), "cors_allow_origin": ()}
-    settings = Settings(**given)
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        wrong = {str((one["loc"] or ("settings",))[0]): one["msg"] for one in reversed(error.errors())}
+        words = [f"{name}: {text.removeprefix('Value error, ')}" for name, text in wrong.items()]
+        raise ValueError("; ".join(words)) from None
     derived: dict[str, Any] = {}
     if settings.threads is None and resources.cpus >= 1:
         derived["threads"] = int(resources.cpus)

@@ -3,12 +3,12 @@
 import asyncio
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from server.observability.logs import set_up_logging
-from server.ray.configuration import checked
+from server.ray.arguments import Arguments
+from server.ray.configuration import Resources, checked, replica_settings
 from server.ray.fleet import Fleet
 from server.ray.ingress import create_ingress
 from server.ray.replica import Replica
@@ -24,41 +24,18 @@ _HEADROOM = 32  # /stats, /metrics and health reach a replica whose places are a
 _MOST_IN_ROUTER = 10_000  # the replicas' own limits come first
 
 
-class Arguments(BaseModel):
-    """Arguments of the application: ``serve run server.ray_app:app replicas=2``, or ``args:`` in a file.
-
-    Options of one deployment, named like its precision, go under ``deployments:`` in a file.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    replicas: int = Field(default=1, ge=1, description="of each precision")
-    max_replicas: int | None = Field(
-        default=None, ge=1, description="with more than `replicas` it scales by load"
-    )
-    num_cpus: float = Field(
-        default=1.0, ge=0, description="of a replica; whole ones are its threads, unless set"
-    )
-    num_gpus: float = Field(
-        default=0.0, ge=0, description="of a replica; below 1 it takes that share of a card"
-    )
-    affinity: bool = Field(
-        default=False, description="prompts with the same beginning go to the same replica, if it has room"
-    )
-    user_config: dict[str, Any] = Field(
-        default_factory=dict, description="settings that replicas take over without being replaced"
-    )
-
-
 def build(arguments: Arguments, settings: Settings) -> serve.Application:
     """The application: a deployment for each precision loaded at start, and the router.
 
     Raises:
-        ValueError: settings contradict each other.
+        ValueError: settings contradict each other, or those of the ``user_config`` are not valid.
+        LoaderError, ServiceError: the precision is ``auto``, and can't be chosen here.
     """
     sources_of(settings)
     settings, choice = _resolved(settings)
     values = {name: getattr(settings, name) for name in settings.model_fields_set - _PRIVATE}
+    # here, before replicas try it three times, each in vain
+    replica_settings(values, arguments.user_config, settings.precision, Resources())
     options = _options(arguments, settings)
     engines = {
         name: serve.deployment(Replica)

@@ -94,11 +94,11 @@ class Places:
 
     def observe_unread(self, error: ServiceError, is_chat: bool) -> None:
         """Counts a generation that is refused before its request is read."""
-        key = error.error_type, is_chat
+        key = error.outcome, is_chat
         ended = self._unread.get(key)
         if ended is None:
             operation: Operation = "chat" if is_chat else "text_completion"
-            ended = self._unread[key] = Ended(precision=UNREAD, outcome=error.error_type, operation=operation)
+            ended = self._unread[key] = Ended(precision=UNREAD, outcome=error.outcome, operation=operation)
         self._observer.observe_request(ended)
 
     def _overloaded(self, spread: float) -> Overloaded:

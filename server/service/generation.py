@@ -150,7 +150,7 @@ class GenerationService:
             with suppress(LoaderError):  # an unknown name is the client's text, and never a label
                 precision = loaders.canonical(request.precision or self._pool.default)
                 operation = operation_of(request)
-                self.observe(Ended(precision=precision, outcome=error.error_type, operation=operation))
+                self.observe(Ended(precision=precision, outcome=error.outcome, operation=operation))
 
     def _check_capacity(self, engine: Engine, tokens: int) -> None:
         """Raises: PromptTooLong: the whole KV cache doesn't hold them."""

@@ -57,7 +57,8 @@ class Pool:
         self._settings, self._load_model = settings, load
         self._metrics, self._lifecycle = metrics, lifecycle
         self._states = {
-            name: first_state(name, loaders.offered(name, self.spec)) for name in loaders.PRECISIONS
+            name: first_state(name, loaders.offered(name, self.spec), name in self.first)
+            for name in loaders.PRECISIONS
         }
         self._loads: dict[str, asyncio.Task[Engine]] = {}
         self._background: list[asyncio.Task[None]] = []
@@ -125,9 +126,9 @@ class Pool:
             state.reason = str(error) if expected else type(error).__name__  # clients see no more of a bug
             traceback = None if expected else error
             _log.warning("%s could not be loaded: %s", self.title(state), state.reason, exc_info=traceback)
-            if isinstance(error, ServiceError):
+            if isinstance(error, NotReady):
                 state.state = "unloaded"  # there may be room later
-                raise
+                raise state.failure(error.message, error.retry_after) from error
             raise self._failure(state) from error
         finally:
             self._loads.pop(state.name, None)
@@ -145,7 +146,7 @@ class Pool:
 
     def _failure(self, state: PrecisionState) -> NotReady:
         reason = f"{self.title(state)} could not be loaded: {state.reason}"
-        return NotReady(reason, retry_after=_RETRY_SECONDS)
+        return state.failure(reason, _RETRY_SECONDS)
 
     def _engine_of(self, model: LoadedModel) -> Engine:
         return Engine(

@@ -10,7 +10,7 @@ from loaders.base import Availability, LoadedModel
 from loaders.errors import UnknownPrecision
 from loaders.runner import ReportingRunner
 from server.engine.engine import Engine
-from server.errors import BadPrecision, Unavailable
+from server.errors import BadPrecision, NotLoaded, NotReady, Unavailable
 from server.settings.types import AUTO
 
 State = Literal["unloaded", "loading", "loaded", "failed", "unavailable"]
@@ -38,17 +38,23 @@ class PrecisionState:
     progress: LoadProgress = field(default_factory=lambda: LoadProgress("waiting", 0, 0))
     users: int = 0
     failed_at: float = 0.0
+    promised: bool = False
+    """Whether the settings have it loaded at the start."""
 
     def refusal(self) -> Unavailable:
         """The error for requests of a precision that this host can't run."""
         mend = f" (mend it with: {self.install})" if self.install else ""
         return Unavailable(f"{self.name} can't be served here: {self.reason}{mend}")
 
+    def failure(self, message: str, retry_after: float | None = None) -> NotReady:
+        """The error for requests of a precision that could not be loaded; metrics tell a promised one."""
+        return (NotReady if self.promised else NotLoaded)(message, retry_after=retry_after)
 
-def first_state(name: str, able: Availability) -> PrecisionState:
+
+def first_state(name: str, able: Availability, promised: bool) -> PrecisionState:
     """``unloaded``, or ``unavailable`` with the reason where this host can't run it."""
     if able.ok:
-        return PrecisionState(name)
+        return PrecisionState(name, promised=promised)
     return PrecisionState(name, "unavailable", able.reason, able.install)
 
 

@@ -71,9 +71,9 @@ class TextStream:
 
     @property
     def outcome(self) -> str:
-        """``success``, an error's type, or ``cancelled`` before the text has ended."""
+        """``success``, an error's outcome, or ``cancelled`` before the text has ended."""
         if self._error is not None:
-            return self._error.error_type
+            return self._error.outcome
         return "success" if self.finish_reason is not None else "cancelled"
 
     def ended(self, precision: str) -> Ended:

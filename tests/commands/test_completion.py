@@ -59,6 +59,25 @@ def test_bash_completes(script: str, words: str, offered: set[str], not_offered:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.parametrize(
+    ("begun", "offered"),
+    [
+        ("onnx-i", {"onnx-int8", "onnx-int4"}),
+        ("fp32,onnx-i", {"fp32,onnx-int8", "fp32,onnx-int4"}),
+        ("fp32,onnx-int8,onnx-i", {"fp32,onnx-int8,onnx-int4"}),
+        ("fp32,al", set()),
+        ("al", {"all"}),
+        ("fp32,fp", {"fp32,fp16", "fp32,fp4"}),
+    ],
+)
+@pytest.mark.parametrize("option", ["report --precisions", "precisions --layers"])
+def test_bash_completes_every_name_of_a_list(script: str, option: str, begun: str, offered: set[str]) -> None:
+    source = BASH.replace("''", begun).format(script=script, words=f"bitdial {option}", last=3)
+    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=30, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_bash_completes_options(script: str) -> None:
     source = BASH.replace("''", "'--kv'").format(script=script, words="bitdial serve", last=2)
     done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=30, check=True)
@@ -73,6 +92,14 @@ def test_bash_completes_options(script: str) -> None:
         ("bitdial serve --precision ", {"nf4", "auto"}, {"all"}),
         ("bitdial serve --kv", {"--kv-cache-memory", "--kv-dtype"}, {"--device"}),
         ("bitdial serve --log-level ", {"debug", "error"}, {"nf4"}),
+        ("bitdial serve --precisions ", {"fp32", "all"}, {"auto"}),
+        ("bitdial serve --precisions fp32,", {"fp32,nf4", "fp32,int8"}, {"fp32,fp32", "fp32,all", "all"}),
+        (
+            "bitdial precisions --layers fp32,nf4,onnx-i",
+            {"fp32,nf4,onnx-int4"},
+            {"fp32,nf4,fp16", "onnx-int4"},
+        ),
+        ("bitdial serve --precisions=fp32,onnx-i", {"--precisions=fp32,onnx-int4"}, {"fp32,nf4"}),
     ],
 )
 def test_fish_completes(
@@ -92,7 +119,13 @@ def test_fish_completes(
     ("line", "offered"),
     [("bitdial ser", "bitdial serve "), ("bitdial serve --kv-d", "bitdial serve --kv-dtype "),
      ("bitdial quantize --method lit", "bitdial quantize --method litert-"),
-     ("bitdial serve --log-level inf", "bitdial serve --log-level info ")],
+     ("bitdial serve --log-level inf", "bitdial serve --log-level info "),
+     ("bitdial serve --precisions dyn", "bitdial serve --precisions dynamic-int8,"),
+     ("bitdial serve --precisions fp32,dyn", "bitdial serve --precisions fp32,dynamic-int8,"),
+     # a blank takes the comma away again
+     ("bitdial serve --precisions fp32,dyn\t ", "bitdial serve --precisions fp32,dynamic-int8 "),
+     ("bitdial report --precisions fp32,nf4,lit", "bitdial report --precisions fp32,nf4,litert-"),
+     ("bitdial report --precisions fp32,al", "bitdial report --precisions fp32,al")],
 )  # fmt: skip
 def test_zsh_completes(line: str, offered: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a pseudo-terminal, since zsh completes nowhere else."""
@@ -112,7 +145,8 @@ def test_zsh_completes(line: str, offered: str, tmp_path: Path, capsys: pytest.C
         )
         os.write(ours, f"{setup}\n".encode())
         _read_until(ours, "READY2")
-        os.write(ours, f"{line}\t\x18".encode())
+        keys = line if "\t" in line else f"{line}\t"
+        os.write(ours, f"{keys}\x18".encode())
         assert f"[{offered}]" in _read_until(ours, "]")
     finally:
         shell.kill()

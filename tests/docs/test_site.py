@@ -9,6 +9,17 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from server.errors import (
+    BadRequest,
+    DeadlinePassed,
+    GenerationFailed,
+    Invalid,
+    NotLoaded,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
 from server.observability.exposition import expose
 from server.observability.metrics import Metrics
 from tests.docs.blocks import DOCS
@@ -59,8 +70,21 @@ def test_the_reference_has_every_route_and_field(site: Path, make_app: Callable[
                     assert f"<code>{field}</code>" in page
 
 
+def test_operations_names_the_outcomes_and_their_statuses() -> None:
+    text = (DOCS / "operations.md").read_text()
+    described = dict(re.findall(r"^\| `(\w+)` \| ([\d, ]*)\|", text, re.M))
+    # of a request that reaches the model; others end before it is known which one they are for
+    errors: list[ServiceError] = [BadRequest(""), Invalid(""), Unavailable(""), NotLoaded(""), NotReady("")]
+    errors += [GenerationFailed(""), ServiceError(""), DeadlinePassed(""), Overloaded("")]
+    by_outcome: dict[str, list[int]] = {"success": [], "cancelled": []}
+    for error in errors:
+        by_outcome.setdefault(error.outcome, []).append(error.status)
+    found = {name: [int(one) for one in re.findall(r"\d+", cell)] for name, cell in described.items()}
+    assert found == by_outcome
+
+
 def test_operations_names_exactly_the_metrics() -> None:
     metrics = Metrics("m")
-    described = re.findall(r"^\| `(\w+)` \| (\w+) \|", (DOCS / "operations.md").read_text(), re.M)
+    described = re.findall(r"^\| `(bitdial_\w+)` \| (\w+) \|", (DOCS / "operations.md").read_text(), re.M)
     exposed = re.findall(r"^# TYPE (\w+) (\w+)$", expose([metrics], "").body.decode(), re.M)
     assert sorted(described) == sorted(exposed)

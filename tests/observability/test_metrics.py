@@ -114,6 +114,20 @@ def test_counts_are_exact(client: TestClient) -> None:
     assert series.value("requests_running") == series.value("requests_waiting") == 0
 
 
+def test_what_this_host_cannot_run_is_an_outcome_of_its_own(
+    make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaders.precisions.bnb.find_spec", lambda name: None)
+    client = make_client()
+    reply = client.post("/generate", json={"inputs": "abc", "precision": "nf4"})
+    assert (reply.status_code, reply.json()["error_type"]) == (409, "unavailable")
+    answered = {"inputs": "abc", "precision": "nf4", "fallback": True, "max_new_tokens": 1}
+    assert client.post("/generate", json=answered).status_code == 200
+    series = scrape(client)
+    assert series.outcomes("nf4") == {"unsupported": 1}
+    assert series.outcomes() == {"success": 1}
+
+
 def test_outcomes(make_client: Callable[..., TestClient], loads: Loads) -> None:
     client = make_client(max_concurrent_requests=1)
     client.post("/generate", json={"inputs": "abc", "max_new_tokens": 1})

@@ -63,6 +63,23 @@ def test_memory_is_weights_and_whole_blocks_of_full_slots() -> None:
     assert found.memory_bytes == 10_000_000 + found.slots * 96 * 1000
 
 
+def test_no_batch_is_larger_than_the_memory_for_it() -> None:
+    def within(room: int) -> Choice | Impossible:
+        goals = Objectives(2000, 60)
+        return Planner(calibration(), SHAPE.at(40), goals, Replica(1), Frontend(), room).plan()
+
+    free = plan(40, Objectives(2000, 60))
+    assert isinstance(free, Choice)
+    least = within(free.memory_bytes)
+    assert isinstance(least, Choice)
+    assert least.slots == free.slots
+    smaller = within(free.memory_bytes - 1)
+    assert isinstance(smaller, Choice)
+    assert smaller.slots < free.slots
+    assert smaller.replicas >= free.replicas
+    assert isinstance(within(10_000_000), Impossible)
+
+
 def test_costs_are_those_of_the_generated_tokens() -> None:
     found = plan(40, Objectives(2000, 60))
     assert isinstance(found, Choice)

@@ -30,7 +30,8 @@ class Cluster:
         """
         from ray import serve
 
-        from server.ray.deployments import Arguments, build
+        from server.ray.arguments import Arguments
+        from server.ray.deployments import build
         from server.settings.server import Settings
 
         own = {field: options.pop(field) for field in ("user_config", "affinity") if field in options}

@@ -31,7 +31,9 @@ def test_a_user_config_goes_before_the_application_and_that_before_the_environme
     assert replica_settings({}, {}, "fp32", Resources()).max_batch_size == 2
 
 
-@pytest.mark.parametrize("wrong", [{"max_batch": 3}, {"max_batch_size": 0}, {"precisons": "fp32"}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_batch": 3}, {"max_batch_size": 0}, {"precisons": "fp32"}, {"precision": "int8"}]
+)
 def test_a_wrong_user_config_is_an_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replica_settings({}, wrong, "fp32", Resources())
@@ -59,7 +61,8 @@ def test_the_examples_are_valid_and_name_deployments_that_exist(
 ) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from server.ray.deployments import ROUTER, Arguments, build
+    from server.ray.arguments import Arguments
+    from server.ray.deployments import ROUTER, build
     from server.settings.server import Settings
 
     document = yaml.safe_load((EXAMPLES / name).read_text())
@@ -77,16 +80,16 @@ def test_the_examples_are_valid_and_name_deployments_that_exist(
 
 
 def test_a_variable_that_is_not_valid_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.ray.deployments import Arguments
     from server.ray_app import app
 
     monkeypatch.setenv("PRECISIONS", "int3")
     with pytest.raises(ValueError, match=r"^--precisions \(or PRECISIONS\): unknown precision 'int3'.*$"):
-        app(Arguments())
+        app({})
 
 
 def test_more_replicas_at_most_is_autoscaling_by_load() -> None:
-    from server.ray.deployments import Arguments, _options
+    from server.ray.arguments import Arguments
+    from server.ray.deployments import _options
     from server.settings.server import Settings
 
     settings = Settings(max_batch_size=8, max_concurrent_requests=64)

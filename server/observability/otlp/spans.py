@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, Status, StatusCode
@@ -18,6 +18,7 @@ from server.observability.otlp.conventions import Phase
 from server.observability.otlp.destination import CLOSE_SECONDS, EXPORT_SECONDS, Failures
 from server.observability.otlp.environment import batching, sends
 from server.observability.otlp.session import CollectorSession, collector_session, unfinished, why_failed
+from server.observability.otlp.span_queue import Dropped, SpanQueue
 from server.version import VERSION
 
 OK, FAILED = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
@@ -40,8 +41,9 @@ class Spans:
             logging.getLogger(name).setLevel(level)
         session, (queue, batch, delay) = collector_session("TRACES"), batching(os.environ)
         exporter = OTLPSpanExporter(url, timeout=EXPORT_SECONDS, session=session)
-        self._watched = _Watched(exporter, session, Failures("traces", url))
-        self._processor = BatchSpanProcessor(self._watched, queue, delay, batch)
+        self._dropped = Dropped(queue)
+        self._watched = _Watched(exporter, session, Failures("traces", url), self._dropped)
+        self._processor = SpanQueue(self._watched, self._dropped, queue, delay, batch)
         sampler = None if sends("TRACES", os.environ) else ALWAYS_OFF  # None: the variables' own
         self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         self._provider.add_span_processor(self._processor)
@@ -82,17 +84,27 @@ class Spans:
         await asyncio.to_thread(closing.join, CLOSE_SECONDS)
         if closing.is_alive():
             self._watched.give_up()
+        self._dropped.log(last=True)
 
 
 class _Watched(SpanExporter):
     """Exports with another exporter, and notes how that went."""
 
-    def __init__(self, exporter: SpanExporter, session: CollectorSession | None, failures: Failures) -> None:
-        self._exporter, self._session, self._failures = exporter, session, failures
+    def __init__(
+        self,
+        exporter: SpanExporter,
+        session: CollectorSession | None,
+        failures: Failures,
+        dropped: Dropped,
+    ) -> None:
+        self._exporter, self._session = exporter, session
+        self._failures, self._dropped = failures, dropped
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._dropped.note_out(len(spans))
         reason = why_failed(self._session, lambda: self._exporter.export(spans) is SpanExportResult.SUCCESS)
         self._failures.note(reason)
+        self._dropped.log()
         return SpanExportResult.SUCCESS if reason is None else SpanExportResult.FAILURE
 
     def give_up(self) -> None:
