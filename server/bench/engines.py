@@ -26,6 +26,7 @@ from server.bench.peers.export import export
 from server.bench.peers.worker import PAIRS
 from server.bench.processes import WorkerProcess
 from server.bench.quality import WINDOW, Qualities, excerpt
+from server.bench.reference import REFERENCES
 from server.bench.session import MakeContender, Plan, Progress, Row, Session
 from server.bench.table import PrintedTable
 from server.host.threads import run_in_own_thread
@@ -145,7 +146,8 @@ class Engines:
             return
         with WorkerProcess("server.bench.reference") as process:
             load = partial(process.load, settings=self._options.of_model(), threads=self._threads)
-            yield lambda precision: [partial(load, "transformers", "transformers", precision=precision)]
+            make = partial(load, "transformers", "transformers")
+            yield lambda precision: [partial(make, precision=precision)] if precision in REFERENCES else []
 
     @contextmanager
     def _peers(self) -> Iterator[MakersOf]:

@@ -91,8 +91,12 @@ class _StepTimes:
         pass
 
 
+REFERENCES = frozenset({*DTYPES, "dynamic-int8", "int8", "nf4", "fp4"})
+"""The precisions that ``transformers`` and torch have too."""
+
+
 def load_reference(precision: str, spec: ModelSpec) -> Any:
-    """The model in that precision, loaded by ``transformers`` and torch alone.
+    """The model in that precision, one of ``REFERENCES``, loaded by ``transformers`` and torch alone.
 
     fp32, bf16, fp16: ``from_pretrained``. int8, nf4, fp4: ``BitsAndBytesConfig``, configured by ``spec``.
     dynamic-int8: ``quantize_dynamic``, after replacing GPT-2's Conv1D, which it would skip, by nn.Linear.

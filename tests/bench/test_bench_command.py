@@ -73,6 +73,14 @@ def test_engines_are_compared_with_generate(
     assert [line["mean_kl"] for line in report["comparison"]] == [None] * 4
 
 
+def test_a_precision_that_transformers_lacks_is_measured_alone(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--precisions", "static-int8", "--quality-tokens", "0", *SIZES]
+    _, document = run(capsys, "--model", folder, *options)
+    assert [(row["precision"], row["engine"]) for row in document["rows"]] == [("static-int8", "bitdial")] * 2
+
+
 def test_quality_is_shown_beside_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "summary.md"
     lines, report = run(
