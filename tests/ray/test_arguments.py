@@ -1,7 +1,8 @@
 """Wrong arguments of the application end in one line, in Ray's command and in the status of a file."""
 
-import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,8 +81,7 @@ def test_arguments_are_read_from_words() -> None:
 
 
 def test_rays_command_shows_the_line_alone() -> None:
-    serve = shutil.which("serve")
-    assert serve is not None
+    serve = Path(sys.executable).with_name("serve")  # the environment's, which needn't be active
     done = subprocess.run(
         [serve, "run", "server.ray_app:app", "replicas=0"], capture_output=True, text=True, timeout=120
     )
