@@ -96,6 +96,16 @@ def test_retries_are_spread_over_twice_the_queue_which_is_estimated_some_times_a
     assert places(0, queues).retry_spread() == Overloaded.retry_spread
 
 
+def test_refusals_share_an_error_that_is_never_raised() -> None:
+    full = places(0)
+    shared = full.refusal(1)
+    assert full.refusal(1) is shared
+    with pytest.raises(Overloaded) as raised:
+        full.reserve(1)
+    assert raised.value is not shared  # each raise would add to its traceback
+    assert str(raised.value) == str(shared) == "all 0 places are taken"
+
+
 def test_a_refusal_of_an_unread_request_is_counted_under_its_own_label() -> None:
     outcomes = Outcomes()
     places(1, outcomes=outcomes).observe_unread(Overloaded("full"), is_chat=False)

@@ -9,10 +9,10 @@ from server.http.connection.early_refusal import EarlyRefusal, Refusal
 
 _READ = 16 * 1024  # longer requests take the usual path
 _DEFER_SECONDS = 1
-# as integers: combining the enumerations takes as long as sending
-_AT_ONCE = int(socket.MSG_DONTWAIT)
+# as integers: combining the enumerations takes almost as long as sending
+_DONT_WAIT = int(socket.MSG_DONTWAIT)
 # response and FIN leave in one packet and wake the client once
-_WITH_THE_END = _AT_ONCE | int(getattr(socket, "MSG_MORE", 0))
+_WITH_THE_END = _DONT_WAIT | int(getattr(socket, "MSG_MORE", 0))
 
 
 class NewConnection(NamedTuple):
@@ -48,7 +48,7 @@ class Listener:
         number, _ = self._listener._accept()  # type: ignore[attr-defined]
         accepted = socket.SocketType(*self._kind, number)
         try:
-            begun = accepted.recv(_READ, _AT_ONCE)
+            begun = accepted.recv(_READ, _DONT_WAIT)
         except OSError:  # nothing has arrived yet, or the client has disconnected
             begun = b""
         found = self._early_refusal.judge(begun, only=True)

@@ -50,18 +50,21 @@ class RefusingSelector(_EpollSelector):
         return key
 
     def select(self, timeout: float | None = None) -> _Ready:
-        if self._refusing.refused != self._seen and self._refusing.is_full:
-            left = self._looked + PAUSE_SECONDS - time.monotonic()
-            if left > 0 and (timeout is None or timeout > left):
-                if woken := self._look_at_pipe(left):
-                    return woken
-                timeout = 0
-            elif left > 0:
-                return self._look_at_pipe(timeout or 0)
+        if (left := self._pause_left()) > 0:
+            woken = self._look_at_pipe(left if timeout is None else min(timeout, left))
+            if woken or (timeout is not None and timeout <= left):
+                return woken
+            timeout = 0
         self._seen = self._refusing.refused
         found: _Ready = super().select(timeout)
         self._looked = time.monotonic()
         return found
+
+    def _pause_left(self) -> float:
+        """Seconds until sockets are looked at again."""
+        if self._refusing.refused == self._seen or not self._refusing.is_full:
+            return 0.0
+        return self._looked + PAUSE_SECONDS - time.monotonic()
 
     def _look_at_pipe(self, timeout: float) -> _Ready:
         if self._pipe is None or self._wake_ups is None or not self._wake_ups.poll(timeout, 1):
