@@ -1,12 +1,14 @@
 """The playground as its user sees it, in a real browser on a real socket."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fastapi import FastAPI
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.conftest import Loads, serving, wait_until
 from tests.playground.conftest import Open
@@ -32,6 +34,69 @@ def test_answers_stream_side_by_side_and_diverge(make_app: MakeApp, loads: Loads
         expect(column(page, "bf16")).to_contain_text("token 4")
         expect(column(page, "fp32").locator(".token.first")).to_have_count(0)
         expect(page.locator("#status")).to_contain_text("Finished")
+
+
+def test_run_pressed_before_the_precisions_are_known_waits_for_them(live: str, open_page: Open) -> None:
+    page, release = open_without_stats(live, open_page)
+    ask_at_once(page)
+    expect(page.locator("#run")).to_be_disabled()
+    release()
+    finished(page)
+    assert len(answer(page, "fp32").inner_text()) == len(answer(page, "bf16").inner_text()) > 0
+
+
+def test_run_that_waits_for_precisions_is_stopped(live: str, open_page: Open) -> None:
+    page, release = open_without_stats(live, open_page)
+    ask_at_once(page)
+    page.click("#stop")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    expect(page.locator("#run")).to_be_enabled()
+    release()
+    expect(page.get_by_label("fp32", exact=True)).to_be_checked()
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert page.locator(".column").count() == 0
+
+
+def test_run_pressed_while_the_first_precision_is_loading_waits_for_it(
+    make_app: MakeApp, loads: Loads, open_page: Open
+) -> None:
+    loadable = threading.Event()
+    with serving(app := make_app(precisions="fp32")) as address:
+        httpx.post(f"{address}/precisions/fp32/unload").raise_for_status()
+        loads.prepare = lambda runner: wait_until(loadable.is_set)
+        threading.Thread(target=httpx.post, args=(f"{address}/precisions/fp32/load",)).start()
+        wait_until(lambda: app.state.pool.state("fp32").state == "loading")
+        page = open_page(address)
+        expect(page.get_by_label("fp32", exact=True)).to_be_visible()
+        ask_at_once(page)
+        loadable.set()
+        finished(page)
+        assert len(answer(page, "fp32").inner_text()) > 0
+
+
+def open_without_stats(address: str, open_page: Open) -> tuple[Page, Callable[[], None]]:
+    """A page whose readings of the statistics wait for a call of the function."""
+    held: list[Route] = []
+    released = False
+    page = open_page(address, query="favicon.ico")
+    page.route("**/stats*", lambda route: route.continue_() if released else held.append(route))
+    page.goto(address)
+    while not held:
+        page.wait_for_timeout(20)
+
+    def release() -> None:
+        nonlocal released
+        released = True
+        for route in held:
+            route.continue_()
+
+    return page, release
+
+
+def ask_at_once(page: Page) -> None:
+    page.fill("#prompt", "abc")
+    page.click("#run")
+    expect(page.locator("#status")).to_have_text("Waiting for a precision to be loaded…")
 
 
 @pytest.mark.parametrize("leave", [lambda page: page.click("#stop"), lambda page: page.close()])

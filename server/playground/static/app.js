@@ -25,6 +25,7 @@ const watch = new ServerWatch(api, state, showConnection, leaveUnknownModel);
 let openapi = null;
 let asksControls = false;
 let followsLoaded = true; // until the user chooses or runs
+let awaitsPrecisions = false; // whether Run was pressed while there was none to run yet
 let answered = false; // whether the conversation has to go on with one of the columns' answers
 
 function showConnection(error) {
@@ -50,6 +51,7 @@ function showModel({ stats, info }) {
 async function run() {
   if (runner.running) return;
   const { prompt, precisions: chosen, mode } = state.get();
+  if (isToBeChosen(state.get())) return awaitPrecisions();
   if (!chosen.length) return status("Choose at least one precision.");
   followsLoaded = false;
   keepAnswer(prompt);
@@ -62,6 +64,33 @@ async function run() {
   answered = mode === "chat" && runner.columns.some((column) => column.finish);
   if (answered) byId("prompt").select();
   watch.refresh();
+}
+
+/** Whether a precision will be chosen without the user: the server has told none yet, or is loading one. */
+function isToBeChosen({ stats, precisions }) {
+  if (precisions.length || !followsLoaded) return false;
+  return !stats || Object.values(stats.precisions).some(({ state: it }) => it === "loading");
+}
+
+/** Runs what is loaded as soon as something is, unless stopped. */
+function awaitPrecisions() {
+  awaitsPrecisions = true;
+  setRunning(true);
+  status("Waiting for a precision to be loaded…");
+  watch.refresh(); // and then as often as while something runs
+}
+
+/** Returns whether it was waiting. */
+function stopAwaiting() {
+  if (!awaitsPrecisions) return false;
+  awaitsPrecisions = false;
+  setRunning(false);
+  return true;
+}
+
+function stop() {
+  if (stopAwaiting()) status("Stopped.");
+  else runner.stop();
 }
 
 /** The next turn of the conversation follows this column's answer. */
@@ -85,6 +114,7 @@ function take(column, prompt) {
 /** The page is about this model from here on: its precisions, figures and panels; the conversation goes on. */
 function chooseModel(model) {
   keepAnswer(state.get().prompt);
+  stopAwaiting();
   runner.clear();
   status("");
   followsLoaded = true;
@@ -108,6 +138,7 @@ function setRunning(running) {
 
 function clear() {
   answered = false;
+  stopAwaiting();
   runner.clear();
   state.set({ prompt: "", messages: [] });
   status("");
@@ -131,6 +162,7 @@ function update(current, patch = current) {
   if ("mode" in patch && openapi) drawControls(byId("parameters"), openapi, state);
   if ("prompt" in patch && byId("prompt").value !== current.prompt) byId("prompt").value = current.prompt;
   if (patch.stats && followsLoaded) chooseLoaded(current);
+  if (patch.stats && !isToBeChosen(current) && stopAwaiting()) run();
   if (patch.stats) loadControls();
 }
 
@@ -166,7 +198,7 @@ function listen() {
     run();
   });
   byId("picker").addEventListener("change", () => (followsLoaded = false));
-  byId("stop").addEventListener("click", () => runner.stop());
+  byId("stop").addEventListener("click", stop);
   byId("clear").addEventListener("click", clear);
   byId("one-by-one").checked = state.get().oneByOne;
   byId("one-by-one").addEventListener("change", (event) => state.set({ oneByOne: event.target.checked }));
@@ -210,7 +242,7 @@ async function start() {
   mountPicker(byId("picker"), state);
   state.subscribe(update);
   update(state.get());
-  await watch.start(() => runner.running);
+  await watch.start(() => runner.running || awaitsPrecisions);
   mountPanels();
 }
 
