@@ -6,10 +6,11 @@
     .venv/bin/python scripts/plan_validation.py table
 
 The server computes with one thread on one core and is loaded from another. ``calibrate`` measures its step
-times and what HTTP adds, ``http`` the latter alone; ``load`` offers a share of the simulated capacity and
-compares; ``again`` computes plans and simulations anew. All keep their figures in --out, from which ``table``
-makes the table. Every prompt is another text, so that no prefix is cached. The simulation gets the very
-arrivals of the run, formulas get their mean rate. The first tenth of the requests is left out everywhere.
+times and what HTTP adds, ``http`` the latter alone; ``load`` offers a share of the simulated capacity in
+segments, measures step times again between them, and compares; ``again`` computes plans and simulations
+anew. All keep their figures in --out, from which ``table`` makes the table. Every prompt is another text, so
+that no prefix is cached. The simulation gets the very arrivals of the run, formulas get their mean rate. The
+first tenth of a segment's requests is left out everywhere.
 """
 
 import argparse
@@ -18,24 +19,22 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plan_reality import arrivals_of, pooled, reality
+
 from loaders.checkpoint import open_checkpoint
-from server.bench.http.client import Answer
 from server.bench.http.own_server import own_server
-from server.bench.http.texts import Texts
 from server.host.cpu import cpu_name
 from server.planning import job
 from server.planning.calibration import Calibration
 from server.planning.document import milliseconds
 from server.planning.formulas import SteadyState
-from server.planning.simulation import WARM_UP, Served, Simulated, Simulation, capacity, poisson
+from server.planning.simulation import Simulated, Simulation, capacity
 from server.planning.workload import Frontend, Objectives, Replica, Workload
 from server.settings.model import ModelSettings
 from server.tables import markdown_table
@@ -94,51 +93,21 @@ async def measure_http(
         return await measure_on(client, None, calibration.step_times(), Replica(options.slots))
 
 
-def others_seconds() -> float:
-    """CPU seconds of the host so far that are neither this process's nor its children's."""
-    host, own = psutil.cpu_times(), psutil.Process()
-    busy = sum(host) - host.idle - getattr(host, "iowait", 0.0) - getattr(host, "guest", 0.0)
-    return float(busy - sum(sum(one.cpu_times()[:2]) for one in (own, *own.children(recursive=True))))
-
-
-async def reality(
-    options: argparse.Namespace, settings: ModelSettings, rate: float
-) -> tuple[Simulated, float]:
-    """An open loop against a server of its own; and the CPUs that other processes used meanwhile."""
-    os.sched_setaffinity(0, {options.server_core})
-    count = round(rate * options.seconds)
-    arrivals = poisson(rate, count, seed=11)
-    async with own_server(settings, options.precision, options.slots, 1) as client:
-        os.sched_setaffinity(0, {options.client_core})
-        texts = await Texts(client).get(count + 8, options.prompt, distinct=count + 8)
-        for text in texts[count:]:  # warms up
-            await client.stream(text, options.tokens, None)
-        others = others_seconds()
-        begun, sending = time.perf_counter(), list[asyncio.Task[Answer]]()
-        for arrival, text in zip(arrivals, texts, strict=False):
-            await asyncio.sleep(max(begun + arrival - time.perf_counter(), 0))
-            sending.append(asyncio.create_task(client.stream(text, options.tokens, None)))
-        answers = await asyncio.gather(*sending)
-        others = (others_seconds() - others) / (time.perf_counter() - begun)
-    served = [
-        Served(one.sent - begun, 0, bool(one.error), [at - begun for at in one.arrivals]) for one in answers
-    ]
-    kept = served[int(WARM_UP * len(served)) :]
-    ends = [one.times[-1] for one in kept if not one.refused]
-    return Simulated(kept, max(ends) - kept[0].arrived), others
-
-
 def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[str, Any]) -> dict[str, Any]:
     """One load in reality, then computed."""
     rate = options.share * known["capacity"]["simulated"]
-    real, others = asyncio.run(reality(options, settings, rate))
+    found = asyncio.run(reality(options, settings, rate))
+    assert found.calibration is not None
+    real = pooled(found.segments)
     load = {
         "rate": rate,
         "offered_seconds": options.seconds,
+        "calibration": found.calibration.as_dict(),
+        "drift": found.calibration.step_times().drift,
         "requests": len(real.requests),
         "errors": sum(one.refused for one in real.requests),
         "seconds": real.seconds,
-        "cpus_of_others": others,
+        "cpus_of_others": found.cpus_of_others,
         "reality": figures(real),
         "interval": intervals(real),
     }
@@ -147,15 +116,17 @@ def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[st
 
 def computed(load: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """Plan and simulation of a load, and how far the latter is from reality."""
-    times = Calibration.read(known["calibration"]).step_times()
+    if "calibration" not in load:
+        raise SystemExit("this load was not measured in segments: measure it again")
+    times = Calibration.read(load["calibration"]).step_times()
     frontend, replica = Frontend(**known["frontend"]), Replica(known["slots"])
-    count = round(load["rate"] * load["offered_seconds"])
-    arrivals = poisson(load["rate"], count, seed=11)
-    workload = Workload(count / arrivals[-1], known["prompt"], known["tokens"])
-    runs = [
-        figures(Simulation(times, workload, replica, frontend, seed=seed).run(arrivals))
-        for seed in range(SEEDS)
-    ]
+    segments = arrivals_of(load["rate"], load["offered_seconds"])
+    met = sum(map(len, segments)) / sum(one[-1] for one in segments)
+    workload = Workload(met, known["prompt"], known["tokens"])
+    runs = []
+    for seed in range(SEEDS):
+        parts = [Simulation(times, workload, replica, frontend, seed=seed).run(one) for one in segments]
+        runs.append(figures(pooled(parts)))
     simulated = {name: statistics.median(run[name] for run in runs) for name in FIGURES}
     planned = milliseconds(SteadyState(times, workload, replica, frontend).latencies())
     return {

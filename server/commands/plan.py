@@ -116,6 +116,7 @@ def _plan(options: Options) -> None:
         size,
         options.price_per_hour,
         {one.precision: one.step_times().disturbance for one in measured.calibrations},
+        {one.precision: one.step_times().drift for one in measured.calibrations},
     )
     _show(document)
     line = json.dumps(plain(document.data()), allow_nan=False)

@@ -15,7 +15,7 @@ from server.engine.engine import Engine
 from server.engine.sequence import SamplingParams, StepStats
 from server.errors import Invalid
 from server.host.memory import cache_token_bytes
-from server.planning.step_times import Cell, StepTimes
+from server.planning.step_times import ROUNDS, Cell, StepTimes
 
 ROWS = (1, 2, 4, 8, 16)
 """Rows that are measured."""
@@ -25,7 +25,6 @@ CHUNKS = (16, 32, 64, 128)
 """Prompt chunks measured while nothing decodes; longer ones than a replica's are left out."""
 PASSES = 96
 """Passes of each cell, at least; so many that a 99th percentile has a meaning over all cells."""
-_ROUNDS = 3  # of all cells: what disturbs the host for some seconds is then in a minority of a cell's passes
 _PROMPT, _LONG_ROWS, _LONG = 16, 4, 320
 _BESIDE = 64  # steps of rows beside which prompts are computed, at least: these are queued while they run
 _FEWEST = 16  # steps in which all rows of a cell decode, before the first sequence ends
@@ -74,7 +73,7 @@ class Calibrator:
         self, model: LoadedModel, threads: int, chunk: int, busy_chunk: int, passes: int = PASSES
     ) -> None:
         self._model = model
-        self._passes = -(-passes // _ROUNDS)  # of each cell in a round
+        self._passes = -(-passes // ROUNDS)  # of each cell in a round
         self._context = model.runner.context
         longest = self._context - 1  # of a prompt, since a token follows
         self._busy, chunk = min(busy_chunk, longest), min(chunk, longest)
@@ -90,8 +89,13 @@ class Calibrator:
         )
         self._random = torch.Generator().manual_seed(7)
 
-    async def measure(self, progress: Progress) -> Calibration:
+    async def measure(
+        self, progress: Progress, between: Callable[[], Awaitable[None]] | None = None
+    ) -> Calibration:
         """
+        Args:
+            between: is awaited after each of the ``ROUNDS``: what is measured there meets the same host.
+
         Raises:
             Invalid: the model's context is too short.
             ServiceError: the model fails.
@@ -100,7 +104,7 @@ class Calibrator:
             raise Invalid(f"a context of {self._context} tokens is too short to measure steps in")
         await self._engine.start()
         try:
-            cells = await self._cells(progress)
+            cells = await self._cells(progress, between)
         finally:
             await self._engine.stop()
         runner = self._model.runner
@@ -114,7 +118,7 @@ class Calibrator:
             cells,
         )
 
-    async def _cells(self, progress: Progress) -> list[Cell]:
+    async def _cells(self, progress: Progress, between: Callable[[], Awaitable[None]] | None) -> list[Cell]:
         rows = [count for count in ROWS if count < self._model.runner.slots and self._fits(count, _PROMPT)]
         work: list[Callable[[], Awaitable[Cell]]] = [
             *(partial(self._prompts, size) for size in self._chunks),
@@ -126,10 +130,12 @@ class Calibrator:
             work.append(partial(self._rows, _LONG_ROWS, _LONG))
         await self._rows(min(_LONG_ROWS, rows[-1]))  # caches and threads are warm from here on
         found: list[list[Cell]] = [[] for _ in work]
-        for done, number in enumerate([*range(len(work))] * _ROUNDS):
-            progress("measuring steps", done, _ROUNDS * len(work))
+        for done, number in enumerate([*range(len(work))] * ROUNDS):
+            progress("measuring steps", done, ROUNDS * len(work))
             found[number].append(await work[number]())
-        progress("measuring steps", _ROUNDS * len(work), _ROUNDS * len(work))
+            if between is not None and number == len(work) - 1:
+                await between()
+        progress("measuring steps", ROUNDS * len(work), ROUNDS * len(work))
         return [_joined(rounds) for rounds in found]
 
     async def _prompts(self, size: int) -> Cell:

@@ -11,6 +11,7 @@ from server.tables import NONE, cells
 from server.version import VERSION
 
 _NOISY = 2.0
+_DRIFTS = 1.1
 LEGEND = """\
 batch       MAX_BATCH_SIZE: sequences decoded together by a replica
 replicas    of this host, behind a router that chooses at random; with least-loaded routing it is less loaded
@@ -43,6 +44,8 @@ class Document:
     price_per_hour: float | None = None
     noise: Mapping[str, float] = field(default_factory=dict)
     """By precision, the 99th percentile of a pass's time ÷ its median."""
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """By precision, how far this host's speed changed meanwhile: the slowest round ÷ the fastest."""
 
     @property
     def choices(self) -> list[Choice]:
@@ -79,6 +82,12 @@ class Document:
                 f"While {', '.join(noisy)} {were} measured, other work disturbed this host: one pass in a "
                 f"hundred took {worst:.1f} × the median or longer. Measure again, with --fresh, while "
                 "nothing else runs."
+            )
+        if drifting := [name for name, ratio in self.drift.items() if ratio > _DRIFTS]:
+            worst = max(self.drift[name] for name in drifting) - 1
+            found.append(
+                f"While {', '.join(drifting)} ran, this host's speed changed by {worst:.0%} within minutes: "
+                "the latencies are no more exact than that, and less near the capacity."
             )
         for plan in self.plans:
             if isinstance(plan, Impossible):
@@ -124,6 +133,7 @@ class Document:
             "impossible": [_impossible(one) for one in self.plans if isinstance(one, Impossible)],
             "failed": dict(self.failed),
             "noise_p99": dict(self.noise),
+            "drift": dict(self.drift),
         }
 
     def _choice(self, one: Choice) -> dict[str, Any]:

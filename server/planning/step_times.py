@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+ROUNDS = 3
+"""All cells are measured so many times in turn: what disturbs the host for some seconds is then in a minority
+of a cell's passes. The series of a cell is one round's after the other's, of about equal length."""
 _BLOCK = 32  # passes whose noise is drawn together
 _OUTLIER = 1.5  # × a cell's median: such passes say nothing about the slope
 Floats = NDArray[np.float64]
@@ -47,11 +50,15 @@ class StepTimes:
         self.slope = _slope(cells)
         self._bases: dict[int, list[tuple[int, float]]] = defaultdict(list)  # by rows: (chunk, seconds)
         noise: list[Floats] = []
+        self._drifts: dict[bool, list[list[float]]] = {False: [], True: []}  # by whether a prompt is computed
         for cell in cells:
             flat = np.array(cell.seconds) - self.slope * np.array(cell.pairs)
             base = float(np.median(flat))
             self._bases[cell.rows].append((cell.chunk, base))
             noise.append(np.array(cell.seconds) / (base + self.slope * np.array(cell.pairs)))
+            if len(cell.seconds) >= ROUNDS:
+                rounds = np.array_split(noise[-1], ROUNDS)
+                self._drifts[cell.chunk > 0].append([float(np.median(one)) for one in rounds])
         self.noise: Floats = np.concatenate(noise)
         """Measured ÷ median seconds of all passes."""
         one_row = dict(self._bases[1])[0]
@@ -65,6 +72,16 @@ class StepTimes:
     def disturbance(self) -> float:
         """The 99th percentile of the noise: 1 on a host that nothing else uses, nearly."""
         return float(np.quantile(self.noise, 0.99))
+
+    @property
+    def drift(self) -> float:
+        """How far the host's speed changed from round to round: the slowest one ÷ the fastest one.
+
+        A round is the median over its cells. Passes that only decode are bound by the memory, the others by
+        the cores, which drift apart: the larger figure of both kinds.
+        """
+        kinds = [np.median(found, axis=0) for found in self._drifts.values() if found]
+        return max((float(kind.max() / kind.min()) for kind in kinds), default=1.0)
 
     def seconds(self, rows: int, chunk: int, pairs: float) -> float:
         """The median."""

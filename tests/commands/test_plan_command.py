@@ -244,3 +244,28 @@ def test_two_plans_take_turns_in_measuring(counted: list[str], capsys: pytest.Ca
     other.join()
     assert codes == [0]
     assert counted == ["fp32", "dynamic-int8"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "said", "json_name", "ratio"),
+    [
+        ([1.0, 1.2, 1.0], "ran, this host's speed changed by 20% within minutes", "drift", 1.2),
+        ([1.0] * 30 + [6.0], "were measured, other work disturbed this host", "noise_p99", 6.0),
+    ],
+)
+def test_a_host_that_was_not_steady_is_told(
+    noise: list[float], said: str, json_name: str, ratio: float,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    async def measure(self: Calibrator, progress: object) -> calibration.Calibration:
+        self._model.close()
+        return measured.calibration(self._model.precision, noise)
+
+    monkeypatch.setattr(Calibrator, "measure", measure)
+    goals = ["--ttft-slo", "500", "--itl-slo", "50", "--fresh"]
+    assert main([*ARGUMENTS, *SHAPE, *goals]) == 0
+    text = capsys.readouterr().out
+    assert said in " ".join(text.split())
+    found = json.loads(text.splitlines()[-1])
+    assert found[json_name]["fp32"] == pytest.approx(ratio, rel=0.01)
+    assert (found["drift"]["fp32"] > 1.1) == (json_name == "drift")

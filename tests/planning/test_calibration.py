@@ -71,6 +71,27 @@ def test_passes_of_every_size_are_measured(kind: type[MixedFake], monkeypatch: p
         assert times.seconds(rows, chunk, 0) == pytest.approx(expected, rel=0.01)
 
 
+def test_something_else_is_measured_between_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", (1, 4))
+    monkeypatch.setattr(module, "CHUNKS", (16, 64))
+    runner, at = Together(slots=5, context=256), list[float]()
+
+    async def run() -> int:
+        calibrator = Calibrator(fake_model(runner=runner), 1, chunk=64, busy_chunk=16, passes=60)
+
+        async def between() -> None:
+            at.append(runner.now)
+
+        found = await calibrator.measure(lambda *_: None, between)
+        return min(len(cell.seconds) for cell in found.cells)
+
+    fewest = asyncio.run(run())
+    assert fewest >= 30
+    assert len(at) == 3
+    assert max(at[1] - at[0], at[2] - at[1]) < 2 * at[0]  # about as much is measured before each
+    assert at[0] < 2 * min(at[1] - at[0], at[2] - at[1])
+
+
 class Disturbed(MixedFake):
     """Something else uses the host while its passes 60 to 100 run: two sizes of the first round."""
 

@@ -36,3 +36,26 @@ def test_noise_is_drawn_in_the_order_in_which_it_was_measured() -> None:
     assert np.mean(np.isclose(steps, 0.001)) > 0.9  # but where a block ends
     assert drawn.mean() == pytest.approx(times.noise.mean(), rel=0.02)
     assert set(drawn) <= set(times.noise)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "prompts", "expected"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 1.0),
+        ([1.0, 1.3, 1.0], [1.0, 1.0, 1.0], 1.3),  # the memory alone was slower for a while
+        ([1.1, 1.1, 1.0], [1.2, 1.0, 1.0], 1.2),
+        ([1.0, 5.0], [1.0], 1.0),  # too little to tell
+    ],
+)
+def test_a_drift_between_the_rounds_is_told_whatever_it_slows(
+    decoding: list[float], prompts: list[float], expected: float
+) -> None:
+    def series(rounds: list[float]) -> list[float]:
+        once = len(rounds) < 3
+        return [
+            0.01 * one * (4.0 if number == 5 else 1.0) for one in rounds for number in range(1 if once else 9)
+        ]
+
+    sizes = [(rows, 0, series(decoding)) for rows in (1, 2, 4)] + [(0, 16, series(prompts))]
+    found = StepTimes([Cell(rows, chunk, [0.0] * len(s), s) for rows, chunk, s in sizes], mixed=True)
+    assert found.drift == pytest.approx(expected)
