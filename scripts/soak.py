@@ -3,7 +3,7 @@
 
     .venv/bin/python scripts/soak.py [--minutes 60] [--model bundled] [--clients 24]
 
-Starts a server and measures its resources when it is idle: after a warm-up in which every slot of every
+Starts a server and measures its resources when it is idle: after a warm-up of many actions in which every slot of every
 precision has been full once, several times during the run, and at the end. Prints a table and one JSON line
 last; exits with 1 if memory, open files or threads grew, if a place or a sequence was taken while idle, or
 after an unexpected response. Ten minutes (``--minutes 10``) are enough to find a leaked place.
@@ -33,6 +33,7 @@ ALLOWED = {
     "rss_bytes": 32 * 2**20,  # fluctuation of the allocator
     "threads": 2,  # of asyncio's default executor, which starts them on demand, up to CPUs + 4
 }
+WARM_UP_ACTIONS = 6_000  # after which the allocator's arenas are as large as the traffic makes them
 PARTS = 6  # resources are measured after each
 
 
@@ -96,7 +97,8 @@ async def at_rest(process: psutil.Popen, client: httpx.AsyncClient) -> dict[str,
 async def soak(process: psutil.Popen, client: httpx.AsyncClient, seconds: float, clients: int) -> int:
     traffic = Traffic(client)
     await warm_up(client)
-    await asyncio.gather(*(traffic.run(time.monotonic() + min(20, seconds / 4)) for _ in range(clients)))
+    while traffic.actions < WARM_UP_ACTIONS:
+        await asyncio.gather(*(traffic.run(time.monotonic() + 5) for _ in range(clients)))
     held = [await at_rest(process, client)]
     for _ in tqdm(range(PARTS), desc="soaking", unit="part"):
         until = time.monotonic() + seconds / PARTS
@@ -112,7 +114,7 @@ def report(held: list[dict[str, int]], traffic: Traffic, seconds: float) -> int:
     for name in start:
         figures = "".join(f"{one[name]:>14,}" for one in held)
         print(f"{name:<12}{figures}{'  grew' if name in grew else ''}")
-    print(f"\n{sum(traffic.outcomes.values())} actions in {seconds / 60:g} minutes")
+    print(f"\n{traffic.actions} actions, {WARM_UP_ACTIONS} of them and more before {seconds / 60:g} minutes")
     for (action, outcome), count in sorted(traffic.outcomes.items(), key=str):
         print(f"{action:<14}{outcome!s:<20}{count:>8}")
     unwanted = traffic.unwanted()

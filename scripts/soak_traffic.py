@@ -57,6 +57,10 @@ class Traffic:
             (self.long_texts, 4),
         ]
 
+    @property
+    def actions(self) -> int:
+        return sum(self.outcomes.values())
+
     async def run(self, until: float) -> None:
         actions, weights = zip(*self._actions, strict=True)
         while time.monotonic() < until:
