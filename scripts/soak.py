@@ -4,9 +4,9 @@
     .venv/bin/python scripts/soak.py [--minutes 60] [--model bundled] [--clients 24]
 
 Starts a server and measures its resources when it is idle: after a warm-up of many actions, in which every
-slot of every precision has been full, several times during the run, and at the end. Prints a table and one JSON
-line last; exits with 1 if memory, open files or threads grew, if a place or a sequence was taken while idle, or
-after an unexpected response. Ten minutes (``--minutes 10``) are enough to find a leaked place.
+slot of every precision has been full, several times during the run, and at the end. Prints a table and one
+JSON line last; exits with 1 if memory, open files or threads grew, if a place or a sequence was taken while
+idle, or after an unexpected response. Ten minutes (``--minutes 10``) are enough to find a leaked place.
 """
 
 import argparse
