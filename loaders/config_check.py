@@ -152,7 +152,7 @@ def read_config(folder: Path, name: str, raw: Mapping[str, Any], held: Held) -> 
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips ``torch.nn.init``: there is nothing to fill, and on the meta device ``normal_`` runs in Python."""
+    """Skips ``torch.nn.init``: nothing is to be filled, and on the meta device ``normal_`` is Python code."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
