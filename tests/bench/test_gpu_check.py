@@ -28,7 +28,7 @@ from server.bench.gpu.result import default_file
 from server.bench.session import Row
 from tests import checkpoints
 from tests.fakes import fake_model
-from tests.http.test_process import ROOT
+from tests.forked import ROOT
 from tests.loaders.cuda.test_graph_runner import specified
 from tests.recorded_graphs import RecordedGraphs
 

@@ -1,8 +1,6 @@
 """A fault in the model fails its own request only, with an error in the format of its API."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ import torch
 from fastapi import FastAPI
 
 from tests.checkpoints import byte_tokenizer
-from tests.conftest import Loads, at_rest, entered, until, wait_until
+from tests.conftest import PATIENCE, Loads, at_rest, entered, until, wait_until
 from tests.fakes import FakeRunner
+from tests.forked import running
 from tests.http.test_overload import Gate
-from tests.http.test_process import ROOT, environment
 from tests.routes.test_generate import PROMPT, events, greedy
 
 MakeApp = Callable[..., FastAPI]
@@ -171,28 +169,20 @@ os._exit(process.serve_forever())
 """
 
 
-@pytest.mark.parametrize("fault", ["raise SystemExit", "time.sleep(60)"], ids=["killed", "hung"])
+@pytest.mark.parametrize("fault", ["raise SystemExit", "time.sleep(600)"], ids=["killed", "hung"])
 def test_a_process_with_a_dead_worker_fails_its_requests_and_exits_70(tmp_path: Path, fault: str) -> None:
     """A supervisor then restarts the process."""
     first = byte_tokenizer().decode([FakeRunner().next_id([])])
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER.format(fault=fault), str(tmp_path)],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
+    with running(SERVER.format(fault=fault), str(tmp_path)) as process:
         port = int(process.stdout.readline().split()[1])
         address = f"http://127.0.0.1:{port}"
-        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+        wait_until(lambda: httpx.get(f"{address}/health", timeout=PATIENCE).status_code == 200)
         body = {"inputs": PROMPT, "max_new_tokens": 250 - len(PROMPT)}
-        with httpx.stream("POST", f"{address}/generate_stream", json=body) as stream:
+        with httpx.stream("POST", f"{address}/generate_stream", json=body, timeout=PATIENCE) as stream:
             lines = stream.iter_lines()
             next(lines)
-            bad = httpx.post(f"{address}/generate", json={"inputs": first})
+            bad = httpx.post(f"{address}/generate", json={"inputs": first}, timeout=PATIENCE)
             answer = [line for line in lines if line]
         assert (bad.status_code, bad.json()["error_type"]) == (424, "generation")
         assert '"error_type":"generation"' in answer[-1]
-        assert process.wait(timeout=10) == 70
-    finally:
-        process.kill()
-        process.wait()
+        assert process.wait() == 70

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from server.http import health_check
 from tests.conftest import serving
-from tests.http.test_process import ROOT, environment
+from tests.forked import ROOT, environment
 
 
 def run(**variables: str) -> "subprocess.CompletedProcess[str]":

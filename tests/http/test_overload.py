@@ -12,7 +12,7 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
-from tests.conftest import Loads, at_rest, entered, serving, until, wait_until
+from tests.conftest import PATIENCE, Loads, at_rest, entered, serving, until, wait_until
 from tests.fakes import FakeRunner
 from tests.http.test_http_robustness import send
 from tests.routes.test_generate import PROMPT, events, greedy
@@ -31,7 +31,7 @@ class Gate:
         runner.on_prefill = lambda slot, ids: self.prompts.append(list(ids))
 
     def _wait(self) -> None:
-        assert self.opened.wait(10)
+        assert self.opened.wait(PATIENCE)
 
 
 def test_a_full_queue_refuses_before_reading_the_body(make_app: MakeApp, loads: Loads) -> None:
@@ -204,7 +204,7 @@ def test_a_client_that_leaves_the_queue_is_never_computed(make_app: MakeApp, loa
     with serving(app) as address:
         gate, engine = Gate(loads.runners["fp32"]), app.state.pool.state("fp32").engine
         staying = send(address, "/generate", json.dumps({"inputs": "first", "max_new_tokens": 5}).encode())
-        staying.settimeout(10)
+        staying.settimeout(PATIENCE)
         wait_until(lambda: gate.prompts)
         leaving = send(address, path, json.dumps({"inputs": "second"}).encode())
         wait_until(lambda: engine.waiting == 1)

@@ -16,7 +16,7 @@ import pytest
 
 from tests import checkpoints
 from tests.conftest import Loads, wait_until
-from tests.http.test_process import ROOT, environment
+from tests.forked import ROOT, environment
 
 SECONDS = 120  # a busy host takes this long to import everything twice
 INTERRUPT, END = "\x03", "\x04"
