@@ -18,7 +18,7 @@ from tests.forked import ROOT, environment
 def run(**variables: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "server.http.health_check"],
-        cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=30, check=False,
+        cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def answering(status: int, seconds: float) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "collector",
-    [unreachable(False), unreachable(True), answering(500, 0), answering(503, 0), answering(200, 4)],
+    [unreachable(False), unreachable(True), answering(500, 0), answering(503, 0), answering(200, 60)],
     ids=["down", "mute", "500", "503", "slow"],
 )
 def test_a_failing_collector_affects_no_request(
@@ -94,9 +94,9 @@ def test_a_failing_collector_affects_no_request(
                 began = time.monotonic()
                 assert client.post("/generate", json=BODY).status_code == 200
                 slowest = max(slowest, time.monotonic() - began)
-            assert slowest < 2  # an export waits for 4 s or more
+            assert slowest < 8  # an export waits for 10 s or more
             began = time.monotonic()
-        assert time.monotonic() - began < 4  # 2 s for the last exports
+        assert time.monotonic() - began < 8  # 2 s for the last exports
 
 
 def test_each_reason_of_failures_is_logged_once_until_they_are_over(caplog: pytest.LogCaptureFixture) -> None:

@@ -145,7 +145,7 @@ def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
         screen.type("abc\r")
         screen.wait_for(r"\[fp32: \d tokens")
         screen.process.kill()
-        _, alive = psutil.wait_procs(servers, timeout=10)
+        _, alive = psutil.wait_procs(servers, timeout=SECONDS)
         assert not alive
     assert not (tmp_path / "bitdial").exists()
 
