@@ -87,7 +87,10 @@ def test_costs_are_those_of_the_generated_tokens() -> None:
     assert one.cost_per_million_tokens(2.0, 32) == pytest.approx(3 * 2.0 / (40 * 32 * 3600 / 1e6))
 
 
-@pytest.mark.parametrize("noise", [(1.0,), (1.0, 1.0, 1.0, 2.5)])
+@pytest.mark.parametrize(
+    "noise",
+    [pytest.param((1.0,), marks=pytest.mark.slow, id="none"), pytest.param((1.0, 1.0, 1.0, 2.5), id="some")],
+)
 def test_no_objective_that_is_tighter_needs_fewer_replicas(noise: tuple[float, ...]) -> None:
     def replicas(rate: float, ttft: float, itl: float) -> int:
         found = Planner(
