@@ -121,10 +121,11 @@ def make_client(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., Test
     entered: list[TestClient] = []
 
     def make(**values: Any) -> TestClient:
-        client = TestClient(make_app(**values), raise_server_exceptions=False)
+        client = TestClient(app := make_app(**values), raise_server_exceptions=False)
         client.__enter__()
         entered.append(client)
-        wait_until(lambda: client.get("/health").status_code == 200)
+        pool = app.state.pool
+        wait_until(lambda: pool.state(pool.default).engine and client.get("/health").status_code == 200)
         return client
 
     yield make

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -16,6 +17,7 @@ def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_MOST", 800)
 
 
+@cache
 def plan(rate: float, objectives: Objectives) -> Choice | Impossible:
     return Planner(calibration(), SHAPE.at(rate), objectives, Replica(1), Frontend()).plan()
 

@@ -53,12 +53,8 @@ def test_it_is_named_in_path_query_and_body(address: str, name: str) -> None:
         assert (answer["generated_text"], answer["precision"]) == (text, "fp32")
         precise = httpx.post(f"{address}/models/{path}:bf16/generate", json=body, timeout=PATIENCE).json()
         assert (precise["generated_text"], precise["precision"]) == (text, "bf16")
-    assert (
-        httpx.post(f"{address}/generate?model={encoded}", json=body, timeout=PATIENCE).json()[
-            "generated_text"
-        ]
-        == text
-    )
+    answer = httpx.post(f"{address}/generate?model={encoded}", json=body, timeout=PATIENCE).json()
+    assert answer["generated_text"] == text
     for path in ("stats", "info", "precisions", "health/ready"):
         assert httpx.get(f"{address}/{path}?model={encoded}", timeout=PATIENCE).status_code == 200, path
     assert httpx.get(f"{address}/stats?model={encoded}", timeout=PATIENCE).json()["model"]["id"] == name
