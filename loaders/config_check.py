@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -151,9 +152,18 @@ def read_config(folder: Path, name: str, raw: Mapping[str, Any], held: Held) -> 
     return config
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Skips ``torch.nn.init``: nothing is to be filled, and on the meta device ``normal_`` is Python code."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def meta_model_of(config: Any) -> PreTrainedModel:
     """The model on the meta device: shapes without weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         return AutoModelForCausalLM.from_config(config)
 
 

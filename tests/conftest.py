@@ -36,6 +36,8 @@ from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 # a busy host takes any time for an example
 hypothesis.settings.register_profile("any host", deadline=None)
 hypothesis.settings.load_profile("any host")
+PATIENCE = 60.0
+"""Seconds until a test gives up waiting for what should happen: only a failure takes as long, on any host."""
 CONVERTER = environment.default_folder()
 """The user's, for slow tests. For others LiteRT's precisions are unavailable: they may not install it."""
 os.environ[environment.FOLDER] = str(CONVERTER.with_name("no-converter"))
@@ -119,10 +121,11 @@ def make_client(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., Test
     entered: list[TestClient] = []
 
     def make(**values: Any) -> TestClient:
-        client = TestClient(make_app(**values), raise_server_exceptions=False)
+        client = TestClient(app := make_app(**values), raise_server_exceptions=False)
         client.__enter__()
         entered.append(client)
-        wait_until(lambda: client.get("/health").status_code == 200)
+        pool = app.state.pool
+        wait_until(lambda: pool.state(pool.default).engine and client.get("/health").status_code == 200)
         return client
 
     yield make
@@ -174,7 +177,7 @@ def serving(app: FastAPI, send_buffer: int | None = None, port: int = 0, **optio
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(PATIENCE)
 
 
 @asynccontextmanager
@@ -190,7 +193,7 @@ async def entered(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
     """Like ``wait_until``, for coroutines."""
     async with asyncio.timeout(seconds):
         while not condition():
@@ -210,7 +213,7 @@ async def at_rest(app: FastAPI, client: httpx.AsyncClient, precision: str = "fp3
     assert reply.json()["usage"] == counts, reply.text
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true"

@@ -122,7 +122,8 @@ def fake_model(precision: str = "fp32", runner: FakeRunner | None = None) -> Loa
 def fake_checkpoint(folder: Path, context: int = 256) -> Checkpoint:
     """A checkpoint with a real tokenizer and configuration, but no weights."""
     byte_tokenizer().save_pretrained(folder)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=context)
+    # one layer: its shapes are built, without weights, at every start
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=context, n_layer=1)
     config.save_pretrained(folder)
     return Checkpoint("fake", None, folder, config, "GPT2LMHeadModel", context, VOCABULARY, frozenset({0}), 0)
 

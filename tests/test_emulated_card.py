@@ -16,7 +16,7 @@ import torch
 
 from server.bench.gpu.options import PRECISIONS
 from tests.emulated_card import environment
-from tests.http.test_process import ROOT
+from tests.forked import ROOT
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -21,14 +22,14 @@ from loaders.checkpoint import open_checkpoint
 from loaders.cuda.graph_runner import GraphRunner
 from loaders.errors import PrecisionUnavailable
 from server.bench.figures import Figures
-from server.bench.gpu import check, correctness, kernels, models, rivals, speed, suite, targets
+from server.bench.gpu import budget, check, correctness, kernels, models, rivals, speed, suite, targets
 from server.bench.gpu.budget import another_process
 from server.bench.gpu.options import PARTS, QUICK, parse
 from server.bench.gpu.result import default_file
 from server.bench.session import Row
 from tests import checkpoints
 from tests.fakes import fake_model
-from tests.http.test_process import ROOT
+from tests.forked import ROOT
 from tests.loaders.cuda.test_graph_runner import specified
 from tests.recorded_graphs import RecordedGraphs
 
@@ -114,11 +115,17 @@ def test_gpu_check_needs_none_of_the_servers_packages() -> None:
 def test_a_hanging_part_is_stopped_and_earlier_results_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed, "measure", lambda *_: time.sleep(60))
-    monkeypatch.setattr("server.bench.gpu.budget._GRACE", 17.0)
+    left: list[float] = []
+
+    def hang(*_: object) -> None:
+        left.append(signal.setitimer(signal.ITIMER_REAL, 0.1)[0])  # the rest of the time passes at once
+        time.sleep(600)
+
+    monkeypatch.setattr(speed, "measure", hang)
     file = tmp_path / "gpu.json"
-    arguments = ["--precisions", "fp32", "--parts", "correctness,speed,steady", "--seconds", "30"]
+    arguments = ["--precisions", "fp32", "--parts", "correctness,speed,steady", "--seconds", "1800"]
     assert check.main([*REHEARSAL, *arguments, "--out", str(file)]) == 2
+    assert 0 < left[0] < 1800 - budget._GRACE
     document = json.loads(file.read_text())
     assert not document["complete"]
     assert len(document["correctness"]) == 1

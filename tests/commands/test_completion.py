@@ -32,7 +32,7 @@ def script(capsys: pytest.CaptureFixture[str]) -> str:
 def completed(script: str, words: str) -> list[str]:
     """What Bash offers after ``words`` and a blank."""
     source = BASH.format(script=script, words=words, last=len(words.split()))
-    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=120, check=True)
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
@@ -73,14 +73,14 @@ def test_bash_completes(script: str, words: str, offered: set[str], not_offered:
 @pytest.mark.parametrize("option", ["report --precisions", "precisions --layers"])
 def test_bash_completes_every_name_of_a_list(script: str, option: str, begun: str, offered: set[str]) -> None:
     source = BASH.replace("''", begun).format(script=script, words=f"bitdial {option}", last=3)
-    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=120, check=True)
     assert set(done.stdout.split()) == offered
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_bash_completes_options(script: str) -> None:
     source = BASH.replace("''", "'--kv'").format(script=script, words="bitdial serve", last=2)
-    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=120, check=True)
     assert {line.strip() for line in done.stdout.splitlines()} == {"--kv-cache-memory", "--kv-dtype"}
 
 

@@ -24,6 +24,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces measuring by known step times; loading is real. Records what is measured."""
     names: list[str] = []
     monkeypatch.setattr(planner, "_MOST", 300)
+    monkeypatch.setattr(planner, "_HALVINGS", 6)
 
     async def measure(self: Calibrator, progress: object) -> calibration.Calibration:
         model = self._model

@@ -9,6 +9,7 @@ import pytest
 
 from server.commands.progress import ProgressBars, show_loading
 from server.service.precision_state import LoadProgress
+from tests.conftest import until
 
 
 class Terminal(io.StringIO):
@@ -69,10 +70,10 @@ def test_progress_is_drawn_below_the_log(terminal: Terminal) -> None:
 
     async def watch() -> None:
         task = asyncio.create_task(show_loading(lambda: loading))
-        await asyncio.sleep(0.05)
+        await until(lambda: "50%" in terminal.getvalue())
         logger.warning("something happened")
         loading.clear()
-        await asyncio.sleep(0.2)
+        await until(lambda: terminal.getvalue().endswith("\r"))
         task.cancel()
 
     try:

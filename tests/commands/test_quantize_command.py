@@ -1,8 +1,6 @@
 """``bitdial quantize``: a checkpoint that can be served, the cache, and one line for every mistake."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from loaders.base import Availability
 from loaders.precisions import litert
 from server.__main__ import main
 from tests import checkpoints
-from tests.http.test_process import ROOT, environment
+from tests.forked import running
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ from loaders.precisions import dynamic_int8
 def make(precision, spec, folder, progress):
     (folder / "quantized.safetensors").write_text("half")
     print("begun", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 dynamic_int8.make = make
 from server.__main__ import main
@@ -108,17 +106,12 @@ sys.exit(main(["quantize", "--model", sys.argv[1], "--method", "dynamic-int8", "
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_nothing_is_left(model: str, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "small"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, model, str(out)], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begun\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["small.partial"]
-    process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.endswith("bitdial quantize: interrupted\n")
+    with running(SLOW, model, str(out)) as process:
+        assert process.stdout.readline() == "begun\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["small.partial"]
+        process.send_signal(number)
+        assert process.wait() == 130
+        assert process.stderr().endswith("bitdial quantize: interrupted\n")
     assert [*tmp_path.iterdir()] == []
 
 

@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import re
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,7 +22,7 @@ from server.host import cache
 from server.settings.server import Settings
 from server.tables import Table
 from tests import checkpoints
-from tests.http.test_process import ROOT, bitdial, environment
+from tests.forked import bitdial, completed
 
 
 class Screen(io.StringIO):
@@ -99,20 +98,16 @@ def test_a_commands_own_options_are_no_variables(monkeypatch: pytest.MonkeyPatch
     assert parse(quality.Options, "quality", []).text is None
 
 
-def continued(given: str | None, *arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+def test_a_prompt_from_standard_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--model", str(folder), "--max-new-tokens", "3"]
-    return subprocess.run(
-        [sys.executable, "-m", "server", "generate", *arguments, *options],
-        cwd=ROOT, env=environment(), input=given, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def test_a_prompt_from_standard_input(folder: Path) -> None:
-    given = continued(None, "abc", folder=folder)
-    read = continued("abc\n", folder=folder)
-    assert (given.returncode, read.returncode) == (0, 0)
-    assert given.stdout.startswith("abc")
-    assert read.stdout == given.stdout
+    assert main(["generate", "abc", *options]) == 0
+    given = capsys.readouterr().out
+    assert given.startswith("abc")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\n")))
+    assert main(["generate", *options]) == 0
+    assert capsys.readouterr().out == given
 
 
 @pytest.mark.parametrize(("given", "reason"), [(b"", "is empty"), (b"\xff", "is not UTF-8")])
@@ -146,10 +141,7 @@ from server.__main__ import main
 
 sys.exit(main(["report"]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = completed(script)
     assert done.returncode == 130
     assert "interrupted; what was measured is kept" in done.stderr
 

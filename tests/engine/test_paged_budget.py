@@ -19,7 +19,7 @@ def test_a_waiting_sequence_expires_in_time_while_nothing_runs_here() -> None:
     holder, waiter = FakePagedRunner(2, 256, budget), FakePagedRunner(2, 256, budget)
 
     async def check(holding: Engine, waiting: Engine) -> None:
-        holder.delay = 0.005
+        holder.delay = 0.02
         running = holding.generate(LONG, params(90, ignore_eos=True))
         assert (await anext(running)).id == holder.expected(LONG, 1)[0]
         late = waiting.generate(LONG, params(2), deadline=time.perf_counter() + 0.05)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> Iterator[TestClient]:
     app = create_app(Settings(model_id=str(folder), precisions="fp32,int8", device="cpu", threads=1))
     with TestClient(app) as found:
-        wait_until(lambda: app.state.pool.state("int8").state == "loaded", 30)
+        wait_until(lambda: app.state.pool.state("int8").state == "loaded")
         yield found
 
 
@@ -58,7 +58,7 @@ def test_a_quantization_warning_is_reported_and_logged(
 ) -> None:
     app = create_app(Settings(model_id=str(folder), precisions="fp32,int8", device="cpu", threads=1))
     with caplog.at_level(logging.WARNING), TestClient(app) as client:
-        wait_until(lambda: app.state.pool.state("int8").state == "loaded", 30)
+        wait_until(lambda: app.state.pool.state("int8").state == "loaded")
         answer = client.get("/stats").json()["precisions"]
     expected = (
         "int8 has quantized only 16% of this model's linear weights: expect little of its memory and speed"

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import SamplingParams, Sequence
 from server.evaluation import shadow
-from tests.conftest import Loads, at_rest, entered, until
+from tests.conftest import PATIENCE, Loads, at_rest, entered, until
 from tests.fakes import FakeRunner
 from tests.routes.test_generate import PROMPT
 
@@ -38,7 +38,7 @@ async def shadow_stats(client: httpx.AsyncClient) -> Any:
 
 
 async def compared(client: httpx.AsyncClient, count: int, precision: str = "bf16") -> Any:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while True:
             found = (await shadow_stats(client))["precisions"].get(precision)
             if found and found["requests"]["compared"] >= count:
@@ -147,7 +147,8 @@ def test_a_new_request_interrupts_a_replay_which_is_repeated(make_app: MakeApp, 
             await until(lambda: engine.running)
             await ask(client, tokens=1)
             assert not state._activity.replaying
-            await until(lambda: not engine.running, 0.5)  # its slot is free within a step
+            await until(lambda: not engine.running)
+            assert len(loads.runners["fp32"].held.get(0, [])) < 40  # its slot is free within a step
             loads.runners["fp32"].delay = 0.0
             found = await compared(client, 2)
             assert found["requests"] == {"compared": 2, "dropped": 0, "failed": 0}

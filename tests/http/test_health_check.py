@@ -12,13 +12,13 @@ from fastapi import FastAPI
 
 from server.http import health_check
 from tests.conftest import serving
-from tests.http.test_process import ROOT, environment
+from tests.forked import ROOT, environment
 
 
 def run(**variables: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "server.http.health_check"],
-        cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=30, check=False,
+        cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 

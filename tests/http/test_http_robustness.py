@@ -20,7 +20,7 @@ from server.http.responses import error_response
 from server.http.route_facts import RouteTable
 from server.http.streaming import EventStream
 from server.settings.server import Settings
-from tests.conftest import Loads, serving, wait_until
+from tests.conftest import PATIENCE, Loads, serving, wait_until
 from tests.routes.test_generate import PROMPT, greedy
 
 JSON = {"content-type": "application/json"}
@@ -205,13 +205,14 @@ def test_a_client_that_leaves_frees_its_place(
         wait_until(lambda: runner.held)
         assert service.places.in_flight == 1
         rude.close()
-        wait_until(lambda: service.places.in_flight == 0 and not runner.held, seconds=2)
+        wait_until(lambda: service.places.in_flight == 0 and not runner.held)
+        assert len(runner.batches) < 190  # of 200: it was not computed to its end
 
 
 def test_a_slow_body_is_cut_off(make_app: Callable[..., FastAPI]) -> None:
     with serving(make_app(receive_timeout=0.3)) as address:
         slow = send(address, "/generate", b'{"inp', declared=100)
-        slow.settimeout(5)
+        slow.settimeout(PATIENCE)
         assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
         slow.close()
 

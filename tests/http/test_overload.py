@@ -12,7 +12,7 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
-from tests.conftest import Loads, at_rest, entered, serving, until, wait_until
+from tests.conftest import PATIENCE, Loads, at_rest, entered, serving, until, wait_until
 from tests.fakes import FakeRunner
 from tests.http.test_http_robustness import send
 from tests.routes.test_generate import PROMPT, events, greedy
@@ -31,7 +31,7 @@ class Gate:
         runner.on_prefill = lambda slot, ids: self.prompts.append(list(ids))
 
     def _wait(self) -> None:
-        assert self.opened.wait(10)
+        assert self.opened.wait(PATIENCE)
 
 
 def test_a_full_queue_refuses_before_reading_the_body(make_app: MakeApp, loads: Loads) -> None:
@@ -153,7 +153,7 @@ def test_a_deadline_in_the_queue_is_a_504_without_computation(
             running = asyncio.create_task(client.post("/generate_stream", json=stream))
             await until(lambda: gate.prompts)
             waiting = asyncio.create_task(client.post(path, json={"prompt": "second"}))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1)
             assert app.state.pool.state("fp32").engine.waiting == 1
             gate.opened.set()
             late = await waiting
@@ -166,7 +166,7 @@ def test_a_deadline_in_the_queue_is_a_504_without_computation(
             assert 1 < len(cut) < 50
             await at_rest(app, client)
 
-    app = make_app(max_batch_size=1, request_timeout=0.4)
+    app = make_app(max_batch_size=1, request_timeout=0.8)
     asyncio.run(main())
 
 
@@ -190,6 +190,7 @@ def test_a_request_that_would_be_late_is_not_admitted(make_app: MakeApp, loads: 
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert "within 1.5 s" in refused.text
             assert app.state.pool.state("fp32").engine.waiting == 0
+            runner.delay = 0
             await running
             assert prompts == [app.state.default.codec.encode("first")]
             await at_rest(app, client)
@@ -204,7 +205,7 @@ def test_a_client_that_leaves_the_queue_is_never_computed(make_app: MakeApp, loa
     with serving(app) as address:
         gate, engine = Gate(loads.runners["fp32"]), app.state.pool.state("fp32").engine
         staying = send(address, "/generate", json.dumps({"inputs": "first", "max_new_tokens": 5}).encode())
-        staying.settimeout(10)
+        staying.settimeout(PATIENCE)
         wait_until(lambda: gate.prompts)
         leaving = send(address, path, json.dumps({"inputs": "second"}).encode())
         wait_until(lambda: engine.waiting == 1)

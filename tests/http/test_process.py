@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import re
 import socket
 import subprocess
@@ -11,16 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def environment() -> dict[str, str]:
-    keep = {
-        name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "PYTHONPATH")
-    }
-    return {**keep, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+from tests import checkpoints, forked
+from tests.forked import ROOT, environment
 
 
 def bitdial(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -70,7 +61,7 @@ def test_generate_continues_files_and_prints_json(folder: Path, tmp_path: Path) 
     for file, text in zip(files, ("abc\n", "xyz"), strict=True):
         file.write_text(text)
     options = ("--model", str(folder), "--max-new-tokens", "3", "--file", ",".join(map(str, files)))
-    shown, told = bitdial("generate", *options), bitdial("generate", *options, "--json")
+    shown, told = forked.bitdial("generate", *options), forked.bitdial("generate", *options, "--json")
     first, second = map(json.loads, told.stdout.splitlines())
     assert [first["file"], second["file"]] == [*map(str, files)]
     assert (first["prompt_tokens"], first["generated_tokens"], len(first["token_ids"])) == (3, 3, 3)

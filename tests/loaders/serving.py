@@ -31,7 +31,7 @@ class ServingContract:
         )
         app = create_app(settings)
         with TestClient(app) as client:
-            wait_until(lambda: app.state.pool.state(precision).state == "loaded", 30)
+            wait_until(lambda: app.state.pool.state(precision).state == "loaded")
             reply = client.post("/generate", json={"inputs": "the rain", "parameters": options}).json()
             stats: Any = client.get("/stats?layers=true").json()["precisions"][precision]
         assert [token["id"] for token in reply["details"]["tokens"]] == expected

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -16,6 +17,7 @@ def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_MOST", 800)
 
 
+@cache
 def plan(rate: float, objectives: Objectives) -> Choice | Impossible:
     return Planner(calibration(), SHAPE.at(rate), objectives, Replica(1), Frontend()).plan()
 
@@ -87,7 +89,10 @@ def test_costs_are_those_of_the_generated_tokens() -> None:
     assert one.cost_per_million_tokens(2.0, 32) == pytest.approx(3 * 2.0 / (40 * 32 * 3600 / 1e6))
 
 
-@pytest.mark.parametrize("noise", [(1.0,), (1.0, 1.0, 1.0, 2.5)])
+@pytest.mark.parametrize(
+    "noise",
+    [pytest.param((1.0,), marks=pytest.mark.slow, id="none"), pytest.param((1.0, 1.0, 1.0, 2.5), id="some")],
+)
 def test_no_objective_that_is_tighter_needs_fewer_replicas(noise: tuple[float, ...]) -> None:
     def replicas(rate: float, ttft: float, itl: float) -> int:
         found = Planner(

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.routes.openai.test_openai import TEMPLATE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-OPEN_SECONDS = 20
+SECONDS = 30.0  # until an action or an expectation fails; playwright's are 30 and 5
+expect.set_options(timeout=1000 * SECONDS)
 Open = Callable[..., Page]
 
 
@@ -49,7 +50,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
         context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(1000 * OPEN_SECONDS)
+        page.set_default_timeout(1000 * SECONDS)
 
         def log(text: str) -> None:
             if not any(part in text for part in expected):

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETTINGS = {"precisions": "fp32,dynamic-int8", "device": "cpu", "threads": 1}
@@ -76,7 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             started = Cluster(f"http://127.0.0.1:{port}")
             started.deploy()
-            wait_until(lambda: httpx.get(f"{started.address}/health").status_code == 200, 30)
+            wait_until(lambda: httpx.get(f"{started.address}/health", timeout=PATIENCE).status_code == 200)
             yield started
         finally:
             serve.shutdown()

@@ -84,7 +84,7 @@ def single() -> Iterator[httpx.Client]:
         serving(create_app(Settings(**SETTINGS))) as address,  # type: ignore[arg-type]
         httpx.Client(base_url=address, timeout=60) as client,
     ):
-        wait_until(lambda: client.get("/precisions").text.count('"loaded"') >= 2, 30)
+        wait_until(lambda: client.get("/precisions").text.count('"loaded"') >= 2)
         yield client
 
 

@@ -17,7 +17,7 @@ import loaders
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress, ignore_progress
 from loaders.errors import CheckpointError, OutOfMemory
 from server.host import memory
-from tests.conftest import Loads, at_rest, entered, serving, until, wait_until
+from tests.conftest import PATIENCE, Loads, at_rest, entered, serving, until, wait_until
 from tests.http.test_http_robustness import send
 from tests.routes.test_generate import PROMPT, ask, events, greedy
 
@@ -37,7 +37,7 @@ class Held(Loads):
             self.begun.set()
             for step in range(3):
                 progress("quantizing", step + 1, 3)
-            assert self.go.wait(10)
+            assert self.go.wait(PATIENCE)
         return super().__call__(precision, spec, progress)
 
 
@@ -80,13 +80,16 @@ def test_loading_streams_its_progress_and_ends_ready(client: TestClient, loads: 
 
 def test_progress_comes_while_it_loads(make_app: MakeApp, loads: Held) -> None:
     app = make_app()
-    with serving(app) as address, httpx.stream("POST", f"{address}/precisions/int8/load") as reply:
+    with (
+        serving(app) as address,
+        httpx.stream("POST", f"{address}/precisions/int8/load", timeout=PATIENCE) as reply,
+    ):
         lines = (json.loads(line[6:]) for line in reply.iter_lines() if line)
         seen = next(event for event in lines if event["progress"]["current"] == 3)
         assert (seen["stage"], seen["progress"]["total"]) == ("quantizing", 3)
-        rows = httpx.get(f"{address}/precisions").json()
+        rows = httpx.get(f"{address}/precisions", timeout=PATIENCE).json()
         assert next(row["state"] for row in rows if row["name"] == "int8") == "loading"
-        assert httpx.get(f"{address}/health").status_code == 200
+        assert httpx.get(f"{address}/health", timeout=PATIENCE).status_code == 200
         loads.go.set()
         assert list(lines)[-1] == {"status": "ready"}
 
@@ -263,7 +266,7 @@ def test_a_missing_body_does_not_break_a_running_response(
     app = make_app(receive_timeout=0.2)
     with serving(app) as address:
         slow = send(address, "/precisions/int8/load", b"", declared=10)
-        slow.settimeout(10)
+        slow.settimeout(PATIENCE)
         wait_until(loads.begun.is_set)
         time.sleep(0.5)
         loads.go.set()

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from server.engine.sequence import Token
 from server.engine.token_stream import TokenStream
 from server.errors import ServiceError
-from tests.conftest import Loads, at_rest, entered, until
+from tests.conftest import PATIENCE, Loads, at_rest, entered, until
 from tests.fakes import FakeRunner
 from tests.routes.test_generate import PROMPT
 
@@ -165,7 +165,7 @@ async def nothing_is_held(app: FastAPI, tasks: set[asyncio.Task[Any]], case: obj
         ]
 
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while any(held()):
                 await asyncio.sleep(0.0005)
     except TimeoutError:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.service.text.codec import TokenSpan
-from tests.conftest import at_rest, entered, serving, until, wait_until
+from tests.conftest import PATIENCE, at_rest, entered, serving, until, wait_until
 from tests.http.connection.test_slow_clients import connected, request_for, still_serves
 from tests.routes.test_generate import PROMPT
 from tests.routes.test_places import Client
@@ -40,7 +40,7 @@ def test_a_long_text_delays_no_request_and_takes_a_place(
 
     def slowly(text: str) -> Iterator[TokenSpan]:
         begun.set()
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         yield TokenSpan(1, text, 0, len(text))
 
     async def main() -> None:
@@ -89,7 +89,7 @@ def test_a_client_that_leaves_while_its_text_is_tokenized(make_app: Callable[...
 
     def slowly(text: str) -> Iterator[TokenSpan]:
         begun.set()
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         yield TokenSpan(1, text, 0, len(text))
 
     async def main() -> None:

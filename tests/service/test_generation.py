@@ -25,7 +25,7 @@ from server.service.precision_state import Lease, PrecisionState
 from server.service.text.codec import TextCodec
 from server.settings.server import Settings
 from tests.checkpoints import byte_tokenizer
-from tests.conftest import until
+from tests.conftest import PATIENCE, until
 from tests.fakes import FakeRunner, Outcomes, fake_checkpoint, fake_model
 
 
@@ -243,7 +243,7 @@ def test_a_slow_reader_gets_all_available_text_at_once(tmp_path: Path) -> None:
         gate = threading.Event()
 
         def held(slots: Sequence[int]) -> None:
-            gate.wait(10)
+            gate.wait(PATIENCE)
 
         house.runner.on_decode = held
         continuation = await open_one(house, GenerationRequest(prompt=[65, 66], max_new_tokens=12))

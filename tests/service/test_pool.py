@@ -79,7 +79,7 @@ def test_fifty_first_requests_are_one_load_off_the_event_loop(tmp_path: Path) ->
         ticker.cancel()
         assert loads.names == ["int8"]
         assert threading.get_ident() not in loads.threads
-        assert ticks >= 5
+        assert ticks >= 3  # of 20
         assert pool.state("int8").state == "loaded"
 
     with_pool(tmp_path, check)
@@ -192,10 +192,7 @@ def test_progress_is_reported_and_unloading_closes(tmp_path: Path) -> None:
 def test_start_loads_the_default_first(tmp_path: Path) -> None:
     async def check(pool: Pool, loads: Loads) -> None:
         pool.start()
-        for _ in range(200):
-            if len(loads.names) == 3 and pool.state("fp16").state == "loaded":
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: len(loads.names) == 3 and pool.state("fp16").state == "loaded")
         assert loads.names == ["nf4", "bf16", "fp16"]
 
     with_pool(tmp_path, check, precision="4bit", precisions="bf16,fp16")

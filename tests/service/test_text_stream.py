@@ -13,6 +13,7 @@ from server.service.continuation import Continuation
 from server.service.text.codec import TextCodec
 from server.service.text_stream import Piece, TextStream
 from tests.checkpoints import byte_tokenizer
+from tests.conftest import PATIENCE
 
 CODEC = TextCodec(byte_tokenizer())
 PROMPT = CODEC.encode("In")
@@ -40,7 +41,7 @@ class Source:
 
 def run(test: Callable[[Source], Awaitable[None]]) -> None:
     async def main() -> None:
-        await asyncio.wait_for(test(Source()), 10)
+        await asyncio.wait_for(test(Source()), PATIENCE)
 
     asyncio.run(main())
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.commands.chat.conftest import Talk
-from tests.conftest import Loads, wait_until
+from tests.conftest import PATIENCE, Loads, wait_until
 
 TalkTo = Callable[..., Talk]
 Serve = Callable[..., str]
@@ -20,7 +20,7 @@ def answer(url: str, *said: str, tokens: int = 6, precision: str = "fp32", syste
     if system:
         messages.insert(0, {"role": "system", "content": system})
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "precision": precision}
-    told = httpx.post(f"{url}/v1/chat/completions", json=body).json()
+    told = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE).json()
     return str(told["choices"][0]["message"]["content"])
 
 
@@ -151,7 +151,7 @@ def test_a_conversation_beyond_the_context_is_an_error_and_goes_on(url: str, tal
 def test_a_model_without_template_continues_each_message(serve: Serve, talk: TalkTo) -> None:
     url = serve()
     body = {"prompt": "hello", "max_tokens": 6, "temperature": 0}
-    told = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]["text"]
+    told = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE).json()["choices"][0]["text"]
     done = talk("hello", "hello", "/system Be kind.", url=url, max_new_tokens=6)
     assert done.out == f"{told}\n" * 2
     assert "no chat template, and so no system message" in done.err

@@ -16,7 +16,7 @@ import pytest
 
 from tests import checkpoints
 from tests.conftest import Loads, wait_until
-from tests.http.test_process import ROOT, environment
+from tests.forked import ROOT, environment
 
 SECONDS = 120  # a busy host takes this long to import everything twice
 INTERRUPT, END = "\x03", "\x04"
@@ -145,7 +145,7 @@ def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
         screen.type("abc\r")
         screen.wait_for(r"\[fp32: \d tokens")
         screen.process.kill()
-        _, alive = psutil.wait_procs(servers, timeout=10)
+        _, alive = psutil.wait_procs(servers, timeout=SECONDS)
         assert not alive
     assert not (tmp_path / "bitdial").exists()
 

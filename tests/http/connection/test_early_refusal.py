@@ -27,7 +27,7 @@ from server.http.middleware import RequestContext
 from server.http.redaction import Redaction
 from server.http.route_facts import RouteTable
 from server.settings.server import Settings
-from tests.conftest import Loads, serving, until, wait_until
+from tests.conftest import PATIENCE, Loads, serving, until, wait_until
 from tests.http.connection.test_slow_clients import connected, received, request_for, status_of
 from tests.http.test_overload import Gate
 from tests.routes.test_generate import PROMPT, greedy
@@ -45,7 +45,9 @@ def full(app: FastAPI, loads: Loads) -> Iterator[str]:
         gate, headers = Gate(loads.runners["fp32"]), {"authorization": "Bearer secret"}
         held: list[httpx.Response] = []
         client = threading.Thread(
-            target=lambda: held.append(httpx.post(f"{address}/generate", json=BODY, headers=headers))
+            target=lambda: held.append(
+                httpx.post(f"{address}/generate", json=BODY, headers=headers, timeout=PATIENCE)
+            )
         )
         client.start()
         try:
@@ -108,7 +110,7 @@ def test_a_refusal_never_reaches_the_framework(
         elif b"connection" in headers:  # the request arrived before its connection was accepted
             assert headers[b"connection"] == b"close"
             assert received(connection) == b""
-        counted = httpx.get(f"{address}/metrics").text
+        counted = httpx.get(f"{address}/metrics", timeout=PATIENCE).text
         of_a_generation = 'outcome="overloaded",precision="unread"} 1.0' in counted
         assert of_a_generation == (path != "/tokenize")
 
@@ -139,7 +141,9 @@ def test_keys_and_sizes_are_checked_before_places(make_app: MakeApp, loads: Load
             assert status_of(head) == status
             assert (b"www-authenticate: Bearer".lower() in head.lower()) == (status == 401)
             assert payload["request_id"].encode() in head
-        counted = httpx.get(f"{address}/metrics", headers={"authorization": "Bearer secret"}).text
+        counted = httpx.get(
+            f"{address}/metrics", headers={"authorization": "Bearer secret"}, timeout=PATIENCE
+        ).text
         assert 'outcome="overloaded",precision="unread"} 1.0' in counted
 
 
@@ -167,7 +171,9 @@ def test_a_head_that_is_not_plain_is_parsed_by_h11(
 def test_a_web_page_is_refused_with_the_headers_that_it_needs(make_app: MakeApp, loads: Loads) -> None:
     app = make_app(max_concurrent_requests=1, cors_allow_origin="https://a.example")
     with full(app, loads) as address:
-        refused = httpx.post(f"{address}/generate", json=BODY, headers={"Origin": "https://a.example"})
+        refused = httpx.post(
+            f"{address}/generate", json=BODY, headers={"Origin": "https://a.example"}, timeout=PATIENCE
+        )
         assert refused.status_code == 429
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
 

@@ -16,18 +16,18 @@ from tests.conftest import Loads
 from tests.http.test_http_robustness import JSON, still_serves
 from tests.routes.test_generate import PROMPT
 
-QUICK = 0.05  # seconds for a response without computation
+QUICK = 0.15  # CPU seconds for a response without computation
 MANY_STOPS = ["ab"] * 100_000
 MANY_FIELDS = {str(field): [1] for field in range(30_000)}
 
 
 def quickest(client: TestClient, path: str, body: Any) -> tuple[float, Any]:
-    """The shortest of three times, since the machine may be busy; and the response."""
+    """The shortest of three times in CPU seconds, since the machine may be busy; and the response."""
     raw, best = json.dumps(body).encode(), float("inf")
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = time.process_time()
         reply = client.post(path, content=raw, headers=JSON)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.process_time() - begun)
     return best, reply
 
 
@@ -64,7 +64,7 @@ def test_too_large_values_are_refused_immediately(
 def test_a_prompt_of_600_000_ids(client: TestClient) -> None:
     seconds, reply = quickest(client, "/v1/completions", {"prompt": [1] * 600_000})
     assert reply.json()["error"]["code"] == "context_length_exceeded"
-    assert seconds < 10 * QUICK
+    assert seconds < 5 * QUICK
     still_serves(client)
 
 

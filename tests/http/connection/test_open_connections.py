@@ -21,9 +21,10 @@ from server.http.connection.open_files import most_connections
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.commands.test_signals import SERVE
-from tests.conftest import Loads, serving, wait_until
+from tests.conftest import PATIENCE, Loads, serving, wait_until
+from tests.forked import ROOT, environment
 from tests.http.connection.test_slow_clients import connected, received, request_for, status_of, still_serves
-from tests.http.test_process import ROOT, ask, environment
+from tests.http.test_process import ask
 
 MakeApp = Callable[..., FastAPI]
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -258,7 +259,7 @@ def test_a_process_survives_running_out_of_files(
     def flooded_with_idle_connections() -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(150):
-                one = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+                one = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
                 with contextlib.suppress(OSError):  # closed to make room
                     one.sendall(b"G")  # silent ones stay in the accept queue for a while
             assert ask(port, "GET", "/health/live")[0] == 200

@@ -1,4 +1,5 @@
-"""While requests are refused, sockets wait for the loop's next wake-up by a thread, for a bounded time."""
+"""While requests are refused, sockets wait for the loop's next wake-ufrom tests.conftest import PATIENCE
+p by a thread, for a bounded time."""
 
 import asyncio
 import contextlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from server.http.connection.refusing_selector import RefusingSelector
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")
 
@@ -108,7 +110,7 @@ def test_an_event_loop_on_it_serves_sockets_threads_and_timers() -> None:
             thread = threading.Timer(0.01, loop.call_soon_threadsafe, (events.append, "thread"))
             thread.start()
             ours.send(b"s")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 await ends.wait()
             loop.remove_reader(reader)
             thread.join()

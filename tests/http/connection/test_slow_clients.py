@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from server.http.connection.framing import HEAD_BYTES
-from tests.conftest import Loads, serving, wait_until
+from tests.conftest import PATIENCE, Loads, serving, wait_until
 from tests.routes.test_generate import PROMPT, greedy
 
 MakeApp = Callable[..., FastAPI]
@@ -32,7 +32,7 @@ def connected(address: str, receive_buffer: int | None = None) -> Iterator[socke
     with socket.socket() as connection:
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE)
         connection.connect((where.hostname, where.port))
         yield connection
 
@@ -48,7 +48,7 @@ def received(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def trickle(connection: socket.socket, parts: Iterator[bytes], seconds: float = 10) -> bytes:
+def trickle(connection: socket.socket, parts: Iterator[bytes], seconds: float = PATIENCE) -> bytes:
     """Sends part by part, slowly, until the server closes the connection; returns its response."""
     end = time.monotonic() + seconds
     said = b""
@@ -74,7 +74,7 @@ def status_of(reply: bytes) -> int:
 
 
 def still_serves(address: str, app: FastAPI) -> None:
-    reply = httpx.post(f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 3})
+    reply = httpx.post(f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 3}, timeout=PATIENCE)
     assert reply.json()["generated_text"] == greedy(3)
     assert app.state.service.places.in_flight == 0
 
@@ -115,9 +115,9 @@ def test_a_silent_connection_is_closed_without_a_response(make_app: MakeApp) -> 
 
 def test_an_idle_connection_is_kept_for_the_keep_alive_time(make_app: MakeApp) -> None:
     request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-    app = make_app(receive_timeout=0.1)
-    with serving(app, timeout_keep_alive=1) as address, connected(address) as connection:
-        for pause in (0, 0.4):
+    app = make_app(receive_timeout=0.4)
+    with serving(app, timeout_keep_alive=2) as address, connected(address) as connection:
+        for pause in (0, 0.8):
             time.sleep(pause)  # longer than a head may take to arrive
             connection.sendall(request)
             said = b""
@@ -129,10 +129,11 @@ def test_an_idle_connection_is_kept_for_the_keep_alive_time(make_app: MakeApp) -
 
 def test_a_slow_answer_is_not_cut(make_app: MakeApp, loads: Loads) -> None:
     loads.prepare = lambda runner: setattr(runner, "delay", 0.02)
-    with serving(make_app(receive_timeout=0.2)) as address:
+    with serving(make_app(receive_timeout=0.4)) as address:
         body = {"inputs": PROMPT, "max_new_tokens": 40}
-        assert httpx.post(f"{address}/generate", json=body).json()["generated_text"] == greedy(40)
-        stream = httpx.post(f"{address}/generate_stream", json=body).text
+        reply = httpx.post(f"{address}/generate", json=body, timeout=PATIENCE)
+        assert reply.json()["generated_text"] == greedy(40)
+        stream = httpx.post(f"{address}/generate_stream", json=body, timeout=PATIENCE).text
         assert json.loads(stream.strip().rpartition("data: ")[2])["generated_text"] == greedy(40)
 
 
@@ -152,7 +153,9 @@ def test_a_reader_that_stops_is_cut_off_and_its_batch_continues(make_app: MakeAp
         body = {"inputs": "z", "max_new_tokens": 250, "top_n_tokens": 5, "ignore_eos": True}
         stopped.sendall(request_for("/generate_stream", body))
         wait_until(lambda: runner.held)
-        mate = httpx.post(f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 200}, timeout=30)
+        mate = httpx.post(
+            f"{address}/generate", json={"inputs": PROMPT, "max_new_tokens": 200}, timeout=PATIENCE
+        )
         assert mate.json()["generated_text"] == greedy(200)
         wait_until(lambda: app.state.service.places.in_flight == 0 and not runner.held)
         assert longest < 250, "it was computed to its end after the client had left"
@@ -174,7 +177,7 @@ def test_an_unread_response_does_not_hold_its_connection(make_app: MakeApp, head
     with serving(app, send_buffer=4096) as address, connected(address, 4096) as stopped:
         stopped.sendall(request_for("/v1/completions", body, *headers))
         stopped.recv(1, socket.MSG_PEEK)  # the answer has begun
-        time.sleep(1.5)
+        wait_until(lambda: app.state.service.places.in_flight == 0)  # it was cut off
         head, _, content = received(stopped).partition(b"\r\n\r\n")
         declared = int(head.lower().split(b"content-length: ")[1].split()[0])
         assert len(content) < declared
@@ -260,4 +263,5 @@ def test_forwarded_addresses_and_upgrades_change_nothing(make_app: MakeApp) -> N
     forged = {"X-Forwarded-For": "9.9.9.9", "X-Forwarded-Proto": "https"}
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
     with serving(app) as address:
-        assert httpx.get(f"{address}/who", headers=forged | upgrade).json() == ["127.0.0.1", "http"]
+        told = httpx.get(f"{address}/who", headers=forged | upgrade, timeout=PATIENCE)
+        assert told.json() == ["127.0.0.1", "http"]

@@ -13,6 +13,7 @@ from loaders.artifacts.prepare import NotKept
 from loaders.base import ModelSpec, Progress, ignore_progress
 from loaders.texts.calibration import CalibrationError
 from tests import checkpoints
+from tests.conftest import PATIENCE
 
 RECIPE = Recipe("int4", {"format": 1, "group": 32}, ("torch",))
 
@@ -129,7 +130,7 @@ def test_another_thread_waits_and_makes_nothing(spec: ModelSpec) -> None:
 
     def slow(folder: Path, progress: Progress) -> None:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE)
         first(folder, progress)
 
     def waiting(stage: str, current: int, total: int) -> None:
@@ -138,7 +139,7 @@ def test_another_thread_waits_and_makes_nothing(spec: ModelSpec) -> None:
 
     one = threading.Thread(target=prepare, args=(spec, RECIPE, slow, ignore_progress))
     one.start()
-    assert begun.wait(30)
+    assert begun.wait(PATIENCE)
     prepare(spec, RECIPE, second, waiting)
     one.join()
     assert (first.made, second.made, stages[0]) == (1, 0, "waiting for another process")

@@ -1,4 +1,5 @@
-"""The order of CUDA calls in a capture, recorded by a fake of ``torch.cuda``."""
+"""The order of CUDA calls in a capture, recorded by a fake of ``torch.cfrom tests.conftest import PATIENCE
+uda``."""
 
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 
 from loaders.cuda import cuda_graphs
 from loaders.cuda.cuda_graphs import CudaGraphs, forget, release_unused
+from tests.conftest import PATIENCE
 
 DEVICE = torch.device("cuda", 0)
 
@@ -158,19 +160,19 @@ def test_graphs_are_not_freed_while_another_thread_captures(cuda: Cuda) -> None:
 
     def work() -> None:
         capturing.set()
-        finish.wait(10)
+        finish.wait(PATIENCE)
 
     replays: dict[Any, Any] = {"a step": lambda: None}
     thread = threading.Thread(target=lambda: CudaGraphs(DEVICE).capture(work))
     thread.start()
-    capturing.wait(10)
+    capturing.wait(PATIENCE)
     other = threading.Thread(target=forget, args=(replays,))
     other.start()
     other.join(0.2)
     assert replays
     finish.set()
     for one in (thread, other):
-        one.join(10)
+        one.join(PATIENCE)
     assert not replays
 
 
@@ -200,16 +202,16 @@ def test_memory_is_not_released_while_another_thread_captures(cuda: Cuda) -> Non
 
     def work() -> None:
         capturing.set()
-        finish.wait(10)
+        finish.wait(PATIENCE)
 
     thread = threading.Thread(target=lambda: CudaGraphs(DEVICE).capture(work))
     thread.start()
-    capturing.wait(10)
+    capturing.wait(PATIENCE)
     other = threading.Thread(target=release_unused)
     other.start()
     other.join(0.2)
     assert "gives back" not in cuda.calls
     finish.set()
     for one in (thread, other):
-        one.join(10)
+        one.join(PATIENCE)
     assert cuda.calls[-2:] == ["host waits for 0", "gives back"]

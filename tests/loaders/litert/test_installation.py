@@ -116,7 +116,7 @@ def test_two_at_once_install_it_once(python: Python, tmp_path: Path) -> None:
     ]
     for thread in threads:
         thread.start()
-    wait_until(lambda: "waiting for another process" in stages, 60)
+    wait_until(lambda: "waiting for another process" in stages)
     (tmp_path / "go").touch()
     for thread in threads:
         thread.join()

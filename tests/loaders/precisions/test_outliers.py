@@ -51,7 +51,10 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save(bundled(), tmp_path_factory.mktemp("usual"))
 
 
-@pytest.fixture(scope="module", params=[20, 50, 100])
+_WEAKER = [pytest.param(factor, marks=pytest.mark.slow) for factor in (20, 50)]
+
+
+@pytest.fixture(scope="module", params=[*_WEAKER, 100])
 def rescaled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same function: two channels of every norm times a factor, the weights after them divided by it."""
     model, factor = bundled(), request.param

@@ -29,7 +29,7 @@ def client(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tes
     folder = checkpoints.save(model, tmp_path_factory.mktemp("tiny"))
     app = create_app(Settings(model_id=str(folder), precisions="fp32,nf4", device="cpu", threads=1))
     with TestClient(app) as found:
-        wait_until(lambda: app.state.pool.state("nf4").state == "loaded", 30)
+        wait_until(lambda: app.state.pool.state("nf4").state == "loaded")
         yield found
 
 

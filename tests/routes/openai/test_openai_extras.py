@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from server.bench.gpu.models import END
 from tests.checkpoints import byte_tokenizer
-from tests.conftest import Loads, serving
+from tests.conftest import PATIENCE, Loads, serving
 from tests.routes.openai.test_openai import chunks, complete
 from tests.routes.test_generate import PROMPT, greedy
 
@@ -331,5 +331,5 @@ def test_a_real_socket_s_own_address(make_client: Callable[..., TestClient], mak
 
     with serving(make_app()) as address:
         body = {"model": f"{address}/v1", "prompt": PROMPT, "temperature": 0, "max_tokens": 2}
-        reply = httpx.post(f"{address}/v1/completions", json=body)
+        reply = httpx.post(f"{address}/v1/completions", json=body, timeout=PATIENCE)
         assert reply.json()["choices"][0]["text"] == greedy(2)

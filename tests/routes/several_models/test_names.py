@@ -13,7 +13,7 @@ from loaders.base import LoadedModel, ModelSpec, Progress, ignore_progress
 from server.app import create_app
 from server.served_model import Wanted
 from server.settings.server import Settings
-from tests.conftest import serving
+from tests.conftest import PATIENCE, serving
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
 NAMES = ["plain", "owner/one", "my model", "modèle", "模型", "100%", "a%2Fb", "q?a=b&c#d", "int8", "x:y",
@@ -49,14 +49,15 @@ def test_it_is_named_in_path_query_and_body(address: str, name: str) -> None:
     body, text = {"inputs": "x", "max_new_tokens": 3}, says(name)
     in_path, encoded = quote(name), quote(name, safe="")
     for path in (in_path, encoded):
-        answer = httpx.post(f"{address}/models/{path}/generate", json=body).json()
+        answer = httpx.post(f"{address}/models/{path}/generate", json=body, timeout=PATIENCE).json()
         assert (answer["generated_text"], answer["precision"]) == (text, "fp32")
-        precise = httpx.post(f"{address}/models/{path}:bf16/generate", json=body).json()
+        precise = httpx.post(f"{address}/models/{path}:bf16/generate", json=body, timeout=PATIENCE).json()
         assert (precise["generated_text"], precise["precision"]) == (text, "bf16")
-    assert httpx.post(f"{address}/generate?model={encoded}", json=body).json()["generated_text"] == text
+    answer = httpx.post(f"{address}/generate?model={encoded}", json=body, timeout=PATIENCE).json()
+    assert answer["generated_text"] == text
     for path in ("stats", "info", "precisions", "health/ready"):
-        assert httpx.get(f"{address}/{path}?model={encoded}").status_code == 200, path
-    assert httpx.get(f"{address}/stats?model={encoded}").json()["model"]["id"] == name
+        assert httpx.get(f"{address}/{path}?model={encoded}", timeout=PATIENCE).status_code == 200, path
+    assert httpx.get(f"{address}/stats?model={encoded}", timeout=PATIENCE).json()["model"]["id"] == name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.service.text.encoding_threads import EncodingThreads
-from tests.conftest import at_rest, entered, until
+from tests.conftest import PATIENCE, at_rest, entered, until
 from tests.routes.test_places import TEMPLATE, Client
 
 MakeApp = Callable[..., FastAPI]
@@ -105,7 +105,7 @@ class Gate:
             found: list[int] = self._encode(text, *rest)
             return found
         self.begun += 1
-        assert self.opened.wait(20)
+        assert self.opened.wait(PATIENCE)
         return [65, 66]
 
 
@@ -145,7 +145,7 @@ def test_the_deadline_covers_encoding(make_app: MakeApp) -> None:
             asked = [client.post("/generate", json={"inputs": LONG}) for _ in range(2)]
             asked += [client.post("/v1/completions", json={"prompt": LONG})]
             asked += [client.post("/tokenize", json={"inputs": "abc"})]
-            app.state.default.codec.tokenize = lambda text: gate.opened.wait(20) or iter(())
+            app.state.default.codec.tokenize = lambda text: gate.opened.wait(PATIENCE) or iter(())
             replies = await asyncio.gather(*asked)
             assert [reply.status_code for reply in replies] == [504] * 4
             assert replies[0].json()["error_type"] == "timeout"
