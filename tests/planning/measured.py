@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from server.planning.calibration import Calibration
+import pytest
+
+from server.planning import planner
+from server.planning.calibration import Calibration, Calibrator
 from server.planning.step_times import Cell, StepTimes
 
 ROWS, CHUNKS, BUSY = (1, 2, 4, 8, 16), (16, 32, 64, 128), 16
@@ -28,3 +31,19 @@ def step_times(noise: Sequence[float] = (1.0,), mixed: bool = True) -> StepTimes
 
 def calibration(precision: str = "fp32", noise: Sequence[float] = (1.0,)) -> Calibration:
     return Calibration(precision, 10_000_000, 1000.0, 0.5, True, BUSY, cells(noise))
+
+
+def instead_of_measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """These step times, of models that are really loaded. Returns a list that gets the measured precisions."""
+    names: list[str] = []
+    monkeypatch.setattr(planner, "_MOST", 300)
+    monkeypatch.setattr(planner, "_HALVINGS", 6)
+
+    async def measure(self: Calibrator, progress: object) -> Calibration:
+        model = self._model
+        names.append(model.precision)
+        model.close()
+        return calibration(model.precision)
+
+    monkeypatch.setattr(Calibrator, "measure", measure)
+    return names
