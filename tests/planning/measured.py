@@ -34,7 +34,7 @@ def calibration(precision: str = "fp32", noise: Sequence[float] = (1.0,)) -> Cal
 
 
 def instead_of_measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """These step times, of models that are really loaded. Returns a list that gets the measured precisions."""
+    """These step times, of models that are really loaded. Returns a list that gets their precisions."""
     names: list[str] = []
     monkeypatch.setattr(planner, "_MOST", 300)
     monkeypatch.setattr(planner, "_HALVINGS", 6)
