@@ -1,4 +1,4 @@
-"""A server under Poisson arrivals, in turn with the calibration of its step times.
+"""A server, in turn with the calibration of its step times: what HTTP adds, and Poisson arrivals.
 
 The speed of a shared host drifts within minutes by more than what is to be told apart. So each round of the
 calibration is followed by a segment of the load, and both meet the same host on average. The server computes
@@ -9,8 +9,8 @@ import asyncio
 import os
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import psutil
 
@@ -22,20 +22,23 @@ from server.bench.http.own_server import own_server
 from server.bench.http.texts import Texts
 from server.host.threads import run_in_own_thread
 from server.planning.calibration import SLOTS, Calibration, Calibrator
+from server.planning.frontend import FrontendRounds
 from server.planning.simulation import WARM_UP, Served, Simulated, poisson
 from server.planning.step_times import ROUNDS
-from server.planning.workload import Replica
+from server.planning.workload import Frontend, Replica
 from server.settings.model import ModelSettings
+
+Ask = Callable[[], Awaitable[None]]
 
 
 @dataclass
 class Reality:
     """What the server did, by segment, and how long its passes took in the same minutes."""
 
-    segments: list[Simulated] = field(default_factory=list)
-    cpus_of_others: list[float] = field(default_factory=list)
+    calibration: Calibration
+    segments: list[Simulated]
+    cpus_of_others: list[float]
     """Of each segment: CPUs that neither the server nor the load used."""
-    calibration: Calibration | None = None
 
 
 def arrivals_of(rate: float, seconds: float) -> list[list[float]]:
@@ -51,34 +54,59 @@ def pooled(segments: Sequence[Simulated]) -> Simulated:
     )
 
 
+async def calibrated(options: Namespace, settings: ModelSettings) -> tuple[Calibration, Frontend]:
+    """Step times, and what HTTP adds to them."""
+    measuring: list[FrontendRounds] = []
+
+    async def begin(client: Client) -> Ask:
+        rounds = FrontendRounds(client, None)
+        measuring.append(rounds)
+        await rounds.prepare()
+        return rounds.round
+
+    found = await _alternately(options, settings, begin)
+    return found, measuring[0].frontend(found.step_times())
+
+
 async def reality(options: Namespace, settings: ModelSettings, rate: float) -> Reality:
     """An open loop against a server of its own."""
-    found, segments = Reality(), arrivals_of(rate, options.seconds)
-    os.sched_setaffinity(0, {options.server_core})  # of what is started from here on
-    model = _loaded(options, settings)
-    replica = Replica(options.slots)
-    calibrator = Calibrator(model, 1, replica.chunk, replica.busy_chunk)
-    async with own_server(settings, options.precision, options.slots, 1) as client:
-        os.sched_setaffinity(0, {options.client_core})
+    served, others_used, segments = list[Simulated](), list[float](), arrivals_of(rate, options.seconds)
+
+    async def begin(client: Client) -> Ask:
         count = sum(map(len, segments)) + options.slots
         texts = iter(await Texts(client).get(count, options.prompt, distinct=count))
         for _ in range(options.slots):  # warms up
             await client.stream(next(texts), options.tokens, None)
 
         async def segment() -> None:
-            os.sched_setaffinity(0, {options.client_core})
-            arrivals = segments[len(found.segments)]
+            arrivals = segments[len(served)]
             others, begun = others_seconds(), time.perf_counter()
-            found.segments.append(
-                await _offer(client, arrivals, [next(texts) for _ in arrivals], options.tokens)
-            )
-            used = others_seconds() - others
-            found.cpus_of_others.append(used / (time.perf_counter() - begun))
+            served.append(await _offer(client, arrivals, [next(texts) for _ in arrivals], options.tokens))
+            others_used.append((others_seconds() - others) / (time.perf_counter() - begun))
+
+        return segment
+
+    return Reality(await _alternately(options, settings, begin), served, others_used)
+
+
+async def _alternately(
+    options: Namespace, settings: ModelSettings, begin: Callable[[Client], Awaitable[Ask]]
+) -> Calibration:
+    """Calibrates, and asks the server after each round as ``begin`` has prepared."""
+    os.sched_setaffinity(0, {options.server_core})  # of what is started from here on
+    replica = Replica(options.slots)
+    calibrator = Calibrator(_loaded(options, settings), 1, replica.chunk, replica.busy_chunk)
+    async with own_server(settings, options.precision, options.slots, 1) as client:
+        os.sched_setaffinity(0, {options.client_core})
+        ask = await begin(client)
+
+        async def between() -> None:
+            os.sched_setaffinity(0, {options.client_core})
+            await ask()
             os.sched_setaffinity(0, {options.server_core})
 
         os.sched_setaffinity(0, {options.server_core})
-        found.calibration = await calibrator.measure(lambda *_: None, segment)
-    return found
+        return await calibrator.measure(lambda *_: None, between)
 
 
 def _loaded(options: Namespace, settings: ModelSettings) -> LoadedModel:

@@ -6,17 +6,16 @@
     .venv/bin/python scripts/plan_validation.py table
 
 The server computes with one thread on one core and is loaded from another. ``calibrate`` measures its step
-times and what HTTP adds, ``http`` the latter alone; ``load`` offers a share of the simulated capacity in
-segments, measures step times again between them, and compares; ``again`` computes plans and simulations
-anew. All keep their figures in --out, from which ``table`` makes the table. Every prompt is another text, so
-that no prefix is cached. The simulation gets the very arrivals of the run, formulas get their mean rate. The
-first tenth of a segment's requests is left out everywhere.
+times and what HTTP adds; ``load`` offers a share of the simulated capacity in segments, measures step times
+again between them, and compares; ``again`` computes plans and simulations anew. All keep their figures in
+--out, from which ``table`` makes the table. Every prompt is another text, so that no prefix is cached. The
+simulation gets the very arrivals of the run, formulas get their mean rate. The first tenth of a segment's
+requests is left out everywhere.
 """
 
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -25,12 +24,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plan_reality import arrivals_of, pooled, reality
+from plan_reality import arrivals_of, calibrated, pooled, reality
 
-from loaders.checkpoint import open_checkpoint
-from server.bench.http.own_server import own_server
 from server.host.cpu import cpu_name
-from server.planning import job
 from server.planning.calibration import Calibration
 from server.planning.document import milliseconds
 from server.planning.formulas import SteadyState
@@ -48,19 +44,8 @@ _DRAWS, _BLOCK = 400, 25  # of the bootstrap: requests in blocks, since neighbou
 
 def calibrate(options: argparse.Namespace, settings: ModelSettings) -> dict[str, Any]:
     """Step times on the server's core, and HTTP's with the client on the other."""
-    os.sched_setaffinity(0, {options.server_core})
-    measured = job.measure(
-        settings,
-        open_checkpoint(settings.model_id, None),
-        [options.precision],
-        Replica(options.slots),
-        http=False,
-        fresh=True,
-        bars=lambda title: lambda stage, current, total: None,
-    )
-    found = measured.calibrations[0]
+    found, frontend = asyncio.run(calibrated(options, settings))
     times = found.step_times()
-    frontend = asyncio.run(measure_http(options, settings, found))
     workload, replica = Workload(1.0, options.prompt, options.tokens), Replica(options.slots)
     return {
         "model": settings.model_id if settings.model_id == "bundled" else Path(settings.model_id).name,
@@ -81,23 +66,10 @@ def calibrate(options: argparse.Namespace, settings: ModelSettings) -> dict[str,
     }
 
 
-async def measure_http(
-    options: argparse.Namespace, settings: ModelSettings, calibration: Calibration
-) -> Frontend:
-    os.sched_setaffinity(0, {options.server_core})
-    from server.planning.frontend import measure_on
-
-    server = own_server(settings, options.precision, options.slots, 1)  # inherits the server's core
-    async with server as client:
-        os.sched_setaffinity(0, {options.client_core})
-        return await measure_on(client, None, calibration.step_times(), Replica(options.slots))
-
-
 def compare(options: argparse.Namespace, settings: ModelSettings, known: dict[str, Any]) -> dict[str, Any]:
     """One load in reality, then computed."""
     rate = options.share * known["capacity"]["simulated"]
     found = asyncio.run(reality(options, settings, rate))
-    assert found.calibration is not None
     real = pooled(found.segments)
     load = {
         "rate": rate,
@@ -172,7 +144,7 @@ def table(known: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("action", choices=("calibrate", "http", "again", "load", "table"))
+    parser.add_argument("action", choices=("calibrate", "load", "again", "table"))
     parser.add_argument("share", type=float, nargs="?", default=0.7, help="of the capacity")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--precision", default="dynamic-int8")
@@ -188,10 +160,7 @@ def main() -> None:
     known = json.loads(options.out.read_text()) if options.action != "calibrate" else {}
     if options.action == "calibrate":
         known = calibrate(options, settings)
-    elif options.action in ("http", "again"):
-        if options.action == "http":
-            found = Calibration.read(known["calibration"])
-            known["frontend"] = vars(asyncio.run(measure_http(options, settings, found)))
+    elif options.action == "again":
         for load in known["loads"].values():
             load |= computed(load, known)
     elif options.action == "load":

@@ -5,20 +5,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import loaders
-from loaders.base import Checkpoint, ModelSpec
+from loaders.base import Checkpoint, LoadedModel, ModelSpec
 from loaders.errors import LoaderError
 from server.bench.errors import BenchError
+from server.bench.http.own_server import own_server
 from server.errors import ServiceError
 from server.host import cache
+from server.host.memory import free_bytes
 from server.host.threads import run_in_own_thread
 from server.planning.calibration import SLOTS, Calibration, Calibrator, Progress
-from server.planning.frontend import measure_frontend
+from server.planning.frontend import STREAMS, FrontendRounds, measure_frontend
 from server.planning.store import Store, alone
 from server.planning.workload import Frontend, Replica
 from server.report.rows import rows_of
 from server.report.store import latest
 from server.report.subject import Subject, subject_of
 from server.settings.model import ModelSettings
+
+_SERVER_BYTES = 2**30  # of a process beside its weights: libraries, keys and values
 
 
 @dataclass
@@ -65,7 +69,7 @@ def measure(
     measured, failed = list[Calibration](), dict[str, str]()
     for name in precisions:
         try:
-            measured.append(job.calibration(name))
+            measured.append(job.calibration(name, with_http=http and not measured))
         except (LoaderError, ServiceError) as error:
             if len(precisions) == 1:
                 raise
@@ -76,7 +80,7 @@ def measure(
     return Measured(subject, measured, failed, frontend)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """What was measured before, or is measured now; alone on this host, as far as plans go."""
 
@@ -85,22 +89,33 @@ class _Job:
     replica: Replica
     store: Store
     bars: Callable[[str], Progress]
+    measured_frontend: Frontend | None = None
 
-    def calibration(self, precision: str) -> Calibration:
+    def calibration(self, precision: str, with_http: bool) -> Calibration:
+        """Args: with_http: what HTTP adds is measured in the same minutes, unless it is known."""
         if (found := self.store.calibration(precision)) is not None:
             return found
         progress = self.bars(precision)
         with alone(progress):
             # another command may have measured it meanwhile
-            return self.store.calibration(precision) or self._calibrate(precision, progress)
+            if (found := self.store.calibration(precision)) is not None:
+                return found
+            return self._calibrate(precision, with_http and self.store.frontend() is None, progress)
 
-    def _calibrate(self, precision: str, progress: Progress) -> Calibration:
+    def _calibrate(self, precision: str, with_http: bool, progress: Progress) -> Calibration:
         threads = self.settings.resolved_threads()
         model = run_in_own_thread(lambda: loaders.load(precision, self.spec, progress), threads)
 
         async def run() -> Calibration:  # its engine is of the event loop that creates it
             calibrator = Calibrator(model, threads, self.replica.chunk, self.replica.busy_chunk)
-            return await calibrator.measure(progress)
+            if not with_http or not _has_room_for_another(model, self.spec):
+                return await calibrator.measure(progress)
+            async with own_server(self.settings, precision, STREAMS, threads) as client:
+                rounds = FrontendRounds(client, precision)
+                await rounds.prepare()
+                found = await calibrator.measure(progress, rounds.round)
+            self.measured_frontend = rounds.frontend(found.step_times())
+            return found
 
         found = asyncio.run(run())
         self.store.keep(found)
@@ -108,13 +123,19 @@ class _Job:
 
     def frontend(self, first: Calibration) -> Frontend:
         """Args: first: the precision that the measured server runs."""
-        if (found := self.store.frontend()) is not None:
-            return found
-        progress = self.bars("HTTP")
-        with alone(progress):
-            progress("measuring requests", 0, 0)
-            found = asyncio.run(
-                measure_frontend(self.settings, first.precision, first.step_times(), self.replica)
-            )
+        found = self.measured_frontend
+        if found is None and (saved := self.store.frontend()) is not None:
+            return saved
+        if found is None:
+            progress = self.bars("HTTP")
+            with alone(progress):
+                progress("measuring requests", 0, 0)
+                found = asyncio.run(measure_frontend(self.settings, first.precision, first.step_times()))
         self.store.keep_frontend(found)
         return found
+
+
+def _has_room_for_another(model: LoadedModel, spec: ModelSpec) -> bool:
+    """Whether a server may load the same model beside this one; it may read it in full precision first."""
+    needed = max(4 * model.footprint.parameters, model.footprint.weights_bytes) + _SERVER_BYTES
+    return free_bytes(spec.device) > needed

@@ -1,6 +1,9 @@
 import json
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -8,7 +11,7 @@ import loaders
 from server.__main__ import main
 from server.planning import job
 from server.planning.store import alone
-from server.planning.workload import Frontend, Replica
+from server.planning.workload import Frontend
 from tests.conftest import wait_until
 from tests.planning import measured
 
@@ -101,18 +104,52 @@ def test_one_precision_that_fails_does_not_stop_the_others(
     assert "Fewest replicas: dynamic-int8" in text
 
 
-def test_http_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class Rounds:
+    """``FrontendRounds`` without a server; ``counts`` is what all of them have measured."""
+
+    counts: ClassVar[list[str]] = []
+
+    def __init__(self, client: object, precision: str) -> None:
+        self.precision = precision
+
+    async def prepare(self) -> None: ...
+
+    async def round(self) -> None:
+        self.counts.append(self.precision)
+
+    def frontend(self, times: object) -> Frontend:
+        return Frontend(0.001 * len(self.counts), 0.0, 0.0)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_http_is_measured_once_between_the_steps_if_there_is_room(
+    has_room: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[str] = []
 
-    async def measure(settings: object, precision: str, times: object, replica: Replica) -> Frontend:
+    async def measure(settings: object, precision: str, times: object) -> Frontend:
         asked.append(precision)
-        return Frontend(0.001, 0.0, 0.0)
+        return Frontend(0.007, 0.0, 0.0)
 
+    @asynccontextmanager
+    async def own_server(settings: object, precision: str, *sizes: int) -> AsyncIterator[None]:
+        asked.append(f"a server of {precision}")
+        yield
+
+    monkeypatch.setattr(Rounds, "counts", [])
     monkeypatch.setattr(job, "measure_frontend", measure)
-    with_http = [one for one in ARGUMENTS if one != "--no-http"]
-    assert main([*with_http, *SHAPE]) == 0
-    assert main([*with_http, *SHAPE]) == 0
-    assert asked == ["fp32"]
+    monkeypatch.setattr(job, "own_server", own_server)
+    monkeypatch.setattr(job, "FrontendRounds", Rounds)
+    monkeypatch.setattr(job, "free_bytes", lambda device: 2**40 if has_room else 2**20)
+    with_http = [*(one for one in ARGUMENTS if one != "--no-http"), *SHAPE]
+    for options in ([], [], ["--fresh"]):
+        assert main([*with_http, *options]) == 0
+        plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert plan["frontend"]["request_seconds"] == pytest.approx(
+            0.001 * len(Rounds.counts) if has_room else 0.007
+        )
+    assert asked == ["a server of fp32" if has_room else "fp32"] * 2
+    assert Rounds.counts == (["fp32"] * 3 * 2 if has_room else [])
 
 
 @pytest.mark.parametrize("name", ["PREFILL_CHUNK", "MAX_CONCURRENT_REQUESTS", "REQUEST_TIMEOUT"])

@@ -1,12 +1,12 @@
 """Step times of a made-up replica: 4 ms and 1 ms a row, 0.5 ms a prompt token; no noise unless given."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
 from server.planning import planner
 from server.planning.calibration import Calibration, Calibrator
-from server.planning.step_times import Cell, StepTimes
+from server.planning.step_times import ROUNDS, Cell, StepTimes
 
 ROWS, CHUNKS, BUSY = (1, 2, 4, 8, 16), (16, 32, 64, 128), 16
 
@@ -39,9 +39,14 @@ def instead_of_measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(planner, "_MOST", 300)
     monkeypatch.setattr(planner, "_HALVINGS", 6)
 
-    async def measure(self: Calibrator, progress: object) -> Calibration:
+    async def measure(
+        self: Calibrator, progress: object, between: Callable[[], Awaitable[None]] | None = None
+    ) -> Calibration:
         model = self._model
         names.append(model.precision)
+        for _ in range(ROUNDS if between else 0):
+            assert between is not None
+            await between()
         model.close()
         return calibration(model.precision)
 

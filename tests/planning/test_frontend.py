@@ -9,19 +9,21 @@ import pytest
 from server.bench.errors import BenchError
 from server.bench.http.client import Answer
 from server.planning import frontend
-from server.planning.workload import Replica
+from server.planning.frontend import FrontendRounds
+from server.planning.step_times import ROUNDS
+from server.planning.workload import Frontend
 from tests.planning.measured import step_times
 
 REQUEST, STEP, TOKEN = 0.003, 0.0004, 0.00002
 
 
 class KnownClient:
-    """Streams as from a server on a host ``drift`` times as slow as when ``TIMES`` were calibrated."""
+    """Streams as from a server whose engine takes the times of ``TIMES``."""
 
     url = "http://known"
 
-    def __init__(self, drift: float = 1.0, error: str | None = None) -> None:
-        self.drift, self.error = drift, error
+    def __init__(self, error: str | None = None) -> None:
+        self.error = error
         self.open = 0
 
     async def ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
@@ -36,10 +38,10 @@ class KnownClient:
         rows = self.open
         await asyncio.sleep(0)
         self.open -= 1
-        prefill = self.drift * TIMES.prefill_seconds(frontend.PROMPT, 128)
+        prefill = TIMES.prefill_seconds(frontend.PROMPT, 128)
         decode = TIMES.seconds(rows, 0, rows * (frontend.PROMPT + frontend.TOKENS / 2))
-        first = self.drift * REQUEST + 0.001 + prefill
-        gap = self.drift * (decode + STEP + rows * TOKEN)
+        first = REQUEST + 0.001 + prefill
+        gap = decode + STEP + rows * TOKEN
         answer = Answer(0.0, list(accumulate([first] + [gap] * (tokens - 1))), self.error)
         answer.last = {"timings": {"queue_ms": 1.0, "prefill_ms": prefill * 1000}}
         return answer
@@ -48,14 +50,21 @@ class KnownClient:
 TIMES = step_times()
 
 
-@pytest.mark.parametrize("drift", [1.0, 1.5])
-def test_what_http_adds_is_told_apart_from_the_hosts_drift(drift: float) -> None:
-    found = asyncio.run(frontend.measure_on(KnownClient(drift), None, TIMES, Replica(8)))  # type: ignore[arg-type]
-    assert found.request_seconds == pytest.approx(REQUEST * drift)
+async def measured(client: KnownClient) -> Frontend:
+    rounds = FrontendRounds(client, None)  # type: ignore[arg-type]
+    await rounds.prepare()
+    for _ in range(ROUNDS):
+        await rounds.round()
+    return rounds.frontend(TIMES)
+
+
+def test_what_http_adds_is_told_apart_from_the_engines_times() -> None:
+    found = asyncio.run(measured(KnownClient()))
+    assert found.request_seconds == pytest.approx(REQUEST)
     assert found.step_seconds == pytest.approx(STEP, rel=1e-3)
     assert found.token_seconds == pytest.approx(TOKEN, rel=1e-3)
 
 
 def test_a_request_that_fails_ends_the_measurement() -> None:
     with pytest.raises(BenchError, match="a request to the measured server failed: status 500"):
-        asyncio.run(frontend.measure_on(KnownClient(error="status 500"), None, TIMES, Replica(8)))  # type: ignore[arg-type]
+        asyncio.run(measured(KnownClient(error="status 500")))
