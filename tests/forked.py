@@ -4,6 +4,8 @@ Signals, exit codes and output need a process; most of its start is the import o
 that happens once here for all tests of a worker. Tests of the start itself use ``subprocess``.
 """
 
+import http.client
+import json
 import multiprocessing
 import os
 import subprocess
@@ -98,6 +100,14 @@ def completed(source: str, *arguments: str, **variables: str) -> "subprocess.Com
 def bitdial(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Runs the command."""
     return completed(_BITDIAL, *arguments, **variables)
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    """A request to a server on this host."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
 
 
 def _start_server() -> None:

@@ -54,15 +54,15 @@ LAYERS = (
 MOST_LINES = 250
 LONG = {
     "scripts/train_bundled.py": 274,
-    "tests/bench/test_gpu_check.py": 353,
-    "tests/engine/test_engine.py": 324,
+    "tests/bench/test_gpu_check.py": 311,
+    "tests/engine/test_engine.py": 322,
     "tests/engine/test_overlap.py": 309,
     "tests/host/test_threads.py": 267,
-    "tests/http/connection/test_early_refusal.py": 325,
+    "tests/http/connection/test_early_refusal.py": 322,
     "tests/http/connection/test_framing.py": 347,
     "tests/http/connection/test_open_connections.py": 282,
     "tests/http/connection/test_slow_clients.py": 263,
-    "tests/http/test_http_robustness.py": 257,
+    "tests/http/test_http_robustness.py": 254,
     "tests/http/test_overload.py": 268,
     "tests/loaders/cuda/test_graph_runner.py": 267,
     "tests/loaders/quality/test_quality.py": 274,
@@ -75,7 +75,7 @@ LONG = {
     "tests/routes/test_places.py": 280,
     "tests/routes/test_report_route.py": 379,
     "tests/service/chat/test_chat_renderer.py": 286,
-    "tests/service/test_generation.py": 297,
+    "tests/service/test_generation.py": 295,
 }
 """Longer files, and their lines: entries shrink or go, none is added."""
 

@@ -2,14 +2,10 @@
 
 import json
 import os
-import pickle
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from loaders.base import Availability, LoadedModel
+from loaders.base import LoadedModel
 from loaders.checkpoint import open_checkpoint
 from loaders.cuda.graph_runner import GraphRunner
-from loaders.errors import PrecisionUnavailable
 from server.bench.figures import Figures
-from server.bench.gpu import budget, check, correctness, kernels, models, rivals, speed, suite, targets
-from server.bench.gpu.budget import another_process
+from server.bench.gpu import check, correctness, kernels, models, rivals, speed, suite, targets
 from server.bench.gpu.options import PARTS, QUICK, parse
 from server.bench.gpu.result import default_file
 from server.bench.session import Row
@@ -112,27 +106,6 @@ def test_gpu_check_needs_none_of_the_servers_packages() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_hanging_part_is_stopped_and_earlier_results_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    left: list[float] = []
-
-    def hang(*_: object) -> None:
-        left.append(signal.setitimer(signal.ITIMER_REAL, 0.1)[0])  # the rest of the time passes at once
-        time.sleep(600)
-
-    monkeypatch.setattr(speed, "measure", hang)
-    file = tmp_path / "gpu.json"
-    arguments = ["--precisions", "fp32", "--parts", "correctness,speed,steady", "--seconds", "1800"]
-    assert check.main([*REHEARSAL, *arguments, "--out", str(file)]) == 2
-    assert 0 < left[0] < 1800 - budget._GRACE
-    document = json.loads(file.read_text())
-    assert not document["complete"]
-    assert len(document["correctness"]) == 1
-    assert document["skipped"][-1]["why"] == "the time was over"
-    assert not rows(document, speed.STEADY)
-
-
 def test_a_failure_is_reported_and_the_other_parts_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,16 +138,6 @@ def test_a_part_that_cannot_start_is_reported_and_the_others_run(
     document = json.loads(file.read_text())
     assert document["failures"] == ["xl: OSError: no space left on device"]
     assert (document["steady"], document["complete"]) == (["done"], True)
-
-
-def test_parts_beyond_the_time_limit_are_skipped(tmp_path: Path) -> None:
-    file = tmp_path / "gpu.json"
-    arguments = ["--device", "cpu", "--parts", "speed,xl", "--seconds", "20", "--out", str(file)]
-    folder = models.make(QUICK.small, tmp_path / "model", "cpu", None)
-    assert check.main([str(folder), *arguments, "--precisions", "fp32,nf4"]) in (0, 2)
-    document = json.loads(file.read_text())
-    assert document["rows"] == []
-    assert {one["what"] for one in document["skipped"]} >= {"speed fp32", "speed nf4", "xl"}
 
 
 def verdict(**values: Any) -> correctness.Correctness:
@@ -251,18 +214,6 @@ def test_the_step_that_serves_so_many_rows_and_what_it_costs() -> None:
     cost = kernels.kernel_cost(two_operations, "cpu")
     assert cost.kernels >= 2
     assert cost.kernel_ms > 0
-
-
-def test_a_crash_in_a_subprocess_is_isolated() -> None:
-    with another_process() as process, pytest.raises(BrokenProcessPool):
-        process.submit(os._exit, 3).result(60)
-    refused = PrecisionUnavailable("nf4", Availability("there is no card"))
-    with another_process() as process:
-        assert process.submit(asdict, kernels.StepCost(7, 0.5, 8, 256)).result(60)["kernels"] == 7
-        assert process.submit(pickle.loads, pickle.dumps(refused)).result(60).precision == "nf4"
-        process.submit(time.sleep, 600)
-        began = time.monotonic()
-    assert time.monotonic() - began < 60
 
 
 def test_the_result_of_the_kernels_part_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

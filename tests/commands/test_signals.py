@@ -16,8 +16,7 @@ import pytest
 from server.__main__ import main
 from tests import checkpoints
 from tests.conftest import wait_until
-from tests.forked import Script, completed, running
-from tests.http.test_process import ask
+from tests.forked import Script, ask, completed, running
 from tests.service.chat.test_chat_renderer import BOMB, mine
 
 SERVE = """

@@ -31,8 +31,7 @@ from server.report.subject import subject_of
 from server.settings.server import ModelSettings, Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
-from tests.forked import ROOT, environment
-from tests.http.test_process import ask
+from tests.forked import ROOT, ask, environment
 from tests.routes.test_report_route import READING
 
 

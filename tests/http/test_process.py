@@ -1,6 +1,5 @@
 """The process as a supervisor and a user run it: subprocesses of the `bitdial` command."""
 
-import http.client
 import json
 import re
 import socket
@@ -24,13 +23,6 @@ def bitdial(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save(checkpoints.gpt2(), tmp_path_factory.mktemp("models") / "tiny")
-
-
-def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    return answer.status, answer.read()
 
 
 def test_a_port_in_use_is_one_clear_failure(folder: Path) -> None:

@@ -13,7 +13,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from starlette.testclient import TestClient
 
-from tests.conftest import wait_until
+from server.observability.otlp import metrics_export, spans
+from tests.conftest import PATIENCE, wait_until
 from tests.observability.collector import Collector
 
 BODY = {"inputs": "abc", "max_new_tokens": 2}
@@ -25,8 +26,13 @@ Send = Callable[[str], str]
 
 
 @pytest.fixture
-def send(make_app: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture) -> Send:
+def send(
+    make_app: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Send:
     """Serves a request with a collector at an address; returns what was logged."""
+
+    monkeypatch.setattr(spans, "CLOSE_SECONDS", PATIENCE)  # a busy host reads an endless answer for seconds
+    monkeypatch.setattr(metrics_export, "CLOSE_SECONDS", PATIENCE)
 
     def sent(address: str) -> str:
         with caplog.at_level(logging.INFO), TestClient(make_app(otlp_endpoint=address)) as client:

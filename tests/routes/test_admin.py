@@ -79,11 +79,8 @@ def test_loading_streams_its_progress_and_ends_ready(client: TestClient, loads: 
 
 
 def test_progress_comes_while_it_loads(make_app: MakeApp, loads: Held) -> None:
-    app = make_app()
-    with (
-        serving(app) as address,
-        httpx.stream("POST", f"{address}/precisions/int8/load", timeout=PATIENCE) as reply,
-    ):
+    path = "/precisions/int8/load"
+    with serving(make_app()) as address, httpx.stream("POST", address + path, timeout=PATIENCE) as reply:
         lines = (json.loads(line[6:]) for line in reply.iter_lines() if line)
         seen = next(event for event in lines if event["progress"]["current"] == 3)
         assert (seen["stage"], seen["progress"]["total"]) == ("quantizing", 3)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import h11
@@ -35,20 +36,17 @@ from tests.routes.test_generate import PROMPT, greedy
 MakeApp = Callable[..., FastAPI]
 BODY = {"inputs": PROMPT, "max_new_tokens": 5}
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-KEY = "Authorization: Bearer secret"
+KEY, BEARER = "Authorization: Bearer secret", {"authorization": "Bearer secret"}
 
 
 @contextmanager
 def full(app: FastAPI, loads: Loads) -> Iterator[str]:
     """The address of a server whose only place is taken throughout."""
     with serving(app) as address:
-        gate, headers = Gate(loads.runners["fp32"]), {"authorization": "Bearer secret"}
+        gate = Gate(loads.runners["fp32"])
         held: list[httpx.Response] = []
-        client = threading.Thread(
-            target=lambda: held.append(
-                httpx.post(f"{address}/generate", json=BODY, headers=headers, timeout=PATIENCE)
-            )
-        )
+        ask = partial(httpx.post, f"{address}/generate", json=BODY, headers=BEARER, timeout=PATIENCE)
+        client = threading.Thread(target=lambda: held.append(ask()))
         client.start()
         try:
             wait_until(lambda: app.state.service.places.in_flight == 1)
@@ -128,22 +126,16 @@ def test_keys_and_sizes_are_checked_before_places(make_app: MakeApp, loads: Load
             (large, [KEY], 413),
             (large, [], 401),
         ):
-            if is_kept and body is BODY:
-                with connected(address) as connection:
+            with connected(address) as connection:
+                if is_kept and body is BODY:
                     connection.sendall(LIVE)
                     answer(connection)
-                    connection.sendall(request_for("/generate", body, *headers))
-                    head, payload = answer(connection)
-            else:
-                with connected(address) as connection:
-                    connection.sendall(request_for("/generate", body, *headers))
-                    head, payload = answer(connection)
+                connection.sendall(request_for("/generate", body, *headers))
+                head, payload = answer(connection)
             assert status_of(head) == status
             assert (b"www-authenticate: Bearer".lower() in head.lower()) == (status == 401)
             assert payload["request_id"].encode() in head
-        counted = httpx.get(
-            f"{address}/metrics", headers={"authorization": "Bearer secret"}, timeout=PATIENCE
-        ).text
+        counted = httpx.get(f"{address}/metrics", headers=BEARER, timeout=PATIENCE).text
         assert 'outcome="overloaded",precision="unread"} 1.0' in counted
 
 
@@ -171,9 +163,8 @@ def test_a_head_that_is_not_plain_is_parsed_by_h11(
 def test_a_web_page_is_refused_with_the_headers_that_it_needs(make_app: MakeApp, loads: Loads) -> None:
     app = make_app(max_concurrent_requests=1, cors_allow_origin="https://a.example")
     with full(app, loads) as address:
-        refused = httpx.post(
-            f"{address}/generate", json=BODY, headers={"Origin": "https://a.example"}, timeout=PATIENCE
-        )
+        headers = {"Origin": "https://a.example"}
+        refused = httpx.post(f"{address}/generate", json=BODY, headers=headers, timeout=PATIENCE)
         assert refused.status_code == 429
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
 

@@ -22,9 +22,8 @@ from server.settings.server import Settings
 from tests import checkpoints
 from tests.commands.test_signals import SERVE
 from tests.conftest import PATIENCE, Loads, serving, wait_until
-from tests.forked import ROOT, environment
+from tests.forked import ROOT, ask, environment
 from tests.http.connection.test_slow_clients import connected, received, request_for, status_of, still_serves
-from tests.http.test_process import ask
 
 MakeApp = Callable[..., FastAPI]
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -48,24 +48,20 @@ def received(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def trickle(connection: socket.socket, parts: Iterator[bytes], seconds: float = PATIENCE) -> bytes:
+def trickle(connection: socket.socket, parts: Iterator[bytes]) -> bytes:
     """Sends part by part, slowly, until the server closes the connection; returns its response."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     said = b""
     for part in parts:
         assert time.monotonic() < end, "it was never cut off"
         try:
             connection.sendall(part)
+            heard = connection.recv(65536) if select.select([connection], [], [], 0.05)[0] else None
         except (BrokenPipeError, ConnectionResetError):
             break
-        if select.select([connection], [], [], 0.05)[0]:
-            try:
-                heard = connection.recv(65536)
-            except ConnectionResetError:
-                break
-            if not heard:
-                break
-            said += heard
+        if heard == b"":
+            break
+        said += heard or b""
     return said
 
 
