@@ -3,25 +3,15 @@
 A new precision is one module that implements ``Loader`` and one line in ``PRECISIONS``.
 """
 
-import logging
 import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-import torch
-
 from loaders import import_noise
 from loaders.base import Availability, Checkpoint, LoadedModel, ModelSpec, Progress, Recipe, ignore_progress
-from loaders.errors import (
-    CheckpointError,
-    LoaderError,
-    OutOfMemory,
-    PrecisionUnavailable,
-    UnknownPrecision,
-    in_short,
-)
-from loaders.kv_cache.block_pool import CacheTooSmall
+from loaders.errors import LoaderError, PrecisionUnavailable, UnknownPrecision
+from loaders.foreign_errors import as_loader_errors
 from loaders.malloc import large_blocks_returned
 
 __all__ = [
@@ -39,7 +29,6 @@ __all__ = [
     "offered",
 ]
 
-_log = logging.getLogger(__name__)
 import_noise.silence()
 
 PRECISIONS: dict[str, str] = {
@@ -90,6 +79,17 @@ class Loader(Protocol):
 
     def estimate_bytes(self, precision: str, spec: ModelSpec) -> int:
         """Weight bytes that the precision will need; used before loading, only to decide what fits."""
+        ...
+
+
+class Selective(Protocol):
+    """What a ``Loader`` has that can't take every checkpoint."""
+
+    def refusal(self, precision: str, spec: ModelSpec) -> str | None:
+        """Why it can't take this one, from its configuration and shapes alone; None if it can.
+
+        ``load`` and ``make`` are called only for those that it takes.
+        """
         ...
 
 
@@ -167,15 +167,24 @@ def direct(device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
     return tuple(name for name in available(device) if not is_prepared(name))
 
 
+def suitability(precision: str, spec: ModelSpec) -> Availability:
+    """As ``availability``, for one checkpoint: whether the precision can be made of its layers."""
+    name = canonical(precision)
+    able, module = availability(name, spec.device), cast(Any, loader(name))
+    if not able.ok or not hasattr(module, "refusal"):
+        return able
+    return Availability(cast(Selective, module).refusal(name, spec))
+
+
 def offered(precision: str, spec: ModelSpec) -> Availability:
-    """As ``availability``, for one checkpoint: one that is quantized already has a single precision."""
+    """As ``suitability``; a checkpoint that is quantized already has a single precision."""
     name, checkpoint = canonical(precision), spec.checkpoint
     if checkpoint.saved not in (None, name):
         return Availability(
             f"{checkpoint.model_id} is saved in {checkpoint.saved}; "
             "for other precisions name the model that it was made from"
         )
-    return availability(name, spec.device)
+    return suitability(name, spec)
 
 
 def load(precision: str, model: ModelSpec | str | Path, progress: Progress = ignore_progress) -> LoadedModel:
@@ -207,23 +216,7 @@ def _load(name: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     if not able.ok:
         raise PrecisionUnavailable(name, able)
     started = time.perf_counter()
-    try:
-        with large_blocks_returned():
-            model = loader(name).load(name, spec, progress)
-    except LoaderError:
-        raise
-    except torch.OutOfMemoryError as error:  # raised by a device while loading or checking the runner
-        raise OutOfMemory(f"no room on the device for {spec.checkpoint.model_id} in {name}") from error
-    except CacheTooSmall as error:
-        raise OutOfMemory(f"no room for {spec.checkpoint.model_id} in {name}: {error}") from error
-    except MemoryError as error:
-        raise OutOfMemory(
-            f"no room for {spec.checkpoint.model_id} in {name}; "
-            "a smaller MAX_TOTAL_TOKENS makes its cache smaller"
-        ) from error
-    except Exception as error:  # not foreseen by any check of the checkpoint
-        _log.debug("loading %s", name, exc_info=error)
-        reason = in_short(error)
-        raise CheckpointError(f"{spec.checkpoint.model_id} can't be served in {name} ({reason})") from error
+    with as_loader_errors(name, spec.checkpoint.model_id), large_blocks_returned():
+        model = loader(name).load(name, spec, progress)
     model.load_seconds = time.perf_counter() - started
     return model

@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from loaders.errors import CheckpointError
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 _POSITIVE = ("rope_theta", "factor", "partial_rotary_factor")
 
 
@@ -47,6 +48,24 @@ def check_values(name: str, text: Any) -> None:
         raise CheckpointError(f"config.json of {name} has sliding_attention layers and no sliding_window")
     for rope in _ropes(getattr(text, "rope_parameters", None)):
         _check_rope(name, rope)
+
+
+def check_state(name: str, text: Any) -> None:
+    """Checks that the only state of a sequence is keys and values per token, as the KV caches hold it.
+
+    Raises:
+        CheckpointError: no precision of the model can be served.
+    """
+    if unknown := {str(kind) for kind in known_value(text, "layer_types") or ()} - _ATTENTION_TYPES:
+        raise CheckpointError(
+            f"{name} can't be served: it has {', '.join(sorted(unknown))[:80]} layers; only models whose "
+            "state is keys and values per token can be batched here"
+        )
+    if getattr(text, "attn_temperature_tuning", None):
+        raise CheckpointError(
+            f"{name} can't be served: it scales attention by the length of the cache, which batched "
+            "sequences don't share"
+        )
 
 
 def _ropes(value: Any) -> Iterator[Mapping[str, Any]]:

@@ -14,6 +14,9 @@ from loaders.config_check import meta_model_of
 from loaders.cuda.memory import refusals
 from loaders.errors import CheckpointError, OutOfMemory, in_short
 
+_latest: tuple[Any, PreTrainedModel] | None = None
+"""The latest configuration that ``meta_model`` was called for, and its model."""
+
 
 def load_pretrained(spec: ModelSpec, progress: Progress, **options: Any) -> PreTrainedModel:
     """Returns the model in evaluation mode; ``options`` (``dtype`` …) go to ``from_pretrained``.
@@ -69,8 +72,12 @@ def misfit(name: str, tensors: Sequence[str]) -> CheckpointError:
 
 
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
-    """The model on the meta device: shapes without weights."""
-    return meta_model_of(spec.checkpoint.config)
+    """The model on the meta device: shapes without weights. Callers share it and change nothing in it."""
+    global _latest
+    config, latest = spec.checkpoint.config, _latest
+    if latest is None or latest[0] is not config:  # each precision asks for it in turn
+        _latest = latest = config, meta_model_of(config)
+    return latest[1]
 
 
 @contextlib.contextmanager

@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from loaders.config_values import known_value
-from loaders.errors import CheckpointError
-
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def additive(positions: Tensor, columns: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
@@ -27,26 +24,12 @@ def additive(positions: Tensor, columns: Tensor, dtype: torch.dtype, window: int
 
 
 class Masks:
-    """The masks of one ``transformers`` model, whose layers may have different attention windows.
-
-    Raises:
-        CheckpointError: the architecture has state other than keys and values per token.
-    """
+    """The masks of one ``transformers`` model, whose layers may have different attention windows."""
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
         self._window: int | None = known_value(config, "sliding_window")
         self._types = set(known_value(config, "layer_types") or ())
-        if unknown := self._types - _ATTENTION_TYPES:
-            raise CheckpointError(
-                f"{type(model).__name__} has {', '.join(sorted(unknown))} layers; only models whose state is "
-                "keys and values per token can be batched here"
-            )
-        if getattr(config, "attn_temperature_tuning", None):
-            raise CheckpointError(
-                f"{type(model).__name__} scales attention by the length of the cache, which rows don't "
-                "share; it can't be batched here"
-            )
 
     def of(self, positions: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """The mask as the model's forward expects it: a dict by attention type if it mixes several."""

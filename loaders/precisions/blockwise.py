@@ -24,14 +24,17 @@ Replace = Callable[[str, "nn.Linear | Conv1D", Tensor | None], None]
 """Called with a layer's name, the layer and Σ x xᵀ of its inputs, which is None if it had none."""
 
 
-def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The model's list of blocks, and its name.
+def without_blocks(model: PreTrainedModel) -> str | None:
+    """The reason that the model can't be calibrated block by block; None if it has a list of them."""
+    if _find_blocks(model) is not None:
+        return None
+    return f"{type(model).__name__} has no list of blocks to calibrate one by one"
 
-    Raises:
-        CheckpointError: it has none.
-    """
-    if (found := _find_blocks(model)) is None:
-        raise CheckpointError(f"{type(model).__name__} has no list of blocks to calibrate one by one")
+
+def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of blocks of a model that has one, and its name."""
+    found = _find_blocks(model)
+    assert found is not None, without_blocks(model)
     return found
 
 

@@ -22,6 +22,7 @@ from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP
 from loaders.layers.conv1d import to_linear
 from loaders.layers.huge_pages import Arena
+from loaders.layers.linear_layers import inner_layers, none_to_quantize, uneven_inputs
 from loaders.layers.native_linear import adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.precisions.head import head_type, head_weight, own_head_bytes, replace_head
@@ -41,6 +42,22 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     if device == "cuda" and not torch.cuda.is_available():
         return Availability("there is no CUDA device")
     return Availability()
+
+
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    model = meta_model(spec)
+    if (why := none_to_quantize(model)) is not None:
+        return why
+    layers = dict(inner_layers(model))
+    if not _is_folded(precision, spec):  # transformers replaces no layers of subclasses
+        kinds = sorted({type(layer).__name__ for layer in layers.values()})
+        layers = {name: one for name, one in layers.items() if type(one) in (nn.Linear, Conv1D)}
+        if not layers:
+            return f"all of its linear layers are {', '.join(kinds)}, which bitsandbytes has no form for"
+    blocks = spec.device == "cpu" and precision != "int8"  # on a GPU bitsandbytes unpacks other widths
+    if blocks and (why := uneven_inputs(layers.items(), BLOCK)) is not None:
+        return f"{why}, the weights that share a scale; int8 and dynamic-int8 take any width"
+    return None
 
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
@@ -75,11 +92,9 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     # bitsandbytes is optional; without this, its layers are taken for their base class, nn.Linear
     import loaders.layers.bitsandbytes_layers  # noqa: F401
 
-    if spec.device == "cpu" and precision != "int8":
-        _check_widths(meta_model(spec), precision, spec.checkpoint.model_id)
     rest = rest_dtype(precision, spec)
     saved = spec.checkpoint.saved is not None
-    if precision == "int8" and spec.device == "cpu" and not spec.int8_threshold and not saved:
+    if _is_folded(precision, spec):
         model = _load_folded(spec, progress)
     else:
         model = load_pretrained(
@@ -127,13 +142,18 @@ def _four_bit_details(model: PreTrainedModel) -> dict[str, Any]:
     return {"block_size": state.blocksize, "double_quantization": state.nested}
 
 
+def _is_folded(precision: str, spec: ModelSpec) -> bool:
+    """Whether the layers are quantized here, after folding, and not by transformers."""
+    on_a_cpu = precision == "int8" and spec.device == "cpu"
+    return on_a_cpu and not spec.int8_threshold and spec.checkpoint.saved is None
+
+
 def _load_folded(spec: ModelSpec, progress: Progress) -> PreTrainedModel:
     """The model in int8 by bitsandbytes' own quantizer, after its norms were folded into the weights."""
     from loaders.layers.bitsandbytes_layers import int8_layer  # bitsandbytes is optional
 
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
-    head = model.get_output_embeddings()
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    names = [name for name, _ in inner_layers(model)]
     factors = fold_norms(model, head=False)
     for done, name in enumerate(names, 1):
         linear = to_linear(model.get_submodule(name))
@@ -178,20 +198,6 @@ def _own_dtype(spec: ModelSpec) -> torch.dtype:
     """The type of the checkpoint's tensors: those that stay as they are lose nothing."""
     kept = spec.checkpoint.config.dtype
     return kept if kept in DTYPES.values() else torch.float32
-
-
-def _check_widths(model: PreTrainedModel, precision: str, name: str) -> None:
-    """On a CPU a row of weights must consist of whole blocks; on a GPU bitsandbytes unpacks other widths."""
-    head = model.get_output_embeddings()
-    for at, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module is head:
-            continue
-        inputs = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
-        if inputs % BLOCK:
-            raise CheckpointError(
-                f"{name} can't be served in {precision} on a CPU: {at} has {inputs} inputs, no multiple of "
-                f"the {BLOCK} that share a scale; int8 and dynamic-int8 take any width"
-            )
 
 
 def _check_layers(model: nn.Module, precision: str, name: str) -> None:

@@ -19,7 +19,6 @@ from loaders.artifacts import Recipe, prepare
 from loaders.artifacts.native_weights import load_native, save_native
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
-from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure, reasons
 from loaders.kernels.matrix import ACTIVATION_GROUP, INT4_GROUP
 from loaders.layers.conv1d import to_linear
@@ -27,10 +26,17 @@ from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.layers.int4_codes import STEP, int4_bytes
 from loaders.layers.int4_rounding import quantize
+from loaders.layers.linear_layers import shape_of, uneven_inputs
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_into_weights
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
-from loaders.precisions.blockwise import blocks_of, quantize_blocks, sensitive_layers, targets
+from loaders.precisions.blockwise import (
+    blocks_of,
+    quantize_blocks,
+    sensitive_layers,
+    targets,
+    without_blocks,
+)
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import is_compiled, runner_for
 
@@ -46,12 +52,26 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     return Availability()
 
 
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    model = meta_model(spec)
+    if (why := without_blocks(model)) is not None:
+        return why
+    _, blocks = blocks_of(model)
+    linear = sum(layer.weight.numel() for _, layer in targets(model))
+    matrices = sum(one.numel() for one in blocks.parameters() if one.dim() > 1)
+    if linear <= _LEAST * matrices:
+        return "most weights of its blocks are in no linear layers (a mixture of experts, for example)"
+    if (why := uneven_inputs(targets(model), STEP)) is not None:
+        return f"{why}; int8 and dynamic-int8 take any width"
+    return None
+
+
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
     size: int = 4 * count_parameters(model)
     sensitive = sensitive_layers(model)
     for name, layer in targets(model):
-        outputs, inputs = _shape(layer)
+        outputs, inputs = shape_of(layer)
         own = int8_linear_bytes(outputs, inputs) if name in sensitive else int4_bytes(outputs, inputs)
         size += own - 4 * outputs * inputs
     head: Any = model.get_output_embeddings()
@@ -73,10 +93,9 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
     """Writes the quantized model.
 
     Raises:
-        CheckpointError: int4 can't quantize it.
+        CheckpointError: its blocks don't follow each other.
         CalibrationError
     """
-    check(spec)
     samples = calibration_samples(spec, SAMPLES, LENGTH)
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu")
     quantize_model(model, samples, progress)
@@ -84,7 +103,6 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
 
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
-    check(spec)
     folder = prepare(spec, recipe(precision, spec), partial(make, precision, spec), progress)
     model = load_native(spec, folder, progress)
     parameters = count_parameters(meta_model(spec))
@@ -98,28 +116,6 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
         "kernels": kernels.describe(),
     }
     return LoadedModel(precision, runner, footprint, details=details)
-
-
-def check(spec: ModelSpec) -> None:
-    """
-    Raises:
-        CheckpointError: int4 can't quantize the model; found from its configuration.
-    """
-    model, name = meta_model(spec), spec.checkpoint.model_id
-    _, blocks = blocks_of(model)
-    linear = sum(layer.weight.numel() for _, layer in targets(model))
-    matrices = sum(one.numel() for one in blocks.parameters() if one.dim() > 1)
-    if linear <= _LEAST * matrices:
-        raise CheckpointError(
-            f"{name} can't be served in int4: most weights of its blocks are in no linear layers "
-            "(a mixture of experts, for example)"
-        )
-    for at, layer in targets(model):
-        if _shape(layer)[1] % STEP:
-            raise CheckpointError(
-                f"{name} can't be served in int4: {at} has {_shape(layer)[1]} inputs, no multiple of "
-                f"{STEP}; int8 and dynamic-int8 take any width"
-            )
 
 
 def quantize_model(model: PreTrainedModel, samples: Tensor, progress: Progress) -> None:
@@ -155,8 +151,3 @@ def _quantize_head(model: PreTrainedModel, arena: Arena) -> None:
     model.set_submodule(name, int8_linear(head.weight.detach(), head.bias, arena))
     if tied:
         share_embedding(model)
-
-
-def _shape(layer: "nn.Linear | Conv1D") -> tuple[int, int]:
-    first, second = layer.weight.shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)

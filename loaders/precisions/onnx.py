@@ -4,7 +4,6 @@ The graph is exported by ``transformers.exporters``, quantized, and kept as a fi
 own tools, after outlier channels of norms were folded into the weights; in four bits by GPTQ.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from loaders.artifacts import Recipe, prepare
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
-from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure_layers, reasons
 from loaders.layers.affine_blocks import BLOCK
+from loaders.layers.linear_layers import outside_layers
 from loaders.layers.norm_folding import fold_into_weights
 from loaders.onnx import files, session
 from loaders.onnx.calibrate import FARTHEST, PERCENTILE
+from loaders.onnx.probe import attention_refusal
 from loaders.onnx.quantize import weight_bits
 from loaders.onnx.weights import GraphWeights
+from loaders.precisions.blockwise import without_blocks
 from loaders.precisions.onnx_blocks import LENGTH, SAMPLES, four_bit_layers, quantize_weights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.batching_check import check_numbers
@@ -41,6 +42,15 @@ _PACKAGES = ("onnxruntime", "onnxscript", "torch", "transformers")
 
 def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability:
     return session.availability(device)
+
+
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    """What the exported graph lacks a form for."""
+    model = meta_model(spec)
+    why = outside_layers(model) or _changing_positions(model)
+    if why is None and precision == "onnx-int4":
+        why = without_blocks(model)
+    return why or attention_refusal(spec.checkpoint.config)
 
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
@@ -83,7 +93,6 @@ def recipe(precision: str, spec: ModelSpec) -> Recipe:
 
 
 def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> None:
-    _check_layers(meta_model(spec), precision, spec.checkpoint.model_id)
     samples = _samples(precision, spec)  # first: it may refuse the text
     model = load_pretrained(spec, progress, dtype=torch.float32, device_map="cpu").requires_grad_(False)
     head, keep_head = files.Head(model), not _quantizes_head(precision, spec)
@@ -153,24 +162,9 @@ def _details(precision: str, weights: GraphWeights) -> dict[str, Any]:
     return details
 
 
-def _check_layers(model: PreTrainedModel, precision: str, name: str) -> None:
-    """
-    Raises:
-        CheckpointError: the model has a part that the exported graph lacks a form for.
-    """
-    for reason in _reasons_against(model):
-        raise CheckpointError(f"{name} can't be served in {precision}: {reason}")
-    if precision == "onnx-int4":
-        four_bit_layers(model)
-
-
-def _reasons_against(model: PreTrainedModel) -> Iterator[str]:
-    layers = [one for one in model.modules() if isinstance(one, nn.Linear | Conv1D | nn.Embedding)]
-    matrices = {one.weight for one in layers}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and parameter not in matrices:
-            yield f"{name} is in no linear layer (as the experts of a mixture are)"
+def _changing_positions(model: PreTrainedModel) -> str | None:
     ropes: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {one.get("rope_type") for one in (ropes, *ropes.values()) if isinstance(one, dict)}
     if changing := [kind for kind in ("dynamic", "longrope") if kind in kinds]:
-        yield f"its rotary embeddings ({', '.join(changing)}) depend on the length of a text"
+        return f"its rotary embeddings ({', '.join(changing)}) depend on the length of a text"
+    return None

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from loaders.base import Progress
 from loaders.layers.affine_blocks import AffineBlocks, quantize
 from loaders.layers.norm_folding import fold_into_weights
-from loaders.precisions.blockwise import blocks_of, quantize_blocks, sensitive_layers, targets
+from loaders.precisions.blockwise import quantize_blocks, sensitive_layers, targets
 
 SAMPLES, LENGTH = 32, 512
 
@@ -32,9 +32,8 @@ def quantize_weights(
     Returns: the blocks by layer, and the factors of ``fold_into_weights`` that they include.
 
     Raises:
-        CheckpointError: the model has no list of blocks, or they don't follow each other.
+        CheckpointError: the model's blocks don't follow each other.
     """
-    blocks_of(model)  # raises before any work
     factors, four_bits = fold_into_weights(model, head=False), four_bit_layers(model)
     found: dict[str, AffineBlocks] = {}
 

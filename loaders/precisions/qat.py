@@ -20,7 +20,6 @@ from loaders.artifacts.native_weights import load_native, save_native
 from loaders.artifacts.prepare import place_of
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
-from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, measure, reasons
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear_bytes
@@ -32,7 +31,7 @@ from loaders.layers.fake_quantize import (
 )
 from loaders.layers.huge_pages import Arena
 from loaders.layers.int8_grids import CHANNELS, GROUPS
-from loaders.layers.layer_weights import weights_of
+from loaders.layers.linear_layers import none_to_quantize, outside_layers, shape_of, uneven_inputs
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
 from loaders.manifest import read_manifest
@@ -56,12 +55,21 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     return Availability()
 
 
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    model = meta_model(spec)
+    if (why := outside_layers(model) or none_to_quantize(model)) is not None:
+        return why
+    if (why := uneven_inputs(_targets(model, spec), FOUR_BIT_BLOCK)) is not None:
+        return f"{why}, which the kernels take at once; int8 takes any width"
+    return None
+
+
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
     head = model.get_output_embeddings()
     size: int = 4 * count_parameters(model)
     for _, layer in _targets(model, spec):
-        outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+        outputs, inputs = shape_of(layer)
         kept = layer is head and stays_beside(model, kernels.supports("int8", inputs))
         four_bit = precision == "qat-int4" and layer is not head
         own = outputs * inputs // 2 + outputs * inputs // FOUR_BIT_BLOCK * 4
@@ -94,10 +102,10 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
 
     Raises:
         TrainingError: no steps, or too little text.
-        CheckpointError: the model has no layers that can be trained, or layers of a wrong width.
         CalibrationError
     """
-    _check(precision, spec)
+    if spec.training_steps < 1:
+        raise TrainingError(f"{precision} needs at least one training step, not {spec.training_steps}")
     texts = calibration_samples(spec, _TEXTS, _LENGTH)
     if len(texts) < _ROWS:
         raise TrainingError(
@@ -196,28 +204,3 @@ def _targets(model: PreTrainedModel, spec: ModelSpec) -> Iterator[tuple[str, nn.
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and (module is not head or spec.quantize_lm_head):
             yield name, module
-
-
-def _check(precision: str, spec: ModelSpec) -> None:
-    """Refuses what can't be trained, before any weights are read."""
-    name = spec.checkpoint.model_id
-    if spec.training_steps < 1:
-        raise TrainingError(f"{precision} needs at least one training step, not {spec.training_steps}")
-    model = meta_model(spec)
-    for at, module in model.named_modules():
-        own = [key for key, one in module.named_parameters(recurse=False) if one.dim() > 1]
-        if own and weights_of(module) is None:
-            raise CheckpointError(
-                f"{name} can't be trained in {precision}: {at}.{own[0]} is no weight of a linear layer, "
-                "as in a mixture of experts"
-            )
-    head, targets = model.get_output_embeddings(), list(_targets(model, spec))
-    if not any(module is not head for _, module in targets):
-        raise CheckpointError(f"{name} has no layer that {precision} can quantize")
-    for at, module in targets:
-        inputs = module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features
-        if inputs % FOUR_BIT_BLOCK:
-            raise CheckpointError(
-                f"{name} can't be trained in {precision}: {at} has {inputs} inputs, no multiple of "
-                f"the {FOUR_BIT_BLOCK} that the kernels take at once; int8 takes any width"
-            )

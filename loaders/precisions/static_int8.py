@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loaders import kernels
 from loaders.artifacts import Recipe, prepare
@@ -27,6 +26,7 @@ from loaders.footprint import count_parameters, measure, reasons
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear
 from loaders.layers.huge_pages import Arena
+from loaders.layers.linear_layers import inner_layers, shape_of
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.observed_inputs import ObservedInputs, observe
@@ -54,6 +54,12 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     if kernels.get() is None:
         return Availability(f"static int8 runs on the compiled kernels alone: {kernels.find()}")
     return Availability()
+
+
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    if _targets(meta_model(spec)):
+        return None
+    return "it has no linear layer of a width that the compiled kernels take in int8"
 
 
 def recipe(precision: str, spec: ModelSpec) -> Recipe:
@@ -130,11 +136,9 @@ def convert(
         observers: of ``calibrate``.
 
     Raises:
-        CheckpointError: there is no layer to quantize, or an activation is not finite.
+        CheckpointError: an activation is not finite.
     """
     targets = _targets(model)
-    if not targets:
-        raise CheckpointError(f"{spec.checkpoint.model_id} has no linear layer that static int8 can quantize")
     of_head, arena = _head_type(spec, model), Arena()
     folded = _fold(model, targets, of_head)
     layers = {name: model.get_submodule(name) for name in targets}
@@ -159,13 +163,8 @@ def convert(
 
 def _targets(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every linear layer but the head that the kernels compute in int8."""
-    head, found = model.get_output_embeddings(), {}
-    for name, module in model.named_modules():
-        if module is not head and isinstance(module, nn.Linear | Conv1D):
-            shape = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-            if kernels.supports("static-int8", shape[1]):
-                found[name] = (shape[0], shape[1])
-    return found
+    shapes = {name: shape_of(layer) for name, layer in inner_layers(model)}
+    return {name: shape for name, shape in shapes.items() if kernels.supports("static-int8", shape[1])}
 
 
 def _head_type(spec: ModelSpec, model: PreTrainedModel) -> torch.dtype:

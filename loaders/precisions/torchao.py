@@ -9,20 +9,16 @@ weights int4 by HQQ, in bfloat16 too. Others dequantize the whole matrix for eve
 another order in another batch. On a CPU without bfloat16 torchao-int8 quantizes each row of activations.
 """
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.cuda.memory import device_map
-from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters, linear_weights, measure, reasons
 from loaders.layers.conv1d import to_linear
+from loaders.layers.linear_layers import inner_layers, none_to_quantize, shape_of
 from loaders.layers.norm_folding import fold_into_weights
 from loaders.pretrained import load_pretrained, meta_model
 from loaders.runners.select import runner_for
@@ -47,11 +43,24 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     return Availability()
 
 
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    model = meta_model(spec)
+    if precision == "torchao-int4":
+        for name, layer in inner_layers(model):
+            outputs, inputs = shape_of(layer)
+            if inputs % _GROUP or outputs % _OUTPUTS:
+                return (
+                    f"{name} has {inputs} inputs and {outputs} outputs, no multiples of {_GROUP} and "
+                    f"{_OUTPUTS}; torchao-int8 takes any"
+                )
+    return none_to_quantize(model)
+
+
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:
     model = meta_model(spec)
     inner, scales = linear_weights(model), 0
-    for _, layer in _targets(model):
-        outputs, inputs = _shape(layer)
+    for _, layer in inner_layers(model):
+        outputs, inputs = shape_of(layer)
         scales += outputs if precision == "torchao-int8" else outputs * inputs // _GROUP
     rest: int = (count_parameters(model) - inner) * rest_dtype(spec).itemsize
     return rest + (inner if precision == "torchao-int8" else inner // 2) + scales * _SCALES[precision]
@@ -66,13 +75,9 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     from loaders.layers.torchao_layers import GROUP, TorchAOLinear  # torchao is optional
 
     dtype = rest_dtype(spec)
-    if precision == "torchao-int4":
-        _check_shapes(meta_model(spec), spec.checkpoint.model_id)
     where = device_map(spec, estimate_bytes(precision, spec))
     model = load_pretrained(spec, progress, dtype=dtype, device_map=where)
-    parameters, targets = count_parameters(model), list(_targets(model))
-    if not targets:
-        raise CheckpointError(f"{spec.checkpoint.model_id} has no layer that {precision} can quantize")
+    parameters, targets = count_parameters(model), list(inner_layers(model))
     kind, compute = _scheme(precision, spec)
     factors = fold_into_weights(model, head=False)
     for done, (name, module) in enumerate(targets, 1):
@@ -99,26 +104,3 @@ def _scheme(precision: str, spec: ModelSpec) -> tuple["Kind", torch.dtype]:
     if spec.device == "cuda" or torch.cpu._is_avx512_bf16_supported():
         return "int8-weight-only", torch.bfloat16
     return "int8-dynamic", torch.float32
-
-
-def _targets(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            yield name, module
-
-
-def _shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(outputs, inputs)"""
-    first, second = layer.weight.shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)
-
-
-def _check_shapes(model: PreTrainedModel, name: str) -> None:
-    for at, layer in _targets(model):
-        outputs, inputs = _shape(layer)
-        if inputs % _GROUP or outputs % _OUTPUTS:
-            raise CheckpointError(
-                f"{name} can't be served in torchao-int4: {at} has {inputs} inputs and {outputs} outputs, "
-                f"no multiples of {_GROUP} and {_OUTPUTS}; torchao-int8 takes any"
-            )

@@ -42,7 +42,8 @@ def full_precision(model: PreTrainedModel) -> Iterator[None]:
     """
     skipped = {module for layer in _further_layers(model) for module in layer.modules()}
     with ExitStack() as stack:
-        stack.callback(model.base_model.register_forward_pre_hook(_cast_arguments, with_kwargs=True).remove)
+        for entry in {model, model.base_model}:  # OPT's forward pass calls a part of its base model alone
+            stack.callback(entry.register_forward_pre_hook(_cast_arguments, with_kwargs=True).remove)
         for module in model.modules():
             for undo in _prepare(module, module in skipped):
                 stack.callback(undo)

@@ -31,7 +31,7 @@ class TransformersRunner(Runner):
                 computed by the compiled forward pass on a CPU.
 
         Raises:
-            CheckpointError: the architecture has other state than keys and values per token.
+            CheckpointError: layers of different kinds have different original contexts.
         """
         self._longrope = LongRope.of(model, spec.slots, spec.max_tokens)
         self.slots, self.context = spec.slots, spec.max_tokens

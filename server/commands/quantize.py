@@ -8,7 +8,8 @@ from typing import Literal
 
 import loaders
 from loaders.base import ModelSpec
-from loaders.errors import LoaderError
+from loaders.errors import LoaderError, PrecisionUnavailable
+from loaders.foreign_errors import as_loader_errors
 from server.commands.command_line import FAILED, USAGE, UsageError, complain, parse, require
 from server.commands.interrupts import clean_up_on_interrupt
 from server.commands.progress import ProgressBars
@@ -102,10 +103,12 @@ def _quantize(options: Options, method: str, made_by: loaders.Maker) -> str:
         options.spec(checkpoint, slots=1), training_steps=options.steps, granularity=options.granularity
     )
     remark = _remark(options, method, spec)
+    if not (able := loaders.suitability(method, spec)).ok:
+        raise PrecisionUnavailable(method, able)
     recipe = made_by.recipe(method, spec)
     make = partial(made_by.make, method, spec)
     compute_with(options.resolved_threads())
-    with ProgressBars(method) as bars:
+    with ProgressBars(method) as bars, as_loader_errors(method, checkpoint.model_id):
         if options.out is not None:
             save(spec, recipe, make, options.out.absolute(), bars)
             return _saved(method, options.out, remark)

@@ -73,7 +73,7 @@ def _limit(settings: Settings, first: Sequence[tuple[ModelSpec, Sequence[str]]])
     if settings.memory_budget is not None:
         free = min(free, settings.memory_budget)
     weights = [
-        [memory.needed_bytes(name, spec) for name in names if loaders.availability(name, spec.device).ok]
+        [memory.needed_bytes(name, spec) for name in names if loaders.offered(name, spec).ok]
         for spec, names in first
     ]
     beside_all = free - sum(map(sum, weights))
