@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether this host can run a precision; if not, why, and the command that installs what is missing."""
+    """Whether a precision can be served here; if not, why, and the command that installs what is missing."""
 
     reason: str | None = None
     install: str | None = None

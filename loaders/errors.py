@@ -4,7 +4,7 @@ LoaderError
 ├── ModelNotFound         no such folder or hub id, or the hub can't be reached
 ├── CheckpointError       found, but unusable: truncated, pickle-only, not a causal LM
 ├── UnknownPrecision      not in the registry
-├── PrecisionUnavailable  in the registry, but this host can't run it
+├── PrecisionUnavailable  in the registry, but this host can't run it, or it can't be made of the checkpoint
 └── OutOfMemory           the device has no room for it
 """
 

@@ -18,6 +18,7 @@ from server.bench.table import PrintedTable
 from server.host.cpu import pin
 from server.host.threads import run_in_own_thread
 from server.settings.output import save
+from server.settings.suited import for_suited
 from server.terminal import folded, say, say_json
 
 
@@ -37,6 +38,7 @@ def bench(options: Options, open_checkpoint: Callable[[], Checkpoint], progress_
         parts = [Serving(options, report).measure]
     else:
         spec = _spec(options, open_checkpoint())
+        options = for_suited(options, spec)
         speed = MemorySpeed(spec.device, threads)
         facts = reports.host_facts(cpus, threads, speed.measure(), speed.buffer_bytes)
         report = Report(facts, reports.model_facts(spec.checkpoint), options.shown())

@@ -25,6 +25,7 @@ from server.evaluation.comparison_table import HEADINGS, cells, figures
 from server.host.threads import compute_with
 from server.service.text.codec import TextCodec
 from server.settings.output import NotSaved, Output, json_option, precisions_option, save
+from server.settings.suited import for_suited
 from server.settings.types import Precision, Precisions, listed, option
 from server.tables import aligned
 from server.terminal import folded, terminal_width
@@ -79,6 +80,7 @@ async def _compare(options: Options, prompt: str) -> list[Compared]:
     tokenizer = load_tokenizer(checkpoint)
     checkpoint, codec = with_end_token(checkpoint, tokenizer), TextCodec(tokenizer)
     spec = options.spec(checkpoint, slots=1)
+    options = for_suited(options, spec)
     most = min(spec.max_tokens, longest_prompt(checkpoint.vocabulary) + options.max_new_tokens)
     ids = encode(codec, prompt, options.max_new_tokens, most, checkpoint.vocabulary)
 

@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import loaders
 from loaders.base import Checkpoint
+from loaders.errors import PrecisionUnavailable
 from server.commands.command_line import UsageError, for_saved
 from server.commands.progress import ProgressBars
 from server.errors import ServiceError
 from server.report.choice import Choice
 from server.settings.models import ModelSource, sources_of
 from server.settings.server import Settings
-from server.settings.types import AUTO
+from server.settings.types import ALL, AUTO
 
 if TYPE_CHECKING:
     from server.served_model import Wanted
@@ -45,7 +47,26 @@ def open_models(options: Settings, sources: Sequence[ModelSource]) -> list[Wante
         UsageError: an option is not for such a model.
         LoaderError: a model can't be had.
     """
-    return [_open(options, source, several=len(sources) > 1) for source in sources]
+    found = [_open(options, source, several=len(sources) > 1) for source in sources]
+    for wanted in found:
+        _require_suited(wanted, is_default=wanted is found[0])
+    return found
+
+
+def _require_suited(wanted: Wanted, is_default: bool) -> None:
+    """Checks that the precisions that the settings name for the model can be made of it.
+
+    Raises:
+        UsageError: one can't be; the server, or that model, would never be ready.
+    """
+    settings, checkpoint = wanted.settings, wanted.open()
+    names: tuple[str | None, ...] = (settings.precision, settings.shadow_precision)
+    if is_default and settings.precisions != ALL:
+        names = settings.required_precisions()
+    for name in filter(None, dict.fromkeys(names)):
+        able = loaders.offered(name, settings.spec(checkpoint, slots=1))
+        if not able.ok:
+            raise UsageError(f"{checkpoint.model_id}: {PrecisionUnavailable(name, able)}")
 
 
 def _open(options: Settings, source: ModelSource, several: bool) -> Wanted:

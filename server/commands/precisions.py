@@ -10,7 +10,7 @@ from server.commands.progress import ProgressBars
 from server.commands.table import layer_lines
 from server.host.threads import compute_with
 from server.settings.server import ModelSettings
-from server.settings.types import Precisions, listed, option
+from server.settings.types import ALL, Precisions, listed, option
 from server.tables import NONE, aligned
 
 
@@ -47,12 +47,18 @@ def main(arguments: Sequence[str]) -> int:
     _list(checkpoint, spec)
     compute_with(options.resolved_threads())
     try:
-        for name in options.names():
+        for name in _to_load(options, spec):
             _report_layers(name, spec)
     except LoaderError as error:
         complain("precisions", error)
         return FAILED
     return 0
+
+
+def _to_load(options: Options, spec: ModelSpec) -> tuple[str, ...]:
+    """Of ``all`` those that can be made of the checkpoint: the list has the reasons against the others."""
+    names = options.names()
+    return tuple(name for name in names if options.layers != ALL or loaders.suitability(name, spec).ok)
 
 
 def _list(checkpoint: Checkpoint, spec: ModelSpec) -> None:

@@ -18,6 +18,7 @@ from server.host import memory
 from server.host.threads import compute_with
 from server.settings.output import NotSaved, Output, json_option, precisions_option, save
 from server.settings.server import ModelSettings
+from server.settings.suited import for_suited
 from server.settings.types import Precisions, listed, option
 from server.terminal import folded, say_json
 
@@ -88,6 +89,7 @@ def _rows(options: Options, checkpoint: Checkpoint) -> Iterator[Row]:
     text = held_out() if options.text is None else text_file(options.text)
     tokenizer = load_tokenizer(checkpoint)
     spec = options.spec(checkpoint, slots=_SLOTS)
+    options = for_suited(options, spec)
     reference = _load(_REFERENCE, spec)
     for names in _groups(options.names(), spec):
         models = [reference if name == _REFERENCE else _load(name, spec) for name in names]

@@ -26,10 +26,11 @@ async def load_first(pool: "Pool", names: Iterable[str], lifecycle: Lifecycle | 
         state = pool.state(name)
         if state.state == "unavailable":
             _log.warning("%s can't be served here: %s", pool.title(state), state.reason)
-            continue
-        with suppress(ServiceError):  # it is in the state and in the log
-            await pool.preload(name)
-        if lifecycle is not None and name == pool.default and state.state == "failed":
+        else:
+            with suppress(ServiceError):  # it is in the state and in the log
+                await pool.preload(name)
+        failed = state.state in ("failed", "unavailable")
+        if lifecycle is not None and name == pool.default and failed:
             lifecycle.fail(f"{pool.title(state)} could not be loaded: {state.reason}", EXIT_FAILED)
 
 

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 import loaders
 from loaders.base import ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from loaders.errors import CheckpointError, LoaderError, OutOfMemory
+from loaders.errors import CheckpointError, LoaderError, OutOfMemory, PrecisionUnavailable
 from server.__main__ import main
 from server.commands import generate, serve
 from tests import checkpoints
@@ -161,7 +161,7 @@ def test_a_width_unsupported_by_four_bits_is_named(tmp_path: Path) -> None:
     model = type(checkpoints.llama())(config)
     spec = ModelSpec(open_checkpoint(str(checkpoints.save(model, tmp_path / "narrow"))), slots=1)
     with pytest.raises(
-        CheckpointError, match=r"layers\.0\.mlp\.down_proj has 100 inputs, no multiple of the 64"
+        PrecisionUnavailable, match=r"layers\.0\.mlp\.down_proj has 100 inputs, no multiple of 64"
     ):
         loaders.load("nf4", spec)
     assert loaders.load("dynamic-int8", spec).runner.score([5, 6]).isfinite().all()

@@ -112,3 +112,13 @@ def test_an_architecture_that_cannot_be_batched_is_refused(
     spec = spec_of(family, {**SIZES, **extra}, tmp_path)
     with pytest.raises(CheckpointError, match=rf"can't be batched here.*{why}"):
         loaders.load(precision, spec)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_forward_pass_around_its_base_model_is_checked_in_16_bits_too(
+    precision: str, tmp_path: Path
+) -> None:
+    """OPT's calls a part of its base model, not that; a projected embedding is not the compiled one's."""
+    spec = spec_of("opt", {**FAMILIES["opt"], "word_embed_proj_dim": 32}, tmp_path)
+    exact, found = (loaders.load(name, spec).runner.score([5, 6, 7]) for name in ("fp32", precision))
+    assert float((found - exact).norm() / exact.norm()) < 0.1

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from loaders.errors import CheckpointError, PrecisionUnavailable
+from loaders.errors import PrecisionUnavailable
 from loaders.onnx import session
 from tests import checkpoints
 from tests.loaders.contract import report_of
@@ -70,7 +70,7 @@ def test_what_a_graph_cannot_hold_is_refused_before_any_work(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **changes))
     spec = ModelSpec(open_checkpoint(str(checkpoints.save(model, tmp_path / family))))
     monkeypatch.setattr("loaders.precisions.onnx.load_pretrained", None)
-    with pytest.raises(CheckpointError, match=f"{family} can't be served in onnx-int8: .*{reason}"):
+    with pytest.raises(PrecisionUnavailable, match=f"onnx-int8 can't be served here: .*{reason}"):
         loaders.load("onnx-int8", spec)
 
 

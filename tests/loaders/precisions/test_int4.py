@@ -12,7 +12,7 @@ import loaders
 from loaders import kernels
 from loaders.base import ModelSpec
 from loaders.checkpoint import load_tokenizer, open_checkpoint
-from loaders.errors import CheckpointError, LoaderError
+from loaders.errors import LoaderError, PrecisionUnavailable
 from loaders.layers.int4_rounding import quantize
 from tests import checkpoints, decoders
 from tests.loaders.layer_products import weights_in
@@ -81,7 +81,7 @@ def test_what_it_cannot_quantize_is_refused_before_any_work(
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(model, **sizes))
     spec = spec_of(tmp_path, made)
     monkeypatch.setattr("loaders.precisions.int4.calibration_samples", None)
-    with pytest.raises(CheckpointError, match=reason) as raised:
+    with pytest.raises(PrecisionUnavailable, match=reason) as raised:
         loaders.load("int4", spec)
     assert "\n" not in str(raised.value)
 
@@ -106,7 +106,7 @@ def test_a_model_without_a_list_of_blocks_has_an_estimate_and_is_refused(
     in_float = 4 * sum(one.numel() for one in model.parameters())
     estimate = loaders.loader(precision).estimate_bytes(precision, spec)
     assert 0.1 * in_float < estimate < 1.1 * in_float
-    with pytest.raises(CheckpointError, match="BartForCausalLM has no list of blocks to calibrate"):
+    with pytest.raises(PrecisionUnavailable, match="BartForCausalLM has no list of blocks to calibrate"):
         loaders.load(precision, spec)
 
 

@@ -17,7 +17,7 @@ from loaders.artifacts.native_weights import QUANTIZED
 from loaders.base import ModelSpec, Progress, ignore_progress
 from loaders.calibration import calibration_samples
 from loaders.checkpoint import open_checkpoint
-from loaders.errors import LoaderError
+from loaders.errors import LoaderError, PrecisionUnavailable
 from loaders.layers.fake_quantize import FakeQuantizedLinear
 from loaders.layers.layer_weights import weights_of
 from loaders.precisions import qat
@@ -185,23 +185,22 @@ def mixture() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (partial(gpt2, 96, 1), r"h\.0\.attn\.c_attn has 96 inputs, no multiple of the 64"),
-        (mixture, r"can't be trained in qat-int4: model.*mlp.* is no weight of a linear layer, as in a mix"),
+        (partial(gpt2, 96, 1), r"h\.0\.attn\.c_attn has 96 inputs, no multiple of 64"),
+        (mixture, r"qat-int4 can't be served here: model.*mlp.* is in no linear layer \(as the experts"),
     ],
 )
 def test_models_that_cannot_be_trained(
     model: Callable[[], PreTrainedModel], message: str, tmp_path: Path
 ) -> None:
     folder = checkpoints.save(model(), tmp_path / "m")
-    text = checkpoints.calibration_text(tmp_path)
-    with pytest.raises(LoaderError, match=message):
-        make("qat-int4", ModelSpec(open_checkpoint(str(folder)), calibration=text, artifacts=tmp_path / "a"))
+    with pytest.raises(PrecisionUnavailable, match=message):
+        loaders.load("qat-int4", ModelSpec(open_checkpoint(str(folder)), artifacts=tmp_path / "a"))
 
 
 def test_a_model_without_linear_layers(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qat, "meta_model", lambda _: gpt2(64, 0))
-    with pytest.raises(LoaderError, match="tiny has no layer that qat-int8 can quantize"):
-        make("qat-int8", replace(spec, training_steps=9))
+    able = loaders.offered("qat-int8", replace(spec, training_steps=9))
+    assert able.reason == "the model has no linear layer beside its head"
 
 
 @pytest.mark.parametrize("steps", [0, -3])

@@ -10,7 +10,7 @@ from torch import nn
 import loaders
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.errors import CheckpointError, PrecisionUnavailable
+from loaders.errors import PrecisionUnavailable
 from loaders.precisions import torchao
 from tests import checkpoints
 from tests.loaders.contract import report_of
@@ -58,7 +58,7 @@ def test_widths_that_int4_cannot_take(tmp_path: Path) -> None:
 
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=48, n_layer=1, n_head=2)
     spec = ModelSpec(open_checkpoint(str(checkpoints.save(GPT2LMHeadModel(config), tmp_path))))
-    with pytest.raises(CheckpointError, match=r"c_attn has 48 inputs and 144 outputs, no multiples"):
+    with pytest.raises(PrecisionUnavailable, match=r"c_attn has 48 inputs and 144 outputs, no multiples"):
         loaders.load("torchao-int4", spec)
     assert loaders.load("torchao-int8", spec).footprint.quantized_share > 0.5
 
