@@ -43,7 +43,7 @@ LAYERS = (
     "loaders.architectures loaders.saved",
     "loaders.hub loaders.config_check loaders.kernels loaders.manifest",
     "loaders",
-    "loaders.config_values",
+    "loaders.config_values loaders.foreign_errors",
     "loaders.errors loaders.locking",
     "loaders.base",
     "loaders.runner loaders.import_noise loaders.malloc loaders.model_id "

@@ -246,25 +246,21 @@ def test_ten_times_overload_leaves_full_steps_and_the_memory(make_app: MakeApp, 
                 return (await client.post("/generate", json=body)).status_code
 
             async def arriving(per_second: float, seconds: float) -> tuple[float, float]:
-                """Requests per second served and refused, in an open loop."""
+                """Requests served per second, in an open loop, and the mean rows of a step."""
                 rows.clear()
                 begun, asked = time.monotonic(), list[asyncio.Task[int]]()
                 while (now := time.monotonic() - begun) < seconds:
                     asked += [asyncio.create_task(ask()) for _ in range(int(now * per_second) - len(asked))]
                     await asyncio.sleep(0.005)
                 statuses = await asyncio.gather(*asked)
-                assert set(statuses) <= {200, 429}
-                took = time.monotonic() - begun
-                return statuses.count(200) / took, statuses.count(429) / took
+                assert set(statuses) == {200, 429}
+                return statuses.count(200) / (time.monotonic() - begun), sum(rows) / len(rows)
 
             loads.runners["fp32"].delay = 0.02
             loads.runners["fp32"].on_decode = lambda slots: rows.append(len(slots))
-            peak, _ = await arriving(50, 10)
-            usual = sum(rows) / len(rows)
+            peak, usual = await arriving(50, 10)
             before = psutil.Process().memory_info().rss
-            _, refused = await arriving(10 * peak, 60)
-            assert refused > 0
-            assert sum(rows) / len(rows) >= 0.9 * usual
+            assert (await arriving(10 * peak, 60))[1] >= 0.9 * usual
             assert psutil.Process().memory_info().rss - before < 50 * 2**20
             await at_rest(app, client)
 
