@@ -117,8 +117,21 @@ def _export(model: PreTrainedModel) -> Any:
         "kept": {0: kept},
         "past": [{0: rows, 2: context}] * len(past),
     }
-    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET)
-    return OnnxExporter().export(Step(model), inputs, config).program
+    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
+    program = OnnxExporter().export(Step(model), inputs, config).program
+    _optimize(program, model)
+    return program
+
+
+def _optimize(program: Any, model: PreTrainedModel) -> None:
+    """Folds constants, but none of the model's own tensors: the graph serves other weights too."""
+    from onnxscript import optimizer  # optional
+
+    own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
+    for value in program.graph.initializers.values():
+        if value.name.removeprefix(TRACED) in own:
+            value.const_value = None
+    optimizer.optimize_ir(program)
 
 
 @contextmanager

@@ -74,6 +74,21 @@ def test_what_a_graph_cannot_hold_is_refused_before_any_work(
         loaders.load("onnx-int8", spec)
 
 
+def test_sums_of_a_models_own_vectors_are_computed_in_the_graph(tmp_path: Path) -> None:
+    """Gemma's norms multiply with 1 + w; the traced graph, where w has other values, serves all weights."""
+    heads = {"head_dim": 16, "num_key_value_heads": 2}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **heads, **SIZES))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data.normal_()
+        folder = checkpoints.save(model, tmp_path / f"gemma-{seed}")
+        spec = ModelSpec(open_checkpoint(str(folder)), artifacts=tmp_path)
+        found, exact = (loaders.load(one, spec).runner.score([40, 41, 42]) for one in ("onnx-fp32", "fp32"))
+        assert float((found - exact).norm() / exact.norm()) < 1e-4
+
+
 def test_an_embedding_in_a_folded_head_is_looked_up_as_it_was(tmp_path: Path) -> None:
     """Outliers of the last norm are folded into the tied head, and divided out of the embedding."""
     tied = checkpoints.gpt2()
