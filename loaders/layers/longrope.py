@@ -108,6 +108,15 @@ class LongRope:
             rope.long = long
 
 
+def changing_positions(config: Any) -> str | None:
+    """The reason that one graph can't hold the model's rotary embeddings; None if it can."""
+    ropes: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (ropes, *ropes.values()) if isinstance(one, dict)}
+    if changing := [kind for kind in ("dynamic", "longrope") if kind in kinds]:
+        return f"its rotary embeddings ({', '.join(changing)}) depend on the length of a text"
+    return None
+
+
 def depends_on_length(model: nn.Module, context: int) -> bool:
     """Whether the rotation of texts of up to ``context`` tokens depends on their length."""
     return any(True for _ in _switching(model, context))

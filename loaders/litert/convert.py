@@ -23,7 +23,6 @@ from loaders.pretrained import load_pretrained
 
 _TEXT = 12  # tokens of the text that the step is checked on
 _TOLERANCE = 1e-3  # relative error of logits: float32 rounding makes 1e-6, lost positions 0.5 and more
-_LARGEST = 2**31 - 2**24  # bytes of a flatbuffer
 
 
 def main(job_file: str) -> None:
@@ -65,13 +64,6 @@ def _load(folder: Path) -> tuple[Any, dict[str, int | None]]:
     """The model with the step's attention, and the attention window of each kind of layer."""
     spec = ModelSpec(open_checkpoint(str(folder)))
     model = load_pretrained(spec, tell, dtype=torch.float32, attn_implementation=ATTENTION)
-    size = sum(4 * parameter.numel() for parameter in model.parameters())
-    if any(STAND_IN in parameter.shape for parameter in model.parameters()):
-        raise CheckpointError(f"one of its dimensions is {STAND_IN}, which stands for the cache's length")
-    if size > _LARGEST:
-        raise CheckpointError(
-            f"it has {size / 2**30:.1f} GiB of weights in float32; a .tflite file holds less than 2"
-        )
     far = torch.tensor([[2**20]])
     near = Masks(model).of(far, torch.arange(2**20 + 1), torch.float32)
     masks: dict[str, Tensor] = near if isinstance(near, dict) else {"attention": near}

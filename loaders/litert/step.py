@@ -78,15 +78,15 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention of (rows, heads, tokens, width) queries to each row's past and to its new tokens."""
-    cache, scaling = _current[-1], options.get("scaling")
+    cache, scaling, softcap = _current[-1], options.get("scaling"), options.get("softcap")
     kind, (rows, _, tokens, width) = cache.kind_of(attention_mask), query.shape
     query = query * (width**-0.5 if scaling is None else scaling)
     found = []
     for row in range(rows):
         past_keys, past_values = cache.past[row][module.layer_idx]
         queries = query[row].reshape(key.shape[1], -1, width)  # those that share a head of keys together
-        past = torch.bmm(queries, past_keys.transpose(1, 2)) + cache.masks[kind][row]
-        own = torch.bmm(queries, key[row].transpose(1, 2)) + cache.own[kind]
+        past = _capped(torch.bmm(queries, past_keys.transpose(1, 2)), softcap) + cache.masks[kind][row]
+        own = _capped(torch.bmm(queries, key[row].transpose(1, 2)), softcap) + cache.own[kind]
         top = torch.maximum(past.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
         past, own = torch.exp(past - top), torch.exp(own - top)
         total = past.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
@@ -94,6 +94,11 @@ def _attention(
         found.append((mixed / total).reshape(1, -1, tokens, width))
     joined = found[0] if rows == 1 else torch.cat(found)
     return joined.transpose(1, 2).contiguous(), None
+
+
+def _capped(scores: Tensor, cap: float | None) -> Tensor:
+    """Gemma 2's scores before the softmax; a cap is far above most, so that leaving it out is hard to see."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 AttentionInterface.register(ATTENTION, _attention)

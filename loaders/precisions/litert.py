@@ -23,7 +23,7 @@ from loaders.base import Availability, LoadedModel, ModelSpec, Progress, Recipe
 from loaders.calibration import calibration_samples
 from loaders.errors import CheckpointError
 from loaders.footprint import count_parameters
-from loaders.litert import environment
+from loaders.litert import environment, suited
 from loaders.litert.model import LiteRTModel
 from loaders.litert.steps import CHUNK, DYNAMIC, SIZES, TRAINED, Description, cache_lengths
 from loaders.litert.trained import CODES, SCALES
@@ -52,6 +52,10 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     if find_spec("ai_edge_litert") is None:
         return Availability("ai-edge-litert is not installed", "pip install 'bitdial[litert]'")
     return Availability(environment.missing())
+
+
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    return suited.refusal(meta_model(spec))
 
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:

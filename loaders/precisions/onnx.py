@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.artifacts import Recipe, prepare
@@ -19,11 +18,12 @@ from loaders.calibration import calibration_samples
 from loaders.footprint import count_parameters, measure_layers, reasons
 from loaders.layers.affine_blocks import BLOCK
 from loaders.layers.linear_layers import outside_layers
+from loaders.layers.longrope import changing_positions
 from loaders.layers.norm_folding import fold_into_weights
 from loaders.onnx import files, session
 from loaders.onnx.calibrate import FARTHEST, PERCENTILE
-from loaders.onnx.probe import attention_refusal
 from loaders.onnx.quantize import weight_bits
+from loaders.onnx.suited import attention_refusal
 from loaders.onnx.weights import GraphWeights
 from loaders.precisions.blockwise import without_blocks
 from loaders.precisions.onnx_blocks import LENGTH, SAMPLES, four_bit_layers, quantize_weights
@@ -47,7 +47,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 def refusal(precision: str, spec: ModelSpec) -> str | None:
     """What the exported graph lacks a form for."""
     model = meta_model(spec)
-    why = outside_layers(model) or _changing_positions(model)
+    why = outside_layers(model) or changing_positions(model.config)
     if why is None and precision == "onnx-int4":
         why = without_blocks(model)
     return why or attention_refusal(spec.checkpoint.config)
@@ -160,11 +160,3 @@ def _details(precision: str, weights: GraphWeights) -> dict[str, Any]:
         details |= {"block_size": BLOCK, "head": "torch.int8", "activation_group_size": BLOCK}
         details["calibration"] = "GPTQ"
     return details
-
-
-def _changing_positions(model: PreTrainedModel) -> str | None:
-    ropes: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {one.get("rope_type") for one in (ropes, *ropes.values()) if isinstance(one, dict)}
-    if changing := [kind for kind in ("dynamic", "longrope") if kind in kinds]:
-        return f"its rotary embeddings ({', '.join(changing)}) depend on the length of a text"
-    return None

@@ -1,8 +1,9 @@
-"""Whether a model's attention can be replaced by ONNX Runtime's, found by a pass without weights."""
+"""What a model's layers give to attention, found by a pass without weights."""
 
 import json
 from contextvars import ContextVar
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,41 +11,39 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loaders.config_check import meta_model_of
-from loaders.onnx.step import cache_shape
 
-_IMPLEMENTATION = "bitdial_onnx_probe"
+_IMPLEMENTATION = "bitdial_probe"
 _TOKENS = 2
-_HEAD_WIDTH = 8
-_calls: ContextVar[list[bool]] = ContextVar("calls")
-"""For each call of attention in this pass, whether GroupQueryAttention has a form for it."""
-_found: dict[str, str | None] = {}  # by configuration
 
 
-def attention_refusal(config: Any) -> str | None:
-    """Why it can't; None if it can, or if no pass without weights is possible: then exporting tells.
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call through ``transformers``' attention interface: the width of a head's keys and values."""
+
+    keys: int
+    values: int
+    sinks: bool
+
+
+_calls: ContextVar[list[AttentionCall]] = ContextVar("calls")
+_found: dict[str, list[AttentionCall] | None] = {}  # by configuration
+
+
+def attention_calls(config: Any) -> list[AttentionCall] | None:
+    """The calls of one pass; fewer than layers, where some compute attention in their own code.
+
+    None if the pass raises, as one that reads values must.
 
     Args:
         config: the ``transformers`` configuration.
     """
-    layers, _, width = cache_shape(config)
-    if width % _HEAD_WIDTH:
-        return f"its attention heads are {width} wide; ONNX Runtime takes multiples of {_HEAD_WIDTH}"
     key = f"{type(config).__name__} {json.dumps(config.to_dict(), sort_keys=True, default=repr)}"
     if key not in _found:
-        _found[key] = _reason(_probe(config), layers)
+        _found[key] = _probe(config)
     return _found[key]
 
 
-def _reason(calls: list[bool] | None, layers: int) -> str | None:
-    if calls is None:
-        return None
-    if len(calls) != layers:
-        return f"{len(calls)} of its {layers} layers compute attention through transformers' interface for it"
-    return None if all(calls) else "its attention has no form in ONNX Runtime's GroupQueryAttention"
-
-
-def _probe(config: Any) -> list[bool] | None:
-    """The calls of attention; None if the pass raises, as one that reads values must."""
+def _probe(config: Any) -> list[AttentionCall] | None:
     model = meta_model_of(deepcopy(config))  # the attention is set in a model's configuration
     model.set_attn_implementation(_IMPLEMENTATION)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
@@ -65,8 +64,8 @@ def _attend(
     module: object, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
 ) -> tuple[Tensor, None]:
     """An ``AttentionInterface`` function; states are (rows, heads, tokens, head dim)."""
-    rows, heads, tokens, width = query.shape
-    _calls.get().append(options.get("s_aux") is None and value.shape[-1] == width)
+    rows, heads, tokens, _ = query.shape
+    _calls.get().append(AttentionCall(key.shape[-1], value.shape[-1], options.get("s_aux") is not None))
     return query.new_empty(rows, tokens, heads, value.shape[-1]), None
 
 
