@@ -58,6 +58,17 @@ def test_rows_of_different_lengths_are_computed_as_by_the_model_itself(name: str
             assert float((logits[row, 0] - expected).norm() / expected.norm()) < 1e-4
 
 
+def test_scores_are_capped_as_by_the_model_itself(tmp_path: Path) -> None:
+    """Checked on the way: a cap of 1 changes most of these scores."""
+    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model("gemma2", **sizes, attn_logit_softcapping=1.0, initializer_range=0.5)
+    torch.manual_seed(0)
+    folder = checkpoints.save(AutoModelForCausalLM.from_config(config), tmp_path / "gemma2")
+    model, _, _ = load_checked(folder)
+    assert type(model).__name__ == "Gemma2ForCausalLM"
+
+
 def test_layers_of_two_kinds_have_a_mask_each(tmp_path: Path) -> None:
     folder = checkpoints.save(decoders.make("qwen2"), tmp_path / "model")
     assert load_checked(folder)[2] == {"full_attention": None, "sliding_attention": 9}
