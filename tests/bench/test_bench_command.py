@@ -14,7 +14,7 @@ from server.bench import session
 from server.bench.contexts import ContextCost, plot
 from tests import checkpoints
 
-SIZES = ["--batches", "1,3", "--prompt", "6", "--tokens", "30", "--repeat", "2"]
+SIZES = ["--batches", "1,3", "--prompt", "6", "--tokens", "120", "--repeat", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_a_precision_that_transformers_lacks_is_measured_alone(
 def test_quality_is_shown_beside_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "summary.md"
     lines, report = run(
-        capsys, "--precisions", "fp32,nf4", "--batches", "1", "--prompt", "4", "--tokens", "20",
+        capsys, "--precisions", "fp32,nf4", "--batches", "1", "--prompt", "4", "--tokens", "60",
         "--repeat", "1", "--quality-tokens", "300", "--markdown", str(file),
     )  # fmt: skip
     quality = report["quality"]
