@@ -99,6 +99,22 @@ def ask_at_once(page: Page) -> None:
     expect(page.locator("#status")).to_have_text("Waiting for a precision to be loaded…")
 
 
+def test_what_is_typed_while_the_page_is_loading_is_kept(live: str, open_page: Open) -> None:
+    held: list[Route] = []
+    page = open_page(live, query="favicon.ico")
+    page.route("**/playground/state.js", lambda route: held.append(route))
+    page.goto(live, wait_until="commit")
+    page.fill("#prompt", "abc")
+    expect(page.locator("#run")).to_be_disabled()
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+    page.click("#run")
+    finished(page)
+    expect(page.locator("#prompt")).to_have_value("abc")
+    assert page.evaluate("Object.values(sessionStorage).map(kept => JSON.parse(kept).prompt)") == ["abc"]
+
+
 @pytest.mark.parametrize("leave", [lambda page: page.click("#stop"), lambda page: page.close()])
 def test_stopping_and_closing_the_tab_free_the_places(
     make_app: MakeApp, loads: Loads, open_page: Open, leave: Callable[[Page], None]

@@ -1,5 +1,4 @@
 // Starts the page: the state, the API, and every part in its place.
-
 import { Api } from "./api.js";
 import { drawControls, examplePrompt } from "./controls.js";
 import { continued, drawConversation } from "./conversation.js";
@@ -74,8 +73,7 @@ function isToBeChosen({ stats, precisions }) {
 
 /** Runs what is loaded as soon as something is, unless stopped. */
 function awaitPrecisions() {
-  awaitsPrecisions = true;
-  setRunning(true);
+  setRunning((awaitsPrecisions = true));
   status("Waiting for a precision to be loaded…");
   watch.refresh(); // and then as often as while something runs
 }
@@ -173,7 +171,8 @@ async function loadControls() {
   try {
     openapi = await api.get("openapi.json");
     drawControls(byId("parameters"), openapi, state);
-    if (!state.get().prompt && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
+    const isUntouched = !state.get().prompt && document.activeElement !== byId("prompt");
+    if (isUntouched && state.get().mode === "complete") state.set({ prompt: examplePrompt(openapi) });
   } catch (error) {
     byId("parameters").replaceChildren(el("p", { className: "error" }, visible(error.message)));
   }
@@ -187,6 +186,8 @@ function chooseLoaded({ stats, precisions }) {
 }
 
 function listen() {
+  if (byId("prompt").value) state.set({ prompt: byId("prompt").value }); // typed while the modules were loading
+  setRunning(false);
   byId("prompt-form").addEventListener("submit", (event) => {
     event.preventDefault();
     run();
