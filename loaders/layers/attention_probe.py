@@ -1,6 +1,7 @@
 """What a model's layers give to attention, found by a pass without weights."""
 
 import json
+from collections.abc import Sequence
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ def attention_calls(config: Any) -> list[AttentionCall] | None:
     if key not in _found:
         _found[key] = _probe(config)
     return _found[key]
+
+
+def outside_interface(calls: Sequence[AttentionCall], layers: int) -> str | None:
+    """The reason that another attention can't be set in all layers; None if it can."""
+    if len(calls) == layers:
+        return None
+    return f"{len(calls)} of its {layers} layers compute attention through transformers' interface for it"
 
 
 def _probe(config: Any) -> list[AttentionCall] | None:

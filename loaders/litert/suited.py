@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from loaders.layers.attention_probe import attention_calls
+from loaders.layers.attention_probe import attention_calls, outside_interface
 from loaders.layers.longrope import changing_positions
 from loaders.litert.lengths import STAND_IN
 
@@ -27,8 +27,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     if (calls := attention_calls(model.config)) is None:
         return None
     layers = model.config.get_text_config().num_hidden_layers
-    if len(calls) != layers:
-        return f"{len(calls)} of its {layers} layers compute attention through transformers' interface for it"
+    if (why := outside_interface(calls, layers)) is not None:
+        return why
     if any(call.sinks or call.keys != call.values for call in calls):
         return "its attention has sinks, or values of another width, which LiteRT's step doesn't have"
     return None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loaders.layers.attention_probe import attention_calls
+from loaders.layers.attention_probe import attention_calls, outside_interface
 from loaders.onnx.step import cache_shape
 
 _HEAD_WIDTH = 8
@@ -19,8 +19,8 @@ def attention_refusal(config: Any) -> str | None:
         return f"its attention heads are {width} wide; ONNX Runtime takes multiples of {_HEAD_WIDTH}"
     if (calls := attention_calls(config)) is None:
         return None
-    if len(calls) != layers:
-        return f"{len(calls)} of its {layers} layers compute attention through transformers' interface for it"
+    if (why := outside_interface(calls, layers)) is not None:
+        return why
     if any(call.sinks or call.keys != call.values for call in calls):
         return "its attention has no form in ONNX Runtime's GroupQueryAttention"
     return None

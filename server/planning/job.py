@@ -115,6 +115,7 @@ class _Job:
                 await rounds.prepare()
                 found = await calibrator.measure(progress, rounds.round)
             self.measured_frontend = rounds.frontend(found.step_times())
+            self.store.keep_frontend(self.measured_frontend)
             return found
 
         found = asyncio.run(run())
@@ -123,15 +124,13 @@ class _Job:
 
     def frontend(self, first: Calibration) -> Frontend:
         """Args: first: the precision that the measured server runs."""
-        found = self.measured_frontend
-        if found is None and (saved := self.store.frontend()) is not None:
-            return saved
+        found = self.measured_frontend or self.store.frontend()
         if found is None:
             progress = self.bars("HTTP")
             with alone(progress):
                 progress("measuring requests", 0, 0)
                 found = asyncio.run(measure_frontend(self.settings, first.precision, first.step_times()))
-        self.store.keep_frontend(found)
+            self.store.keep_frontend(found)
         return found
 
 

@@ -8,7 +8,7 @@ import { bytes, visible } from "./format.js";
 import { askKey } from "./key.js";
 import { mountMode } from "./mode.js";
 import { modelInAddress, mountModels } from "./models.js";
-import { mountPicker } from "./picker.js";
+import { isToBeLoaded, mountPicker } from "./picker.js";
 import { Runner } from "./run.js";
 import { ServerWatch } from "./server.js";
 import { createState } from "./state.js";
@@ -50,7 +50,7 @@ function showModel({ stats, info }) {
 async function run() {
   if (runner.running) return;
   const { prompt, precisions: chosen, mode } = state.get();
-  if (isToBeChosen(state.get())) return awaitPrecisions();
+  if (followsLoaded && isToBeLoaded(state.get())) return awaitPrecisions();
   if (!chosen.length) return status("Choose at least one precision.");
   followsLoaded = false;
   keepAnswer(prompt);
@@ -65,15 +65,10 @@ async function run() {
   watch.refresh();
 }
 
-/** Whether a precision will be chosen without the user: the server has told none yet, or is loading one. */
-function isToBeChosen({ stats, precisions }) {
-  if (precisions.length || !followsLoaded) return false;
-  return !stats || Object.values(stats.precisions).some(({ state: it }) => it === "loading");
-}
-
 /** Runs what is loaded as soon as something is, unless stopped. */
 function awaitPrecisions() {
-  setRunning((awaitsPrecisions = true));
+  awaitsPrecisions = true;
+  setRunning(true);
   status("Waiting for a precision to be loaded…");
   watch.refresh(); // and then as often as while something runs
 }
@@ -160,7 +155,7 @@ function update(current, patch = current) {
   if ("mode" in patch && openapi) drawControls(byId("parameters"), openapi, state);
   if ("prompt" in patch && byId("prompt").value !== current.prompt) byId("prompt").value = current.prompt;
   if (patch.stats && followsLoaded) chooseLoaded(current);
-  if (patch.stats && !isToBeChosen(current) && stopAwaiting()) run();
+  if (patch.stats && !isToBeLoaded(current) && stopAwaiting()) run();
   if (patch.stats) loadControls();
 }
 

@@ -56,3 +56,9 @@ function noteOf(state, reason, memory) {
   if (state === "unavailable" || state === "failed") return `${state}: ${reason}`;
   return state === "unloaded" ? "not loaded" : state;
 }
+
+/** Whether nothing is chosen and something may be without the user: the server has told nothing yet, or is loading. */
+export function isToBeLoaded({ stats, precisions }) {
+  if (precisions.length) return false;
+  return !stats || Object.values(stats.precisions).some(({ state }) => state === "loading");
+}
