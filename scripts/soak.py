@@ -35,7 +35,7 @@ ALLOWED = {
     "open_files": 2,  # connections that are being closed
     "threads": 2,  # of asyncio's default executor, which starts them on demand, up to CPUs + 4
 }
-WARM_UP_ACTIONS = 6_000  # after which the allocator's arenas are as large as the traffic makes them
+WARM_UP_ACTIONS = 20_000  # after which the allocator's arenas are as large as the traffic makes them
 PARTS = 6  # resources are measured after each
 
 
