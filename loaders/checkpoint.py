@@ -18,6 +18,7 @@ from loaders.config_check import (
     read_json,
     read_raw,
 )
+from loaders.config_values import context_length
 from loaders.errors import CheckpointError
 from loaders.hub import locate
 from loaders.manifest import MANIFEST
@@ -51,7 +52,7 @@ def open_checkpoint(
         folder=folder,
         config=config,
         architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type],
-        context_length=text.max_position_embeddings,
+        context_length=context_length(name, text),
         vocabulary=text.vocab_size,
         eos_ids=end_tokens.configured(folder, config),
         file_bytes=sum(file.stat().st_size for file in files),

@@ -11,6 +11,9 @@ from loaders.errors import CheckpointError
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+_LIMIT = "max_position_embeddings"
+_TRAINED = ("max_seq_len", "seq_length", "n_ctx")  # lengths that families without such a limit state
+_UNSTATED = 2048  # tokens that BLOOM, Mamba and Mamba-2, which state none, were trained with
 _POSITIVE = ("rope_theta", "factor", "partial_rotary_factor")
 
 
@@ -41,31 +44,45 @@ def check_values(name: str, text: Any) -> None:
         value = getattr(text, key, None)
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise _impossible(name, key, value)
-    window = known_value(text, "sliding_window")
-    if window is not None and (type(window) is not int or window < 1):
+    window, types = known_value(text, "sliding_window"), known_value(text, "layer_types") or ()
+    unused = window == 0 and getattr(text, "use_sliding_window", None) is False  # as Qwen2-MoE's is
+    if window is not None and not unused and (type(window) is not int or window < 1):
         raise _impossible(name, "sliding_window", window)
-    if window is None and "sliding_attention" in (known_value(text, "layer_types") or ()):
+    if window is None and "sliding_attention" in types:
         raise CheckpointError(f"config.json of {name} has sliding_attention layers and no sliding_window")
     for rope in _ropes(getattr(text, "rope_parameters", None)):
         _check_rope(name, rope)
 
 
-def check_state(name: str, text: Any) -> None:
-    """Checks that the only state of a sequence is keys and values per token, as the KV caches hold it.
+def context_length(name: str, text: Any) -> int:
+    """Maximum tokens of one sequence.
+
+    A family without positions (ALiBi, Mamba) has no limit: what its file states, or ``_UNSTATED``.
 
     Raises:
-        CheckpointError: no precision of the model can be served.
+        CheckpointError: the family has a limit, and the configuration tells none.
+    """
+    limit: int | None = getattr(text, _LIMIT, None)
+    if limit is not None:
+        return limit
+    family: Any = type(text)
+    if _knows(family, _LIMIT):
+        raise CheckpointError(f"config.json of {name} tells no context length ({_LIMIT})")
+    stated = (getattr(text, key, None) for key in _TRAINED)
+    return next((value for value in stated if type(value) is int and value > 0), _UNSTATED)
+
+
+def unbatchable(text: Any) -> str | None:
+    """The reason why rows of a batch can't be computed together, as far as the configuration tells it.
+
+    A sequence's only state must be keys and values per token, and no value may depend on the cache's length,
+    which is that of the longest row.
     """
     if unknown := {str(kind) for kind in known_value(text, "layer_types") or ()} - _ATTENTION_TYPES:
-        raise CheckpointError(
-            f"{name} can't be served: it has {', '.join(sorted(unknown))[:80]} layers; only models whose "
-            "state is keys and values per token can be batched here"
-        )
+        return f"it has {', '.join(sorted(unknown))[:80]} layers"
     if getattr(text, "attn_temperature_tuning", None):
-        raise CheckpointError(
-            f"{name} can't be served: it scales attention by the length of the cache, which batched "
-            "sequences don't share"
-        )
+        return "it scales attention by the length of the cache"
+    return None
 
 
 def _ropes(value: Any) -> Iterator[Mapping[str, Any]]:

@@ -94,6 +94,16 @@ class PagedRunner(Protocol):
 
 
 @runtime_checkable
+class GrowingRunner(Protocol):
+    """A runner whose slots take memory as their sequences grow, and give it back with them."""
+
+    token_bytes: float
+    """Bytes that a sequence takes per token; fewer beyond the attention windows of some layers."""
+    sequence_bytes: int
+    """Bytes that it takes besides, at any length: the state of recurrent layers. 0 before the first pass."""
+
+
+@runtime_checkable
 class LengthRunner(Protocol):
     """A runner of a model whose computation of a text changes beyond some length."""
 

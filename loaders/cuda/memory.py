@@ -16,12 +16,12 @@ def smallest_cache(config: Any, tokens: int) -> int:
     """The smallest KV cache: one sequence in float32, and the dummy slot of padding rows.
 
     Args:
-        config: the model's, of ``transformers``; the result is 0 if it has no number of heads.
+        config: the model's, of ``transformers``; the result is 0 if it has no number of heads, or several.
         tokens: most tokens of one sequence.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    if not heads:
+    if not isinstance(heads, int) or not heads:
         return 0
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = getattr(text, "num_key_value_heads", None) or heads

@@ -27,9 +27,22 @@ def inner_layers(model: PreTrainedModel) -> Iterator[tuple[str, Linear]]:
             yield name, module
 
 
+def is_read_directly(name: str) -> bool:
+    """Whether ``transformers`` multiplies with the layer's weight itself, as it does in Mamba and Jamba."""
+    return name.rpartition(".")[2] == "dt_proj"
+
+
+def read_directly(model: PreTrainedModel) -> str | None:
+    """The reason that a weight must stay a plain tensor; None if none must."""
+    names = (name for name, _ in inner_layers(model) if is_read_directly(name))
+    return next((f"the model's code multiplies with {name}'s weight itself" for name in names), None)
+
+
 def none_to_quantize(model: PreTrainedModel) -> str | None:
-    """The reason that a model has no linear layer beside its head; None if it has."""
-    return None if any(True for _ in inner_layers(model)) else "the model has no linear layer beside its head"
+    """The reason that a model has no linear layer to quantize beside its head; None if it has."""
+    if not any(True for _ in inner_layers(model)):
+        return "the model has no linear layer beside its head"
+    return read_directly(model)
 
 
 def uneven_inputs(layers: Iterable[tuple[str, Linear]], multiple: int) -> str | None:

@@ -25,6 +25,7 @@ from loaders.kernels.matrix import ACTIVATION_GROUP, INT8_LANES
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes, weight_levels
 from loaders.layers.huge_pages import Arena
+from loaders.layers.linear_layers import read_directly
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
 from loaders.pretrained import load_pretrained, meta_model
@@ -37,6 +38,10 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
     if not {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
         return Availability("this build of PyTorch has no FBGEMM kernels")
     return Availability()
+
+
+def refusal(precision: str, spec: ModelSpec) -> str | None:
+    return read_directly(meta_model(spec))
 
 
 def estimate_bytes(precision: str, spec: ModelSpec) -> int:

@@ -26,7 +26,7 @@ from loaders.layers.dynamic_int8_linear import int8_linear, int8_linear_bytes
 from loaders.layers.huge_pages import Arena
 from loaders.layers.int4_codes import STEP, int4_bytes
 from loaders.layers.int4_rounding import quantize
-from loaders.layers.linear_layers import shape_of, uneven_inputs
+from loaders.layers.linear_layers import read_directly, shape_of, uneven_inputs
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_into_weights
 from loaders.layers.shared_embedding import is_tied, share_embedding, stays_beside
@@ -54,7 +54,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 def refusal(precision: str, spec: ModelSpec) -> str | None:
     model = meta_model(spec)
-    if (why := without_blocks(model)) is not None:
+    if (why := without_blocks(model) or read_directly(model)) is not None:
         return why
     _, blocks = blocks_of(model)
     linear = sum(layer.weight.numel() for _, layer in targets(model))

@@ -26,7 +26,7 @@ from loaders.footprint import count_parameters, measure, reasons
 from loaders.layers.conv1d import to_linear
 from loaders.layers.dynamic_int8_linear import int8_linear
 from loaders.layers.huge_pages import Arena
-from loaders.layers.linear_layers import inner_layers, shape_of
+from loaders.layers.linear_layers import inner_layers, read_directly, shape_of
 from loaders.layers.native_linear import NativeLinear, adopt
 from loaders.layers.norm_folding import fold_norms
 from loaders.layers.observed_inputs import ObservedInputs, observe
@@ -57,8 +57,9 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 
 
 def refusal(precision: str, spec: ModelSpec) -> str | None:
-    if _targets(meta_model(spec)):
-        return None
+    model = meta_model(spec)
+    if _targets(model):
+        return read_directly(model)
     return "it has no linear layer of a width that the compiled kernels take in int8"
 
 

@@ -15,8 +15,9 @@ from loaders.errors import CheckpointError, in_short
 from loaders.runner import Runner
 
 _LONG, _SHORT = 24, 5  # tokens of the two rows
+_NEAR = 2  # tokens after the last chunk begins: a recurrence may soon forget what it lost there
 _FARTHEST = 1024  # longest attention window that the check exceeds
-# relative error of logits: float32 rounding makes 1e-5, lost positions 0.5 and more
+ROUNDING = 1e-4  # relative error of logits: float32 makes 1e-5, lost positions 0.5 and more
 _TOLERANCE = 0.005
 
 
@@ -33,14 +34,34 @@ def check_rows(runner: Runner, config: Any, name: str) -> None:
     Raises:
         CheckpointError: the results differ, or the forward pass raises.
     """
+    deviation = _deviation(runner, config, f"{name} can't be batched here")
+    if deviation >= _TOLERANCE:  # not of NaN, which check_numbers reports
+        raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
+
+
+def check_sequences(runner: Runner, config: Any, name: str) -> float:
+    """``check_rows`` for a runner that computes each sequence in passes of its own; returns the deviation.
+
+    It finds models that aren't causal, whose cache is incomplete, or whose modules hold state.
+
+    Raises:
+        CheckpointError: the results differ, or the forward pass raises.
+    """
+    deviation = _deviation(runner, config, f"{name} can't be served here")
+    if deviation >= _TOLERANCE:
+        raise CheckpointError(
+            f"{name} can't be served here: token by token it computes other logits than in one pass"
+        )
+    return deviation
+
+
+def _deviation(runner: Runner, config: Any, failed: str) -> float:
     try:
-        deviation = _difference(runner, _texts(runner, config))
+        return _difference(runner, _texts(runner, config))
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a forward pass may raise anything for arguments that it doesn't expect
-        raise CheckpointError(f"{name} can't be batched here ({in_short(error)})") from error
-    if deviation >= _TOLERANCE:  # not of NaN, which check_numbers reports
-        raise CheckpointError(f"{name} can't be batched here: its rows disturb each other")
+        raise CheckpointError(f"{failed} ({in_short(error)})") from error
 
 
 def check_numbers(runner: Runner, name: str, dtype: torch.dtype) -> None:
@@ -76,8 +97,10 @@ def _difference(runner: Runner, texts: list[list[int]]) -> float:
     Few passes, since in float32 each converts every weight: the rows' references come from one.
     """
     rows = [texts[0], *(text[:_SHORT] for text in texts[1:])]
-    half = len(rows[0]) // 2
-    chunks = [(0, rows[0][:half]), (0, rows[0][half:-1]), *((1, ids[:-1]) for ids in rows[1:])]
+    half, end = len(rows[0]) // 2, len(rows[0]) - 1
+    near = max(half, end - _NEAR)
+    chunks = [(0, rows[0][:half]), (0, rows[0][half:near]), (0, rows[0][near:end])]
+    chunks += [(1, ids[:-1]) for ids in rows[1:]]
     for slot, chunk in chunks:
         if chunk:
             runner.prefill(slot, chunk, "none")

@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loaders.layers.layer_weights import LayerWeights, WeightLayer, weights_of
+from loaders.layers.linear_layers import is_read_directly
 from loaders.layers.native_linear import NativeLinear
 from loaders.layers.shared_embedding import SharedEmbedding
 
@@ -44,10 +45,21 @@ def full_precision(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         for entry in {model, model.base_model}:  # OPT's forward pass calls a part of its base model alone
             stack.callback(entry.register_forward_pre_hook(_cast_arguments, with_kwargs=True).remove)
-        for module in model.modules():
+        for name, module in model.named_modules():
+            if is_read_directly(name):
+                stack.enter_context(_cast(module.weight))
             for undo in _prepare(module, module in skipped):
                 stack.callback(undo)
         yield
+
+
+@contextmanager
+def _cast(weight: Tensor) -> Iterator[None]:
+    before, weight.data = weight.data, weight.data.float()
+    try:
+        yield
+    finally:
+        weight.data = before
 
 
 def _further_layers(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from loaders import kernels
 from loaders.architectures import UnsupportedArchitecture, architecture_of
 from loaders.base import ModelSpec
+from loaders.config_values import unbatchable
 from loaders.cuda.cuda_graphs import CudaGraphs
 from loaders.cuda.forward import LeanGPT2
 from loaders.cuda.graph_runner import GraphRunner
@@ -16,9 +17,10 @@ from loaders.cuda.memory import card_free
 from loaders.cuda.static_cache import Unsuitable
 from loaders.errors import CheckpointError
 from loaders.runner import Runner
-from loaders.runners.batching_check import check_numbers, check_rows
+from loaders.runners.batching_check import ROUNDING, check_numbers, check_rows, check_sequences
 from loaders.runners.decoder_cpu_runner import DecoderCPURunner
 from loaders.runners.full_precision import full_precision
+from loaders.runners.sequential_runner import FORMS, Form, SequentialRunner
 from loaders.runners.transformers_runner import TransformersRunner
 
 _CHECK_SLOTS = 2  # slots that the check of an architecture needs
@@ -36,7 +38,7 @@ def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     try:
         runner = DecoderCPURunner(model, spec, architecture_of(model.config))
     except UnsupportedArchitecture as error:
-        return _checked(TransformersRunner(model, spec, str(error)), spec)
+        return _uncompiled(model, spec, str(error))
     check_numbers(runner, spec.checkpoint.architecture, model.dtype)
     return runner
 
@@ -55,19 +57,18 @@ def is_compiled(config: Any) -> bool:
 def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
-        return _checked(
-            TransformersRunner(model, spec, f"the model is spread over {len(places)} devices"), spec
-        )
+        return _uncompiled(model, spec, f"the model is spread over {len(places)} devices")
     # cuDNN's attention selects its kernel by context length, and a row's result would depend on it
     torch.backends.cuda.enable_cudnn_sdp(False)
     why_not = _why_not_captured(model, spec)
     graphs = None if why_not else CudaGraphs(model.device)
     try:
+        _check_configuration(spec)
         if not LeanGPT2.serves(model):
             _check_steps(model, spec)
         return GraphRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
     except (Unsuitable, CheckpointError) as error:
-        return _checked(TransformersRunner(model, spec, str(error)), spec)
+        return _uncompiled(model, spec, str(error))
 
 
 def _check_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
@@ -86,16 +87,61 @@ def _check_steps(model: PreTrainedModel, spec: ModelSpec) -> None:
         runner.close()
 
 
-def _checked(runner: TransformersRunner, spec: ModelSpec) -> TransformersRunner:
-    model, name = runner.module, spec.checkpoint.architecture
-    with full_precision(model):
-        trial = TransformersRunner(model, _few_slots(spec))
-        try:
-            check_rows(trial, spec.checkpoint.config, name)
-        finally:
-            trial.close()
-    check_numbers(runner, name, model.dtype)
+def _uncompiled(model: PreTrainedModel, spec: ModelSpec, why_not: str) -> Runner:
+    """``transformers``' forward pass: of a batch if the architecture allows it, else of each sequence.
+
+    Args:
+        why_not: the reason why the pass isn't compiled or captured.
+    """
+    runner: Runner
+    try:
+        _check_configuration(spec)
+        _check_batches(model, spec)
+        runner = TransformersRunner(model, spec, why_not)
+    except CheckpointError as error:
+        runner = SequentialRunner(model, spec, _form(model, spec, str(error)), str(error))
+    check_numbers(runner, spec.checkpoint.architecture, model.dtype)
     return runner
+
+
+def _check_configuration(spec: ModelSpec) -> None:
+    if reason := unbatchable(spec.checkpoint.config.get_text_config()):
+        raise CheckpointError(f"{spec.checkpoint.architecture} can't be batched here: {reason}")
+
+
+def _check_batches(model: PreTrainedModel, spec: ModelSpec) -> None:
+    with full_precision(model):
+        runner = TransformersRunner(model, _few_slots(spec))
+        try:
+            check_rows(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+        finally:
+            runner.close()
+
+
+def _form(model: PreTrainedModel, spec: ModelSpec, why_not: str) -> Form:
+    """The first form in which steps compute the logits of one pass, or the one that comes closest."""
+    deviations: dict[Form, float] = {}
+    failures: list[CheckpointError] = []
+    for form in FORMS:
+        try:
+            deviations[form] = _check_sequences(model, spec, form, why_not)
+        except CheckpointError as error:
+            failures.append(error)
+        else:
+            if deviations[form] < ROUNDING:
+                return form
+    if not deviations:
+        raise failures[0]
+    return min(deviations, key=lambda form: deviations[form])
+
+
+def _check_sequences(model: PreTrainedModel, spec: ModelSpec, form: Form, why_not: str) -> float:
+    with full_precision(model):
+        runner = SequentialRunner(model, _few_slots(spec), form, why_not)
+        try:
+            return check_sequences(runner, spec.checkpoint.config, spec.checkpoint.architecture)
+        finally:
+            runner.close()
 
 
 def _few_slots(spec: ModelSpec) -> ModelSpec:

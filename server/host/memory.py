@@ -10,7 +10,7 @@ import loaders
 from loaders.base import LoadedModel, ModelSpec
 from loaders.cuda.memory import cards_free, smallest_cache
 from loaders.kv_cache.block_pool import BLOCK_TOKENS
-from loaders.runner import DeviceRunner, PagedRunner, Runner
+from loaders.runner import DeviceRunner, GrowingRunner, PagedRunner, Runner
 from server.host import cgroups
 
 _MARGIN = 0.9  # usable share of the free memory; the rest is for activations and other processes
@@ -87,7 +87,9 @@ def cache_token_bytes(runner: Runner) -> float:
 
 
 def full_cache_bytes(runner: Runner) -> int:
-    """Bytes of the cache with the whole context in every slot; blocks are allocated as they are needed."""
+    """Bytes of the cache with the whole context in every slot; some runners allocate as sequences grow."""
+    if isinstance(runner, GrowingRunner):
+        return round(runner.slots * (runner.sequence_bytes + runner.token_bytes * runner.context))
     if isinstance(runner, PagedRunner):
         return round(cache_token_bytes(runner) * runner.slots * runner.context)
     return runner.kv_cache_bytes

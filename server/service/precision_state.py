@@ -116,5 +116,6 @@ def forward_pass(model: LoadedModel) -> str:
     """For the log: which forward pass computes the model and, if not the fastest, why."""
     report = model.runner.report() if isinstance(model.runner, ReportingRunner) else {}
     name = report.get("forward", type(model.runner).__name__)
-    why = report.get("not_compiled_because") or report.get("not_captured_because")
+    reasons = ("not_batched_because", "not_compiled_because", "not_captured_because")
+    why = next((report[key] for key in reasons if report.get(key)), None)
     return f"{name}, since {why}" if why else str(name)

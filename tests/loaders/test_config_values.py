@@ -24,6 +24,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": GATED,
     "qwen3": {**GATED, "head_dim": 16},
     "gpt_neox": {**SIZES, "intermediate_size": 128},
+    "qwen2_moe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 32},
     "gpt2": {"vocab_size": 320, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4,
              "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0},
 }  # fmt: skip
@@ -127,6 +129,7 @@ def refused(folder: Path, message: str) -> None:
         ("gpt_neox", {"sliding_window": 4}),
         ("mistral", {"sliding_window": 4}),
         ("qwen2", {"sliding_window": 4}),  # unused by default
+        ("qwen2_moe", {"sliding_window": 4}),  # unused by default, and then 0
         ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
         ("llama", {"rope_parameters": {**BASE, "partial_rotary_factor": 0.5}}),
         ("gpt_neox", {"rope_parameters": {**BASE, "partial_rotary_factor": 0.5}}),

@@ -11,7 +11,6 @@ import loaders
 from loaders import kernels
 from loaders.base import LoadedModel, ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.errors import CheckpointError
 from loaders.footprint import quantization_warning
 from tests import checkpoints
 
@@ -95,23 +94,6 @@ def test_experts_that_were_not_quantized_are_most_of_a_mixture(tmp_path: Path) -
     assert warning is not None
     assert warning.startswith("nf4 has quantized only")
     assert quantization_warning(loaders.load("nf4", spec_of("qwen2", FAMILIES["qwen2"], tmp_path))) is None
-
-
-@pytest.mark.parametrize(
-    ("family", "extra", "why"),
-    [
-        ("gpt_neo", LOCAL, "its rows disturb each other"),
-        ("falcon", {"alibi": True}, "ValueError"),
-    ],
-)
-@pytest.mark.parametrize("precision", ["fp32", "dynamic-int8"])
-def test_an_architecture_that_cannot_be_batched_is_refused(
-    family: str, extra: dict[str, Any], why: str, precision: str, tmp_path: Path
-) -> None:
-    """Positions and masks of their own: answers would look right and be wrong."""
-    spec = spec_of(family, {**SIZES, **extra}, tmp_path)
-    with pytest.raises(CheckpointError, match=rf"can't be batched here.*{why}"):
-        loaders.load(precision, spec)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from loaders.base import LoadedModel, ModelSpec, Progress
 from loaders.cuda.graph_runner import GraphRunner
 from loaders.cuda.memory import device_map, smallest_cache
-from loaders.errors import CheckpointError, OutOfMemory
+from loaders.errors import OutOfMemory
 from loaders.precisions import bnb, full
 from loaders.runners import select as runners
+from loaders.runners.sequential_runner import SequentialRunner
 from loaders.runners.transformers_runner import TransformersRunner
 from server.errors import NotReady
 from server.host import memory
@@ -26,7 +27,7 @@ from server.settings.server import Settings
 from tests import checkpoints
 from tests.fakes import FakeDeviceRunner, fake_checkpoint, fake_load, fake_model
 from tests.loaders.cuda.test_graph_runner import specified
-from tests.loaders.test_families import LOCAL, SIZES
+from tests.loaders.test_families import GATED, LOCAL, SIZES
 from tests.recorded_graphs import RecordedGraphs
 
 SLOT = 2 * 2 * 256 * 64 * 4
@@ -91,14 +92,19 @@ def test_an_outlier_threshold_prevents_capture_of_int8_and_the_cost_is_reported(
     assert "beside a sequence changes its tokens" in reason
 
 
-def test_an_architecture_that_cannot_be_batched_is_refused_on_a_gpu_too(card: Callable[[int], None]) -> None:
+def test_an_architecture_that_cannot_be_batched_is_found_on_a_gpu_too(card: Callable[[int], None]) -> None:
     """GPT-Neo's local layers derive their mask from the length of the cache, here that of a captured step."""
     card(10**9)
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt_neo", **SIZES, **LOCAL)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(CheckpointError, match="can't be batched here: its rows disturb each other"):
-        runners.runner_for(model, replace(specified(model, context=128), device="cuda"))
+    found = runners.runner_for(model, replace(specified(model, context=128), device="cuda"))
+    assert isinstance(found, SequentialRunner)
+    assert "can't be batched here: its rows disturb each other" in found.report()["not_batched_because"]
+    config = AutoConfig.for_model("lfm2", **GATED, layer_types=["conv", "full_attention"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    found = runners.runner_for(model, replace(specified(model, context=128), device="cuda"))
+    assert isinstance(found, SequentialRunner)
     llama = checkpoints.llama()
     runner = runners.runner_for(llama, spec_for(llama))
     assert isinstance(runner, GraphRunner)

@@ -12,7 +12,7 @@ import loaders
 from loaders import kernels
 from loaders.base import ModelSpec
 from loaders.checkpoint import open_checkpoint
-from loaders.errors import CheckpointError, PrecisionUnavailable
+from loaders.errors import PrecisionUnavailable
 from server.__main__ import main
 from tests import checkpoints
 
@@ -34,6 +34,7 @@ BART = {
 }  # fmt: skip
 
 ONNX = {"onnx-fp32", "onnx-int8", "onnx-static-int8", "onnx-int4"}
+LITERT = {"litert-fp32", "litert-fp16", "litert-int8", "litert-full-int8"}
 BLOCKS_OF_64 = {"nf4", "fp4", "int4", "qat-int8", "qat-int4"}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
     "llama": ("llama", GATED, {}),
@@ -88,6 +89,32 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
         {**GATED, "rope_parameters": DYNAMIC},
         {"its rotary embeddings (dynamic) depend on the length of a text": ONNX},
     ),
+    "convolutions beside attention": (
+        "lfm2",
+        {**GATED, "layer_types": ["conv", "full_attention"]},
+        {
+            "it has conv layers": ONNX | LITERT,
+            "model.layers.0.conv.conv.weight is in no linear layer": {"qat-int8", "qat-int4"},
+        },
+    ),
+    "weights that are read": (
+        "mamba",
+        {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 64},
+        {
+            "it has linear_attention layers": ONNX | LITERT,
+            "A_log is in no linear layer": {"qat-int8", "qat-int4"},
+            "the model's code multiplies with backbone.layers.0.mixer.dt_proj's weight itself": {
+                "int8",
+                "nf4",
+                "fp4",
+                "int4",
+                "dynamic-int8",
+                "static-int8",
+                "torchao-int8",
+                "torchao-int4",
+            },
+        },
+    ),
     "no list of blocks": (
         "bart",
         BART,
@@ -98,7 +125,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
     ),
 }
 """Model type, configuration, and the precisions that are refused by a part of the reason."""
-UNSERVED = {"no list of blocks"}  # in no precision: its rows disturb each other
 
 needs_kernels = pytest.mark.skipif(kernels.get() is None, reason=str(kernels.find()))
 
@@ -136,34 +162,14 @@ def test_what_is_offered_can_be_loaded(
     name: str, spec_of: Callable[[str, dict[str, Any]], ModelSpec]
 ) -> None:
     """Of precisions without files, which take long to make."""
-    if name in UNSERVED:
-        pytest.skip("it can't be batched")
-    family, sizes, _ = MODELS[name]
+    family, sizes, refused = MODELS[name]
     spec = spec_of(family, sizes)
     offered = [one for one in loaders.direct("cpu") if loaders.offered(one, spec).ok]
-    assert {"fp32", "int8", "dynamic-int8"} <= {*offered}
+    assert {"fp32", "int8", "dynamic-int8"} <= {*offered}.union(*refused.values())
     for precision in offered:
         loaded = loaders.load(precision, spec)
         assert loaded.runner.score([5, 6, 7]).isfinite().all()
         loaded.close()
-
-
-@pytest.mark.parametrize(
-    ("family", "sizes", "why"),
-    [
-        (
-            "lfm2",
-            {**GATED, "layer_types": ["conv", "full_attention"]},
-            "it has conv layers; only models whose",
-        ),
-        ("llama4_text", {**GATED, "head_dim": 16}, "it has chunked_attention layers"),
-    ],
-)
-def test_a_model_with_other_state_than_keys_and_values_is_not_opened(
-    family: str, sizes: dict[str, Any], why: str, spec_of: Callable[[str, dict[str, Any]], ModelSpec]
-) -> None:
-    with pytest.raises(CheckpointError, match=f"^tiny can't be served: {why}"):
-        spec_of(family, sizes)
 
 
 @needs_kernels
