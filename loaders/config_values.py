@@ -11,6 +11,8 @@ from loaders.errors import CheckpointError
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+# whose state has one size for any length, and those without any
+_RECURRENT = frozenset({"linear_attention", "mamba", "conv", "hybrid", "attention", "mlp", "moe"})
 _LIMIT = "max_position_embeddings"
 _TRAINED = ("max_seq_len", "seq_length", "n_ctx")  # lengths that families without such a limit state
 _UNSTATED = 2048  # tokens that BLOOM, Mamba and Mamba-2, which state none, were trained with
@@ -72,14 +74,25 @@ def context_length(name: str, text: Any) -> int:
     return next((value for value in stated if type(value) is int and value > 0), _UNSTATED)
 
 
+def other_state(text: Any, known: frozenset[str] = frozenset()) -> str | None:
+    """The reason why a sequence's state is not keys and values per token alone; None if it is.
+
+    Args:
+        known: further types of layers whose state is kept.
+    """
+    kinds = {str(kind) for kind in known_value(text, "layer_types") or ()}
+    if unknown := kinds - _ATTENTION_TYPES - known:
+        return f"it has {', '.join(sorted(unknown))[:80]} layers"
+    return None
+
+
 def unbatchable(text: Any) -> str | None:
     """The reason why rows of a batch can't be computed together, as far as the configuration tells it.
 
-    A sequence's only state must be keys and values per token, and no value may depend on the cache's length,
-    which is that of the longest row.
+    No value may depend on the cache's length, which is that of the longest row.
     """
-    if unknown := {str(kind) for kind in known_value(text, "layer_types") or ()} - _ATTENTION_TYPES:
-        return f"it has {', '.join(sorted(unknown))[:80]} layers"
+    if (why := other_state(text, _RECURRENT)) is not None:
+        return why
     if getattr(text, "attn_temperature_tuning", None):
         return "it scales attention by the length of the cache"
     return None

@@ -31,12 +31,16 @@ class Masks:
         self._window: int | None = known_value(config, "sliding_window")
         self._types = set(known_value(config, "layer_types") or ())
 
-    def of(self, positions: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """The mask as the model's forward expects it: a dict by attention type if it mixes several."""
+    def of(self, positions: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor | None]:
+        """The mask as the model's forward expects it: a dict by attention type if it mixes several.
+
+        Recurrent layers' is None: they mask padding tokens alone.
+        """
         full = additive(positions, columns, dtype)
         if self._window is None or (self._types and "sliding_attention" not in self._types):
             return full
         sliding = additive(positions, columns, dtype, self._window)
         if len(self._types) < 2:
             return sliding
-        return {"full_attention": full, "sliding_attention": sliding}
+        recurrent = dict.fromkeys(self._types)
+        return {**recurrent, "full_attention": full, "sliding_attention": sliding}

@@ -4,6 +4,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -66,8 +67,8 @@ def _load(folder: Path) -> tuple[Any, dict[str, int | None]]:
     model = load_pretrained(spec, tell, dtype=torch.float32, attn_implementation=ATTENTION)
     far = torch.tensor([[2**20]])
     near = Masks(model).of(far, torch.arange(2**20 + 1), torch.float32)
-    masks: dict[str, Tensor] = near if isinstance(near, dict) else {"attention": near}
-    seen = {kind: int((mask == 0).sum()) for kind, mask in masks.items()}
+    masks: Mapping[str, Tensor | None] = near if isinstance(near, dict) else {"attention": near}
+    seen = {kind: int((mask == 0).sum()) for kind, mask in masks.items() if mask is not None}
     return model, {kind: None if count > 2**20 else count for kind, count in seen.items()}
 
 

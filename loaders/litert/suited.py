@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from loaders.config_values import unbatchable
+from loaders.config_values import other_state
 from loaders.layers.attention_probe import attention_calls, outside_interface
 from loaders.layers.longrope import changing_positions
 from loaders.litert.lengths import STAND_IN
@@ -21,7 +21,7 @@ def refusal(model: PreTrainedModel) -> str | None:
         return f"it has {size / 2**30:.1f} GiB of weights in float32; a .tflite file holds less than 2"
     if any(STAND_IN in parameter.shape for parameter in model.parameters()):
         return f"one of its dimensions is {STAND_IN}, which stands for the cache's length"
-    if (why := unbatchable(model.config.get_text_config())) is not None:
+    if (why := other_state(model.config.get_text_config())) is not None:
         return why
     if any(parameter.dim() > 2 for parameter in model.parameters()):
         return "the experts of a mixture are in one tensor, which the converter can't choose from"

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from loaders.artifacts import Recipe, prepare
 from loaders.base import Availability, LoadedModel, ModelSpec, Progress
 from loaders.calibration import calibration_samples
-from loaders.config_values import unbatchable
+from loaders.config_values import other_state
 from loaders.footprint import count_parameters, measure_layers, reasons
 from loaders.layers.affine_blocks import BLOCK
 from loaders.layers.linear_layers import outside_layers
@@ -48,7 +48,7 @@ def availability(precision: str, device: Literal["cpu", "cuda"]) -> Availability
 def refusal(precision: str, spec: ModelSpec) -> str | None:
     """What the exported graph lacks a form for."""
     model = meta_model(spec)
-    why = unbatchable(model.config.get_text_config()) or outside_layers(model)
+    why = other_state(model.config.get_text_config()) or outside_layers(model)
     why = why or changing_positions(model.config)
     if why is None and precision == "onnx-int4":
         why = without_blocks(model)

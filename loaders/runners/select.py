@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from loaders import kernels
 from loaders.architectures import UnsupportedArchitecture, architecture_of
 from loaders.base import ModelSpec
-from loaders.config_values import unbatchable
+from loaders.config_values import other_state, unbatchable
 from loaders.cuda.cuda_graphs import CudaGraphs
 from loaders.cuda.forward import LeanGPT2
 from loaders.cuda.graph_runner import GraphRunner
@@ -63,7 +63,8 @@ def _on_a_card(model: PreTrainedModel, spec: ModelSpec) -> Runner:
     why_not = _why_not_captured(model, spec)
     graphs = None if why_not else CudaGraphs(model.device)
     try:
-        _check_configuration(spec)
+        if (reason := other_state(spec.checkpoint.config.get_text_config())) is not None:
+            raise Unsuitable(reason)
         if not LeanGPT2.serves(model):
             _check_steps(model, spec)
         return GraphRunner(model, spec, graphs, why_not=why_not, free=_free(model, spec))
@@ -95,18 +96,14 @@ def _uncompiled(model: PreTrainedModel, spec: ModelSpec, why_not: str) -> Runner
     """
     runner: Runner
     try:
-        _check_configuration(spec)
+        if reason := unbatchable(spec.checkpoint.config.get_text_config()):
+            raise CheckpointError(f"{spec.checkpoint.architecture} can't be batched here: {reason}")
         _check_batches(model, spec)
         runner = TransformersRunner(model, spec, why_not)
     except CheckpointError as error:
         runner = SequentialRunner(model, spec, _form(model, spec, str(error)), str(error))
     check_numbers(runner, spec.checkpoint.architecture, model.dtype)
     return runner
-
-
-def _check_configuration(spec: ModelSpec) -> None:
-    if reason := unbatchable(spec.checkpoint.config.get_text_config()):
-        raise CheckpointError(f"{spec.checkpoint.architecture} can't be batched here: {reason}")
 
 
 def _check_batches(model: PreTrainedModel, spec: ModelSpec) -> None:

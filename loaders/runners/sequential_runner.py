@@ -20,8 +20,7 @@ from loaders.errors import CheckpointError
 from loaders.layers.longrope import LongRope
 from loaders.runner import Logits, Runner
 from loaders.runners.sequence_cache import SequenceCache
-
-_CACHES = ("past_key_values", "cache_params")  # names of the argument
+from loaders.runners.slot_cache import cache_argument
 
 
 class Form(NamedTuple):
@@ -64,7 +63,7 @@ class SequentialRunner(Runner):
             CheckpointError: the model's forward pass takes no cache, or depends on the length of the text.
         """
         taken = signature(model.forward).parameters
-        cache = next((name for name in _CACHES if name in taken), None)
+        cache = cache_argument(model)
         if cache is None or (form.positions and "position_ids" not in taken):
             missing = "cache" if cache is None else "positions"
             raise CheckpointError(

@@ -2,19 +2,21 @@
 
 ``transformers``' own forward passes use it unchanged: each layer passes its new keys and values to
 ``update``, which writes them into the slots of the pass and returns all that those slots hold. There is no
-left padding, and no copy when a sequence joins or leaves.
+left padding, and no copy when a sequence joins or leaves. Recurrent layers keep theirs in ``SlotStates``.
 """
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from loaders.layers.float16_range import overflow_as_nan
+from loaders.runners.slot_states import Key, SlotStates
 
 
 class SlotCache(Cache):
@@ -34,6 +36,7 @@ class SlotCache(Cache):
         self._rows: slice | Tensor = slice(0, 0)
         self._index: tuple[Tensor, Tensor] | None = None
         self._start = self._end = 0
+        self._states = SlotStates(slots)
 
     def enter(self, slots: Sequence[int], tokens: int, device: torch.device) -> None:
         """Sets up the next forward pass, which appends ``tokens`` tokens to each of ``slots``.
@@ -45,6 +48,7 @@ class SlotCache(Cache):
         self._end = max(starts) + tokens
         if self._end > self.context:
             raise ValueError(f"{self._end} tokens do not fit a slot of {self.context}")
+        self._states.enter(slots, is_fresh=not any(starts))
         self._rows = _as_slice(slots) or torch.tensor(slots, device=device)
         if len(slots) == 1:
             self._index, self._start = None, starts[0]
@@ -55,6 +59,7 @@ class SlotCache(Cache):
 
     def commit(self, slots: Sequence[int], tokens: int) -> None:
         """Adds the tokens of a successful pass to the lengths; those of a failed one are overwritten."""
+        self._states.commit()
         for slot in slots:
             self.lengths[slot] += tokens
 
@@ -64,6 +69,7 @@ class SlotCache(Cache):
         for tensor in (*self._keys, *self._values):
             if tensor is not None:
                 tensor[slot, :, : self.lengths[slot]] = 0
+        self._states.clear(slot)
         self.lengths[slot] = 0
 
     def update(
@@ -107,10 +113,37 @@ class SlotCache(Cache):
 
     def nbytes(self) -> int:
         tensors = (t for t in (*self._keys, *self._values) if t is not None)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in tensors) + self._states.nbytes()
 
     def drop(self) -> None:
         self._keys, self._values = [], []
+        self._states.drop()
+
+    # Called by recurrent layers, as the methods of transformers' cache of these names.
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._states.read(Key("conv", layer_idx, state_idx))
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        return self._states.extend(Key("conv", layer_idx, state_idx), conv_states, conv_kernel_size)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._states.read(Key("recurrent", layer_idx, state_idx))
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return self._states.write(Key("recurrent", layer_idx, state_idx), recurrent_states)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
 
     # Called by forward passes; with explicit positions and masks the results are not used.
 
@@ -125,7 +158,7 @@ class SlotCache(Cache):
 
 
 class PassingCache(Cache):
-    """Takes the place of a cache when none is needed, so that float16 overflows become NaN."""
+    """Takes the place of a cache that is empty and stays so, so that float16 overflows become NaN."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -140,6 +173,27 @@ class PassingCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return conv_states
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return recurrent_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """The name under which the model's forward pass takes a cache; None if it takes none."""
+    taken = signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
 
 
 def _as_slice(slots: Sequence[int]) -> slice | None:

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from loaders.base import ModelSpec
 from loaders.cuda.cuda_graphs import release_unused
+from loaders.errors import CheckpointError
 from loaders.layers.attention_masks import Masks
 from loaders.layers.longrope import LongRope
 from loaders.runner import Logits, Runner
-from loaders.runners.slot_cache import PassingCache, SlotCache
+from loaders.runners.slot_cache import PassingCache, SlotCache, cache_argument
 
 _RECOMPUTED = 512  # tokens per pass when a slot is computed again
 
@@ -31,8 +32,12 @@ class TransformersRunner(Runner):
                 computed by the compiled forward pass on a CPU.
 
         Raises:
-            CheckpointError: layers of different kinds have different original contexts.
+            CheckpointError: layers of different kinds have different original contexts, or the forward pass
+                takes no cache.
         """
+        if (argument := cache_argument(model)) is None:
+            raise CheckpointError(f"{type(model).__name__}'s forward pass takes no cache")
+        self._cache_argument = argument
         self._longrope = LongRope.of(model, spec.slots, spec.max_tokens)
         self.slots, self.context = spec.slots, spec.max_tokens
         self.vocabulary = spec.checkpoint.vocabulary
@@ -69,7 +74,7 @@ class TransformersRunner(Runner):
         ids = torch.tensor(texts, device=self._device)
         cache = PassingCache() if self._dtype == torch.float16 else None
         logits: Tensor = self._live(
-            input_ids=ids, past_key_values=cache, use_cache=False, logits_to_keep=kept
+            input_ids=ids, use_cache=False, logits_to_keep=kept, **{self._cache_argument: cache}
         ).logits
         return logits.float()
 
@@ -157,7 +162,7 @@ class TransformersRunner(Runner):
             "input_ids": ids,
             "position_ids": positions,
             "attention_mask": self._masks_of(positions, columns, self._dtype),
-            "past_key_values": self._cache,
+            self._cache_argument: self._cache,
             "use_cache": True,
         }
         if logits == "none":  # without the head, which is the largest matrix of a small model

@@ -104,7 +104,8 @@ def test_an_architecture_that_cannot_be_batched_is_found_on_a_gpu_too(card: Call
     config = AutoConfig.for_model("lfm2", **GATED, layer_types=["conv", "full_attention"])
     model = AutoModelForCausalLM.from_config(config).eval()
     found = runners.runner_for(model, replace(specified(model, context=128), device="cuda"))
-    assert isinstance(found, SequentialRunner)
+    assert isinstance(found, TransformersRunner)
+    assert found.report()["not_captured_because"] == "it has conv layers"
     llama = checkpoints.llama()
     runner = runners.runner_for(llama, spec_for(llama))
     assert isinstance(runner, GraphRunner)
