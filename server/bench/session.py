@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loaders.base import LoadedModel
+from loaders.runner import GrowingRunner, Runner
 from server.bench.bandwidth import Bandwidth, MemorySpeed, middle
 from server.bench.contenders import Contender, EngineContender, Prompts
 from server.bench.figures import Figures, Floor, Run, mean_context, summarize
 from server.bench.peak_memory import Peak, peak_on
-from server.host.memory import cache_token_bytes
+from server.host.memory import cache_token_bytes, grown_cache_bytes
 
 _WARM_UP_TOKENS = 8
 _PAUSE = 0.3  # seconds until the previous engine's threads sleep: Intel's OpenMP spins for 0.2
@@ -79,6 +80,11 @@ class Session:
     """Called with the loaded precision after all runs, while it is idle."""
     rows: list[Row] = field(default_factory=list)
 
+    def _cache_bytes(self, runner: Runner, rows: int) -> int:
+        if isinstance(runner, GrowingRunner):  # which has given it back by now
+            return grown_cache_bytes(runner, rows, self.plan.prompt + self.plan.tokens)
+        return runner.kv_cache_bytes
+
     async def measure(self) -> list[Row]:
         peak = peak_on(self.device)
         loaded = self.load()
@@ -90,7 +96,7 @@ class Session:
                 contenders.append(await make())
             for size in self.plan.batches:
                 runs, bandwidth = await self._in_turn(contenders, size)
-                memory = OwnMemory(loaded.runner.kv_cache_bytes, peaks[size])
+                memory = OwnMemory(self._cache_bytes(loaded.runner, size), peaks[size])
                 floor = floor_of(loaded, size, self.plan, bandwidth)
                 for contender, row in zip(contenders, self._rows(loaded.precision, size, runs), strict=True):
                     row = replace(row, weights_bytes=contender.weights_bytes)

@@ -86,10 +86,15 @@ def cache_token_bytes(runner: Runner) -> float:
     return runner.kv_cache_bytes / (runner.slots * runner.context) if known is None else known
 
 
+def grown_cache_bytes(runner: GrowingRunner, sequences: int, tokens: int) -> int:
+    """Bytes of the cache with so many sequences of so many tokens."""
+    return round(sequences * (runner.sequence_bytes + runner.token_bytes * tokens))
+
+
 def full_cache_bytes(runner: Runner) -> int:
     """Bytes of the cache with the whole context in every slot; some runners allocate as sequences grow."""
     if isinstance(runner, GrowingRunner):
-        return round(runner.slots * (runner.sequence_bytes + runner.token_bytes * runner.context))
+        return grown_cache_bytes(runner, runner.slots, runner.context)
     if isinstance(runner, PagedRunner):
         return round(cache_token_bytes(runner) * runner.slots * runner.context)
     return runner.kv_cache_bytes
