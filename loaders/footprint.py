@@ -105,8 +105,12 @@ def measure_layers(
     )
 
 
-def reasons(model: PreTrainedModel, of_head: str) -> Reason:
-    """The reasons of a precision that quantizes linear layers; ``of_head`` is the output head's."""
+def reasons(model: PreTrainedModel, of_head: str, of_others: str = "the architecture keeps it") -> Reason:
+    """The reasons of a precision that quantizes linear layers.
+
+    Args:
+        of_head, of_others: the output head's, and that of linear layers beside it.
+    """
     head = model.get_output_embeddings()
 
     def reason(module: nn.Module) -> str:
@@ -116,7 +120,7 @@ def reasons(model: PreTrainedModel, of_head: str) -> Reason:
             return of_head
         if weights_of(module) is None:
             return "it is not a linear layer by itself"
-        return "the architecture keeps it"
+        return of_others
 
     return reason
 

@@ -107,9 +107,17 @@ def layers_of(runner: Runner) -> Mapping[str, tuple[str, LayerWeights]] | None:
 
 
 def layer_errors(
-    model: LoadedModel, spec: ModelSpec, progress: Progress = ignore_progress
+    model: LoadedModel,
+    spec: ModelSpec,
+    progress: Progress = ignore_progress,
+    *,
+    original: Checkpoint | None = None,
 ) -> LayerReport | None:
     """Compares every matrix with the checkpoint's; needs a few times the largest layer in float32.
+
+    Args:
+        original: whose matrices they are compared with, those of the same name and shape; the spec's
+            checkpoint if None. One that was saved quantized has no original weights itself.
 
     Returns: None if the runner neither has PyTorch modules nor describes its layers.
     """
@@ -120,13 +128,15 @@ def layer_errors(
     reasons = {layer.name: layer.reason for layer in model.footprint.kept}
     names = [name for name in layers if name in reasons or name in model.footprint.quantized]
     found, owners = [], dict[int, str]()
-    with Originals(spec.checkpoint, before) as originals:
+    with Originals(original or spec.checkpoint, before) as originals:
         for done, name in enumerate(names, 1):
             kind, weights = layers[name]
             owner = name if weights.copied else owners.setdefault(weights.weight.data_ptr(), name)
             kinds = type(before.get_submodule(name)).__name__, kind
-            original = originals.weight(name)
-            found.append(_layer(name, kinds, weights, original, reasons.get(name), owner))
+            matrix = originals.weight(name)
+            if matrix is not None and tuple(matrix.shape) != tuple(weights.shape):
+                matrix = None  # of another model, pruned or with more rows
+            found.append(_layer(name, kinds, weights, matrix, reasons.get(name), owner))
             progress("comparing weights", done, len(names))
     return LayerReport(
         model.precision, tuple(found), model.footprint.quantized_share, quantization_warning(model)

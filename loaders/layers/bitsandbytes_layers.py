@@ -21,6 +21,30 @@ _NESTED_BLOCK = 256  # scales that share an outer one
 _PACKED_ROWS = 32  # outputs side by side in the layout for AVX-512
 
 
+class Int8Linear(Linear8bitLt):
+    """bitsandbytes' layer for inputs of any number of dimensions, such as the four of latent attention.
+
+    Its product flattens three to rows, and on a CPU it fails on more.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = super().forward(x.flatten(0, -2))
+        return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+def take_any_shape(model: nn.Module) -> None:
+    """Makes the layers that ``from_pretrained`` made take what bitsandbytes fails on, on a CPU.
+
+    In int8 inputs of any number of dimensions; in four bits any number of outputs: weights that its layout
+    for AVX-512 can't hold stay in the usual one.
+    """
+    for module in model.modules():
+        if type(module) is Linear8bitLt:
+            module.__class__ = Int8Linear
+        elif isinstance(module, Linear4bit) and module.out_features % _PACKED_ROWS:
+            module.support_avx512bf16_for_cpu = False
+
+
 def int8_layer(weight: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> nn.Module:
     """The layer that ``from_pretrained`` makes of a linear one at threshold 0, on the CPU.
 
@@ -29,7 +53,7 @@ def int8_layer(weight: Tensor, bias: Tensor | None, input_scale: Tensor | None) 
         input_scale: (inputs,) factors by which the weights are multiplied first, as ``fold_norms`` returns.
     """
     outputs, inputs = weight.shape
-    layer = Linear8bitLt(inputs, outputs, bias is not None, has_fp16_weights=False, device="meta").eval()
+    layer = Int8Linear(inputs, outputs, bias is not None, has_fp16_weights=False, device="meta").eval()
     scaled = weight if input_scale is None else weight * input_scale
     layer.weight = Int8Params(scaled, requires_grad=False, has_fp16_weights=False).to("cpu")
     layer.bias, layer.input_scale = bias, input_scale

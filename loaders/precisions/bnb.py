@@ -90,7 +90,7 @@ def make(precision: str, spec: ModelSpec, folder: Path, progress: Progress) -> N
 
 def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     # bitsandbytes is optional; without this, its layers are taken for their base class, nn.Linear
-    import loaders.layers.bitsandbytes_layers  # noqa: F401
+    from loaders.layers.bitsandbytes_layers import take_any_shape
 
     rest = rest_dtype(precision, spec)
     saved = spec.checkpoint.saved is not None
@@ -105,6 +105,7 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             # transformers reads the configuration of a saved one from its config.json
             **({} if saved else {"quantization_config": quantization_config(precision, spec)}),
         )
+        take_any_shape(model)
     _check_layers(model, precision, spec.checkpoint.model_id)
     four_bit = {} if precision == "int8" else _four_bit_details(model)
     arena, of_head = Arena(), head_type(precision, spec, model, rest)

@@ -89,7 +89,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
     model = load_native(spec, folder, progress)
     of_head = model.get_output_embeddings().weight.dtype
     kept = "the head is kept in " + str(of_head).removeprefix("torch.")
-    footprint = measure(model, count_parameters(meta_model(spec)), reasons(model, kept))
+    others = "the compiled kernels don't take its number of inputs"
+    footprint = measure(model, count_parameters(meta_model(spec)), reasons(model, kept, others))
     facts = read_manifest(folder).recipe
     details = {
         "calibration": {

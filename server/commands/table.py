@@ -54,18 +54,25 @@ LAYERS: list[Column] = [
 ]
 
 
-def quality_lines(rows: Sequence[Row]) -> list[str]:
-    return [*aligned(cells(QUALITY, rows), terminal_width()), "", folded(LEGEND)]
+def quality_lines(rows: Sequence[Row], *, with_models: bool = False) -> list[str]:
+    """A row for each precision, named by its model too or not, and what the columns are."""
+    named: Column = ("model:precision", lambda row: row.label)
+    columns = [named, *QUALITY[1:]] if with_models else QUALITY
+    return [*aligned(cells(columns, rows), terminal_width()), "", folded(LEGEND)]
 
 
-def layer_lines(report: LayerReport) -> list[str]:
-    """A summary, a row for each matrix, and why some were kept unquantized."""
+def layer_lines(report: LayerReport, label: str | None = None) -> list[str]:
+    """A summary, a row for each matrix, and why some were kept unquantized.
+
+    Args:
+        label: what the summary calls it; its precision if None.
+    """
     reasons: dict[str, list[str]] = {}
     for layer in report.layers:
         if layer.reason is not None:
             reasons.setdefault(layer.reason, []).append(layer.name)
     return [
-        f"{report.precision}: {report.quantized_share:.1%} of the linear weights quantized",
+        f"{label or report.precision}: {report.quantized_share:.1%} of the linear weights quantized",
         *aligned(cells(LAYERS, report.layers), terminal_width()),
         *(folded(f"kept, because {reason}: {_some(names)}") for reason, names in reasons.items()),
     ]
@@ -82,14 +89,24 @@ def _maybe(value: float | None, form: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One precision's figures."""
+    """One precision's figures.
 
+    Args:
+        model: its name.
+    """
+
+    model: str
     quality: Quality
     footprint: Footprint
     layers: LayerReport | None
 
+    @property
+    def label(self) -> str:
+        return f"{self.model}:{self.quality.precision}"
+
     def as_dict(self, layers: bool) -> dict[str, Any]:
         figures: dict[str, Any] = {
+            "model": self.model,
             **asdict(self.quality),
             "weights_bytes": self.footprint.weights_bytes,
             "bits_per_weight": self.footprint.bits_per_weight,

@@ -46,13 +46,26 @@ def sources_of(settings: "Settings") -> list[ModelSource]:
         raise ValueError(
             "--revision (or REVISION) is of one model: in --models (or MODELS) write owner/name@revision"
         )
-    found = [replace(one, name=one.name or own_name(one.source)) for one in model_sources(settings.models)]
+    try:
+        found = named_sources(settings.models)
+    except ValueError as error:
+        raise ValueError(f"--models (or MODELS): {error}") from None
     names = [str(one.name) for one in found]
-    _check_names(names)
     if settings.chat_template is None:
         return found
     templates = _chat_templates(str(settings.chat_template), names)
     return [replace(one, chat_template=templates.get(str(one.name))) for one in found]
+
+
+def named_sources(text: str) -> list[ModelSource]:
+    """As ``model_sources``, each with a name: its own if it is given no other.
+
+    Raises:
+        ValueError: two models have one name, or one would be another in some precision.
+    """
+    found = [replace(one, name=one.name or own_name(one.source)) for one in model_sources(text)]
+    _check_names([str(one.name) for one in found])
+    return found
 
 
 def model_sources(text: str) -> list[ModelSource]:
@@ -87,15 +100,12 @@ def _source(entry: str) -> ModelSource:
 def _check_names(names: Sequence[str]) -> None:
     """Raises: ValueError, if a request could not tell two models apart by their names."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(
-            f"--models (or MODELS): two models are named {twice[0]}: give one another name, as in other=…"
-        )
+        raise ValueError(f"two models are named {twice[0]}: give one another name, as in other=…")
     for name in names:
         base, _, ending = name.rpartition(":")
         if base in names and _is_precision(ending):
             raise ValueError(
-                f"--models (or MODELS): {name} would be {base} in the precision {ending}: "
-                "give one another name, as in other=…"
+                f"{name} would be {base} in the precision {ending}: give one another name, as in other=…"
             )
 
 

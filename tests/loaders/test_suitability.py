@@ -84,6 +84,15 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
         {**SIZES, **LATENT},
         {"its attention has no form in ONNX Runtime's GroupQueryAttention": ONNX},
     ),
+    "narrow latents": (
+        "deepseek_v3",
+        {**SIZES, **LATENT, "kv_lora_rank": 48, "q_lora_rank": 33, "v_head_dim": 12},
+        {
+            "self_attn.q_b_proj has 33 inputs, no multiple of 64": BLOCKS_OF_64,
+            "self_attn.q_a_proj has 64 inputs and 33 outputs, no multiples of 32 and 16": {"torchao-int4"},
+            "its attention has no form in ONNX Runtime's GroupQueryAttention": ONNX,
+        },
+    ),
     "changing positions": (
         "llama",
         {**GATED, "rope_parameters": DYNAMIC},
