@@ -8,6 +8,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import asyncio
+import gc
 import logging
 import socket
 import threading
@@ -41,6 +42,16 @@ PATIENCE = 60.0
 CONVERTER = environment.default_folder()
 """The user's, for slow tests. For others LiteRT's precisions are unavailable: they may not install it."""
 os.environ[environment.FOLDER] = str(CONVERTER.with_name("no-converter"))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what has been imported and collected to no further garbage collection.
+
+    It stays, and it is a million objects: a full collection, of which tests that load models cause many,
+    traverses them for a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +136,8 @@ def make_client(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., Test
         client.__enter__()
         entered.append(client)
         pool = app.state.pool
-        wait_until(lambda: pool.state(pool.default).engine and client.get("/health").status_code == 200)
+        wait_until(lambda: pool.state(pool.default).engine)
+        wait_until(lambda: client.get("/health").status_code == 200)
         return client
 
     yield make
@@ -217,4 +229,4 @@ def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true"
-        time.sleep(0.01)
+        time.sleep(0.003)
