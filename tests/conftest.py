@@ -11,12 +11,13 @@ import asyncio
 import gc
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import hypothesis
@@ -33,6 +34,9 @@ from server.http.server_config import ServerConfig
 from server.settings.server import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
+
+if TYPE_CHECKING:
+    from tests.forked_python import ForkedPython  # which imports this module
 
 # a busy host takes any time for an example
 hypothesis.settings.register_profile("any host", deadline=None)
@@ -162,6 +166,22 @@ def make_chatty(make_client: Callable[..., TestClient], tmp_path: Path) -> Calla
         return make_client(**{"chat_template": file, **values})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkedPython"]:
+    """A Python for subprocesses that have nothing to import."""
+    from tests.forked_python import ForkedPython
+
+    python = ForkedPython(tmp_path_factory.mktemp("python"))
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def forked_processes(forked_python: "ForkedPython", monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started as another process of this Python has nothing to import."""
+    monkeypatch.setattr(sys, "executable", str(forked_python.path))
 
 
 @pytest.fixture
