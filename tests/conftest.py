@@ -49,11 +49,7 @@ os.environ[environment.FOLDER] = str(CONVERTER.with_name("no-converter"))
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what has been imported and collected to no further garbage collection.
-
-    It stays, and it is a million objects: a full collection, of which tests that load models cause many,
-    traverses them for a third of a second.
-    """
+    """Exempts what stays from garbage collection: a million objects, which each full collection traverses."""
     gc.collect()
     gc.freeze()
 
