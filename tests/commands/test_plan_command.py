@@ -165,8 +165,9 @@ def test_an_invalid_variable_of_the_server_is_one_line(
 def test_saved_step_times_that_are_no_use_are_measured_again(counted: list[str], cache: Path) -> None:
     assert main([*ARGUMENTS, *SHAPE]) == 0
     (file,) = cache.rglob("plans/**/fp32.json")
-    saved, empty = json.loads(file.read_text()), {**measured.calibration().as_dict(), "cells": []}
-    for number, figures in enumerate(({}, None, {"cells": [{}]}, empty), 1):
+    saved = json.loads(file.read_text())
+    useless: list[object] = [{}, None, {"cells": [{}]}, {**measured.calibration().as_dict(), "cells": []}]
+    for number, figures in enumerate(useless, 1):
         file.write_text(json.dumps({**saved, "figures": figures}))
         assert main([*ARGUMENTS, *SHAPE]) == 0
         assert counted == ["fp32", "dynamic-int8", *["fp32"] * number]
