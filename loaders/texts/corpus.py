@@ -7,6 +7,7 @@ a new Python version, where texts grow and shift but keep their names.
 """
 
 import ast
+import gc
 import hashlib
 import os
 import re
@@ -67,15 +68,26 @@ def library(wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Docum
             continue
         try:
             source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(source)
+            tree = _parsed(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
         docstrings = _docstrings(tree, relative.with_suffix("").as_posix().replace("/", "."))
         if docstrings:
             yield Document(name, "docstrings", docstrings)
         yield Document(name, "source", source.strip() + "\n")
+
+
+def _parsed(source: str) -> ast.Module:
+    """The tree, made without garbage collections, of which its many nodes would cause ever more."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _python_files(root: Path) -> list[Path]:
