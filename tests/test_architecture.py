@@ -73,7 +73,7 @@ LONG = {
     "tests/routes/test_compare.py": 262,
     "tests/routes/test_generate.py": 267,
     "tests/routes/test_places.py": 280,
-    "tests/routes/test_report_route.py": 379,
+    "tests/routes/test_report_route.py": 376,
     "tests/service/chat/test_chat_renderer.py": 286,
     "tests/service/test_generation.py": 295,
 }
