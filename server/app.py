@@ -82,8 +82,7 @@ def create_app(
     app.state.settings, app.state.early_refusal = settings, early_refusal
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for router in _ROUTERS:
-        app.include_router(router)
+    app.router.routes.extend(ROUTES)  # include_router would analyse every endpoint again
     describe(app, settings, routes)
     _add_middleware(app, settings, admission, routes)
     return app

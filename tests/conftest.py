@@ -8,14 +8,16 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import asyncio
+import gc
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import hypothesis
@@ -33,6 +35,9 @@ from server.settings.server import Settings
 from tests import checkpoints
 from tests.fakes import FakeRunner, fake_checkpoint, fake_model
 
+if TYPE_CHECKING:
+    from tests.forked_python import ForkedPython  # which imports this module
+
 # a busy host takes any time for an example
 hypothesis.settings.register_profile("any host", deadline=None)
 hypothesis.settings.load_profile("any host")
@@ -41,6 +46,12 @@ PATIENCE = 60.0
 CONVERTER = environment.default_folder()
 """The user's, for slow tests. For others LiteRT's precisions are unavailable: they may not install it."""
 os.environ[environment.FOLDER] = str(CONVERTER.with_name("no-converter"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what stays from garbage collection: a million objects, which each full collection traverses."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +136,8 @@ def make_client(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., Test
         client.__enter__()
         entered.append(client)
         pool = app.state.pool
-        wait_until(lambda: pool.state(pool.default).engine and client.get("/health").status_code == 200)
+        wait_until(lambda: pool.state(pool.default).engine)
+        wait_until(lambda: client.get("/health").status_code == 200)
         return client
 
     yield make
@@ -150,6 +162,22 @@ def make_chatty(make_client: Callable[..., TestClient], tmp_path: Path) -> Calla
         return make_client(**{"chat_template": file, **values})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkedPython"]:
+    """A Python for subprocesses that have nothing to import."""
+    from tests.forked_python import ForkedPython
+
+    python = ForkedPython(tmp_path_factory.mktemp("python"))
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def forked_processes(forked_python: "ForkedPython", monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started as another process of this Python has nothing to import."""
+    monkeypatch.setattr(sys, "executable", str(forked_python.path))
 
 
 @pytest.fixture
@@ -217,4 +245,4 @@ def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true"
-        time.sleep(0.01)
+        time.sleep(0.003)

@@ -1,8 +1,10 @@
 """A model without weights: its next token is a function of the previous ones, and it fails on demand."""
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -121,11 +123,22 @@ def fake_model(precision: str = "fp32", runner: FakeRunner | None = None) -> Loa
 
 def fake_checkpoint(folder: Path, context: int = 256) -> Checkpoint:
     """A checkpoint with a real tokenizer and configuration, but no weights."""
-    byte_tokenizer().save_pretrained(folder)
+    config, files = _config_and_files(context)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return Checkpoint("fake", None, folder, config, "GPT2LMHeadModel", context, VOCABULARY, frozenset({0}), 0)
+
+
+@cache
+def _config_and_files(context: int) -> tuple[GPT2Config, dict[str, bytes]]:
+    """Made once: most tests have a checkpoint. Nothing changes a checkpoint's configuration."""
     # one layer: its shapes are built, without weights, at every start
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=context, n_layer=1)
-    config.save_pretrained(folder)
-    return Checkpoint("fake", None, folder, config, "GPT2LMHeadModel", context, VOCABULARY, frozenset({0}), 0)
+    with tempfile.TemporaryDirectory() as made:
+        byte_tokenizer().save_pretrained(made)
+        config.save_pretrained(made)
+        return config, {file.name: file.read_bytes() for file in Path(made).iterdir()}
 
 
 def fake_load(precision: str, spec: ModelSpec, progress: Progress = ignore_progress) -> LoadedModel:

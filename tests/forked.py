@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _IMPORTED = [__name__, "tests.fakes", "transformers.models.gpt2.modeling_gpt2", "fastapi_offline"]
 """Without the server: a script may change what it imports."""
 _BITDIAL = "import sys; from server.__main__ import main; sys.exit(main())"
-_context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver")
 
 
 def environment() -> dict[str, str]:
@@ -40,10 +40,10 @@ class Script:
     """A running script; ``stdout`` is for the test to read, standard error is read as it comes."""
 
     def __init__(self, source: str, *arguments: str, **variables: str) -> None:
-        _start_server()
-        (out, their_out), (err, their_err) = _context.Pipe(duplex=False), _context.Pipe(duplex=False)
+        start_server()
+        (out, their_out), (err, their_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
         given = (source, arguments, environment() | variables, their_out, their_err)
-        self._process = _context.Process(target=_run, args=given)
+        self._process = context.Process(target=_run, args=given)
         self._process.start()
         for theirs in (their_out, their_err):
             theirs.close()
@@ -110,12 +110,12 @@ def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, by
     return answer.status, answer.read()
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Starts the process that forks, unless it runs; libraries read some variables as they are imported."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        _context.set_forkserver_preload(_IMPORTED)
+        context.set_forkserver_preload(_IMPORTED)
         forkserver.ensure_running()
 
 

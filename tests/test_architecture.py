@@ -73,7 +73,7 @@ LONG = {
     "tests/routes/test_compare.py": 262,
     "tests/routes/test_generate.py": 267,
     "tests/routes/test_places.py": 280,
-    "tests/routes/test_report_route.py": 379,
+    "tests/routes/test_report_route.py": 376,
     "tests/service/chat/test_chat_renderer.py": 286,
     "tests/service/test_generation.py": 295,
 }
@@ -87,7 +87,8 @@ class Untyped(ast.NodeTransformer):
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
-def imports(path: Path, typing: bool = True) -> set[str]:
+@cache  # most tests ask for every file
+def imports(path: Path, typing: bool = True) -> frozenset[str]:
     """Every module that a file imports anywhere; ``typing``: including imports for type checkers."""
     found: set[str] = set()
     tree = ast.parse(path.read_text())
@@ -97,7 +98,7 @@ def imports(path: Path, typing: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             full = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (full & modules().keys()) or {node.module}
-    return found
+    return frozenset(found)
 
 
 @cache

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def _digest(folder: Path, name: str) -> str:
     return digest.hexdigest()[:KEY]
 
 
+@cache  # a package's metadata takes milliseconds to parse
 def _version(name: str) -> str | None:
     try:
         return version(name)

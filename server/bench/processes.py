@@ -23,15 +23,15 @@ class WorkerProcess:
 
     Args:
         module: its ``main`` serves.
-        python: interpreter of the environment with its imports.
+        python: interpreter of the environment with its imports; None: this one.
     """
 
-    def __init__(self, module: str, python: Path | str = sys.executable) -> None:
+    def __init__(self, module: str, python: Path | str | None = None) -> None:
         environment = {
             name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
         }
         self._process = subprocess.Popen(
-            start_command(module, python),
+            start_command(module, python or sys.executable),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -27,8 +27,10 @@ def default_threads() -> int:
 
     Limited by a container's CPU quota: more threads use it up by spinning while they wait for throttled ones.
     """
+    if (given := _from_environment()) is not None:
+        return given
     cores, allowed = len(physical_cores()), cgroups.cpus()
-    return _from_environment() or (cores if allowed is None else min(cores, allowed))
+    return cores if allowed is None else min(cores, allowed)
 
 
 def _from_environment() -> int | None:

@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,13 +122,17 @@ def _kernels_of_the_host() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"bitdial": VERSION, "python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
+    libraries = {name: _version(name) for name in _LIBRARIES}
+    return {"bitdial": VERSION, "python": platform.python_version(), **libraries}
+
+
+@cache
+def _version(library: str) -> str:
+    """Kept: each model of a server has a subject, and a library's metadata takes milliseconds to parse."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _files(folder: Path, name: str) -> str:

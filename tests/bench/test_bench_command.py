@@ -39,6 +39,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str],
     return lines, json.loads(last)
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_engines_are_compared_with_generate(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_engines_are_compared_with_generate(
     assert [line["mean_kl"] for line in report["comparison"]] == [None] * 4
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_a_precision_that_transformers_lacks_is_measured_alone(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_precision_that_transformers_lacks_is_measured_alone(
     assert [(row["precision"], row["engine"]) for row in document["rows"]] == [("static-int8", "bitdial")] * 2
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_quality_is_shown_beside_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "summary.md"
     lines, report = run(
@@ -180,6 +183,7 @@ def test_somebodys_server(live: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "shares its CPUs" in "\n".join(lines)
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_a_started_server_is_compared_with_the_engine(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

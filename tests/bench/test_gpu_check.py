@@ -84,7 +84,7 @@ def test_the_targets_are_judged_by_the_figures(found: dict[str, Any]) -> None:
     assert judged["reached"] == (judged["figure"] >= 1500)
 
 
-def test_the_command_reports_a_missing_card() -> None:
+def test_the_command_reports_a_missing_card(forked_processes: None) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "gpu_check")], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

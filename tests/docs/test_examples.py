@@ -20,6 +20,7 @@ import loaders
 from server.__main__ import main
 from tests.conftest import wait_until
 from tests.docs.blocks import DOCS, Block, blocks
+from tests.forked_python import ForkedPython
 
 ROOT = DOCS.parent
 CONSOLE = [block for block in blocks("tutorial.md", "run") if block.language == "console"]
@@ -30,11 +31,16 @@ def environment(tmp_path: Path, cache: Path) -> Mapping[str, str]:
     """That of a user: ``bitdial`` on the PATH, no model named (the bundled one), an empty cache."""
     command = tmp_path / "bin" / "bitdial"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m server "$@"\n')
-    command.chmod(0o755)
+    put(command, sys.executable)
     path = f"{command.parent}:{os.environ['PATH']}"
     own = {"PATH": path, "PYTHONPATH": str(ROOT), "THREADS": "1", "DEVICE": "cpu"}
     return {**os.environ, **own, "XDG_CACHE_HOME": str(cache)}
+
+
+def put(command: Path, python: Path | str) -> None:
+    """Makes the command a script for that Python."""
+    command.write_text(f'#!/bin/sh\nexec {python} -m server "$@"\n')
+    command.chmod(0o755)
 
 
 def run(script: str, environment: Mapping[str, str], folder: Path) -> str:
@@ -67,7 +73,10 @@ def test_the_tutorials_commands_run(
         assert capsys.readouterr().out, line
 
 
-def test_the_terminals_commands_run(environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_the_terminals_commands_run(
+    environment: Mapping[str, str], tmp_path: Path, forked_python: ForkedPython
+) -> None:
+    put(tmp_path / "bin" / "bitdial", forked_python.path)
     piped, continued = blocks("terminal.md", "run")
     answers = run("\n".join(["set -euo pipefail", *piped.commands]), environment, tmp_path)
     assert answers.startswith("s, the following code:")
@@ -134,7 +143,7 @@ def test_the_documented_precision_loads_and_continues_text(
 
 
 def test_the_notebook_runs_and_is_committed_without_outputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_python: ForkedPython
 ) -> None:
     notebook = nbformat.reads((DOCS / "quantization.ipynb").read_text(), as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
@@ -142,7 +151,7 @@ def test_the_notebook_runs_and_is_committed_without_outputs(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     kernel = tmp_path / "kernels" / "python3"  # this interpreter's, whatever kernels a user has installed
     kernel.mkdir(parents=True)
-    arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    arguments = [str(forked_python.path), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernel / "kernel.json").write_text(
         json.dumps({"argv": arguments, "display_name": "test", "language": "python"})
     )

@@ -29,14 +29,14 @@ def test_a_port_in_use_is_one_clear_failure(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = bitdial("serve", "--model", str(folder), "--port", str(taken.getsockname()[1]))
+        done = forked.bitdial("serve", "--model", str(folder), "--port", str(taken.getsockname()[1]))
     assert done.returncode == 1
     assert "address already in use" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_wrong_usage_is_one_line_and_code_2() -> None:
-    done = bitdial("serve", "--port", "abc")
+    done = forked.bitdial("serve", "--port", "abc")
     assert done.returncode == 2
     assert re.fullmatch(r"bitdial serve: --port \(or PORT\): .*\n", done.stderr)
 

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from server.planning import planner
+from server.planning import formulas, planner
 from server.planning.calibration import Calibration, Calibrator
 from server.planning.step_times import ROUNDS, Cell, StepTimes
 
@@ -38,6 +38,7 @@ def instead_of_measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     monkeypatch.setattr(planner, "_MOST", 300)
     monkeypatch.setattr(planner, "_HALVINGS", 6)
+    monkeypatch.setattr(formulas, "_DRAWS", 2000)
 
     async def measure(
         self: Calibrator, progress: object, between: Callable[[], Awaitable[None]] | None = None

@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 
-from server.planning import planner
+from server.planning import formulas, planner
 from server.planning.planner import Choice, Impossible, Planner
 from server.planning.simulation import simulate
 from server.planning.workload import Frontend, Objectives, Replica, Workload
@@ -15,6 +15,7 @@ SHAPE = Workload(40, 64, 32)
 @pytest.fixture(autouse=True)
 def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_MOST", 800)
+    monkeypatch.setattr(formulas, "_DRAWS", 8000)
 
 
 @cache

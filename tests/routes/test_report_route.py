@@ -239,7 +239,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def app(model: Path) -> FastAPI:
+def app(model: Path, forked_processes: None) -> FastAPI:
     return create_app(Settings(model_id=str(model), precisions="fp32", device="cpu", threads=1))
 
 

@@ -208,6 +208,7 @@ def test_keys_are_sent_and_a_load_that_is_not_permitted_is_left_to_the_first_req
     assert loads.runners["fp16"].batches
 
 
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize(
     ("options", "message", "code"),
     [

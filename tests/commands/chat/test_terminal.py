@@ -1,4 +1,7 @@
-"""`bitdial chat` as a person uses it: the real command on a pseudo-terminal, and its own server."""
+"""`bitdial chat` as a person uses it: the real command on a pseudo-terminal, and its own server.
+
+In one test command and server are started as by a person, in the others they are forked.
+"""
 
 import os
 import re
@@ -17,6 +20,7 @@ import pytest
 from tests import checkpoints
 from tests.conftest import Loads, wait_until
 from tests.forked import ROOT, environment
+from tests.forked_python import ForkedPython
 
 SECONDS = 120  # a busy host takes this long to import everything twice
 INTERRUPT, END = "\x03", "\x04"
@@ -61,10 +65,10 @@ class Screen:
 
 
 @contextmanager
-def chatting(state: Path, *arguments: str, **variables: str) -> Iterator[Screen]:
+def chatting(python: Path | str, state: Path, *arguments: str, **variables: str) -> Iterator[Screen]:
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "server", "chat", *arguments], cwd=ROOT, start_new_session=True,
+        [python, "-m", "server", "chat", *arguments], cwd=ROOT, start_new_session=True,
         stdin=theirs, stdout=theirs, stderr=theirs,
         env=environment()
         | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state), **variables},
@@ -79,12 +83,12 @@ def chatting(state: Path, *arguments: str, **variables: str) -> Iterator[Screen]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(
-    serve: Callable[..., str], template: Path, loads: Loads, tmp_path: Path
+    serve: Callable[..., str], template: Path, loads: Loads, tmp_path: Path, forked_python: ForkedPython
 ) -> None:
     url = serve(chat_template=template)
     runner = loads.runners["fp32"]
     runner.delay = 0.05
-    with chatting(tmp_path, "--url", url, "--max-new-tokens", "200") as screen:
+    with chatting(forked_python.path, tmp_path, "--url", url, "--max-new-tokens", "200") as screen:
         screen.wait_for("fp32>")
         screen.type("hello\r")
         screen.wait_for("hello[^a-z]+[a-z]{4}")
@@ -103,10 +107,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 
 
 def test_typing_is_completed_and_remembered(
-    serve: Callable[..., str], template: Path, tmp_path: Path
+    serve: Callable[..., str], template: Path, tmp_path: Path, forked_python: ForkedPython
 ) -> None:
     url = serve(chat_template=template)
-    with chatting(tmp_path, "--url", url, "--max-new-tokens", "4") as screen:
+    with chatting(forked_python.path, tmp_path, "--url", url, "--max-new-tokens", "4") as screen:
         screen.wait_for("fp32>")
         screen.type("/prec\t")
         screen.wait_for("ision")
@@ -130,17 +134,17 @@ def folder(tmp_path: Path) -> Path:
     return checkpoints.save(checkpoints.gpt2(), tmp_path / "tiny")
 
 
-def children(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    return list(psutil.Process(process.pid).children(recursive=True))
+def children(pid: int) -> list[psutil.Process]:
+    return list(psutil.Process(pid).children(recursive=True))
 
 
 def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
     proxies = dict.fromkeys(("HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:1")  # not for its own server
     options = ("--model", str(folder), "--max-new-tokens", "4", "--no-history")
-    with chatting(tmp_path, *options, **proxies) as screen:
+    with chatting(sys.executable, tmp_path, *options, **proxies) as screen:
         screen.wait_for("no chat template")
         screen.wait_for("fp32>")
-        servers = children(screen.process)
+        servers = children(screen.process.pid)
         assert servers
         screen.type("abc\r")
         screen.wait_for(r"\[fp32: \d tokens")
@@ -150,19 +154,22 @@ def test_its_own_server_ends_with_it(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bitdial").exists()
 
 
-def test_it_ends_with_its_own_server(folder: Path, tmp_path: Path) -> None:
-    with chatting(tmp_path, "--model", str(folder), "--max-new-tokens", "4", "--no-history") as screen:
+def test_it_ends_with_its_own_server(folder: Path, tmp_path: Path, forked_python: ForkedPython) -> None:
+    options = ("--model", str(folder), "--max-new-tokens", "4", "--no-history")
+    with chatting(forked_python.path, tmp_path, *options) as screen:
         screen.wait_for("fp32>")
-        for server in children(screen.process):
+        for server in children(forked_python.pid(screen.process.pid)):
             server.kill()
         screen.type("abc\r")
         screen.wait_for("its server has ended")
         assert screen.ended() == 128 + signal.SIGKILL
 
 
-def test_a_dumb_terminal_gets_lines_alone(serve: Callable[..., str], template: Path, tmp_path: Path) -> None:
+def test_a_dumb_terminal_gets_lines_alone(
+    serve: Callable[..., str], template: Path, tmp_path: Path, forked_python: ForkedPython
+) -> None:
     url = serve(chat_template=template)
-    with chatting(tmp_path, "--url", url, "--max-new-tokens", "4", TERM="dumb") as screen:
+    with chatting(forked_python.path, tmp_path, "--url", url, "--max-new-tokens", "4", TERM="dumb") as screen:
         screen.wait_for("fp32> ")
         screen.type("hello\r")
         screen.wait_for(r"\[fp32: 4 tokens")

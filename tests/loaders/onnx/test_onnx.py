@@ -18,7 +18,7 @@ from tests.loaders.layer_products import weights_in
 from tests.loaders.topics import split_topics
 
 SIZES: dict[str, Any] = {
-    "vocab_size": checkpoints.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": checkpoints.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "intermediate_size": 128,
 }  # fmt: skip
 TEXTS = {0: [40, 41, 42], 1: [7] * 21, 2: [90, 91, 92, 93], 3: [200, 5, 6, 7, 8, 9]}

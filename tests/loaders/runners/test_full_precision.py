@@ -54,7 +54,8 @@ def deep_llama(layers: int = 6) -> LlamaForCausalLM:
 
 
 def spec_of(model: PreTrainedModel, folder: Path) -> ModelSpec:
-    return ModelSpec(open_checkpoint(str(checkpoints.save(model, folder / "tiny"))), slots=2)
+    checkpoint = open_checkpoint(str(checkpoints.save(model, folder / "tiny")))
+    return ModelSpec(checkpoint, slots=2, calibration=checkpoints.calibration_text(folder))
 
 
 @pytest.fixture
