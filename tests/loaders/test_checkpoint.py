@@ -90,7 +90,7 @@ def test_a_missing_tensor_is_refused(folder: Path, precision: str) -> None:
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantized already \(bitsandbytes\)"),
         ({"quantization_config": [1]}, r"quantized already \(None\)"),
         ({"transformers_weights": "adapter_model.bin"}, "names weights of its own"),
-        ({"model_type": "bloom"}, "tells no context length"),
+        ({"n_positions": None}, "not a valid gpt2 configuration"),
     ],
 )
 def test_an_unsupported_configuration_is_refused(
