@@ -27,10 +27,12 @@ _CHECK_SLOTS = 2  # slots that the check of an architecture needs
 
 
 def runner_for(model: PreTrainedModel, spec: ModelSpec) -> Runner:
-    """The compiled runner if it has the architecture and the layers, else ``TransformersRunner``.
+    """The compiled or captured runner if it has the architecture and the layers, else ``TransformersRunner``.
+
+    ``SequentialRunner`` computes what can't be batched.
 
     Raises:
-        CheckpointError: no runner can batch the architecture.
+        CheckpointError: no runner computes the model's own logits, or they are not numbers.
         OutOfMemory: the device has no memory for the KV cache.
     """
     if spec.device == "cuda":
