@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from loaders.config_values import check_values, context_length
+from loaders.config_values import check_values
 from loaders.errors import CheckpointError, in_short
 
 _MOST_CONFIG, _MOST_JSON = 16 << 20, 512 << 20  # bytes; the largest tokenizers there are have 40 MB
@@ -139,7 +139,6 @@ def read_config(folder: Path, name: str, raw: Mapping[str, Any], held: Held) -> 
     _check_sizes(name, text)
     _check_activations(name, text)
     check_values(name, text)
-    context_length(name, text)
     try:
         parameters = sum(parameter.numel() for parameter in meta_model_of(config).parameters())
     except Exception as error:  # model classes as well

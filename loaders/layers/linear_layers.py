@@ -29,7 +29,7 @@ def inner_layers(model: PreTrainedModel) -> Iterator[tuple[str, Linear]]:
 
 def is_read_directly(name: str) -> bool:
     """Whether ``transformers`` multiplies with the layer's weight itself, as it does in Mamba and Jamba."""
-    return name.rpartition(".")[2] == "dt_proj"
+    return name.endswith((".mixer.dt_proj", ".mamba.dt_proj"))
 
 
 def read_directly(model: PreTrainedModel) -> str | None:

@@ -105,7 +105,8 @@ def load(precision: str, spec: ModelSpec, progress: Progress) -> LoadedModel:
             # transformers reads the configuration of a saved one from its config.json
             **({} if saved else {"quantization_config": quantization_config(precision, spec)}),
         )
-        take_any_shape(model)
+        if spec.device == "cpu":
+            take_any_shape(model)
     _check_layers(model, precision, spec.checkpoint.model_id)
     four_bit = {} if precision == "int8" else _four_bit_details(model)
     arena, of_head = Arena(), head_type(precision, spec, model, rest)

@@ -118,7 +118,10 @@ def _check_batches(model: PreTrainedModel, spec: ModelSpec) -> None:
 
 
 def _form(model: PreTrainedModel, spec: ModelSpec, why_not: str) -> Form:
-    """The first form in which steps compute the logits of one pass, or the one that comes closest."""
+    """The form in which steps compute the logits of one pass: the first that is exact, else the closest.
+
+    A recurrence that forgets soon hides a wrong form, and states in 16 bits blur a right one.
+    """
     deviations: dict[Form, float] = {}
     failures: list[CheckpointError] = []
     for form in FORMS:

@@ -145,7 +145,7 @@ class SequentialRunner(Runner):
         """(kept, vocabulary) logits."""
         if held.waiting:
             waiting, held.waiting = held.waiting, []
-            self._advance(held, waiting, 1)
+            self._append(held, waiting, 1)
         if self._form.continues or not held.cached:
             return self._advance(held, ids, kept)
         return torch.cat([self._advance(held, [id_], 1) for id_ in ids])[-kept:]

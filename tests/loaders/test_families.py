@@ -58,13 +58,18 @@ def greedy(loaded: LoadedModel, count: int) -> list[list[int]]:
     return found
 
 
+def generated(model: Any, count: int) -> list[list[int]]:
+    """``greedy`` by ``transformers``, each prompt alone."""
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :] for prompt in PROMPTS]
+    return [ids.tolist() for ids in found]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     spec = spec_of(family, FAMILIES[family], tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(spec.checkpoint.folder, dtype=torch.float32).eval()
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = [reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :] for prompt in PROMPTS]
-    assert greedy(loaders.load("fp32", spec), 8) == [ids.tolist() for ids in expected]
+    assert greedy(loaders.load("fp32", spec), 8) == generated(reference, 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

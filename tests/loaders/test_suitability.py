@@ -214,3 +214,11 @@ def test_all_precisions_are_those_that_can_be_made(
     rows = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
     assert {"fp32", "int8", "dynamic-int8"} <= rows
     assert not {"nf4", "fp4"} & rows
+
+
+def test_a_layer_of_that_name_that_the_model_calls_is_quantized(
+    spec_of: Callable[[str, dict[str, Any]], ModelSpec],
+) -> None:
+    """Doge's ``dt_proj`` is a layer as any other; Mamba's weight of this name is read."""
+    spec = spec_of("doge", {**GATED, "num_experts": 4, "num_experts_per_tok": 2})
+    assert "model.layers.0.self_attn.dt_proj" in loaders.load("dynamic-int8", spec).footprint.quantized

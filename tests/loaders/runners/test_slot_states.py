@@ -8,7 +8,7 @@ import torch
 
 import loaders
 from loaders.runners.transformers_runner import TransformersRunner
-from tests.loaders.test_families import GATED, PROMPTS, greedy, spec_of
+from tests.loaders.test_families import GATED, generated, greedy, spec_of
 
 DELTA = {
     **GATED, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
@@ -39,10 +39,7 @@ def served(name: str, folder: Path, precision: str = "fp32") -> TransformersRunn
 def test_rows_of_a_batch_get_the_tokens_that_they_get_alone(name: str, tmp_path: Path) -> None:
     loaded = loaders.load("fp32", spec_of(*FAMILIES[name], tmp_path))
     assert isinstance(loaded.runner, TransformersRunner)
-    model = loaded.runner.module
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :] for prompt in PROMPTS]
-    assert greedy(loaded, 8) == [ids.tolist() for ids in expected]
+    assert greedy(loaded, 8) == generated(loaded.runner.module, 8)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
